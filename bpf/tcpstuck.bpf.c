@@ -1,0 +1,736 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The kernel side: the table of handshakes that are still owed an ACK, and events about them.
+ * It records facts and judges nothing.
+ *
+ * One set of bodies, two thin sets of entries at the end (TCPSTUCK_FENTRY or kprobes). All
+ * probed functions but tcp_rcv_state_process run with bottom halves off, on one CPU from entry to
+ * return and never nested: what an entry finds out is left in a per-CPU scratch for the return,
+ * because the function in between may free the packet (cookie_vX_check does from 6.9 on).
+ *
+ * kernel_layout.h is generated from the running kernel's BTF (tcpstuck_bpf/layout.py): structs
+ * that hold only the members named here, at their true offsets.
+ */
+#include <uapi/linux/ptrace.h>
+#include "kernel_layout.h"
+#include "tcpstuck.h"
+
+#define EEXIST		       17
+#define ETH_P_IP_NETWORK_ORDER 0x0008
+#define TCP_STATE_ESTABLISHED  1
+#define TCP_FLAG_RST	       0x04
+#define TCP_FLAG_ACK	       0x10
+/* How far from its ISN a segment may be and still be believed to belong to the handshake. */
+#define NEAR_ISN (1 << 20)
+
+/* BTF-typed arguments of fentry programs are read by plain loads, kprobe arguments are not. */
+#ifdef TCPSTUCK_FENTRY
+#define READ(place) (place)
+#else
+#define READ(place)                                                       \
+	({                                                                \
+		__typeof__(place) value_ = 0;                             \
+		bpf_probe_read_kernel(&value_, sizeof(value_), &(place)); \
+		value_;                                                   \
+	})
+#endif
+
+struct segment {
+	struct handshake_key key;
+	u32 sequence;
+	u32 acknowledgement;
+	u32 accept_queue;
+	u32 accept_queue_limit;
+	u16 payload_length;
+	u8 tcp_flags;
+	u8 outside; /* of what the user asked to see */
+};
+
+struct counters_before {
+	u64 this_cpu; /* this CPU's struct linux_mib of the segment's namespace */
+	u64 syncookies_recv;
+	u64 syncookies_failed;
+	u64 listen_overflows;
+	u64 listen_drops;
+};
+
+struct syn_scratch {
+	struct segment segment;
+	struct counters_before before;
+	u64 skb;
+	u64 mss_place; /* kprobe only: where cookie_vX_init_sequence will write the MSS */
+	u32 syn_queue;
+	u32 cookie_sent;
+};
+
+struct ack_scratch {
+	struct segment segment;
+	struct counters_before before;
+	u64 listener;
+	u64 child; /* made by cookie_vX_check, on its way to tcp_rcv_state_process */
+	u64 child_entered; /* kprobe only */
+};
+
+struct request_scratch {
+	struct segment segment;
+	struct counters_before before;
+};
+
+enum loss {
+	LOSS_NAMESPACES_UNCOUNTED,
+	LOSS_COOKIES_UNMATCHED, /* a cookie was chosen outside tcp_conn_request */
+	LOSS_MAX,
+};
+
+BPF_TABLE("hash", struct handshake_key, struct handshake, awaiting_ack, MAX_HANDSHAKES);
+BPF_TABLE("percpu_hash", u32, struct netns_counts, counts, MAX_NAMESPACES);
+BPF_RINGBUF_OUTPUT(events, EVENT_PAGES);
+BPF_ARRAY(config, struct trace_config, 1);
+BPF_ARRAY(wanted_ports, u64, 1024); /* one bit per port */
+BPF_PERCPU_ARRAY(syn_scratches, struct syn_scratch, 1);
+BPF_PERCPU_ARRAY(ack_scratches, struct ack_scratch, 1);
+BPF_PERCPU_ARRAY(request_scratches, struct request_scratch, 1);
+BPF_PERCPU_ARRAY(no_counts, struct netns_counts, 1);
+BPF_PERCPU_ARRAY(losses, u64, LOSS_MAX);
+
+static __always_inline u16 swap16(u16 value)
+{
+	return __builtin_bswap16(value);
+}
+
+static __always_inline u32 swap32(u32 value)
+{
+	return __builtin_bswap32(value);
+}
+
+static __always_inline void lose(u32 what)
+{
+	u64 *count = losses.lookup(&what);
+
+	if (count)
+		*count += 1;
+}
+
+/* Counts are per CPU and bottom halves are off: plain additions are exact. */
+static __always_inline void add_count(u32 netns, u32 which)
+{
+	struct netns_counts *found = counts.lookup(&netns);
+	u32 zero = 0;
+
+	if (!found) {
+		struct netns_counts *none = no_counts.lookup(&zero);
+
+		if (none)
+			counts.insert(&netns, none);
+		found = counts.lookup(&netns);
+	}
+	if (!found)
+		lose(LOSS_NAMESPACES_UNCOUNTED);
+	else if (which < NETNS_COUNT_MAX)
+		found->count[which] += 1;
+}
+
+static __always_inline bool port_wanted(u16 port)
+{
+	u32 word = port >> 6;
+	u64 *bits = wanted_ports.lookup(&word);
+
+	return bits && (*bits >> (port & 63)) & 1;
+}
+
+static __always_inline bool same_address(const u8 *one, const u8 *other)
+{
+	const u64 *a = (const u64 *)one, *b = (const u64 *)other;
+
+	return a[0] == b[0] && a[1] == b[1];
+}
+
+static __always_inline bool outside_filters(const struct handshake_key *key, u8 family)
+{
+	u32 zero = 0;
+	struct trace_config *wanted = config.lookup(&zero);
+
+	if (!wanted)
+		return true;
+	if (wanted->match_ports && !port_wanted(swap16(key->server_port)))
+		return true;
+	if (wanted->netns && wanted->netns != key->netns)
+		return true;
+	if (wanted->family && wanted->family != family)
+		return true;
+	return wanted->match_listener &&
+	       !same_address(wanted->listener_address, key->server_address);
+}
+
+/*
+ * What is to be known of a segment that came to a listener. Addresses come from the packet, not
+ * from the socket: IPv4 on an IPv6 listener must show as IPv4.
+ */
+static __always_inline void read_segment(struct segment *segment, struct sock *listener,
+					 struct sk_buff *skb)
+{
+	struct net *net = READ(listener->skc_net);
+	u64 head = (u64)READ(skb->head);
+	u64 network = head + READ(skb->network_header);
+	u8 tcp[16];
+	u8 family = 6;
+
+	if (READ(skb->protocol) == ETH_P_IP_NETWORK_ORDER) {
+		u32 addresses[2];
+		u32 *client = (u32 *)segment->key.client_address;
+		u32 *server = (u32 *)segment->key.server_address;
+
+		family = 4;
+		bpf_probe_read_kernel(addresses, sizeof(addresses), (void *)(network + 12));
+		client[0] = client[1] = server[0] = server[1] = 0;
+		client[2] = server[2] = 0xffff0000; /* ::ffff:0:0/96 in memory, little-endian */
+		client[3] = addresses[0];
+		server[3] = addresses[1];
+	} else {
+		bpf_probe_read_kernel(segment->key.client_address, 32, (void *)(network + 8));
+	}
+	bpf_probe_read_kernel(tcp, sizeof(tcp), (void *)(head + READ(skb->transport_header)));
+	segment->key.client_port = *(u16 *)&tcp[0];
+	segment->key.server_port = *(u16 *)&tcp[2];
+	segment->key.netns = READ(net->inum);
+	segment->sequence = swap32(*(u32 *)&tcp[4]);
+	segment->acknowledgement = swap32(*(u32 *)&tcp[8]);
+	segment->tcp_flags = tcp[13];
+	segment->payload_length = READ(skb->len) - (tcp[12] >> 4) * 4;
+	segment->accept_queue = READ(listener->sk_ack_backlog);
+	segment->accept_queue_limit = READ(listener->sk_max_ack_backlog);
+	segment->outside = outside_filters(&segment->key, family);
+}
+
+#ifdef HAVE_MIB_COUNTERS
+static __always_inline u64 mib_counter(u64 this_cpu, u32 index)
+{
+	u64 value = 0;
+
+	bpf_probe_read_kernel(&value, sizeof(value), (void *)(this_cpu + index * sizeof(u64)));
+	return value;
+}
+
+/*
+ * The kernel's own counters say what it decided, even where the decision leaves no other trace
+ * (a cookie refused for want of a recent overflow, an accept queue that was full at the one
+ * instant it was looked at). On one CPU, with bottom halves off, a difference between entry and
+ * return belongs to this very segment.
+ */
+static __always_inline void read_listen_counters(struct counters_before *before,
+						 struct sock *listener)
+{
+	struct net *net = READ(listener->skc_net);
+	u64 offset = 0;
+
+	bpf_probe_read_kernel(
+		&offset, sizeof(offset),
+		(void *)(PER_CPU_OFFSET_TABLE + bpf_get_smp_processor_id() * sizeof(u64)));
+	bpf_probe_read_kernel(&before->this_cpu, sizeof(before->this_cpu), &net->net_statistics);
+	before->this_cpu += offset;
+	before->listen_overflows = mib_counter(before->this_cpu, MIB_LISTENOVERFLOWS);
+	before->listen_drops = mib_counter(before->this_cpu, MIB_LISTENDROPS);
+}
+
+static __always_inline void read_cookie_counters(struct counters_before *before)
+{
+	before->syncookies_recv = mib_counter(before->this_cpu, MIB_SYNCOOKIESRECV);
+	before->syncookies_failed = mib_counter(before->this_cpu, MIB_SYNCOOKIESFAILED);
+}
+
+static __always_inline u8 listen_counters_moved(const struct counters_before *before)
+{
+	u8 moved = 0;
+
+	if (mib_counter(before->this_cpu, MIB_LISTENOVERFLOWS) != before->listen_overflows)
+		moved |= MOVED_LISTEN_OVERFLOWS;
+	if (mib_counter(before->this_cpu, MIB_LISTENDROPS) != before->listen_drops)
+		moved |= MOVED_LISTEN_DROPS;
+	return moved;
+}
+
+static __always_inline u8 cookie_counters_moved(const struct counters_before *before)
+{
+	u8 moved = 0;
+
+	if (mib_counter(before->this_cpu, MIB_SYNCOOKIESRECV) != before->syncookies_recv)
+		moved |= MOVED_SYNCOOKIES_RECV;
+	if (mib_counter(before->this_cpu, MIB_SYNCOOKIESFAILED) != before->syncookies_failed)
+		moved |= MOVED_SYNCOOKIES_FAILED;
+	return moved;
+}
+#else
+#define read_listen_counters(before, listener)
+#define read_cookie_counters(before)
+#define listen_counters_moved(before) MOVED_UNKNOWN
+#define cookie_counters_moved(before) MOVED_UNKNOWN
+#endif
+
+/* Counts one segment inside or outside the filters: every *_OUTSIDE follows its counterpart. */
+static __always_inline void add_filtered_count(const struct segment *segment, u32 which)
+{
+	add_count(segment->key.netns, which + (segment->outside ? 1 : 0));
+}
+
+/* Returns whether user space will hear of it; if not, the table's entry has to keep the fact. */
+static __always_inline bool tell(u8 kind, const struct segment *segment,
+				 const struct handshake *handshake, u64 now, u8 moved)
+{
+	struct event event = {};
+
+	event.key = segment->key;
+	event.handshake = *handshake;
+	event.time_ns = now;
+	event.sequence = segment->sequence;
+	event.acknowledgement = segment->acknowledgement;
+	event.accept_queue = segment->accept_queue;
+	event.accept_queue_limit = segment->accept_queue_limit;
+	event.payload_length = segment->payload_length;
+	event.tcp_flags = segment->tcp_flags;
+	event.counters = moved;
+	event.kind = kind;
+	if (events.ringbuf_output(&event, sizeof(event), 0) == 0)
+		return true;
+	add_count(segment->key.netns, COUNT_EVENTS_LOST);
+	return false;
+}
+
+static __always_inline void end(struct handshake *handshake, u8 ending, u64 now, u8 moved)
+{
+	handshake->ended_ns = now;
+	handshake->end_counters = moved;
+	handshake->ending = ending;
+}
+
+/* tcp_conn_request, entry. */
+static __always_inline int syn_arrived(struct sock *listener, struct sk_buff *skb)
+{
+	u32 zero = 0;
+	struct syn_scratch *scratch = syn_scratches.lookup(&zero);
+
+	if (!scratch)
+		return 0;
+	scratch->skb = (u64)skb;
+	scratch->cookie_sent = 0;
+	read_segment(&scratch->segment, listener, skb);
+	bpf_probe_read_kernel(&scratch->syn_queue, sizeof(scratch->syn_queue),
+			      &listener->icsk_accept_queue_qlen);
+	read_listen_counters(&scratch->before, listener);
+	return 0;
+}
+
+/*
+ * cookie_vX_init_sequence, return: a cookie was chosen and its SYN-ACK is about to leave. An
+ * entry found here is changed in place; RSS keeps one 4-tuple on one CPU, so that nothing else
+ * writes to it meanwhile.
+ */
+static __always_inline int cookie_chosen(u32 cookie, u16 mss)
+{
+	u32 zero = 0;
+	struct syn_scratch *scratch = syn_scratches.lookup(&zero);
+	struct handshake fresh = {};
+	struct handshake *entry;
+	struct segment *segment;
+	int failed;
+
+	if (!scratch)
+		return 0;
+	segment = &scratch->segment;
+	scratch->cookie_sent = 1;
+	add_filtered_count(segment, COUNT_COOKIES_SENT);
+	if (segment->outside)
+		return 0;
+	fresh.first_syn_ns = fresh.last_syn_ns = bpf_ktime_get_ns();
+	fresh.client_isn = segment->sequence;
+	fresh.cookie_isn = cookie;
+	fresh.syn_count = 1;
+	fresh.accept_queue = segment->accept_queue;
+	fresh.accept_queue_limit = segment->accept_queue_limit;
+	fresh.syn_queue = scratch->syn_queue;
+	fresh.mss = mss;
+	failed = awaiting_ack.insert(&segment->key, &fresh);
+	if (!failed)
+		return 0;
+	entry = failed == -EEXIST ? awaiting_ack.lookup(&segment->key) : 0;
+	if (!entry) {
+		add_count(segment->key.netns, COUNT_TABLE_FULL);
+		return 0;
+	}
+	if (entry->ending != ENDING_NONE || entry->client_isn != fresh.client_isn) {
+		if (entry->ending == ENDING_NONE)
+			add_count(segment->key.netns, COUNT_REPLACED);
+		*entry = fresh;
+		return 0;
+	}
+	entry->last_syn_ns = fresh.last_syn_ns;
+	entry->cookie_isn = cookie;
+	entry->accept_queue = fresh.accept_queue;
+	entry->accept_queue_limit = fresh.accept_queue_limit;
+	entry->syn_queue = fresh.syn_queue;
+	entry->mss = mss;
+	entry->syn_count += 1;
+	add_count(segment->key.netns, COUNT_SYNS_REPEATED);
+	tell(EVENT_SYN_REPEATED, segment, entry, fresh.last_syn_ns, 0);
+	return 0;
+}
+
+/*
+ * tcp_conn_request, return. A SYN without a cookie was dropped or got a place in the SYN queue;
+ * where a cookie had been sent to the same 4-tuple before, that changes what is owed.
+ */
+static __always_inline int syn_handled(void)
+{
+	u32 zero = 0;
+	struct syn_scratch *scratch = syn_scratches.lookup(&zero);
+	struct handshake *entry;
+	struct segment *segment;
+	u64 now;
+	u8 moved;
+
+	if (!scratch || !scratch->skb)
+		return 0;
+	scratch->skb = 0;
+	if (scratch->cookie_sent)
+		return 0;
+	segment = &scratch->segment;
+	moved = listen_counters_moved(&scratch->before);
+	if (moved & MOVED_LISTEN_OVERFLOWS)
+		add_filtered_count(segment, COUNT_LISTEN_OVERFLOWS);
+	if (segment->outside)
+		return 0;
+	if (moved & MOVED_LISTEN_DROPS)
+		add_count(segment->key.netns, COUNT_SYNS_DROPPED);
+	entry = awaiting_ack.lookup(&segment->key);
+	if (!entry || entry->ending != ENDING_NONE)
+		return 0;
+	now = bpf_ktime_get_ns();
+	if (entry->client_isn == segment->sequence && (moved & MOVED_LISTEN_DROPS)) {
+		entry->syn_count += 1;
+		entry->syns_dropped += 1;
+		entry->last_syn_ns = now;
+		tell(EVENT_SYN_DROPPED, segment, entry, now, moved);
+		return 0;
+	}
+	add_count(segment->key.netns, COUNT_TAKEN_OVER);
+	end(entry, ENDING_TAKEN_OVER, now, moved);
+	tell(EVENT_TAKEN_OVER, segment, entry, now, moved);
+	return 0;
+}
+
+/* cookie_vX_check, entry: some segment other than a SYN reached a listener. */
+static __always_inline int ack_arrived(struct sock *listener, struct sk_buff *skb)
+{
+	u32 zero = 0;
+	struct ack_scratch *scratch = ack_scratches.lookup(&zero);
+
+	if (!scratch)
+		return 0;
+	scratch->listener = (u64)listener;
+	scratch->child = 0;
+	read_segment(&scratch->segment, listener, skb);
+	read_listen_counters(&scratch->before, listener);
+	read_cookie_counters(&scratch->before);
+	return 0;
+}
+
+static __always_inline void ack_completed(struct segment *segment, struct handshake *entry, u64 now,
+					  u8 moved)
+{
+	u32 zero = 0;
+	struct trace_config *wanted = config.lookup(&zero);
+
+	add_count(segment->key.netns, COUNT_COMPLETED);
+	if (!entry || !wanted) {
+		add_count(segment->key.netns, COUNT_COMPLETED_UNTRACKED);
+		return;
+	}
+	if (entry->ending != ENDING_NONE || entry->syn_count > 1 || entry->acks_dropped ||
+	    segment->sequence != entry->client_isn + 1 ||
+	    now - entry->first_syn_ns >= wanted->tell_completed_after_ns) {
+		end(entry, ENDING_COMPLETED, now, moved);
+		if (!tell(EVENT_COMPLETED, segment, entry, now, moved))
+			return;
+	}
+	awaiting_ack.delete(&segment->key);
+}
+
+static __always_inline void ack_dropped(struct segment *segment, struct handshake *entry, u64 now,
+					u8 moved)
+{
+	add_count(segment->key.netns, COUNT_ACKS_DROPPED);
+	if (!entry) {
+		add_count(segment->key.netns, COUNT_ACKS_DROPPED_UNTRACKED);
+		return;
+	}
+	if (!entry->acks_dropped)
+		entry->first_ack_dropped_ns = now;
+	entry->last_ack_dropped_ns = now;
+	entry->acks_dropped += 1;
+	entry->drop_counters |= moved;
+	tell(EVENT_ACK_DROPPED, segment, entry, now, moved);
+}
+
+/*
+ * The listener got the segment back: the peer's reset, or an ACK that will be answered by one.
+ * Strays of former connections come here too; only what fits the handshake's numbers ends it.
+ */
+static __always_inline void segment_refused(struct segment *segment, struct handshake *entry,
+					    u64 now, u8 moved)
+{
+	bool reset = segment->tcp_flags & TCP_FLAG_RST;
+	bool fits = false;
+
+	if (!reset && !(segment->tcp_flags & TCP_FLAG_ACK))
+		return;
+	add_count(segment->key.netns, reset ? COUNT_RESETS : COUNT_ACKS_REJECTED);
+	if (entry && entry->ending == ENDING_NONE) {
+		fits = segment->sequence - entry->client_isn <= NEAR_ISN;
+		if (!reset && entry->syn_count == 1)
+			fits = fits && segment->acknowledgement == entry->cookie_isn + 1;
+	}
+	if (!fits) {
+		add_count(segment->key.netns,
+			  reset ? COUNT_RESETS_UNTRACKED : COUNT_ACKS_REJECTED_UNTRACKED);
+		return;
+	}
+	end(entry, reset ? ENDING_RESET : ENDING_REJECTED, now, moved);
+	tell(reset ? EVENT_RESET : EVENT_ACK_REJECTED, segment, entry, now, moved);
+}
+
+/* cookie_vX_check, return: the listener (refused), NULL (dropped) or the child. */
+static __always_inline int ack_judged(u64 result)
+{
+	u32 zero = 0;
+	struct ack_scratch *scratch = ack_scratches.lookup(&zero);
+	struct handshake *entry;
+	struct segment *segment;
+	u64 now, listener;
+	u8 moved;
+
+	if (!scratch || !scratch->listener)
+		return 0;
+	listener = scratch->listener;
+	scratch->listener = 0;
+	segment = &scratch->segment;
+	moved = listen_counters_moved(&scratch->before) | cookie_counters_moved(&scratch->before);
+	if (moved & MOVED_SYNCOOKIES_RECV)
+		add_filtered_count(segment, COUNT_COOKIES_RECEIVED);
+	if (moved & MOVED_SYNCOOKIES_FAILED)
+		add_filtered_count(segment, COUNT_COOKIES_FAILED);
+	if (moved & MOVED_LISTEN_OVERFLOWS)
+		add_filtered_count(segment, COUNT_LISTEN_OVERFLOWS);
+	if (segment->outside)
+		return 0;
+	now = bpf_ktime_get_ns();
+	entry = awaiting_ack.lookup(&segment->key);
+	if (result == listener) {
+		segment_refused(segment, entry, now, moved);
+	} else if (!result) {
+		ack_dropped(segment, entry, now, moved);
+	} else {
+		scratch->child = result;
+		ack_completed(segment, entry, now, moved);
+	}
+	return 0;
+}
+
+/*
+ * tcp_rcv_state_process, return, for the child that cookie_vX_check has just made on this CPU:
+ * the true completion is SYN_RECV to ESTABLISHED. A child already taken by accept() on another
+ * CPU is processed there later and stays uncounted.
+ */
+static __always_inline int child_processed(struct ack_scratch *scratch, struct sock *child)
+{
+	u8 state = READ(child->skc_state);
+
+	scratch->child = 0;
+	add_count(scratch->segment.key.netns,
+		  state == TCP_STATE_ESTABLISHED ? COUNT_ESTABLISHED : COUNT_STILLBORN);
+	return 0;
+}
+
+/* tcp_check_req, entry and return: ordinary handshakes meet a full accept queue here. */
+static __always_inline int request_arrived(struct sock *listener, struct sk_buff *skb)
+{
+	u32 zero = 0;
+	struct request_scratch *scratch = request_scratches.lookup(&zero);
+
+	if (!scratch)
+		return 0;
+	read_segment(&scratch->segment, listener, skb);
+	read_listen_counters(&scratch->before, listener);
+	return 0;
+}
+
+static __always_inline int request_handled(void)
+{
+	u32 zero = 0;
+	struct request_scratch *scratch = request_scratches.lookup(&zero);
+
+	if (scratch && listen_counters_moved(&scratch->before) & MOVED_LISTEN_OVERFLOWS)
+		add_filtered_count(&scratch->segment, COUNT_LISTEN_OVERFLOWS);
+	return 0;
+}
+
+#ifdef TCPSTUCK_FENTRY
+
+static __always_inline int cookie_chosen_for(struct sk_buff *skb, u16 *mss_place, u32 cookie)
+{
+	u32 zero = 0;
+	struct syn_scratch *scratch = syn_scratches.lookup(&zero);
+	u16 mss = 0;
+
+	if (!scratch || scratch->skb != (u64)skb) {
+		lose(LOSS_COOKIES_UNMATCHED);
+		return 0;
+	}
+	bpf_probe_read_kernel(&mss, sizeof(mss), mss_place);
+	return cookie_chosen(cookie, mss);
+}
+
+static __always_inline int child_returned(struct sock *sk)
+{
+	u32 zero = 0;
+	struct ack_scratch *scratch = ack_scratches.lookup(&zero);
+
+	if (!scratch || !scratch->child || scratch->child != (u64)sk)
+		return 0;
+	return child_processed(scratch, sk);
+}
+
+KFUNC_PROBE(tcp_conn_request, void *ops, void *af_ops, struct sock *sk, struct sk_buff *skb)
+{
+	return syn_arrived(sk, skb);
+}
+
+KRETFUNC_PROBE(tcp_conn_request, void *ops, void *af_ops, struct sock *sk, struct sk_buff *skb)
+{
+	return syn_handled();
+}
+
+#ifdef PROBE_tcp_check_req
+KFUNC_PROBE(tcp_check_req, struct sock *sk, struct sk_buff *skb)
+{
+	return request_arrived(sk, skb);
+}
+
+KRETFUNC_PROBE(tcp_check_req, struct sock *sk, struct sk_buff *skb)
+{
+	return request_handled();
+}
+#endif
+
+#ifdef PROBE_tcp_rcv_state_process
+KRETFUNC_PROBE(tcp_rcv_state_process, struct sock *sk)
+{
+	return child_returned(sk);
+}
+#endif
+
+#define COOKIE_PROBES(version)                                                          \
+	KRETFUNC_PROBE(cookie_##version##_init_sequence, struct sk_buff *skb, u16 *mss, \
+		       u32 cookie)                                                      \
+	{                                                                               \
+		return cookie_chosen_for(skb, mss, cookie);                             \
+	}                                                                               \
+	KFUNC_PROBE(cookie_##version##_check, struct sock *sk, struct sk_buff *skb)     \
+	{                                                                               \
+		return ack_arrived(sk, skb);                                            \
+	}                                                                               \
+	KRETFUNC_PROBE(cookie_##version##_check, struct sock *sk, struct sk_buff *skb,  \
+		       struct sock *result)                                             \
+	{                                                                               \
+		return ack_judged((u64)result);                                         \
+	}
+
+COOKIE_PROBES(v4)
+#ifdef PROBE_cookie_v6_check
+COOKIE_PROBES(v6)
+#endif
+
+#else
+
+int tcp_conn_request_entry(struct pt_regs *ctx)
+{
+	return syn_arrived((struct sock *)PT_REGS_PARM3(ctx), (struct sk_buff *)PT_REGS_PARM4(ctx));
+}
+
+int tcp_conn_request_return(struct pt_regs *ctx)
+{
+	return syn_handled();
+}
+
+int cookie_init_sequence_entry(struct pt_regs *ctx)
+{
+	u32 zero = 0;
+	struct syn_scratch *scratch = syn_scratches.lookup(&zero);
+
+	if (!scratch)
+		return 0;
+	scratch->mss_place = scratch->skb == PT_REGS_PARM1(ctx) ? PT_REGS_PARM2(ctx) : 0;
+	return 0;
+}
+
+int cookie_init_sequence_return(struct pt_regs *ctx)
+{
+	u32 zero = 0;
+	struct syn_scratch *scratch = syn_scratches.lookup(&zero);
+	u16 mss = 0;
+
+	if (!scratch || !scratch->mss_place) {
+		lose(LOSS_COOKIES_UNMATCHED);
+		return 0;
+	}
+	bpf_probe_read_kernel(&mss, sizeof(mss), (void *)scratch->mss_place);
+	scratch->mss_place = 0;
+	return cookie_chosen((u32)PT_REGS_RC(ctx), mss);
+}
+
+int cookie_check_entry(struct pt_regs *ctx)
+{
+	return ack_arrived((struct sock *)PT_REGS_PARM1(ctx), (struct sk_buff *)PT_REGS_PARM2(ctx));
+}
+
+int cookie_check_return(struct pt_regs *ctx)
+{
+	return ack_judged(PT_REGS_RC(ctx));
+}
+
+int tcp_check_req_entry(struct pt_regs *ctx)
+{
+	return request_arrived((struct sock *)PT_REGS_PARM1(ctx),
+			       (struct sk_buff *)PT_REGS_PARM2(ctx));
+}
+
+int tcp_check_req_return(struct pt_regs *ctx)
+{
+	return request_handled();
+}
+
+/*
+ * tcp_rcv_state_process also runs in process context, where a bottom half can come between its
+ * entry and its return. Only the cookie child is looked at, and that one is entered and left
+ * with bottom halves off.
+ */
+int tcp_rcv_state_process_entry(struct pt_regs *ctx)
+{
+	u32 zero = 0;
+	struct ack_scratch *scratch = ack_scratches.lookup(&zero);
+
+	if (scratch && scratch->child)
+		scratch->child_entered = scratch->child == PT_REGS_PARM1(ctx);
+	return 0;
+}
+
+int tcp_rcv_state_process_return(struct pt_regs *ctx)
+{
+	u32 zero = 0;
+	struct ack_scratch *scratch = ack_scratches.lookup(&zero);
+
+	if (!scratch || !scratch->child_entered)
+		return 0;
+	scratch->child_entered = 0;
+	return child_processed(scratch, (struct sock *)scratch->child);
+}
+
+#endif

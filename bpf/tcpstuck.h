@@ -1,0 +1,143 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What the kernel side tells the Python side. This header is compiled twice: by BCC as part of
+ * the program text and by a host compiler in the tests, which compare every offset with
+ * tcpstuck_bpf/wire.py. Whoever includes it has defined __u8 ... __u64 before.
+ *
+ * Times are CLOCK_MONOTONIC nanoseconds. Sequence numbers are in host order. Ports are in
+ * network order and addresses as on the wire, because a key is only compared and printed.
+ */
+#ifndef TCPSTUCK_H
+#define TCPSTUCK_H
+
+/*
+ * One handshake at one server. IPv4 addresses are stored IPv4-mapped (::ffff:a.b.c.d), which no
+ * IPv6 packet may carry as its source (6af1799aaf3f, "ipv6: drop incoming packets having a
+ * v4mapped source address"), so the family needs no field of its own.
+ */
+struct handshake_key {
+	__u8 client_address[16];
+	__u8 server_address[16];
+	__u16 client_port;
+	__u16 server_port;
+	__u32 netns; /* inode number, as in `ls -L /proc/PID/ns/net` */
+};
+
+/* How an entry of the awaiting-ACK table ended, where it was kept after its end. */
+enum handshake_ending {
+	ENDING_NONE = 0,
+	ENDING_COMPLETED = 1, /* cookie_vX_check made the child socket */
+	ENDING_REJECTED = 2, /* cookie_vX_check gave an ACK back to the listener: RST goes out */
+	ENDING_RESET = 3, /* the client's address answered by RST */
+	ENDING_TAKEN_OVER = 4, /* a repeated SYN got a place in the SYN queue: no longer a cookie */
+};
+
+/* Kernel counters (LINUX_MIB_*) that moved on this CPU while one segment was handled. */
+enum counter_moved {
+	MOVED_SYNCOOKIES_RECV = 1 << 0,
+	MOVED_SYNCOOKIES_FAILED = 1 << 1,
+	MOVED_LISTEN_OVERFLOWS = 1 << 2,
+	MOVED_LISTEN_DROPS = 1 << 3,
+	MOVED_UNKNOWN = 1 << 7, /* the counters could not be read on this kernel */
+};
+
+/* The awaiting-ACK table's value: what is known of a handshake that is still owed an ACK. */
+struct handshake {
+	__u64 first_syn_ns;
+	__u64 last_syn_ns;
+	__u64 first_ack_dropped_ns; /* 0: none was */
+	__u64 last_ack_dropped_ns;
+	__u64 ended_ns;
+	__u32 client_isn;
+	__u32 cookie_isn; /* of the last SYN-ACK; the ACK that answers it carries this + 1 */
+	__u32 syn_count; /* SYNs seen with this ISN, answered or not */
+	__u32 syns_dropped; /* of these, dropped by tcp_conn_request (full accept queue, ...) */
+	__u32 acks_dropped; /* cookie_vX_check returned NULL */
+	__u32 accept_queue; /* entries and limit at the last SYN */
+	__u32 accept_queue_limit;
+	__u32 syn_queue;
+	__u16 mss; /* bytes, as encoded in the last cookie */
+	__u8 ending;
+	__u8 drop_counters; /* enum counter_moved, all dropped ACKs together */
+	__u8 end_counters; /* enum counter_moved, at the segment that ended it */
+	__u8 padding[3];
+};
+
+enum event_kind {
+	EVENT_SYN_REPEATED = 1,
+	EVENT_SYN_DROPPED = 2,
+	EVENT_ACK_DROPPED = 3,
+	EVENT_ACK_REJECTED = 4,
+	EVENT_RESET = 5,
+	EVENT_COMPLETED = 6,
+	EVENT_TAKEN_OVER = 7,
+};
+
+/*
+ * Something worth telling about a handshake of the table. It carries the entry as it was right
+ * after the segment, so that no order between events and table sweeps has to be assumed.
+ */
+struct event {
+	struct handshake_key key;
+	struct handshake handshake;
+	__u64 time_ns;
+	__u32 sequence;
+	__u32 acknowledgement;
+	__u32 accept_queue; /* entries and limit when the segment came */
+	__u32 accept_queue_limit;
+	__u16 payload_length; /* bytes */
+	__u8 tcp_flags; /* the 14th byte of the TCP header */
+	__u8 counters; /* enum counter_moved */
+	__u8 kind;
+	__u8 padding[3];
+};
+
+/*
+ * Counted per network namespace. *_OUTSIDE are segments that the filters (port, family, address)
+ * leave out: they are not traced, but without them the kernel's own counters could not be
+ * compared with ours.
+ */
+enum netns_count {
+	COUNT_COOKIES_SENT,
+	COUNT_COOKIES_SENT_OUTSIDE,
+	COUNT_COOKIES_RECEIVED, /* SyncookiesRecv moved */
+	COUNT_COOKIES_RECEIVED_OUTSIDE,
+	COUNT_COOKIES_FAILED, /* SyncookiesFailed moved */
+	COUNT_COOKIES_FAILED_OUTSIDE,
+	COUNT_LISTEN_OVERFLOWS, /* ListenOverflows moved */
+	COUNT_LISTEN_OVERFLOWS_OUTSIDE,
+	COUNT_COMPLETED,
+	COUNT_COMPLETED_UNTRACKED, /* of these, without an entry in the table */
+	COUNT_ESTABLISHED, /* cookie children that tcp_rcv_state_process left ESTABLISHED */
+	COUNT_STILLBORN, /* cookie children that it left in another state */
+	COUNT_ACKS_DROPPED,
+	COUNT_ACKS_DROPPED_UNTRACKED,
+	COUNT_ACKS_REJECTED,
+	COUNT_ACKS_REJECTED_UNTRACKED,
+	COUNT_RESETS,
+	COUNT_RESETS_UNTRACKED,
+	COUNT_SYNS_REPEATED,
+	COUNT_SYNS_DROPPED, /* by tcp_conn_request, whether or not a cookie was sent before */
+	COUNT_TAKEN_OVER,
+	COUNT_REPLACED, /* entries overwritten: same 4-tuple, another ISN */
+	COUNT_TABLE_FULL, /* cookie handshakes not tracked for want of room */
+	COUNT_EVENTS_LOST, /* ring buffer full; the entry keeps the fact */
+	NETNS_COUNT_MAX,
+};
+
+struct netns_counts {
+	__u64 count[NETNS_COUNT_MAX];
+};
+
+/* What the user asked to see; one entry, read by every program. */
+struct trace_config {
+	__u64 tell_completed_after_ns; /* a completion older than this is told; 0: every one */
+	__u32 netns; /* 0: every network namespace */
+	__u8 match_ports; /* nonzero: only server ports set in wanted_ports */
+	__u8 match_listener; /* nonzero: only this server address */
+	__u8 family; /* 0: both, else 4 or 6, by the packet */
+	__u8 padding;
+	__u8 listener_address[16]; /* IPv4-mapped for IPv4 */
+};
+
+#endif

@@ -1,0 +1,47 @@
+"""Errors a user can cause or meet, each one line of what, why and remedy.
+
+`cli.main` has the only `except` for them; the exit status belongs to the class, so that a new
+error cannot forget it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+EXIT_NOTHING_STUCK = 0
+EXIT_STUCK = 1
+EXIT_USAGE = 2
+EXIT_CANNOT_TRACE = 3
+EXIT_INTERRUPTED = 130
+
+
+class TcpstuckError(Exception):
+    """What happened, why, and what the user can do about it; three single lines."""
+
+    exit_status: ClassVar[int] = EXIT_CANNOT_TRACE
+
+    def __init__(self, what: str, why: str, remedy: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.why = why
+        self.remedy = remedy
+
+    def lines(self) -> list[str]:
+        """The message as it is printed, one line each of what, why and remedy."""
+        return [f"tcpstuck-trace: {self.what}", f"  why: {self.why}", f"  remedy: {self.remedy}"]
+
+
+class CannotTrace(TcpstuckError):
+    """This machine, as it is now, does not let us trace."""
+
+    exit_status = EXIT_CANNOT_TRACE
+
+
+class UsageError(TcpstuckError):
+    """The command line, or a file it names, is wrong."""
+
+    exit_status = EXIT_USAGE
+
+
+class RecordingError(UsageError):
+    """A recording cannot be written or read."""

@@ -1,0 +1,117 @@
+"""Where the members that the programs read are in this kernel's structs.
+
+The result is `kernel_layout.h`, a generated header that declares the structs with only those
+members, each at its true offset, so that the C reads like kernel code without kernel headers.
+What is found decides what is compiled; no version number is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tcpstuck_bpf.btf import Btf
+from tcpstuck_bpf.errors import CannotTrace
+
+
+class Member(NamedTuple):
+    """A member as the C names it, its C type, and its path in the kernel's struct."""
+
+    struct: str
+    name: str
+    c_type: str
+    kernel_struct: str
+    path: str
+
+
+REQUIRED_MEMBERS = (
+    Member("net", "inum", "u32", "net", "ns.inum"),
+    Member("sock", "skc_net", "struct net *", "sock", "__sk_common.skc_net.net"),
+    Member("sock", "skc_state", "u8", "sock", "__sk_common.skc_state"),
+    Member("sock", "sk_ack_backlog", "u32", "sock", "sk_ack_backlog"),
+    Member("sock", "sk_max_ack_backlog", "u32", "sock", "sk_max_ack_backlog"),
+    Member(
+        "sock",
+        "icsk_accept_queue_qlen",
+        "u32",
+        "inet_connection_sock",
+        "icsk_accept_queue.qlen",
+    ),
+    Member("sk_buff", "head", "u8 *", "sk_buff", "head"),
+    Member("sk_buff", "len", "u32", "sk_buff", "len"),
+    Member("sk_buff", "protocol", "u16", "sk_buff", "protocol"),
+    Member("sk_buff", "network_header", "u16", "sk_buff", "network_header"),
+    Member("sk_buff", "transport_header", "u16", "sk_buff", "transport_header"),
+)
+COUNTER_MEMBER = Member("net", "net_statistics", "void *", "net", "mib.net_statistics")
+
+COUNTERS = ("SYNCOOKIESRECV", "SYNCOOKIESFAILED", "LISTENOVERFLOWS", "LISTENDROPS")
+PER_CPU_OFFSET_SYMBOL = "__per_cpu_offset"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What was found: offsets in bytes, counter indices, address of the per-CPU offset table."""
+
+    offsets: Mapping[Member, int]
+    counters: Mapping[str, int]
+    per_cpu_offset_table: int | None
+
+    @property
+    def has_counters(self) -> bool:
+        """Whether the programs can read the kernel's SNMP counters of this CPU."""
+        return COUNTER_MEMBER in self.offsets and self.per_cpu_offset_table is not None
+
+
+def find_layout(btf: Btf, per_cpu_offset_table: int | None) -> Layout:
+    """Look every member up.
+
+    `per_cpu_offset_table` is the address of the kernel's __per_cpu_offset, None where it is not
+    known. Raises CannotTrace where a struct member that nothing can replace is missing.
+    """
+    offsets: dict[Member, int] = {}
+    for member in REQUIRED_MEMBERS:
+        offset = btf.offset(member.kernel_struct, member.path)
+        if offset is None:
+            raise CannotTrace(
+                f"this kernel's struct {member.kernel_struct} has no member {member.path}",
+                "its type information differs from every kernel this version was made for",
+                "report it, with the kernel's version; a newer tcpstuck-trace may know it",
+            )
+        offsets[member] = offset
+    enumerators = btf.enumerators("LINUX_MIB_")
+    counters = {
+        name: enumerators[f"LINUX_MIB_{name}"]
+        for name in COUNTERS
+        if f"LINUX_MIB_{name}" in enumerators
+    }
+    statistics = btf.offset(COUNTER_MEMBER.kernel_struct, COUNTER_MEMBER.path)
+    if statistics is None or len(counters) != len(COUNTERS):
+        return Layout(offsets, {}, None)
+    offsets[COUNTER_MEMBER] = statistics
+    return Layout(offsets, counters, per_cpu_offset_table)
+
+
+def header_text(layout: Layout) -> str:
+    """The generated header, kernel_layout.h."""
+    structs: dict[str, list[str]] = {}
+    checks: list[str] = []
+    for member, offset in sorted(layout.offsets.items(), key=lambda item: item[1]):
+        space = "" if member.c_type.endswith("*") else " "
+        padding = f"u8 before_{member.name}[{offset}]; " if offset else ""
+        structs.setdefault(member.struct, []).append(
+            f"\t\tstruct {{ {padding}{member.c_type}{space}{member.name}; }};"
+        )
+        checks.append(
+            f"_Static_assert(__builtin_offsetof(struct {member.struct}, {member.name}) == {offset},"
+            f' "{member.struct}.{member.name} is not aligned as the kernel has it");'
+        )
+    lines = ["/* Generated from this kernel's BTF by tcpstuck_bpf/layout.py. */", "struct net;"]
+    for name, members in structs.items():
+        lines += [f"struct {name} {{", "\tunion {", *members, "\t};", "};"]
+    if layout.has_counters:
+        lines.append("#define HAVE_MIB_COUNTERS")
+        lines.append(f"#define PER_CPU_OFFSET_TABLE {layout.per_cpu_offset_table:#x}ULL")
+        lines += [f"#define MIB_{name} {index}" for name, index in layout.counters.items()]
+    return "\n".join(lines + checks) + "\n"

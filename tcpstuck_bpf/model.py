@@ -1,0 +1,236 @@
+"""The values that travel one way through the tool, from the kernel's table to the output.
+
+Times are CLOCK_MONOTONIC nanoseconds unless a name says otherwise, sequence numbers and ports
+are in host order, addresses are 16 bytes as on the wire (IPv4 as ::ffff:a.b.c.d).
+"""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+IPV4_MAPPED_PREFIX = bytes(10) + b"\xff\xff"
+
+
+class FourTuple(NamedTuple):
+    """One client's connection to one server address, within one network namespace."""
+
+    client_address: bytes
+    server_address: bytes
+    client_port: int
+    server_port: int
+    netns: int
+    """Inode number of the network namespace."""
+
+    @property
+    def family(self) -> int:
+        """4 or 6, by what was on the wire (IPv4 on an IPv6 listener is 4)."""
+        return 4 if self.client_address.startswith(IPV4_MAPPED_PREFIX) else 6
+
+    @property
+    def client_ip(self) -> str:
+        """The client's address in text, IPv4 in dotted form."""
+        return address_text(self.client_address)
+
+    @property
+    def server_ip(self) -> str:
+        """The server's address in text, IPv4 in dotted form."""
+        return address_text(self.server_address)
+
+
+def address_text(address: bytes) -> str:
+    """Text of a 16-byte address, IPv4-mapped ones in dotted form."""
+    if address.startswith(IPV4_MAPPED_PREFIX):
+        return str(ipaddress.IPv4Address(address[12:]))
+    return str(ipaddress.IPv6Address(address))
+
+
+def address_bytes(text: str) -> bytes:
+    """The 16 bytes of an IPv4 or IPv6 address in text.
+
+    Raises ValueError where the text is neither.
+    """
+    address = ipaddress.ip_address(text)
+    if isinstance(address, ipaddress.IPv4Address):
+        return IPV4_MAPPED_PREFIX + address.packed
+    return address.packed
+
+
+class Ending(enum.IntEnum):
+    """enum handshake_ending of bpf/tcpstuck.h."""
+
+    NONE = 0
+    COMPLETED = 1
+    REJECTED = 2
+    RESET = 3
+    TAKEN_OVER = 4
+
+
+class Moved(enum.IntFlag):
+    """Kernel counters that moved while a segment was handled: enum counter_moved."""
+
+    NOTHING = 0
+    SYNCOOKIES_RECV = 1 << 0
+    SYNCOOKIES_FAILED = 1 << 1
+    LISTEN_OVERFLOWS = 1 << 2
+    LISTEN_DROPS = 1 << 3
+    UNKNOWN = 1 << 7
+
+
+class EventKind(enum.IntEnum):
+    """enum event_kind of bpf/tcpstuck.h."""
+
+    SYN_REPEATED = 1
+    SYN_DROPPED = 2
+    ACK_DROPPED = 3
+    ACK_REJECTED = 4
+    RESET = 5
+    COMPLETED = 6
+    TAKEN_OVER = 7
+
+
+class Handshake(NamedTuple):
+    """An entry of the awaiting-ACK table: struct handshake of bpf/tcpstuck.h, in its order."""
+
+    first_syn_ns: int
+    last_syn_ns: int
+    first_ack_dropped_ns: int
+    last_ack_dropped_ns: int
+    ended_ns: int
+    client_isn: int
+    cookie_isn: int
+    syn_count: int
+    syns_dropped: int
+    acks_dropped: int
+    accept_queue: int
+    accept_queue_limit: int
+    syn_queue: int
+    mss: int
+    ending: int
+    drop_counters: int
+    end_counters: int
+
+
+class Event(NamedTuple):
+    """Something worth telling about a handshake, with its entry right after the segment."""
+
+    four_tuple: FourTuple
+    handshake: Handshake
+    time_ns: int
+    sequence: int
+    acknowledgement: int
+    accept_queue: int
+    accept_queue_limit: int
+    payload_length: int
+    tcp_flags: int
+    counters: int
+    kind: int
+
+
+class Row(NamedTuple):
+    """One entry of the awaiting-ACK table as a sweep saw it."""
+
+    four_tuple: FourTuple
+    handshake: Handshake
+
+
+class Sweep(NamedTuple):
+    """The whole awaiting-ACK table, or one batch of it, read at `time_ns`.
+
+    Every row of a sweep carries the time the sweep *began*: a handshake cannot look older than
+    the kernel's view of it.
+    """
+
+    time_ns: int
+    rows: tuple[Row, ...]
+
+
+class NetnsCount(enum.IntEnum):
+    """enum netns_count of bpf/tcpstuck.h: what is counted per network namespace."""
+
+    COOKIES_SENT = 0
+    COOKIES_SENT_OUTSIDE = 1
+    COOKIES_RECEIVED = 2
+    COOKIES_RECEIVED_OUTSIDE = 3
+    COOKIES_FAILED = 4
+    COOKIES_FAILED_OUTSIDE = 5
+    LISTEN_OVERFLOWS = 6
+    LISTEN_OVERFLOWS_OUTSIDE = 7
+    COMPLETED = 8
+    COMPLETED_UNTRACKED = 9
+    ESTABLISHED = 10
+    STILLBORN = 11
+    ACKS_DROPPED = 12
+    ACKS_DROPPED_UNTRACKED = 13
+    ACKS_REJECTED = 14
+    ACKS_REJECTED_UNTRACKED = 15
+    RESETS = 16
+    RESETS_UNTRACKED = 17
+    SYNS_REPEATED = 18
+    SYNS_DROPPED = 19
+    TAKEN_OVER = 20
+    REPLACED = 21
+    TABLE_FULL = 22
+    EVENTS_LOST = 23
+
+
+NetnsCounts = Mapping[int, Mapping[NetnsCount, int]]
+"""What the programs counted, by network namespace (inode number)."""
+
+KernelCounters = Mapping[int, Mapping[str, int]]
+"""TcpExt counters of the kernel (SyncookiesSent ...), by network namespace (inode number)."""
+
+
+class Tally(NamedTuple):
+    """Both sides' counters at one moment, the referee's raw material.
+
+    The kernel's counters are read before and after ours: what happened between the two reads
+    may or may not be in ours, and that is the only uncertainty of the comparison.
+    """
+
+    time_ns: int
+    kernel_before: KernelCounters
+    traced: NetnsCounts
+    kernel_after: KernelCounters
+
+
+@dataclass(frozen=True)
+class CoverageGap:
+    """A probe that is not attached, and what cannot be known without it."""
+
+    probe: str
+    why: str
+    lost: str
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which facts can be known: the probes that attached, and the gaps."""
+
+    mode: str
+    probes: frozenset[str] = frozenset()
+    gaps: tuple[CoverageGap, ...] = ()
+
+
+@dataclass(frozen=True)
+class TraceFilter:
+    """Which handshakes to trace; empty or None means every one."""
+
+    ports: tuple[int, ...] = ()
+    family: int | None = None
+    listener_address: bytes | None = None
+    netns: int | None = None
+
+
+@dataclass(frozen=True)
+class TraceSettings:
+    """What the user asked for, as far as the kernel side has to know it."""
+
+    trace_filter: TraceFilter = field(default_factory=TraceFilter)
+    timeout_ns: int = 3_000_000_000
+    tell_healthy: bool = False
+    probe_mode: str = "auto"
+    max_handshakes: int = 131_072

@@ -1,0 +1,357 @@
+"""The running kernel as a source of observations. The only module that imports bcc."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from tcpstuck_bpf import features, probes, wire
+from tcpstuck_bpf.btf import Btf, read_running_kernel
+from tcpstuck_bpf.errors import CannotTrace
+from tcpstuck_bpf.layout import PER_CPU_OFFSET_SYMBOL, find_layout, header_text
+from tcpstuck_bpf.model import (
+    Coverage,
+    CoverageGap,
+    Event,
+    FourTuple,
+    NetnsCount,
+    Row,
+    Sweep,
+    TraceSettings,
+)
+from tcpstuck_bpf.probes import Probe
+
+EVENT_PAGES = 256
+MAX_NAMESPACES = 1024
+LOSSES = ("namespaces_uncounted", "cookies_unmatched")
+SWEEP_BATCH = 4096
+
+# A kretprobe needs one record per call in flight, and tcp_rcv_state_process also runs preemptibly.
+_PREEMPTIBLE_CALLS = 512
+_ENOENT = 2
+_ENOSPC = 28
+
+
+def program_directory() -> Path:
+    """Where the BPF text is: inside the installed package, or beside it in a source tree."""
+    package = Path(__file__).resolve().parent
+    for candidate in (package / "bpf", package.parent / "bpf"):
+        if (candidate / "tcpstuck.bpf.c").is_file():
+            return candidate
+    raise CannotTrace(
+        "the BPF program text is missing",
+        f"neither {package / 'bpf'} nor {package.parent / 'bpf'} has tcpstuck.bpf.c",
+        "install tcpstuck-trace again",
+    )
+
+
+def _import_bcc() -> ModuleType:
+    try:
+        import bcc
+    except ImportError as error:
+        raise CannotTrace(
+            "BCC's Python module cannot be imported",
+            f"import bcc: {error}",
+            "install it from the distribution (apt install python3-bpfcc, dnf install python3-bcc) "
+            "and use a Python environment that sees system packages; `bcc` on PyPI is another thing",
+        ) from error
+    if not hasattr(bcc, "BPF"):
+        raise CannotTrace(
+            "BCC's Python module is not the one that is imported",
+            f"{getattr(bcc, '__file__', 'bcc')} has no BPF class",
+            "remove the PyPI package `bcc` and install the distribution's python3-bpfcc",
+        )
+    return bcc
+
+
+@contextlib.contextmanager
+def _compiler_messages() -> Iterator[list[str]]:
+    """libbcc writes the compiler's and the verifier's words to file descriptor 2: collect them."""
+    messages: list[str] = []
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield messages
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            file.seek(0)
+            messages += file.read().decode("utf-8", "replace").splitlines()
+
+
+def _problem(error: Exception, messages: list[str]) -> str:
+    """One line: what bcc raised, and the most telling line of what libbcc printed."""
+    telling = [line for line in messages if "error" in line.lower() or "not permitted" in line]
+    return ": ".join([str(error), *(telling or messages)[:1]]).replace("\n", " ")
+
+
+class BccSource:
+    """Our programs in the running kernel; see `app.Source` for what each method promises."""
+
+    def __init__(self, settings: TraceSettings) -> None:
+        self.timings: dict[str, float] = {}
+        self.table_capacity = settings.max_handshakes
+        self._settings = settings
+        self._events: list[Event] = []
+        self._undecodable = 0
+        features.require_privileges()
+        with self._timed("import"):
+            self._bcc = _import_bcc()
+        with self._timed("layout"):
+            btf = read_running_kernel()
+            symbols, table = features.read_symbols(
+                [probe.function for probe in probes.PROBES], PER_CPU_OFFSET_SYMBOL
+            )
+            layout = find_layout(btf, table)
+        self._probes, gaps = probes.plan(symbols)
+        if not layout.has_counters:
+            gaps += (
+                CoverageGap(
+                    "kernel counters",
+                    f"{PER_CPU_OFFSET_SYMBOL} or LINUX_MIB_* is not to be seen",
+                    "why an ACK was dropped or rejected is not known",
+                ),
+            )
+        self._header = header_text(layout)
+        mode = self._start(btf)
+        self.coverage = Coverage(mode, frozenset(probe.function for probe in self._probes), gaps)
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        self.timings[what] = time.monotonic() - begun
+
+    def _start(self, btf: Btf) -> str:
+        """Compile, load and attach in the wished mode; `auto` falls back to kprobes."""
+        wished = self._settings.probe_mode
+        obstacle = probes.fentry_obstacle(btf, self._probes) if wished != "kprobe" else None
+        if obstacle and wished == "fentry":
+            raise CannotTrace(
+                "fentry cannot be used on this kernel", obstacle, "use --probe-mode kprobe"
+            )
+        if wished != "kprobe" and not obstacle:
+            try:
+                return self._attempt("fentry")
+            except CannotTrace:
+                if wished == "fentry" or not features.has_kprobes():
+                    raise
+        if not features.has_kprobes():
+            raise features.refusal(obstacle or "not asked for")
+        return self._attempt("kprobe")
+
+    def _attempt(self, mode: str) -> str:
+        with _compiler_messages() as messages:
+            try:
+                self._load(mode)
+                return mode
+            except CannotTrace:
+                raise
+            except Exception as error:  # bcc raises nothing more specific
+                failure = error
+        self.close()
+        raise features.refusal(_problem(failure, messages)) from failure
+
+    def _load(self, mode: str) -> None:
+        directory = program_directory()
+        # BCC looks for kernel headers here instead of in /lib/modules.
+        os.environ["BCC_KERNEL_SOURCE"] = str(directory / "stub")
+        bcc = self._bcc
+
+        class Bpf(bcc.BPF):  # type: ignore[misc,name-defined]
+            """BCC's class, which would load and attach kfunc programs while constructing."""
+
+            def _trace_autoload(self) -> None:
+                """Attach nothing: compile, load and attach are separate steps here."""
+
+        with tempfile.TemporaryDirectory(prefix="tcpstuck-") as generated:
+            Path(generated, "kernel_layout.h").write_text(self._header, encoding="ascii")
+            flags = [
+                f"-I{generated}",
+                f"-I{directory}",
+                f"-DMAX_HANDSHAKES={self.table_capacity}",
+                f"-DMAX_NAMESPACES={MAX_NAMESPACES}",
+                f"-DEVENT_PAGES={EVENT_PAGES}",
+                *probes.compiler_flags(self._probes),
+            ]
+            if mode == "fentry":
+                flags.append("-DTCPSTUCK_FENTRY")
+            _allow_locked_memory()
+            with self._timed("compile"):
+                text = (directory / "tcpstuck.bpf.c").read_bytes()
+                self._bpf = Bpf(text=text, cflags=flags)
+        self._check_sizes()
+        self._configure()
+        with self._timed("load"):
+            self._load_programs(mode)
+        with self._timed("attach"):
+            for probe in self._probes:
+                self._attach(probe, mode)
+        self._bpf["events"].open_ring_buffer(self._on_event)
+
+    def _load_programs(self, mode: str) -> None:
+        for probe in self._probes:
+            if mode == "fentry":
+                names = [f"kfunc__{probe.function}"] if probe.fentry else []
+                names += [f"kretfunc__{probe.function}"]
+                kind = self._bcc.BPF.TRACING
+            else:
+                names = [name for name in (probe.kprobe_entry, probe.kprobe_return) if name]
+                kind = self._bcc.BPF.KPROBE
+            for name in names:
+                self._bpf.load_func(name.encode(), kind)
+
+    def _attach(self, probe: Probe, mode: str) -> None:
+        name = probe.function.encode()
+        if mode == "fentry":
+            # The return first: until its entry runs, it finds an empty scratch and does nothing.
+            self._bpf.attach_kretfunc(fn_name=b"kretfunc__" + name)
+            if probe.fentry:
+                self._bpf.attach_kfunc(fn_name=b"kfunc__" + name)
+            return
+        self._bpf.attach_kretprobe(
+            event=name, fn_name=probe.kprobe_return.encode(), maxactive=_PREEMPTIBLE_CALLS
+        )
+        if probe.kprobe_entry:
+            self._bpf.attach_kprobe(event=name, fn_name=probe.kprobe_entry.encode())
+
+    def _check_sizes(self) -> None:
+        table, counts = self._bpf["awaiting_ack"], self._bpf["counts"]
+        sizes = (
+            (ctypes.sizeof(table.Key), wire.KEY.size),
+            (ctypes.sizeof(table.Leaf), wire.HANDSHAKE.size),
+            (ctypes.sizeof(self._bpf["config"].Leaf), wire.CONFIG.size),
+            (ctypes.sizeof(counts.sLeaf), wire.COUNTS.size),
+        )
+        if any(kernel != ours for kernel, ours in sizes):
+            raise CannotTrace(
+                "the BPF text and the Python code do not belong together",
+                f"sizes of their structs differ: {sizes}",
+                "install tcpstuck-trace again",
+            )
+
+    def _configure(self) -> None:
+        wanted = self._settings.trace_filter
+        after = 0 if self._settings.tell_healthy else self._settings.timeout_ns * 3 // 4
+        packed = wire.CONFIG.pack(
+            after,
+            wanted.netns or 0,
+            bool(wanted.ports),
+            wanted.listener_address is not None,
+            wanted.family or 0,
+            0,
+            wanted.listener_address or bytes(16),
+        )
+        config = self._bpf["config"]
+        config[0] = config.Leaf.from_buffer_copy(packed)
+        words: dict[int, int] = {}
+        for port in wanted.ports:
+            words[port >> 6] = words.get(port >> 6, 0) | 1 << (port & 63)
+        for index, bits in words.items():
+            self._bpf["wanted_ports"][index] = ctypes.c_ulonglong(bits)
+
+    def _on_event(self, _context: Any, data: int, size: int) -> None:
+        # An exception must not travel through ctypes: it would be printed and lost.
+        try:
+            self._events.append(wire.decode_event(ctypes.string_at(data, size)))
+        except Exception:
+            self._undecodable += 1
+
+    def poll(self, timeout_ns: int) -> list[Event]:
+        """Events that came, waiting at most `timeout_ns` for the first."""
+        self._bpf.ring_buffer_poll(max(0, timeout_ns) // 1_000_000)
+        events, self._events = self._events, []
+        return events
+
+    def sweep(self) -> Sweep:
+        """The whole awaiting-ACK table; its time is from before the first entry was read."""
+        begun = time.monotonic_ns()
+        return Sweep(begun, tuple(self._rows()))
+
+    def _rows(self) -> Iterator[Row]:
+        table = self._bpf["awaiting_ack"]
+        lookup = getattr(self._bcc.libbcc.lib, "bpf_lookup_batch", None)
+        if lookup is None:
+            for key, leaf in table.items():
+                yield from wire.decode_rows(bytes(key), bytes(leaf))
+            return
+        keys = ctypes.create_string_buffer(SWEEP_BATCH * wire.KEY.size)
+        values = ctypes.create_string_buffer(SWEEP_BATCH * wire.HANDSHAKE.size)
+        # The cursors are separate objects, and the count is set anew for each call: BCC's own
+        # wrapper shares them, which cuts reads of more than one batch short (bcc issue 5273).
+        last = None
+        cursor = ctypes.c_uint32()
+        while True:
+            count = ctypes.c_uint32(SWEEP_BATCH)
+            failed = lookup(
+                table.map_fd,
+                ctypes.byref(last) if last is not None else None,
+                ctypes.byref(cursor),
+                keys,
+                values,
+                ctypes.byref(count),
+            )
+            error = ctypes.get_errno() if failed else 0
+            if error not in (0, _ENOENT):
+                raise CannotTrace(
+                    "the table of handshakes cannot be read",
+                    f"bpf_map_lookup_batch: {os.strerror(error)}",
+                    "report it, with the kernel's version",
+                )
+            yield from wire.decode_rows(
+                keys.raw[: count.value * wire.KEY.size],
+                values.raw[: count.value * wire.HANDSHAKE.size],
+            )
+            if error == _ENOENT:
+                return
+            last = ctypes.c_uint32(cursor.value)
+
+    def forget(self, four_tuples: Iterable[FourTuple]) -> None:
+        """Remove entries; one that is gone already is no error."""
+        table = self._bpf["awaiting_ack"]
+        for four_tuple in four_tuples:
+            with contextlib.suppress(KeyError):
+                del table[table.Key.from_buffer_copy(wire.encode_key(four_tuple))]
+
+    def counts(self) -> Mapping[int, Mapping[NetnsCount, int]]:
+        """What the programs counted since they were attached, all CPUs together."""
+        totals: dict[int, dict[NetnsCount, int]] = {}
+        for netns, per_cpu in self._bpf["counts"].items():
+            total = dict.fromkeys(NetnsCount, 0)
+            for one in per_cpu:
+                for which, value in wire.decode_counts(bytes(one)).items():
+                    total[which] += value
+            totals[netns.value] = total
+        return totals
+
+    def losses(self) -> Mapping[str, int]:
+        """Losses that belong to no namespace, by name."""
+        table = self._bpf["losses"]
+        named = {name: int(sum(table[index])) for index, name in enumerate(LOSSES)}
+        return {**named, "undecodable_events": self._undecodable}
+
+    def close(self) -> None:
+        """Detach and unload. The kernel does the same when the process dies."""
+        bpf = self.__dict__.pop("_bpf", None)
+        if bpf is not None:
+            bpf.cleanup()
+
+
+def _allow_locked_memory() -> None:
+    """Kernels before 5.11 charge maps to RLIMIT_MEMLOCK (commit 5d9d6e7a9b61's series)."""
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY,) * 2)
+
+
+def open_source(settings: TraceSettings) -> BccSource:
+    """Trace the running kernel. Raises CannotTrace where it cannot be done."""
+    return BccSource(settings)

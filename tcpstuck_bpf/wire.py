@@ -1,0 +1,79 @@
+"""Bytes from the kernel into values of `model`: the Python half of bpf/tcpstuck.h.
+
+The formats spell out every pad byte and use the host's byte order without alignment, so that a
+test can compare them, offset by offset, with what a C compiler makes of the header.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+from tcpstuck_bpf.model import Event, FourTuple, Handshake, NetnsCount, Row
+
+KEY_FORMAT = "16s16s2s2sI"
+HANDSHAKE_FORMAT = "5Q8IH3B3x"
+SEGMENT_FORMAT = "Q4IH3B3x"
+
+KEY = struct.Struct("=" + KEY_FORMAT)
+HANDSHAKE = struct.Struct("=" + HANDSHAKE_FORMAT)
+ROW = struct.Struct("=" + KEY_FORMAT + HANDSHAKE_FORMAT)
+EVENT = struct.Struct("=" + KEY_FORMAT + HANDSHAKE_FORMAT + SEGMENT_FORMAT)
+COUNTS = struct.Struct(f"={len(NetnsCount)}Q")
+CONFIG = struct.Struct("=QI4B16s")
+
+_KEY_FIELDS = 5
+_HANDSHAKE_FIELDS = len(Handshake._fields)
+
+
+def _four_tuple(client: bytes, server: bytes, cport: bytes, sport: bytes, netns: int) -> FourTuple:
+    return FourTuple(
+        client, server, int.from_bytes(cport, "big"), int.from_bytes(sport, "big"), netns
+    )
+
+
+def decode_key(data: bytes) -> FourTuple:
+    """A struct handshake_key. Raises struct.error where the length is wrong."""
+    return _four_tuple(*KEY.unpack(data))
+
+
+def encode_key(four_tuple: FourTuple) -> bytes:
+    """The struct handshake_key of a 4-tuple, for deleting its entry."""
+    return KEY.pack(
+        four_tuple.client_address,
+        four_tuple.server_address,
+        four_tuple.client_port.to_bytes(2, "big"),
+        four_tuple.server_port.to_bytes(2, "big"),
+        four_tuple.netns,
+    )
+
+
+def decode_rows(keys: bytes, values: bytes) -> Iterator[Row]:
+    """Rows of a batch: packed struct handshake_key and struct handshake, in the same order.
+
+    Raises ValueError where the two do not hold the same number of entries.
+    """
+    if len(keys) // KEY.size != len(values) // HANDSHAKE.size:
+        raise ValueError(f"{len(keys)} bytes of keys do not match {len(values)} bytes of values")
+    for key, value in zip(KEY.iter_unpack(keys), HANDSHAKE.iter_unpack(values)):
+        yield Row(_four_tuple(*key), Handshake._make(value))
+
+
+def decode_event(data: bytes) -> Event:
+    """A struct event.
+
+    The ring buffer may round a record up to 8 bytes; what follows the struct is not looked at.
+    Raises struct.error where there are fewer bytes.
+    """
+    values = EVENT.unpack_from(data)
+    segment = values[_KEY_FIELDS + _HANDSHAKE_FIELDS :]
+    return Event(
+        _four_tuple(*values[:_KEY_FIELDS]),
+        Handshake._make(values[_KEY_FIELDS : _KEY_FIELDS + _HANDSHAKE_FIELDS]),
+        *segment,
+    )
+
+
+def decode_counts(data: bytes) -> dict[NetnsCount, int]:
+    """A struct netns_counts of one CPU."""
+    return dict(zip(NetnsCount, COUNTS.unpack(data)))
