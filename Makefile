@@ -1,0 +1,58 @@
+# Everything here works on a fresh Debian machine; `make setup` installs what is missing.
+SHELL := /bin/bash
+PREFIX ?= /opt/tcpstuck-trace
+SBIN ?= /usr/local/sbin
+PYTHON := .venv/bin/python
+# Installed from a copy, because building leaves files behind that would belong to root here.
+PACKAGED := setup.cfg pyproject.toml $(wildcard README.md) LICENSE tcpstuck_bpf bpf
+export PIP_ROOT_USER_ACTION := ignore
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types unit kernel-test bench install uninstall clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+
+setup: ## install what is missing (root or sudo), fetch the guests' kernel, make .venv
+	@lab/setup.sh
+
+demo: setup ## a real MariaDB whose clients get stuck, and the tool naming them (5 minutes)
+	@$(PYTHON) -m lab demo
+
+test: setup ## every check and test, the kernel tests in a guest (15 minutes)
+	@$(PYTHON) -m lab test
+
+lint: setup ## style of Python, C and shell
+	@$(PYTHON) -m lab test lint
+
+types: setup ## static types
+	@$(PYTHON) -m lab test types
+
+unit: setup ## the tests that need neither root nor BCC
+	@$(PYTHON) -m lab test unit
+
+kernel-test: setup ## the tests on a real kernel, the slow ones too
+	@$(PYTHON) -m lab test --slow kernel
+
+bench: setup ## what tracing costs, in instructions
+	@$(PYTHON) -m bench
+
+install: ## as root: the tool in PREFIX, and tcpstuck-trace on root's PATH
+	@/usr/bin/python3 -c 'import bcc' || { echo 'install: python3-bpfcc is missing: apt install python3-bpfcc' >&2; exit 1; }
+	/usr/bin/python3 -m venv --system-site-packages $(PREFIX)
+	copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && cp -r $(PACKAGED) "$$copy" && \
+		$(PREFIX)/bin/python -m pip install --quiet --force-reinstall --no-deps "$$copy" && \
+		$(PREFIX)/bin/python -m pip install --quiet "$$copy"
+	install -d $(SBIN)
+	ln -sf $(PREFIX)/bin/tcpstuck-trace $(SBIN)/tcpstuck-trace
+
+uninstall: ## as root: remove what install made
+	@if [ -e $(PREFIX) ] && [ ! -e $(PREFIX)/pyvenv.cfg ]; then \
+		echo 'uninstall: $(PREFIX) is not what `make install` makes: left alone' >&2; exit 1; fi
+	rm -rf $(PREFIX)
+	rm -f $(SBIN)/tcpstuck-trace
+
+clean: ## remove what was built here, .venv too
+	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

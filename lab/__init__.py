@@ -1,0 +1,1 @@
+"""The lab: networks, loads and scenarios in which handshakes go wrong on purpose."""

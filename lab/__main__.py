@@ -1,0 +1,29 @@
+"""`python3 -m lab`: the lab's command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from lab import checks, demo, guest, package_cache, play
+from tcpstuck_bpf.errors import EXIT_INTERRUPTED, TcpstuckError
+
+
+def main() -> int:
+    """Run one sub-command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python3 -m lab", description=__doc__)
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in (play, demo, guest, package_cache, checks):
+        module.add_parser(subparsers)
+    arguments = parser.parse_args()
+    try:
+        return int(arguments.run(arguments))
+    except TcpstuckError as error:
+        print(*error.lines(), sep="\n", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

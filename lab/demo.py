@@ -1,0 +1,94 @@
+"""`python3 -m lab demo`: the article's scenario under the tracer, told as it happens.
+
+It runs where tracing works: on this machine's own kernel, or in a guest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from typing import BinaryIO
+
+from lab.guest import run_in_guest
+from lab.guest_machine import GuestOptions
+from lab.records import FourTuple, Outcome
+from lab.scenarios import SCENARIOS, play
+from lab.scene import PORT, READY, Stage
+from lab.tracer import READY_PLACEHOLDER, Tracer
+from lab.trial import tracing_refusal
+
+SCENARIO = "mariadb-stall"
+LIMIT_S = 280.0
+"""The guest is cut off before the five minutes that a reader was promised."""
+EXIT_NOT_ALL_NAMED = 1
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the sub-command to the lab's command line."""
+    parser = subparsers.add_parser(
+        "demo",
+        help="a paused MariaDB, 200 clients, and the tracer that names the stuck ones",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--here", action="store_true", help="on this kernel, whatever it allows")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Play the demo; 0 where the tracer named every stuck client."""
+    if arguments.here:
+        return _play_here()
+    refusal = tracing_refusal()
+    if refusal is None:
+        return _play_here()
+    _say(f"This kernel does not let us trace ({refusal}), so a guest is started.")
+    result = run_in_guest(
+        [sys.executable, "-m", "lab", "demo", "--here"],
+        options=GuestOptions(timeout_s=LIMIT_S, native="never"),
+        stdout_sink=partial(_pass_on, sys.stdout.buffer),
+        stderr_sink=partial(_pass_on, sys.stderr.buffer),
+    )
+    return result.status
+
+
+def _play_here() -> int:
+    words = [sys.executable, "-m", "tcpstuck_bpf.cli", "-p", str(PORT)]
+    _say(f"$ tcpstuck-trace -p {PORT}")
+    with Tracer([*words, "--ready-file", READY_PLACEHOLDER]) as tracer:
+        outcome = play(SCENARIO, after=partial(_tell, tracer))
+        named = sum(tracer.names(key) for key in outcome.stuck)
+    _say(_clients_view(outcome))
+    _say(f"Of the {len(outcome.stuck)} stuck clients the tracer named {named}.")
+    return 0 if named == len(outcome.stuck) else EXIT_NOT_ALL_NAMED
+
+
+def _tell(tracer: Tracer, stage: Stage) -> None:
+    if stage.name == READY:
+        _say(
+            f"MariaDB listens on port {PORT} with a backlog of 50 and is paused (SIGSTOP). When "
+            f"the tracer is ready,\n{SCENARIOS[SCENARIO].clients} clients connect at once; then "
+            "MariaDB goes on (SIGCONT)."
+        )
+    tracer.after(stage)
+
+
+def _clients_view(outcome: Outcome) -> str:
+    connected = sum(record.connected_ns is not None for record in outcome.clients)
+    first: FourTuple | None = min(outcome.stuck, default=None)
+    example = f", such as port {first.client_port}" if first else ""
+    return (
+        f"The clients' own view: {connected} connected, {len(outcome.healthy)} greeted, "
+        f"{len(outcome.stuck)} wait for ever{example}.\n"
+        f"MariaDB knows {len(outcome.accepted)} connections (ss at its end)."
+    )
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _pass_on(stream: BinaryIO, piece: bytes) -> None:
+    stream.write(piece)
+    stream.flush()

@@ -1,0 +1,59 @@
+"""Faults of the network, each undone when its context ends."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from lab.topology import CLIENT_ADDRESS, INTERFACE
+
+if TYPE_CHECKING:
+    from lab.topology import Namespace
+
+DISCARD_PORT = 9
+
+
+def ack_rule(port: int) -> tuple[str, ...]:
+    """The article's rule: bare ACKs to the server; a segment with data (PSH) or FIN passes."""
+    return ("-p", "tcp", "--dport", str(port), "--tcp-flags", "ALL", "ACK")
+
+
+def synack_rule(port: int) -> tuple[str, ...]:
+    """The server's SYN-ACKs, for the client's side."""
+    return ("-p", "tcp", "--sport", str(port), "--tcp-flags", "SYN,ACK", "SYN,ACK")
+
+
+@contextlib.contextmanager
+def dropping(namespace: Namespace, rule: tuple[str, ...], family: int) -> Iterator[None]:
+    """Drop what arrives in the namespace and matches an iptables rule, while the context lasts."""
+    program = "iptables" if family == 4 else "ip6tables"
+    namespace.command(program, "-w", "-A", "INPUT", *rule, "-j", "DROP")
+    try:
+        yield
+    finally:
+        namespace.command(program, "-w", "-D", "INPUT", *rule, "-j", "DROP")
+
+
+@contextlib.contextmanager
+def held_back(namespace: Namespace) -> Iterator[None]:
+    """Hold what the namespace sends; when the context ends it goes out in one batch.
+
+    This is the extra batching that the article's client had from its virtual machine: all
+    SYN-ACKs arrive at once, and so do the ACKs they draw. A token bucket of a byte per second
+    holds everything but the first packet (its burst has to be a whole packet).
+    """
+    bucket = ("dev", INTERFACE, "root", "tbf", "limit", "16mb")
+    namespace.command("tc", "qdisc", "add", *bucket, "rate", "8bit", "burst", "100")
+    try:
+        yield
+    finally:
+        namespace.command("tc", "qdisc", "change", *bucket, "rate", "10gbit", "burst", "1mb")
+        # The bucket looks at its new rate when its timer ends, in minutes, or when a packet comes.
+        namespace.run(_send_datagram)
+
+
+def _send_datagram() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.sendto(b"\n", (CLIENT_ADDRESS[4], DISCARD_PORT))

@@ -1,0 +1,187 @@
+"""How a guest is put together: virtme-run's arguments and the script that the guest runs first.
+
+Everything here only makes text, so that it can be tested without booting.
+
+virtme-run boots the kernel on a 9p export of the root tree that caches nothing, where every start
+of a Python program reads thousands of pages from the host again. The script therefore mounts the
+same tree a second time with a cache, puts a writable throw-away overlay on it and makes that the
+root: an interpreter then starts three to four times faster, and the command may write anywhere.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CONTROL_MOUNT = "/run/lab/control"
+"""Where the guest sees the directory through which harness and guest talk."""
+STARTED_FILE = "started"
+STATUS_FILE = "status"
+SCRIPT_FILE = "boot.sh"
+STDOUT_PIPE = "stdout"
+STDERR_PIPE = "stderr"
+STREAM_PORTS = (STDOUT_PIPE, STDERR_PIPE, "dev_stdout", "dev_stderr")
+"""One virtio port for each writer: a port can be opened only once at a time, so that a command
+which opens /dev/stdout or /dev/stderr itself needs another one, to the same pipe on the host."""
+
+GUEST_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+INSTRUCTION_CLOCK = "shift=0,sleep=off"
+"""QEMU's -icount: 1 ns of guest time per instruction, and idle time skipped, not waited for."""
+_9P_OPTIONS = "trans=virtio,version=9p2000.L,access=any,msize=512000"
+
+
+@dataclass(frozen=True)
+class GuestOptions:
+    """What to run a command in; the defaults suit the kernel tests."""
+
+    kernel: Path | None = None
+    """Kernel image, its modules in the lib/modules of the tree it lies in; None: the cached one."""
+    root: Path = Path("/")
+    """The tree that becomes the guest's root; the guest cannot change it."""
+    cpus: int = 2
+    memory: str = "2G"
+    icount: bool = False
+    """Let the guest's clock count instructions (one CPU, emulation)."""
+    shares: tuple[Path, ...] = ()
+    """Directories the guest sees at the same path and may write to."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    timeout_s: float = 600.0
+    """For boot and command together."""
+    native: str = "auto"
+    """Run on this machine's kernel instead: "auto" where it lets us trace, "always", "never"."""
+
+    @property
+    def needs_guest(self) -> bool:
+        """Whether something was asked for that only a guest has."""
+        return self.icount or self.kernel is not None or self.root != Path("/")
+
+
+def command_line(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """The command as shell text, with just these additions to an empty environment."""
+    settings = [f"{name}={value}" for name, value in environment.items()]
+    return shlex.join(["/usr/bin/env", "-i", *settings, *command])
+
+
+def guest_environment(additions: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a command in a guest: nothing of the host's."""
+    basis = {"PATH": GUEST_PATH, "HOME": "/root", "LANG": "C.UTF-8", "TERM": "dumb"}
+    return {**basis, **additions}
+
+
+def _share_tag(index: int) -> str:
+    return f"lab.share{index}"
+
+
+def boot_script(command: Sequence[str], options: GuestOptions, cwd: Path) -> str:
+    """The script the guest runs as root; it never returns, it resets the machine.
+
+    A reset at the end, because with QEMU's -no-reboot that is the fastest way to switch off;
+    what the command wrote has reached the host by then (ports and shares are synchronous).
+    """
+    shares = "\n".join(
+        f'mkdir -p "$root"{shlex.quote(str(path))}\n'
+        f'mount -t 9p -o rw,{_9P_OPTIONS} {_share_tag(index)} "$root"{shlex.quote(str(path))}'
+        for index, path in enumerate(options.shares)
+    )
+    line = command_line(command, guest_environment(options.environment))
+    return f"""set -eu
+lab=/run/lab
+root=$lab/over/root
+mkdir -p $lab/lower $lab/over
+mount -t 9p -o ro,{_9P_OPTIONS},cache=loose lab.root $lab/lower
+mount -t tmpfs tmpfs $lab/over
+mkdir $lab/over/upper $lab/over/work $root
+mount -t overlay -o lowerdir=$lab/lower,upperdir=$lab/over/upper,workdir=$lab/over/work lab $root
+mount -t tmpfs -o mode=0755 tmpfs $root/run
+mkdir -p $root/run/lock $root{CONTROL_MOUNT} $root$lab/old
+for tree in /dev /proc /sys; do mount --rbind $tree $root$tree; done
+if mountpoint -q /lib/modules; then
+    mkdir -p $root/lib/modules
+    mount --rbind /lib/modules $root/lib/modules
+fi
+mount --move {CONTROL_MOUNT} $root{CONTROL_MOUNT}
+{shares}
+udevadm control --exit || :
+cd $root
+pivot_root . ./$lab/old
+cd /
+umount -l $lab/old
+for stream in stdout stderr; do
+    rm -f /dev/$stream
+    ln -s /dev/virtio-ports/lab.dev_$stream /dev/$stream
+done
+ulimit -l unlimited
+cd {shlex.quote(str(cwd))}
+set +e
+: > {CONTROL_MOUNT}/{STARTED_FILE}
+{line} < /dev/null > /dev/virtio-ports/lab.{STDOUT_PIPE} 2> /dev/virtio-ports/lab.{STDERR_PIPE}
+echo $? > {CONTROL_MOUNT}/{STATUS_FILE}
+echo b > /proc/sysrq-trigger
+"""
+
+
+def native_script(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """The same command for this machine's own kernel, with the environment added to ours.
+
+    A limit on locked memory that cannot be lifted here is for the command to meet and report.
+    """
+    exports = "".join(
+        f"export {name}={shlex.quote(value)}\n" for name, value in environment.items()
+    )
+    return f"ulimit -l unlimited 2> /dev/null\n{exports}exec {shlex.join(command)}\n"
+
+
+def _quoted(path: Path) -> str:
+    """A path inside a QEMU option, where a comma separates and two commas mean one."""
+    return str(path).replace(",", ",,")
+
+
+def _export(path: Path, tag: str, read_only: bool) -> list[str]:
+    access = ",readonly=on" if read_only else ""
+    # Files of several file systems in one export need their inode numbers kept apart.
+    return [
+        "-virtfs",
+        f"local,path={_quoted(path)},mount_tag={tag},security_model=none,multidevs=remap{access}",
+    ]
+
+
+def qemu_arguments(options: GuestOptions, control: Path) -> list[str]:
+    """What QEMU gets beyond virtme-run's own: exports, stream ports, the instruction clock."""
+    arguments = _export(options.root, "lab.root", read_only=True)
+    arguments += _export(control, "lab.control", read_only=False)
+    for index, path in enumerate(options.shares):
+        arguments += _export(path, _share_tag(index), read_only=False)
+    arguments += ["-device", "virtio-serial-pci"]
+    for port in STREAM_PORTS:
+        pipe = control / port.replace("dev_", "")
+        arguments += ["-chardev", f"file,id=lab.{port},path={_quoted(pipe)}"]
+        arguments += ["-device", f"virtserialport,name=lab.{port},chardev=lab.{port}"]
+    if options.icount:
+        arguments += ["-icount", INSTRUCTION_CLOCK]
+    return arguments
+
+
+def virtme_arguments(
+    options: GuestOptions, *, kernel: Path, busybox: Path, control: Path, use_kvm: bool
+) -> list[str]:
+    """virtme-run's arguments for one guest.
+
+    9p is forced because virtme-ng would otherwise first try, for three seconds and in vain, the
+    virtiofsd that Debian 12 ships.
+    """
+    first = (
+        f"mkdir -p {CONTROL_MOUNT} && "
+        f"mount -t 9p -o rw,{_9P_OPTIONS} lab.control {CONTROL_MOUNT} && "
+        f"exec /bin/bash {CONTROL_MOUNT}/{SCRIPT_FILE}"
+    )
+    arguments = ["--kimg", str(kernel), "--mods", "auto", "--busybox", str(busybox)]
+    arguments += ["--root", str(options.root), "--force-9p", "--name", "tcpstuck-guest"]
+    arguments += [] if use_kvm and not options.icount else ["--disable-kvm"]
+    arguments += ["--cpus", "1" if options.icount else str(options.cpus)]
+    arguments += ["--memory", options.memory]
+    # Modules of a kernel that is not installed are linked into /lib/modules by virtme-ng.
+    arguments += ["--overlay-rwdir", "/lib", "--overlay-rwdir", "/etc"]
+    arguments += ["--show-boot-console", "--kopt", "loglevel=5", "--script-sh", first]
+    return [*arguments, "--qemu-opts", *qemu_arguments(options, control)]

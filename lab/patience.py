@@ -1,0 +1,45 @@
+"""How long the lab waits: generous limits, one factor for slow machines.
+
+A limit only ends a wait for something that will not come; nothing here delays anything.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+PATIENCE_VARIABLE = "TCPSTUCK_LAB_PATIENCE"
+
+COMMAND_S = 60.0
+"""For one external command or one request to a lab process."""
+START_S = 120.0
+"""For a server or client process to be ready; an emulated guest needs 20 times a host's time."""
+SETTLE_S = 120.0
+"""For a handful of connections to reach the state a scenario needs, SYN repetitions included."""
+LOAD_S = 400.0
+"""For thousands of connections."""
+
+
+def patient(limit_s: float) -> float:
+    """The limit in seconds with the user's factor applied; a senseless factor counts as 1."""
+    try:
+        factor = float(os.environ.get(PATIENCE_VARIABLE, "1"))
+    except ValueError:
+        factor = 1.0
+    return limit_s * factor if factor > 0 else limit_s
+
+
+class Deadline:
+    """A point in time that every step of a longer wait shares."""
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s = patient(limit_s)
+        self._end = time.monotonic() + self.limit_s
+
+    def left(self) -> float:
+        """Seconds left, never negative."""
+        return max(0.0, self._end - time.monotonic())
+
+    def passed(self) -> bool:
+        """Whether no time is left."""
+        return self.left() == 0.0

@@ -1,0 +1,62 @@
+"""Reading what `ss` and /proc/net/netstat print. Pure."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import NamedTuple
+
+
+class SocketRow(NamedTuple):
+    """One TCP socket as `ss` shows it; addresses in text, IPv4-mapped ones dotted."""
+
+    receive_queue: int
+    """Bytes; of a listener, the length of its accept queue."""
+    send_queue: int
+    """Bytes; of a listener, its backlog."""
+    local_ip: str
+    local_port: int
+    peer_ip: str
+    peer_port: int
+
+
+def plain_address(text: str) -> str:
+    """An address without brackets and zone, and dotted where it is IPv4 mapped into IPv6."""
+    bare = text.partition("%")[0].strip("[]")
+    if bare in ("*", ""):
+        return "*"
+    address = ipaddress.ip_address(bare)
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(address)
+
+
+def parse_ss(text: str) -> list[SocketRow]:
+    """Rows of `ss -tnH state STATE`, which leaves out the state's own column."""
+    rows = []
+    for line in text.splitlines():
+        receive_queue, send_queue, local, peer = line.split()[:4]
+        local_ip, _, local_port = local.rpartition(":")
+        peer_ip, _, peer_port = peer.rpartition(":")
+        rows.append(
+            SocketRow(
+                int(receive_queue),
+                int(send_queue),
+                plain_address(local_ip),
+                int(local_port),
+                plain_address(peer_ip),
+                0 if peer_port == "*" else int(peer_port),
+            )
+        )
+    return rows
+
+
+def parse_netstat(text: str, group: str = "TcpExt") -> dict[str, int]:
+    """One group of counters of /proc/net/netstat: a line of names, then a line of values.
+
+    Raises ValueError where the group is not there.
+    """
+    lines = [line.split() for line in text.splitlines() if line.startswith(f"{group}:")]
+    if len(lines) != 2:
+        raise ValueError(f"no {group} counters")
+    names, values = lines
+    return {name: int(value) for name, value in zip(names[1:], values[1:])}

@@ -1,0 +1,105 @@
+"""TCP segments as bytes: reading them, and making SYNs quickly. Pure.
+
+Sequence numbers and ports are in host order, addresses in text.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import struct
+from typing import NamedTuple
+
+SYN, RST, ACK = 0x02, 0x04, 0x10
+IPPROTO_TCP = 6
+MSS = {4: 1460, 6: 1440}
+TIMESTAMP_OF_SYN = 100_000
+
+
+class Segment(NamedTuple):
+    """The parts of a TCP segment that the lab looks at."""
+
+    source_ip: str
+    source_port: int
+    destination_ip: str
+    destination_port: int
+    sequence: int
+    flags: int
+
+
+def parse_segment(packet: bytes) -> Segment | None:
+    """A TCP segment from an IPv4 or IPv6 packet without link header; None for anything else.
+
+    IPv6 extension headers and fragments count as anything else: the lab makes none.
+    """
+    version = packet[0] >> 4 if packet else 0
+    if version == 4 and len(packet) >= 40 and packet[9] == IPPROTO_TCP:
+        start = (packet[0] & 0x0F) * 4
+        source = str(ipaddress.IPv4Address(packet[12:16]))
+        destination = str(ipaddress.IPv4Address(packet[16:20]))
+    elif version == 6 and len(packet) >= 60 and packet[6] == IPPROTO_TCP:
+        start = 40
+        source = str(ipaddress.IPv6Address(packet[8:24]))
+        destination = str(ipaddress.IPv6Address(packet[24:40]))
+    else:
+        return None
+    if len(packet) < start + 20:
+        return None
+    source_port, destination_port, sequence, _, _, flags = struct.unpack_from(
+        "!HHIIBB", packet, start
+    )
+    return Segment(source, source_port, destination, destination_port, sequence, flags)
+
+
+def ones_complement_sum(data: bytes) -> int:
+    """The unfolded sum of 16-bit words that RFC 1071 checksums are made from."""
+    if len(data) % 2:
+        data += b"\0"
+    return sum(struct.unpack(f"!{len(data) // 2}H", data))
+
+
+def checksum(unfolded: int) -> int:
+    """The Internet checksum (RFC 1071) of an unfolded sum."""
+    while unfolded >> 16:
+        unfolded = (unfolded & 0xFFFF) + (unfolded >> 16)
+    return ~unfolded & 0xFFFF
+
+
+class SynTemplate:
+    """SYNs to one server that differ in source address, source port and ISN only.
+
+    Everything else, and its part of the checksum, is made once: thousands of SYNs then cost
+    little more than their system calls.
+    """
+
+    def __init__(self, server_ip: str, server_port: int) -> None:
+        self._server = ipaddress.ip_address(server_ip).packed
+        self.family = 4 if len(self._server) == 4 else 6
+        options = struct.pack("!BBH", 2, 4, MSS[self.family])
+        # SACK permitted, timestamps, no-operation, window scale 7: as Linux sends them.
+        options += struct.pack("!BBBBIIBBBB", 4, 2, 8, 10, TIMESTAMP_OF_SYN, 0, 1, 3, 3, 7)
+        length = 20 + len(options)
+        self._after_isn = struct.pack("!IBBH", 0, length // 4 << 4, SYN, 64240)
+        self._after_checksum = struct.pack("!H", 0) + options
+        self._port = server_port
+        if self.family == 4:
+            self._ip_header = struct.pack("!BBHHHBB", 0x45, 0, 20 + length, 0, 0x4000, 64, 6)
+        else:
+            self._ip_header = struct.pack("!IHBB", 6 << 28, length, IPPROTO_TCP, 64)
+        self._constant_sum = (
+            ones_complement_sum(self._server + self._after_isn + self._after_checksum)
+            + server_port
+            + length
+            + IPPROTO_TCP
+        )
+
+    def packet(self, source: bytes, source_port: int, isn: int) -> bytes:
+        """A whole IP packet; `source` is the packed address, in the server's family.
+
+        The IPv4 header checksum is left 0: the kernel fills it in for raw sockets.
+        """
+        ports_and_isn = struct.pack("!HHI", source_port, self._port, isn)
+        total = self._constant_sum + ones_complement_sum(source)
+        total += source_port + (isn >> 16) + (isn & 0xFFFF)
+        header = self._ip_header + (b"\0\0" if self.family == 4 else b"") + source + self._server
+        tcp = ports_and_isn + self._after_isn + struct.pack("!H", checksum(total))
+        return header + tcp + self._after_checksum

@@ -1,0 +1,82 @@
+"""SYNs from addresses of our choice, through a raw socket of the client's namespace."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from lab.patience import LOAD_S
+from lab.records import FourTuple
+from lab.segments import SynTemplate
+from lab.topology import source_addresses
+
+if TYPE_CHECKING:
+    from lab.topology import Namespace
+    from lab.watch import Watch
+
+SOURCES_USED = 250
+FIRST_PORT = 1024
+LAST_PORT = 65_535
+BURST = 256
+"""SYNs sent before their SYN-ACKs are waited for; well below net.core.netdev_max_backlog (1000
+per CPU), past which the kernel drops what a veth delivers."""
+ISN_STEP = 0x9E37_79B1
+"""Odd, so that the ISNs of up to 2^32 SYNs differ."""
+
+
+class Syn(NamedTuple):
+    """One SYN to be sent."""
+
+    four_tuple: FourTuple
+    isn: int
+    packet: bytes
+
+
+def make_syns(prefix: str, server_ip: str, server_port: int, count: int) -> Iterator[Syn]:
+    """SYNs with `count` different 4-tuples, from the host addresses of a prefix.
+
+    Raises ValueError where the prefix has not enough addresses for them.
+    """
+    sources = source_addresses(prefix, SOURCES_USED)
+    if count > len(sources) * (LAST_PORT - FIRST_PORT + 1):
+        raise ValueError(f"{count} SYNs are more than {prefix} has addresses and ports for")
+    packed = [ipaddress.ip_address(source).packed for source in sources]
+    template = SynTemplate(server_ip, server_port)
+    for number in range(count):
+        which = number % len(sources)
+        port = FIRST_PORT + number // len(sources)
+        isn = number * ISN_STEP & 0xFFFF_FFFF
+        yield Syn(
+            FourTuple(sources[which], port, server_ip, server_port),
+            isn,
+            template.packet(packed[which], port, isn),
+        )
+
+
+def send_syns(
+    namespace: Namespace, watch: Watch, prefix: str, server_ip: str, server_port: int, count: int
+) -> set[FourTuple]:
+    """Send SYNs in bursts, each answered before the next; returns their 4-tuples.
+
+    Raises LabTimeoutError where the server does not answer all of them.
+    """
+    sent: set[FourTuple] = set()
+
+    def all_answered() -> bool:
+        return watch.count(lambda record: record.synacks > 0) >= len(sent)
+
+    with namespace.run(_raw_socket, ":" in server_ip) as raw:
+        for syn in make_syns(prefix, server_ip, server_port, count):
+            raw.sendto(syn.packet, (server_ip, 0))
+            sent.add(syn.four_tuple)
+            if len(sent) % BURST == 0 or len(sent) == count:
+                watch.until(all_answered, f"SYN-ACKs for {len(sent)} SYNs", LOAD_S)
+    return sent
+
+
+def _raw_socket(ipv6: bool) -> socket.socket:
+    # IPPROTO_RAW means that we bring the IP header, for both families.
+    family = socket.AF_INET6 if ipv6 else socket.AF_INET
+    return socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)

@@ -1,0 +1,69 @@
+"""Where a guest's kernel comes from, without asking a package archive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lab import guest, package_cache
+
+RECORD = (
+    "Package: linux-image-amd64\n"
+    "Version: 9.8.7-6\n"
+    "Depends: linux-base (>= 4), linux-image-9.8.7-abi (= 9.8.7-6)\n"
+    "Description: Linux for 64-bit PCs\n"
+    " Depends: linux-image-of-the-description\n"
+    "\n"
+    "Package: linux-image-amd64\n"
+    "Version: 1.0-1\n"
+)
+
+
+def test_metapackage_leads_to_the_image_of_its_first_record() -> None:
+    assert package_cache.kernel_dependency(RECORD) == "linux-image-9.8.7-abi"
+    assert package_cache.parse_record(RECORD)["Version"] == "9.8.7-6"
+
+
+def test_a_record_without_an_image_leads_nowhere() -> None:
+    assert package_cache.kernel_dependency("Package: x\nDepends: linux-base\n") is None
+    assert package_cache.kernel_dependency("") is None
+
+
+@pytest.mark.parametrize("base", ["", "relative/path"])
+def test_an_xdg_directory_that_is_not_absolute_counts_as_unset(base: str) -> None:
+    unset = package_cache.cache_directory({})
+    assert package_cache.cache_directory({"XDG_CACHE_HOME": base}) == unset
+
+
+def test_an_empty_cache_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for look in (package_cache.cached_kernel, package_cache.cached_busybox):
+        with pytest.raises(package_cache.CacheError) as missing:
+            look()
+        assert "make setup" in missing.value.remedy
+        assert missing.value.exit_status == guest.HARNESS_STATUS
+
+
+def test_link_moves_only_to_what_is_unpacked_and_the_old_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    wanted: list[str] = []
+
+    def unpack(package: package_cache.Package, target: Path) -> None:
+        wanted.append(package.version)
+        if package.version == "3":
+            raise package_cache.CacheError("x", "y", "z")
+        (target / "boot").mkdir(parents=True)
+        (target / "boot" / f"vmlinuz-{package.version}").touch()
+
+    monkeypatch.setattr(package_cache, "_download_and_unpack", unpack)
+    for version, fresh in (("1", True), ("1", False), ("2", True)):
+        assert package_cache.fetch(package_cache.Package("image", version), "kernel") is fresh
+    with pytest.raises(package_cache.CacheError):
+        package_cache.fetch(package_cache.Package("image", "3"), "kernel")
+    assert wanted == ["1", "2", "3"]
+    assert package_cache.cached_kernel().name == "vmlinuz-2"
+    unpacked = package_cache.cache_directory() / "packages"
+    assert [path.name for path in unpacked.iterdir()] == ["image_2"]
