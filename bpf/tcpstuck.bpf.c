@@ -111,23 +111,25 @@ static __always_inline void lose(u32 what)
 		*count += 1;
 }
 
-/* Counts are per CPU and bottom halves are off: plain additions are exact. */
-static __always_inline void add_count(u32 netns, u32 which)
+/*
+ * The counts of a namespace, looked up once per segment. They are per CPU and bottom halves are
+ * off: plain additions are exact.
+ */
+static __always_inline struct netns_counts *counts_of(u32 netns)
 {
 	struct netns_counts *found = counts.lookup(&netns);
+	struct netns_counts *none;
 	u32 zero = 0;
 
-	if (!found) {
-		struct netns_counts *none = no_counts.lookup(&zero);
-
-		if (none)
-			counts.insert(&netns, none);
-		found = counts.lookup(&netns);
-	}
+	if (found)
+		return found;
+	none = no_counts.lookup(&zero);
+	if (none)
+		counts.insert(&netns, none);
+	found = counts.lookup(&netns);
 	if (!found)
 		lose(LOSS_NAMESPACES_UNCOUNTED);
-	else if (which < NETNS_COUNT_MAX)
-		found->count[which] += 1;
+	return found;
 }
 
 static __always_inline bool port_wanted(u16 port)
@@ -266,15 +268,13 @@ static __always_inline u8 cookie_counters_moved(const struct counters_before *be
 #define cookie_counters_moved(before) MOVED_UNKNOWN
 #endif
 
-/* Counts one segment inside or outside the filters: every *_OUTSIDE follows its counterpart. */
-static __always_inline void add_filtered_count(const struct segment *segment, u32 which)
-{
-	add_count(segment->key.netns, which + (segment->outside ? 1 : 0));
-}
+/* Every *_OUTSIDE count follows its counterpart inside the filters. */
+#define FILTERED(which, segment) ((which) + ((segment)->outside ? 1 : 0))
 
 /* Returns whether user space will hear of it; if not, the table's entry has to keep the fact. */
-static __always_inline bool tell(u8 kind, const struct segment *segment,
-				 const struct handshake *handshake, u64 now, u8 moved)
+static __always_inline bool tell(struct netns_counts *counted, u8 kind,
+				 const struct segment *segment, const struct handshake *handshake,
+				 u64 now, u8 moved)
 {
 	struct event event = {};
 
@@ -291,7 +291,7 @@ static __always_inline bool tell(u8 kind, const struct segment *segment,
 	event.kind = kind;
 	if (events.ringbuf_output(&event, sizeof(event), 0) == 0)
 		return true;
-	add_count(segment->key.netns, COUNT_EVENTS_LOST);
+	counted->count[COUNT_EVENTS_LOST] += 1;
 	return false;
 }
 
@@ -329,6 +329,7 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 	u32 zero = 0;
 	struct syn_scratch *scratch = syn_scratches.lookup(&zero);
 	struct handshake fresh = {};
+	struct netns_counts *counted;
 	struct handshake *entry;
 	struct segment *segment;
 	int failed;
@@ -337,7 +338,10 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 		return 0;
 	segment = &scratch->segment;
 	scratch->cookie_sent = 1;
-	add_filtered_count(segment, COUNT_COOKIES_SENT);
+	counted = counts_of(segment->key.netns);
+	if (!counted)
+		return 0;
+	counted->count[FILTERED(COUNT_COOKIES_SENT, segment)] += 1;
 	if (segment->outside)
 		return 0;
 	fresh.first_syn_ns = fresh.last_syn_ns = bpf_ktime_get_ns();
@@ -353,12 +357,12 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 		return 0;
 	entry = failed == -EEXIST ? awaiting_ack.lookup(&segment->key) : 0;
 	if (!entry) {
-		add_count(segment->key.netns, COUNT_TABLE_FULL);
+		counted->count[COUNT_TABLE_FULL] += 1;
 		return 0;
 	}
 	if (entry->ending != ENDING_NONE || entry->client_isn != fresh.client_isn) {
 		if (entry->ending == ENDING_NONE)
-			add_count(segment->key.netns, COUNT_REPLACED);
+			counted->count[COUNT_REPLACED] += 1;
 		*entry = fresh;
 		return 0;
 	}
@@ -369,8 +373,8 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 	entry->syn_queue = fresh.syn_queue;
 	entry->mss = mss;
 	entry->syn_count += 1;
-	add_count(segment->key.netns, COUNT_SYNS_REPEATED);
-	tell(EVENT_SYN_REPEATED, segment, entry, fresh.last_syn_ns, 0);
+	counted->count[COUNT_SYNS_REPEATED] += 1;
+	tell(counted, EVENT_SYN_REPEATED, segment, entry, fresh.last_syn_ns, 0);
 	return 0;
 }
 
@@ -382,10 +386,11 @@ static __always_inline int syn_handled(void)
 {
 	u32 zero = 0;
 	struct syn_scratch *scratch = syn_scratches.lookup(&zero);
+	struct netns_counts *counted;
 	struct handshake *entry;
 	struct segment *segment;
+	u8 kind, moved;
 	u64 now;
-	u8 moved;
 
 	if (!scratch || !scratch->skb)
 		return 0;
@@ -393,13 +398,16 @@ static __always_inline int syn_handled(void)
 	if (scratch->cookie_sent)
 		return 0;
 	segment = &scratch->segment;
+	counted = counts_of(segment->key.netns);
+	if (!counted)
+		return 0;
 	moved = listen_counters_moved(&scratch->before);
 	if (moved & MOVED_LISTEN_OVERFLOWS)
-		add_filtered_count(segment, COUNT_LISTEN_OVERFLOWS);
+		counted->count[FILTERED(COUNT_LISTEN_OVERFLOWS, segment)] += 1;
 	if (segment->outside)
 		return 0;
 	if (moved & MOVED_LISTEN_DROPS)
-		add_count(segment->key.netns, COUNT_SYNS_DROPPED);
+		counted->count[COUNT_SYNS_DROPPED] += 1;
 	entry = awaiting_ack.lookup(&segment->key);
 	if (!entry || entry->ending != ENDING_NONE)
 		return 0;
@@ -408,12 +416,13 @@ static __always_inline int syn_handled(void)
 		entry->syn_count += 1;
 		entry->syns_dropped += 1;
 		entry->last_syn_ns = now;
-		tell(EVENT_SYN_DROPPED, segment, entry, now, moved);
-		return 0;
+		kind = EVENT_SYN_DROPPED;
+	} else {
+		counted->count[COUNT_TAKEN_OVER] += 1;
+		end(entry, ENDING_TAKEN_OVER, now, moved);
+		kind = EVENT_TAKEN_OVER;
 	}
-	add_count(segment->key.netns, COUNT_TAKEN_OVER);
-	end(entry, ENDING_TAKEN_OVER, now, moved);
-	tell(EVENT_TAKEN_OVER, segment, entry, now, moved);
+	tell(counted, kind, segment, entry, now, moved);
 	return 0;
 }
 
@@ -433,68 +442,72 @@ static __always_inline int ack_arrived(struct sock *listener, struct sk_buff *sk
 	return 0;
 }
 
-static __always_inline void ack_completed(struct segment *segment, struct handshake *entry, u64 now,
-					  u8 moved)
+/* What an ACK's fate is to be told as, 0: not at all. */
+static __always_inline u8 ack_completed(struct netns_counts *counted, struct segment *segment,
+					struct handshake *entry, u64 now, u8 moved)
 {
 	u32 zero = 0;
 	struct trace_config *wanted = config.lookup(&zero);
 
-	add_count(segment->key.netns, COUNT_COMPLETED);
+	counted->count[COUNT_COMPLETED] += 1;
 	if (!entry || !wanted) {
-		add_count(segment->key.netns, COUNT_COMPLETED_UNTRACKED);
-		return;
+		counted->count[COUNT_COMPLETED_UNTRACKED] += 1;
+		return 0;
 	}
-	if (entry->ending != ENDING_NONE || entry->syn_count > 1 || entry->acks_dropped ||
-	    segment->sequence != entry->client_isn + 1 ||
-	    now - entry->first_syn_ns >= wanted->tell_completed_after_ns) {
-		end(entry, ENDING_COMPLETED, now, moved);
-		if (!tell(EVENT_COMPLETED, segment, entry, now, moved))
-			return;
+	if (entry->ending == ENDING_NONE && entry->syn_count == 1 && !entry->acks_dropped &&
+	    segment->sequence == entry->client_isn + 1 &&
+	    now - entry->first_syn_ns < wanted->tell_completed_after_ns) {
+		awaiting_ack.delete(&segment->key);
+		return 0;
 	}
-	awaiting_ack.delete(&segment->key);
+	end(entry, ENDING_COMPLETED, now, moved);
+	return EVENT_COMPLETED;
 }
 
-static __always_inline void ack_dropped(struct segment *segment, struct handshake *entry, u64 now,
-					u8 moved)
+static __always_inline u8 ack_dropped(struct netns_counts *counted, struct handshake *entry,
+				      u64 now, u8 moved)
 {
-	add_count(segment->key.netns, COUNT_ACKS_DROPPED);
+	counted->count[COUNT_ACKS_DROPPED] += 1;
 	if (!entry) {
-		add_count(segment->key.netns, COUNT_ACKS_DROPPED_UNTRACKED);
-		return;
+		counted->count[COUNT_ACKS_DROPPED_UNTRACKED] += 1;
+		return 0;
 	}
 	if (!entry->acks_dropped)
 		entry->first_ack_dropped_ns = now;
 	entry->last_ack_dropped_ns = now;
 	entry->acks_dropped += 1;
 	entry->drop_counters |= moved;
-	tell(EVENT_ACK_DROPPED, segment, entry, now, moved);
+	return EVENT_ACK_DROPPED;
 }
 
 /*
  * The listener got the segment back: the peer's reset, or an ACK that will be answered by one.
  * Strays of former connections come here too; only what fits the handshake's numbers ends it.
  */
-static __always_inline void segment_refused(struct segment *segment, struct handshake *entry,
-					    u64 now, u8 moved)
+static __always_inline u8 segment_refused(struct netns_counts *counted, struct segment *segment,
+					  struct handshake *entry, u64 now, u8 moved)
 {
 	bool reset = segment->tcp_flags & TCP_FLAG_RST;
 	bool fits = false;
 
 	if (!reset && !(segment->tcp_flags & TCP_FLAG_ACK))
-		return;
-	add_count(segment->key.netns, reset ? COUNT_RESETS : COUNT_ACKS_REJECTED);
+		return 0;
 	if (entry && entry->ending == ENDING_NONE) {
 		fits = segment->sequence - entry->client_isn <= NEAR_ISN;
 		if (!reset && entry->syn_count == 1)
 			fits = fits && segment->acknowledgement == entry->cookie_isn + 1;
 	}
-	if (!fits) {
-		add_count(segment->key.netns,
-			  reset ? COUNT_RESETS_UNTRACKED : COUNT_ACKS_REJECTED_UNTRACKED);
-		return;
+	if (reset) {
+		counted->count[COUNT_RESETS] += 1;
+		counted->count[COUNT_RESETS_UNTRACKED] += !fits;
+	} else {
+		counted->count[COUNT_ACKS_REJECTED] += 1;
+		counted->count[COUNT_ACKS_REJECTED_UNTRACKED] += !fits;
 	}
+	if (!fits)
+		return 0;
 	end(entry, reset ? ENDING_RESET : ENDING_REJECTED, now, moved);
-	tell(reset ? EVENT_RESET : EVENT_ACK_REJECTED, segment, entry, now, moved);
+	return reset ? EVENT_RESET : EVENT_ACK_REJECTED;
 }
 
 /* cookie_vX_check, return: the listener (refused), NULL (dropped) or the child. */
@@ -502,35 +515,44 @@ static __always_inline int ack_judged(u64 result)
 {
 	u32 zero = 0;
 	struct ack_scratch *scratch = ack_scratches.lookup(&zero);
+	struct netns_counts *counted;
 	struct handshake *entry;
 	struct segment *segment;
 	u64 now, listener;
-	u8 moved;
+	u8 kind, moved;
 
 	if (!scratch || !scratch->listener)
 		return 0;
 	listener = scratch->listener;
 	scratch->listener = 0;
 	segment = &scratch->segment;
+	counted = counts_of(segment->key.netns);
+	if (!counted)
+		return 0;
 	moved = listen_counters_moved(&scratch->before) | cookie_counters_moved(&scratch->before);
 	if (moved & MOVED_SYNCOOKIES_RECV)
-		add_filtered_count(segment, COUNT_COOKIES_RECEIVED);
+		counted->count[FILTERED(COUNT_COOKIES_RECEIVED, segment)] += 1;
 	if (moved & MOVED_SYNCOOKIES_FAILED)
-		add_filtered_count(segment, COUNT_COOKIES_FAILED);
+		counted->count[FILTERED(COUNT_COOKIES_FAILED, segment)] += 1;
 	if (moved & MOVED_LISTEN_OVERFLOWS)
-		add_filtered_count(segment, COUNT_LISTEN_OVERFLOWS);
+		counted->count[FILTERED(COUNT_LISTEN_OVERFLOWS, segment)] += 1;
 	if (segment->outside)
 		return 0;
 	now = bpf_ktime_get_ns();
 	entry = awaiting_ack.lookup(&segment->key);
 	if (result == listener) {
-		segment_refused(segment, entry, now, moved);
+		kind = segment_refused(counted, segment, entry, now, moved);
 	} else if (!result) {
-		ack_dropped(segment, entry, now, moved);
+		kind = ack_dropped(counted, entry, now, moved);
 	} else {
 		scratch->child = result;
-		ack_completed(segment, entry, now, moved);
+		kind = ack_completed(counted, segment, entry, now, moved);
 	}
+	/* The second condition is for the verifier: a kind comes with an entry. */
+	if (!kind || !entry)
+		return 0;
+	if (tell(counted, kind, segment, entry, now, moved) && kind == EVENT_COMPLETED)
+		awaiting_ack.delete(&segment->key);
 	return 0;
 }
 
@@ -541,11 +563,15 @@ static __always_inline int ack_judged(u64 result)
  */
 static __always_inline int child_processed(struct ack_scratch *scratch, struct sock *child)
 {
-	u8 state = READ(child->skc_state);
+	struct netns_counts *counted = counts_of(scratch->segment.key.netns);
 
 	scratch->child = 0;
-	add_count(scratch->segment.key.netns,
-		  state == TCP_STATE_ESTABLISHED ? COUNT_ESTABLISHED : COUNT_STILLBORN);
+	if (!counted)
+		return 0;
+	if (READ(child->skc_state) == TCP_STATE_ESTABLISHED)
+		counted->count[COUNT_ESTABLISHED] += 1;
+	else
+		counted->count[COUNT_STILLBORN] += 1;
 	return 0;
 }
 
@@ -567,8 +593,13 @@ static __always_inline int request_handled(void)
 	u32 zero = 0;
 	struct request_scratch *scratch = request_scratches.lookup(&zero);
 
-	if (scratch && listen_counters_moved(&scratch->before) & MOVED_LISTEN_OVERFLOWS)
-		add_filtered_count(&scratch->segment, COUNT_LISTEN_OVERFLOWS);
+	struct netns_counts *counted;
+
+	if (!scratch || !(listen_counters_moved(&scratch->before) & MOVED_LISTEN_OVERFLOWS))
+		return 0;
+	counted = counts_of(scratch->segment.key.netns);
+	if (counted)
+		counted->count[FILTERED(COUNT_LISTEN_OVERFLOWS, &scratch->segment)] += 1;
 	return 0;
 }
 
