@@ -6,6 +6,7 @@ It runs where tracing works: on this machine's own kernel, or in a guest.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from functools import partial
 from typing import BinaryIO
@@ -46,7 +47,11 @@ def run(arguments: argparse.Namespace) -> int:
     _say(f"This kernel does not let us trace ({refusal}), so a guest is started.")
     result = run_in_guest(
         [sys.executable, "-m", "lab", "demo", "--here"],
-        options=GuestOptions(timeout_s=LIMIT_S, native="never"),
+        options=GuestOptions(
+            timeout_s=LIMIT_S,
+            native="never",
+            environment={"COLUMNS": str(shutil.get_terminal_size((80, 24)).columns)},
+        ),
         stdout_sink=partial(_pass_on, sys.stdout.buffer),
         stderr_sink=partial(_pass_on, sys.stderr.buffer),
     )

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 
-from tcpstuck_bpf.errors import CannotTrace
+from tcpstuck_bpf.errors import CannotTraceError
 
 RUNNING_KERNEL = "/sys/kernel/btf/vmlinux"
 
@@ -54,7 +55,7 @@ _TAIL = {
 class Btf:
     """The types of one kernel.
 
-    Raises CannotTrace where the bytes are not BTF or hold a kind of type that is not known.
+    Raises CannotTraceError where the bytes are not BTF or hold a kind of type that is not known.
     """
 
     def __init__(self, data: bytes, source: str) -> None:
@@ -69,8 +70,8 @@ class Btf:
         self._enums: list[int] = []
         self._index(header_length + type_start, header_length + type_start + type_length)
 
-    def _unreadable(self, why: str) -> CannotTrace:
-        return CannotTrace(
+    def _unreadable(self, why: str) -> CannotTraceError:
+        return CannotTraceError(
             f"cannot read the kernel's type information in {self._source}",
             why,
             "use a kernel built with CONFIG_DEBUG_INFO_BTF=y",
@@ -167,20 +168,18 @@ class Btf:
             if not count or not self._string(first).startswith(prefix):
                 continue
             for index in range(count):
-                name, value = _PAIR.unpack_from(
-                    self._data, place + _TYPE.size + index * _PAIR.size
-                )
+                name, value = _PAIR.unpack_from(self._data, place + _TYPE.size + index * _PAIR.size)
                 found[self._string(name)] = value
         return found
 
 
 def read_running_kernel() -> Btf:
-    """The BTF of the running kernel. Raises CannotTrace where it has none."""
+    """The BTF of the running kernel. Raises CannotTraceError where it has none."""
     try:
-        with open(RUNNING_KERNEL, "rb") as file:
+        with Path(RUNNING_KERNEL).open("rb") as file:
             data = file.read()
     except OSError as error:
-        raise CannotTrace(
+        raise CannotTraceError(
             "this kernel does not describe its types",
             f"{RUNNING_KERNEL}: {error.strerror}",
             "use a kernel built with CONFIG_DEBUG_INFO_BTF=y (every current distribution kernel)",

@@ -31,7 +31,7 @@ class TcpstuckError(Exception):
         return [f"tcpstuck-trace: {self.what}", f"  why: {self.why}", f"  remedy: {self.remedy}"]
 
 
-class CannotTrace(TcpstuckError):
+class CannotTraceError(TcpstuckError):
     """This machine, as it is now, does not let us trace."""
 
     exit_status = EXIT_CANNOT_TRACE

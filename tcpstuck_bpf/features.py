@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from tcpstuck_bpf.errors import CannotTrace
+from tcpstuck_bpf.errors import CannotTraceError
 
 CAP_SYS_ADMIN = 21
 CAP_PERFMON = 38
@@ -50,36 +50,36 @@ def has_kprobes() -> bool:
 
 
 def require_privileges() -> None:
-    """Raises CannotTrace without the capabilities, or under lockdown in confidentiality mode."""
+    """Raises CannotTraceError without the capabilities, or under lockdown (confidentiality)."""
     if not has_tracing_capabilities():
-        raise CannotTrace(
+        raise CannotTraceError(
             "no permission to load BPF programs",
             f"user {os.geteuid()} has neither CAP_SYS_ADMIN nor CAP_BPF with CAP_PERFMON",
             "run it as root: sudo tcpstuck-trace",
         )
     if lockdown_mode() == "confidentiality":
-        raise CannotTrace(
+        raise CannotTraceError(
             "this kernel is locked down and refuses BPF tracing",
             "lockdown mode is [confidentiality] (/sys/kernel/security/lockdown)",
             "boot with lockdown=integrity or less, or trace on another machine",
         )
 
 
-def refusal(problem: str) -> CannotTrace:
+def refusal(problem: str) -> CannotTraceError:
     """The error for a kernel that refused to load or attach; `problem` is what it said."""
     if not has_kprobes():
-        return CannotTrace(
+        return CannotTraceError(
             "this kernel can attach neither kprobes nor fentry programs",
             f"it has no kprobe event type ({_KPROBE_PMU} is missing), and fentry: {problem}",
             "use a kernel with CONFIG_KPROBES and CONFIG_DEBUG_INFO_BTF, unlocked (not lockdown)",
         )
     if "not permitted" in problem or "EPERM" in problem:
-        return CannotTrace(
+        return CannotTraceError(
             "the kernel refused to load BPF tracing programs",
             "EPERM in spite of the capabilities held: lockdown or another security module",
             "see `cat /sys/kernel/security/lockdown` and the kernel log",
         )
-    return CannotTrace(
+    return CannotTraceError(
         "the kernel refused the BPF programs",
         problem,
         "try --probe-mode kprobe or fentry; if both fail report it, with the kernel's version",
@@ -90,12 +90,12 @@ def read_symbols(functions: Collection[str], data_symbol: str) -> tuple[frozense
     """Which of `functions` the kernel has, and the address of `data_symbol` (None if hidden).
 
     Source: /proc/kallsyms, whose addresses read as zero without CAP_SYSLOG or with
-    kptr_restrict=2. Raises CannotTrace where it cannot be read.
+    kptr_restrict=2. Raises CannotTraceError where it cannot be read.
     """
     try:
         symbols = Path("/proc/kallsyms").read_bytes()
     except OSError as error:
-        raise CannotTrace(
+        raise CannotTraceError(
             "the kernel's symbol table cannot be read",
             f"/proc/kallsyms: {error.strerror}",
             "use a kernel built with CONFIG_KALLSYMS=y and mount /proc",

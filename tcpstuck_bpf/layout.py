@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tcpstuck_bpf.btf import Btf
-from tcpstuck_bpf.errors import CannotTrace
+from tcpstuck_bpf.errors import CannotTraceError
 
 
 class Member(NamedTuple):
@@ -68,13 +68,13 @@ def find_layout(btf: Btf, per_cpu_offset_table: int | None) -> Layout:
     """Look every member up.
 
     `per_cpu_offset_table` is the address of the kernel's __per_cpu_offset, None where it is not
-    known. Raises CannotTrace where a struct member that nothing can replace is missing.
+    known. Raises CannotTraceError where a struct member that nothing can replace is missing.
     """
     offsets: dict[Member, int] = {}
     for member in REQUIRED_MEMBERS:
         offset = btf.offset(member.kernel_struct, member.path)
         if offset is None:
-            raise CannotTrace(
+            raise CannotTraceError(
                 f"this kernel's struct {member.kernel_struct} has no member {member.path}",
                 "its type information differs from every kernel this version was made for",
                 "report it, with the kernel's version; a newer tcpstuck-trace may know it",

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from tcpstuck_bpf.btf import Btf
-from tcpstuck_bpf.errors import CannotTrace
+from tcpstuck_bpf.errors import CannotTraceError
 from tcpstuck_bpf.model import CoverageGap
 
 
@@ -107,13 +107,13 @@ _IPV6_PROBES = frozenset({"cookie_v6_init_sequence", "cookie_v6_check"})
 def plan(symbols: Collection[str]) -> tuple[tuple[Probe, ...], tuple[CoverageGap, ...]]:
     """The probes this kernel has functions for, and the gaps that the others leave.
 
-    Raises CannotTrace where a required function is missing. IPv6 is all or nothing: a cookie seen
-    without the fate of its ACK would only accuse healthy clients.
+    Raises CannotTraceError where a required function is missing. IPv6 is all or nothing: a cookie
+    seen without the fate of its ACK would only accuse healthy clients.
     """
     missing = {probe.function for probe in PROBES if probe.function not in symbols}
     for probe in PROBES:
         if probe.required and probe.function in missing:
-            raise CannotTrace(
+            raise CannotTraceError(
                 f"this kernel has no function {probe.function} to probe",
                 f"without it {probe.lost}; it may lack CONFIG_SYN_COOKIES or have it inlined",
                 "use a kernel built with CONFIG_SYN_COOKIES=y",

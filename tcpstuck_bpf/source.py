@@ -15,7 +15,7 @@ from typing import Any
 
 from tcpstuck_bpf import features, probes, wire
 from tcpstuck_bpf.btf import Btf, read_running_kernel
-from tcpstuck_bpf.errors import CannotTrace
+from tcpstuck_bpf.errors import CannotTraceError
 from tcpstuck_bpf.layout import PER_CPU_OFFSET_SYMBOL, find_layout, header_text
 from tcpstuck_bpf.model import (
     Coverage,
@@ -46,7 +46,7 @@ def program_directory() -> Path:
     for candidate in (package / "bpf", package.parent / "bpf"):
         if (candidate / "tcpstuck.bpf.c").is_file():
             return candidate
-    raise CannotTrace(
+    raise CannotTraceError(
         "the BPF program text is missing",
         f"neither {package / 'bpf'} nor {package.parent / 'bpf'} has tcpstuck.bpf.c",
         "install tcpstuck-trace again",
@@ -57,24 +57,25 @@ def _import_bcc() -> ModuleType:
     try:
         import bcc
     except ImportError as error:
-        raise CannotTrace(
+        raise CannotTraceError(
             "BCC's Python module cannot be imported",
             f"import bcc: {error}",
             "install it from the distribution (apt install python3-bpfcc, dnf install python3-bcc) "
-            "and use a Python environment that sees system packages; `bcc` on PyPI is another thing",
+            "in an environment that sees system packages; `bcc` on PyPI is another thing",
         ) from error
     if not hasattr(bcc, "BPF"):
-        raise CannotTrace(
+        raise CannotTraceError(
             "BCC's Python module is not the one that is imported",
             f"{getattr(bcc, '__file__', 'bcc')} has no BPF class",
             "remove the PyPI package `bcc` and install the distribution's python3-bpfcc",
         )
-    return bcc
+    module: ModuleType = bcc
+    return module
 
 
 @contextlib.contextmanager
 def _compiler_messages() -> Iterator[list[str]]:
-    """libbcc writes the compiler's and the verifier's words to file descriptor 2: collect them."""
+    """Collect what libbcc, with the compiler and the verifier, writes to file descriptor 2."""
     messages: list[str] = []
     saved = os.dup(2)
     with tempfile.TemporaryFile() as file:
@@ -136,13 +137,13 @@ class BccSource:
         wished = self._settings.probe_mode
         obstacle = probes.fentry_obstacle(btf, self._probes) if wished != "kprobe" else None
         if obstacle and wished == "fentry":
-            raise CannotTrace(
+            raise CannotTraceError(
                 "fentry cannot be used on this kernel", obstacle, "use --probe-mode kprobe"
             )
         if wished != "kprobe" and not obstacle:
             try:
                 return self._attempt("fentry")
-            except CannotTrace:
+            except CannotTraceError:
                 if wished == "fentry" or not features.has_kprobes():
                     raise
         if not features.has_kprobes():
@@ -154,7 +155,7 @@ class BccSource:
             try:
                 self._load(mode)
                 return mode
-            except CannotTrace:
+            except CannotTraceError:
                 raise
             except Exception as error:  # bcc raises nothing more specific
                 failure = error
@@ -233,7 +234,7 @@ class BccSource:
             (ctypes.sizeof(counts.sLeaf), wire.COUNTS.size),
         )
         if any(kernel != ours for kernel, ours in sizes):
-            raise CannotTrace(
+            raise CannotTraceError(
                 "the BPF text and the Python code do not belong together",
                 f"sizes of their structs differ: {sizes}",
                 "install tcpstuck-trace again",
@@ -302,7 +303,7 @@ class BccSource:
             )
             error = ctypes.get_errno() if failed else 0
             if error not in (0, _ENOENT):
-                raise CannotTrace(
+                raise CannotTraceError(
                     "the table of handshakes cannot be read",
                     f"bpf_map_lookup_batch: {os.strerror(error)}",
                     "report it, with the kernel's version",
@@ -353,5 +354,5 @@ def _allow_locked_memory() -> None:
 
 
 def open_source(settings: TraceSettings) -> BccSource:
-    """Trace the running kernel. Raises CannotTrace where it cannot be done."""
+    """Trace the running kernel. Raises CannotTraceError where it cannot be done."""
     return BccSource(settings)

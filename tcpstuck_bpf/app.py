@@ -1,0 +1,302 @@
+"""The run: from a source of observations to findings and the summary, live or replayed.
+
+`Analysis` is the part both have in common; it sees steps in order and nothing else, which is why
+a replay gives what the live run gave. `run_live` adds the clock, the sweeps and the signals.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from tcpstuck_bpf.correlate import Correlator
+from tcpstuck_bpf.errors import UsageError
+from tcpstuck_bpf.flow import State
+from tcpstuck_bpf.model import (
+    Coverage,
+    Event,
+    FourTuple,
+    KernelCounters,
+    NetnsCount,
+    NetnsCounts,
+    Sweep,
+    Tally,
+)
+from tcpstuck_bpf.reconcile import count_difference, reconcile
+from tcpstuck_bpf.replay import (
+    Advanced,
+    Ended,
+    Header,
+    Observed,
+    Recorder,
+    Replay,
+    Step,
+    Swept,
+    TallyTaken,
+)
+from tcpstuck_bpf.report import Status, Summary
+from tcpstuck_bpf.verdict import Finding, judge
+
+SECOND_NS = 1_000_000_000
+LONGEST_POLL_NS = SECOND_NS // 5
+SWEEP_SHARE = 10
+"""At most one part in this many of the time goes into sweeping."""
+
+
+class Source(Protocol):
+    """Where observations come from; `source.BccSource` is the running kernel."""
+
+    @property
+    def coverage(self) -> Coverage:
+        """Which probes attached."""
+
+    @property
+    def timings(self) -> Mapping[str, float]:
+        """Seconds that each part of the start took."""
+
+    @property
+    def table_capacity(self) -> int:
+        """How many handshakes the table holds."""
+
+    def poll(self, timeout_ns: int) -> list[Event]:
+        """Events that came, waiting at most that long for the first."""
+
+    def sweep(self) -> Sweep:
+        """The whole table; its time is from before the first entry was read."""
+
+    def forget(self, four_tuples: Iterable[FourTuple]) -> None:
+        """Remove entries from the table."""
+
+    def counts(self) -> NetnsCounts:
+        """What the programs counted since they were attached."""
+
+    def losses(self) -> Mapping[str, int]:
+        """Losses that belong to no namespace, by name."""
+
+    def close(self) -> None:
+        """Detach."""
+
+
+class Output(Protocol):
+    """Where findings go; `output` has the table and JSON Lines."""
+
+    def findings(self, findings: list[Finding]) -> None:
+        """Show findings as they come."""
+
+    def status(self, status: Status) -> None:
+        """Nothing new: say that it is watching."""
+
+    def summary(self, summary: Summary) -> None:
+        """The end."""
+
+
+class Analysis:
+    """Steps in, findings and at the end a summary out."""
+
+    def __init__(self, header: Header) -> None:
+        self.header = header
+        self.correlator = Correlator(
+            header.settings.timeout_ns,
+            header.settings.tell_healthy,
+            max_flows=header.table_capacity,
+        )
+        self.leaving: list[FourTuple] = []
+        """Entries of the kernel's table that are needed no more, after the latest step."""
+        self.told = 0
+        self._verdicts: Counter[str] = Counter()
+        self._rows: int | None = None
+        self._tallies: list[Tally] = []
+
+    def take(self, step: Step) -> list[Finding]:
+        """Findings that a step brings; only Advanced brings any."""
+        self.leaving = []
+        if isinstance(step, Observed):
+            for event in step.events:
+                self.correlator.observe(event)
+        elif isinstance(step, Swept):
+            self.correlator.observe(step.sweep)
+            self._rows = len(step.sweep.rows)
+        elif isinstance(step, TallyTaken):
+            self._tallies = [*self._tallies[:1], step.tally]
+        elif isinstance(step, Advanced):
+            return self._advance(step.now_ns)
+        return []
+
+    def _advance(self, now_ns: int) -> list[Finding]:
+        reports = self.correlator.advance(now_ns)
+        judged = (judge(report, self.header.coverage) for report in reports)
+        findings = [finding for finding in judged if finding is not None]
+        for finding in findings:
+            self._verdicts[finding.verdict] += 1
+            if finding.updates is not None:
+                self._verdicts[finding.updates] -= 1
+        self.told += len(findings)
+        if self._rows is not None:
+            capacity = self.header.table_capacity
+            self.leaving = self.correlator.expired(now_ns, self._rows, capacity)
+            self._rows = None
+        return findings
+
+    def status(self, counts: NetnsCounts, now_ns: int) -> Status:
+        """What there is to say while nothing new is."""
+        counted = _total(self._tallies[0].traced, counts)
+        stats = self.correlator.stats()
+        return Status(
+            watched=self.header.watched,
+            cookies_sent=counted[NetnsCount.COOKIES_SENT],
+            completed=counted[NetnsCount.COMPLETED],
+            waiting=stats.pending,
+            still_stuck=stats.still_stuck,
+            running_ns=now_ns - self._tallies[0].time_ns,
+        )
+
+    def summary(self, ended: Ended) -> Summary:
+        """The end of the run, from all steps taken; a tally was among them."""
+        start, end = self._tallies[0], self._tallies[-1]
+        stats = self.correlator.stats()
+        counted = _total(start.traced, end.traced)
+        recovered = stats.told_now.get(State.RECOVERED, 0)
+        told = {name: number for name, number in self._verdicts.items() if number > 0}
+        told["completed"] = max(0, counted[NetnsCount.COMPLETED] - recovered)
+        losses = {
+            **ended.losses,
+            "flows_evicted": stats.evicted,
+            "entries_let_go": stats.let_go,
+            "flows_unresolved": stats.unresolved,
+            "children_stillborn": counted[NetnsCount.STILLBORN],
+        }
+        wanted = self.header.settings.trace_filter
+        return Summary(
+            watched=self.header.watched,
+            mode=self.header.coverage.mode,
+            duration_ns=ended.now_ns - start.time_ns,
+            verdicts=dict(sorted(told.items())),
+            ever_stuck=stats.ever_stuck,
+            still_stuck=stats.still_stuck,
+            recovered=recovered,
+            pending=stats.pending,
+            superseded=stats.superseded,
+            cookies_sent=counted[NetnsCount.COOKIES_SENT],
+            lost_events=counted[NetnsCount.EVENTS_LOST],
+            untracked=counted[NetnsCount.TABLE_FULL],
+            unseen_syn=counted[NetnsCount.COMPLETED_UNTRACKED]
+            + counted[NetnsCount.ACKS_DROPPED_UNTRACKED],
+            losses=losses,
+            gaps=self.header.coverage.gaps,
+            reconciliation=reconcile(start, end, self.header.coverage),
+            filtered=bool(wanted.ports or wanted.family or wanted.listener_address),
+            notes=ended.notes,
+        )
+
+
+def _total(start: NetnsCounts, end: NetnsCounts) -> Counter[NetnsCount]:
+    counted: Counter[NetnsCount] = Counter()
+    for counts in count_difference(start, end).values():
+        counted.update(counts)
+    return counted
+
+
+@dataclass
+class Live:
+    """A live run. `stop` is set by a signal handler and ends it with the summary."""
+
+    source: Source
+    analysis: Analysis
+    output: Output
+    recorder: Recorder | None
+    read_kernel_counters: Callable[[], KernelCounters]
+    clock_ns: Callable[[], int] = time.monotonic_ns
+    stop: bool = False
+
+    def run(self, duration_ns: int | None, ready_file: str | None) -> Summary:
+        """Trace until `duration_ns` (None: for ever) has passed or `stop` is set."""
+        begun = self._tally()
+        if ready_file is not None:
+            write_ready_file(ready_file)
+        end_ns = None if duration_ns is None else begun + duration_ns
+        interval_ns = min(SECOND_NS, self.analysis.header.settings.timeout_ns // 3)
+        next_sweep_ns = begun
+        while not self.stop:
+            now_ns = self.clock_ns()
+            if end_ns is not None and now_ns >= end_ns:
+                break
+            until_ns = min(next_sweep_ns, end_ns or next_sweep_ns, now_ns + LONGEST_POLL_NS)
+            self._observe_events(max(0, until_ns - now_ns))
+            swept_ns = self.clock_ns()
+            if swept_ns >= next_sweep_ns:
+                self._sweep()
+                done_ns = self.clock_ns()
+                next_sweep_ns = done_ns + max(interval_ns, SWEEP_SHARE * (done_ns - swept_ns))
+                self.output.status(self.analysis.status(self.source.counts(), done_ns))
+        return self._finish()
+
+    def _step(self, step: Step) -> None:
+        findings = self.analysis.take(step)
+        if self.recorder is not None:
+            self.recorder.write(step)
+        if findings:
+            self.output.findings(findings)
+
+    def _observe_events(self, timeout_ns: int) -> None:
+        events = tuple(self.source.poll(timeout_ns))
+        if events:
+            self._step(Observed(events))
+            self._step(Advanced(self.clock_ns()))
+
+    def _sweep(self) -> None:
+        self._step(Swept(self.source.sweep()))
+        self._step(Advanced(self.clock_ns()))
+        self.source.forget(self.analysis.leaving)
+
+    def _tally(self) -> int:
+        before = self.read_kernel_counters()
+        traced = self.source.counts()
+        now_ns = self.clock_ns()
+        self._step(TallyTaken(Tally(now_ns, before, traced, self.read_kernel_counters())))
+        return now_ns
+
+    def _finish(self) -> Summary:
+        self._observe_events(0)
+        self._sweep()
+        self._tally()
+        failure = self.recorder.failure if self.recorder is not None else None
+        notes = (f"the recording is incomplete: {failure}",) if failure else ()
+        ended = Ended(self.clock_ns(), dict(self.source.losses()), notes)
+        self._step(ended)
+        summary = self.analysis.summary(ended)
+        self.output.summary(summary)
+        return summary
+
+
+def write_ready_file(path: str) -> None:
+    """Say that every probe is attached: a file with our process number appears.
+
+    Raises UsageError where it cannot be written.
+    """
+    try:
+        Path(path).write_text(f"{os.getpid()}\n", encoding="ascii")
+    except OSError as error:
+        raise UsageError(
+            f"cannot write the ready file {path}",
+            str(error.strerror),
+            "name a file in a directory that you may write to",
+        ) from error
+
+
+def run_replay(replay: Replay, output: Output) -> Summary:
+    """Play a recording; gives what the live run gave. Raises RecordingError where it is damaged."""
+    analysis = Analysis(replay.header)
+    for step in replay.steps():
+        findings = analysis.take(step)
+        if findings:
+            output.findings(findings)
+        if isinstance(step, Ended):
+            summary = analysis.summary(step)
+            output.summary(summary)
+            return summary
+    raise AssertionError("a recording without an end is refused when it is opened")

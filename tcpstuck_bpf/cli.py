@@ -1,0 +1,183 @@
+"""The command: options in, exit status out, and the one place where errors become messages."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+from tcpstuck_bpf import netns
+from tcpstuck_bpf.app import Analysis, Live, Output, Source, run_replay, write_ready_file
+from tcpstuck_bpf.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_NOTHING_STUCK,
+    EXIT_STUCK,
+    TcpstuckError,
+    UsageError,
+)
+from tcpstuck_bpf.model import TraceFilter, TraceSettings, address_text
+from tcpstuck_bpf.options import build_parser
+from tcpstuck_bpf.output import JsonOutput, Selection, TableOutput
+from tcpstuck_bpf.render import TableRenderer, watching
+from tcpstuck_bpf.replay import Header, Recorder, Replay
+from tcpstuck_bpf.report import Summary, WallClock
+
+EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
+WIDTH_OF_A_PIPE = 200
+
+_REPLAY_OPTIONS = frozenset({"replay", "json", "verbose", "only", "summary"})
+
+
+def _refuse_beside_replay(options: argparse.Namespace) -> None:
+    """A recording fixes what was traced: options that would change it are a mistake."""
+    defaults = vars(build_parser().parse_args([]))
+    for name, value in vars(options).items():
+        if name not in _REPLAY_OPTIONS and value != defaults[name]:
+            raise UsageError(
+                f"--{name.replace('_', '-')} has no meaning beside --replay",
+                "a recording holds what was traced, and how",
+                "leave it out; --json, --only, -v and --summary choose what is shown",
+            )
+
+
+def _settings(options: argparse.Namespace) -> TraceSettings:
+    address: bytes | None = options.listener
+    family: int | None = options.family
+    wanted = TraceFilter(
+        ports=tuple(sorted({port for ports in options.port for port in ports})),
+        family=family,
+        listener_address=address,
+        netns=netns.resolve(options.netns),
+    )
+    if address is not None and family is not None:
+        is_ipv4 = ":" not in address_text(address)
+        if is_ipv4 != (family == 4):
+            raise UsageError(
+                f"--listener {address_text(address)} is never reached by IPv{family}",
+                f"-{family} asks for IPv{family} packets only",
+                f"leave out -{family}",
+            )
+    return TraceSettings(
+        trace_filter=wanted,
+        timeout_ns=options.timeout,
+        tell_healthy=options.all,
+        probe_mode=options.probe_mode,
+        max_handshakes=options.max_handshakes,
+    )
+
+
+def _watched(options: argparse.Namespace, wanted: TraceFilter) -> str:
+    """What is watched, in words."""
+    ports = ", ".join(map(str, wanted.ports))
+    words = ["every port" if not ports else f"port{'s' * (len(wanted.ports) > 1)} {ports}"]
+    if wanted.listener_address is not None:
+        words.append(f"at {address_text(wanted.listener_address)}")
+    if wanted.family is not None:
+        words.append(f"over IPv{wanted.family}")
+    if wanted.netns is not None:
+        words.append(f"in network namespace {options.netns}")
+    return " ".join(words)
+
+
+def _output(options: argparse.Namespace, clock: WallClock) -> Output:
+    selection = Selection(options.only, options.summary)
+    if options.json:
+        return JsonOutput(sys.stdout, clock, selection)
+    terminal = sys.stdout.isatty()
+    renderer = TableRenderer(
+        clock=clock,
+        width=shutil.get_terminal_size((WIDTH_OF_A_PIPE, 24)).columns,
+        colour=terminal and not os.environ.get("NO_COLOR"),
+        verbose=options.verbose,
+        own_netns=netns.own_netns(),
+        netns_names=netns.names(),
+    )
+    return TableOutput(sys.stdout, renderer, selection)
+
+
+class _Interrupts:
+    """SIGINT and SIGTERM end a run with its summary; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.live: Live | None = None
+        self.interrupted = False
+        signal.signal(signal.SIGINT, self._handle)
+        signal.signal(signal.SIGTERM, self._handle)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.live is None or self.live.stop:
+            raise KeyboardInterrupt
+        self.live.stop = True
+        self.interrupted = number == signal.SIGINT
+
+
+def _open_source(settings: TraceSettings) -> Source:
+    from tcpstuck_bpf.source import open_source
+
+    return open_source(settings)
+
+
+def _trace(options: argparse.Namespace) -> int:
+    interrupts = _Interrupts()
+    settings = _settings(options)
+    watched = _watched(options, settings.trace_filter)
+    source = _open_source(settings)
+    try:
+        if options.dry_run:
+            if options.ready_file is not None:
+                write_ready_file(options.ready_file)
+            print(f"able to trace: {len(source.coverage.probes)} probes by {source.coverage.mode}")
+            return EXIT_NOTHING_STUCK
+        clock = WallClock(time.monotonic_ns(), time.time_ns())
+        header = Header(settings, source.coverage, clock, watched, source.table_capacity)
+        output = _output(options, clock)
+        recorder = Recorder(options.record, header) if options.record else None
+        if not sys.stdout.isatty():
+            print(watching(watched, source.coverage.mode), file=sys.stderr, flush=True)
+        live = Live(source, Analysis(header), output, recorder, netns.read_counters)
+        interrupts.live = live
+        try:
+            summary = live.run(options.duration, options.ready_file)
+        finally:
+            if recorder is not None:
+                recorder.close()
+    finally:
+        source.close()
+    if interrupts.interrupted and not live.analysis.told:
+        return EXIT_INTERRUPTED
+    return _exit_status(summary)
+
+
+def _replay(options: argparse.Namespace) -> int:
+    _refuse_beside_replay(options)
+    replay = Replay(options.replay)
+    return _exit_status(run_replay(replay, _output(options, replay.header.clock)))
+
+
+def _exit_status(summary: Summary) -> int:
+    return EXIT_STUCK if summary.ever_stuck else EXIT_NOTHING_STUCK
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status of DESIGN.md's contract."""
+    try:
+        options = build_parser().parse_args(arguments)
+        return _replay(options) if options.replay else _trace(options)
+    except TcpstuckError as error:
+        print("\n".join(error.lines()), file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Nobody reads any more; the interpreter must not complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

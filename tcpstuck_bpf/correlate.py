@@ -1,0 +1,340 @@
+"""From observations of the awaiting-ACK table to flows worth telling.
+
+Pure: takes events and sweeps, knows no clock, does no I/O, needs neither root nor BCC. The same
+observations and the same calls of `advance` give the same reports, which is what makes a
+recording worth its disk space.
+
+Nothing is concluded from what does *not* arrive: an entry counts as silent at its deadline only
+when an event or a sweep saw it, still open, at or after the deadline. An event that the ring
+buffer lost can therefore never turn a healthy connection into a stuck one; the entry keeps the
+fact, or is gone, and either shows in the next sweep.
+
+Times are CLOCK_MONOTONIC nanoseconds.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tcpstuck_bpf.flow import (
+    ENDED_STATES,
+    SECOND_NS,
+    STUCK_STATES,
+    Flow,
+    FlowFlags,
+    FlowReport,
+    Segment,
+    State,
+    TimelineEntry,
+    decide,
+    is_remarkable,
+    is_torn,
+)
+from tcpstuck_bpf.model import Ending, Event, FourTuple, Handshake, Sweep
+from tcpstuck_bpf.timeline import build_timeline
+
+__all__ = [
+    "DEFAULT_ROW_LIFE_NS",
+    "Correlator",
+    "CorrelatorStats",
+    "FlowFlags",
+    "FlowReport",
+    "Segment",
+    "State",
+    "TimelineEntry",
+]
+
+DEFAULT_ROW_LIFE_NS = 15 * 60 * SECOND_NS
+
+# Flows that left the kernel's table are remembered for as long as an observation of them may come
+# late: a sweep's batch read before the end, or an event behind others in the ring buffer.
+_REMEMBERED_NS = 60 * SECOND_NS
+# One in so many flows is evicted together, so that a flood does not search once per packet.
+_EVICTED_AT_ONCE = 16
+
+_CONNECTED_STATES = frozenset({State.COMPLETED, State.TAKEN_OVER})
+_ALWAYS_TOLD = STUCK_STATES | {State.RECOVERED, State.REJECTED, State.RESET, State.REPEATING}
+
+
+@dataclass(frozen=True)
+class CorrelatorStats:
+    """What the summary and the status line need; plain counts."""
+
+    told_now: Mapping[State, int]
+    """The current state of every flow ever told, evicted and forgotten ones included."""
+    ever_stuck: int
+    """Flows told as stuck at any time."""
+    still_stuck: int
+    """Of these, the ones still in a stuck state."""
+    untold: Mapping[State, int]
+    """Flows that ended without being told: healthy ones that user space came to see."""
+    pending: int
+    """Handshakes of the latest sweep that are too young for a verdict."""
+    flows: int
+    """Flows held in memory."""
+    superseded: int
+    """Flows told as stuck whose client gave up: it uses the 4-tuple for a new handshake."""
+    evicted: int
+    """Flows forgotten before their end for want of room: later facts of them look like new."""
+    let_go: int
+    """Open entries given back to the kernel's table for age or want of room there."""
+    unresolved: int
+    """Flows forgotten undecided: seen open before their deadline, then not again or replaced."""
+    late: int
+    """Observations of a handshake older than the one known for their 4-tuple."""
+    duplicate: int
+    """Events that told nothing new."""
+    torn: int
+    """Rows read while the kernel was writing them; the next sweep reads them again."""
+
+
+class Correlator:
+    """Merges events and sweeps into flows and tells the ones that come into a state worth it.
+
+    `timeout_ns`: silence that becomes a verdict. `tell_healthy`: tell completed flows as well.
+    `max_flows`: no more flows than this are held (and no more reports or entries to let go that
+    nobody fetched). `row_life_ns`: how long after its last SYN a judged, open entry may stay.
+    """
+
+    def __init__(
+        self,
+        timeout_ns: int,
+        tell_healthy: bool = False,
+        max_flows: int = 131_072,
+        row_life_ns: int = DEFAULT_ROW_LIFE_NS,
+    ) -> None:
+        self._timeout_ns = timeout_ns
+        self._tell_healthy = tell_healthy
+        self._max_flows = max(1, max_flows)
+        self._row_life_ns = row_life_ns
+        self._flows: dict[FourTuple, Flow] = {}
+        self._touched: set[FourTuple] = set()
+        self._ready: deque[FlowReport] = deque(maxlen=self._max_flows)
+        self._evicted_rows: deque[FourTuple] = deque(maxlen=self._max_flows)
+        self._sweep_ns = 0
+        self._young_in_sweep = 0
+        self._told_now: Counter[State] = Counter()
+        self._untold: Counter[State] = Counter()
+        self._counts: Counter[str] = Counter()
+
+    def observe(self, observation: Event | Sweep) -> None:
+        """Take in an event, or a sweep (or one batch of it)."""
+        if isinstance(observation, Sweep):
+            self._observe_sweep(observation)
+        else:
+            self._observe_event(observation)
+
+    def _observe_event(self, event: Event) -> None:
+        flow = self._flow_of(event.four_tuple, event.handshake)
+        if flow is None:
+            return
+        news = flow.note(event.handshake, event.time_ns)
+        if not flow.note_segment(event) and not news:
+            self._counts["duplicate"] += 1
+        # The program that tells of a completion removes the entry; every other event leaves it.
+        flow.in_table = flow.handshake.ending != Ending.COMPLETED
+        self._touched.add(event.four_tuple)
+
+    def _observe_sweep(self, sweep: Sweep) -> None:
+        if sweep.time_ns > self._sweep_ns:
+            self._sweep_ns = sweep.time_ns
+            self._young_in_sweep = 0
+        newest_due_ns = sweep.time_ns - self._timeout_ns
+        young = 0
+        for four_tuple, handshake in sweep.rows:
+            if (
+                handshake.first_syn_ns > newest_due_ns
+                and four_tuple not in self._flows
+                and not is_remarkable(handshake)
+            ):
+                young += 1
+                continue
+            if is_torn(handshake):
+                self._counts["torn"] += 1
+                continue
+            flow = self._flow_of(four_tuple, handshake)
+            if flow is None:
+                continue
+            flow.in_table = True
+            if flow.note(handshake, sweep.time_ns) or flow.unsettled:
+                self._touched.add(four_tuple)
+        if sweep.time_ns == self._sweep_ns:
+            self._young_in_sweep += young
+
+    def _flow_of(self, four_tuple: FourTuple, handshake: Handshake) -> Flow | None:
+        """The flow that an observation belongs to; None where it is about an older handshake."""
+        known = self._flows.get(four_tuple)
+        if known is not None:
+            if known.handshake.first_syn_ns == handshake.first_syn_ns:
+                return known
+            if known.handshake.first_syn_ns > handshake.first_syn_ns:
+                self._counts["late"] += 1
+                return None
+            self._supersede(four_tuple, known)
+        elif len(self._flows) >= self._max_flows:
+            self._evict()
+        flow = self._flows[four_tuple] = Flow(handshake)
+        return flow
+
+    def _supersede(self, four_tuple: FourTuple, flow: Flow) -> None:
+        """End a flow whose 4-tuple has a new handshake; what it had to tell is told first."""
+        report = self._settle(four_tuple, flow, flow.seen_ns)
+        if report is not None:
+            self._keep_ready(report)
+        if flow.state is None:
+            self._counts["unresolved"] += 1
+        elif flow.state in STUCK_STATES:
+            self._told_now[flow.state] -= 1
+            self._told_now[State.SUPERSEDED] += 1
+
+    def _keep_ready(self, report: FlowReport) -> None:
+        if len(self._ready) == self._max_flows:
+            self._counts["evicted"] += 1
+        self._ready.append(report)
+
+    def _evict(self) -> None:
+        """Make room: ended flows first, then told ones, then the others, each oldest first."""
+
+        def worth(item: tuple[FourTuple, Flow]) -> tuple[int, int, FourTuple]:
+            four_tuple, flow = item
+            rank = 2 if flow.state is None else 0 if flow.state in ENDED_STATES else 1
+            return (rank, flow.handshake.first_syn_ns, four_tuple)
+
+        number = max(1, self._max_flows // _EVICTED_AT_ONCE)
+        for four_tuple, flow in heapq.nsmallest(number, self._flows.items(), key=worth):
+            # Left in the table, a judged entry would come back with the next sweep and be told
+            # again; one that is not judged yet must come back.
+            if flow.in_table and flow.state is not None and four_tuple not in self._touched:
+                self._evicted_rows.append(four_tuple)
+            if flow.state not in ENDED_STATES:
+                self._counts["evicted"] += 1
+            del self._flows[four_tuple]
+            self._touched.discard(four_tuple)
+
+    def advance(self, now_ns: int) -> list[FlowReport]:
+        """The flows that came into a state worth telling, by the time of the deciding fact."""
+        reports = list(self._ready)
+        self._ready.clear()
+        not_yet = set()
+        for four_tuple in self._touched:
+            flow = self._flows[four_tuple]
+            report = self._settle(four_tuple, flow, now_ns)
+            if report is not None:
+                reports.append(report)
+            elif flow.unsettled and flow.open_as_of_ns > now_ns:
+                not_yet.add(four_tuple)
+        self._touched = not_yet
+        reports.sort(key=lambda r: (r.decided_ns, r.four_tuple, r.handshake.first_syn_ns))
+        return reports
+
+    def _settle(self, four_tuple: FourTuple, flow: Flow, now_ns: int) -> FlowReport | None:
+        """Bring a flow into the state its facts put it in by `now_ns`; a report if that is told."""
+        decision = decide(flow.handshake, flow.told, self._timeout_ns)
+        state = decision.state
+        if state in _CONNECTED_STATES and flow.ever_stuck:
+            state = State.RECOVERED
+        flow.unsettled = state is not flow.state
+        if not flow.unsettled:
+            return None
+        if not decision.at_once and decision.due_ns > min(now_ns, flow.open_as_of_ns):
+            return None
+        flow.unsettled = False
+        tell = state in _ALWAYS_TOLD or (self._tell_healthy and state is State.COMPLETED)
+        self._count_change(flow, state, tell)
+        flow.state = state
+        if not tell:
+            return None
+        report = _report(four_tuple, flow, state, decision.decided_ns)
+        flow.told = state
+        flow.told_drop_counters = flow.handshake.drop_counters
+        return report
+
+    def _count_change(self, flow: Flow, state: State, tell: bool) -> None:
+        if flow.state is not None:
+            (self._untold if flow.told is None else self._told_now)[flow.state] -= 1
+        (self._told_now if tell or flow.told is not None else self._untold)[state] += 1
+        if state in STUCK_STATES and not flow.ever_stuck:
+            flow.ever_stuck = True
+            self._counts["ever_stuck"] += 1
+
+    def expired(self, now_ns: int, table_rows: int, table_capacity: int) -> list[FourTuple]:
+        """The entries that may be deleted from the kernel's table, each named once.
+
+        Ended ones, once told; judged open ones whose last SYN is older than `row_life_ns`; and
+        where the `table_rows` fill more than three quarters of `table_capacity`, the oldest
+        judged ones until half of it is free. Never an entry not judged yet: it stays until it is.
+        Flows that the table does not hold any more are forgotten after a minute.
+        """
+        leaving = list(self._evicted_rows)
+        self._evicted_rows.clear()
+        staying: list[tuple[int, FourTuple]] = []
+        forgotten: list[FourTuple] = []
+        for four_tuple, flow in self._flows.items():
+            judged = flow.state is not None and four_tuple not in self._touched
+            if judged and flow.in_table:
+                last_syn_ns = flow.handshake.last_syn_ns
+                if flow.state in ENDED_STATES or now_ns - last_syn_ns > self._row_life_ns:
+                    self._let_go(four_tuple, flow, leaving)
+                else:
+                    staying.append((last_syn_ns, four_tuple))
+            elif now_ns - flow.seen_ns > _REMEMBERED_NS and four_tuple not in self._touched:
+                forgotten.append(four_tuple)
+        if 4 * table_rows > 3 * table_capacity:
+            excess = table_rows - len(leaving) - table_capacity // 2
+            for _, four_tuple in heapq.nsmallest(excess, staying):
+                self._let_go(four_tuple, self._flows[four_tuple], leaving)
+        for four_tuple in forgotten:
+            if self._flows.pop(four_tuple).state is None:
+                self._counts["unresolved"] += 1
+        return leaving
+
+    def _let_go(self, four_tuple: FourTuple, flow: Flow, leaving: list[FourTuple]) -> None:
+        flow.in_table = False
+        leaving.append(four_tuple)
+        if flow.handshake.ending == Ending.NONE:
+            self._counts["let_go"] += 1
+
+    def stats(self) -> CorrelatorStats:
+        """The counts as they are now."""
+        undecided = sum(
+            flow.state is None and flow.seen_ns >= self._sweep_ns for flow in self._flows.values()
+        )
+        told_now = {state: number for state, number in self._told_now.items() if number}
+        return CorrelatorStats(
+            told_now=told_now,
+            ever_stuck=self._counts["ever_stuck"],
+            still_stuck=sum(told_now.get(state, 0) for state in STUCK_STATES),
+            untold={state: number for state, number in self._untold.items() if number},
+            pending=self._young_in_sweep + undecided,
+            flows=len(self._flows),
+            superseded=told_now.get(State.SUPERSEDED, 0),
+            evicted=self._counts["evicted"],
+            let_go=self._counts["let_go"],
+            unresolved=self._counts["unresolved"],
+            late=self._counts["late"],
+            duplicate=self._counts["duplicate"],
+            torn=self._counts["torn"],
+        )
+
+
+def _report(four_tuple: FourTuple, flow: Flow, state: State, decided_ns: int) -> FlowReport:
+    entry = flow.handshake
+    segments = tuple(flow.segments)
+    timeline, omitted = build_timeline(entry, segments, flow.segments_omitted)
+    connected = state in (State.COMPLETED, State.RECOVERED)
+    return FlowReport(
+        four_tuple=four_tuple,
+        state=state,
+        previous=flow.told,
+        previous_drop_counters=flow.told_drop_counters,
+        handshake=entry,
+        decided_ns=decided_ns,
+        delay_ns=decided_ns - entry.first_syn_ns if connected else None,
+        segments=segments,
+        timeline=timeline,
+        timeline_omitted=omitted,
+        flags=flow.flags,
+    )

@@ -1,0 +1,230 @@
+"""The sentences that say what a verdict rests on: facts with figures, in the order they came.
+
+Times in sentences are relative to the first SYN. No sentence concludes more than its fact does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from tcpstuck_bpf.flow import SECOND_NS, FlowFlags, FlowReport, Segment, State
+from tcpstuck_bpf.model import Ending, EventKind, Handshake, Moved
+from tcpstuck_bpf.timeline import counters_text, flags_text, isn_text, relative_sequence
+
+MILLISECOND_NS = 1_000_000
+
+# A cookie holds the minute it was made in, and is valid in that minute and the next:
+# MAX_SYNCOOKIE_AGE in the kernel's include/net/tcp.h.
+COOKIE_SURELY_VALID_NS = 60 * SECOND_NS
+
+
+def duration_text(nanoseconds: int) -> str:
+    """A length of time: milliseconds below one second, else seconds."""
+    if nanoseconds < SECOND_NS:
+        return f"{nanoseconds / MILLISECOND_NS:.1f} ms"
+    return f"{nanoseconds / SECOND_NS:.1f} s"
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"
+
+
+def _offset(report: FlowReport, time_ns: int) -> str:
+    return f"{(time_ns - report.handshake.first_syn_ns) / MILLISECOND_NS:+.1f} ms"
+
+
+def _segments(report: FlowReport, kind: EventKind) -> list[Segment]:
+    return [segment for segment in report.segments if segment.kind == kind]
+
+
+def _queue_text(seen: Segment | Handshake) -> str:
+    return f"accept queue {seen.accept_queue} of {seen.accept_queue_limit}"
+
+
+def _syn_sentences(report: FlowReport) -> Iterator[str]:
+    entry = report.handshake
+    cookie = f"cookie SYN-ACK {entry.cookie_isn:#010x}"
+    if entry.syn_count <= 1:
+        yield f"1 SYN, {cookie} sent at +0.0 ms (MSS {entry.mss})"
+    else:
+        last = _offset(report, entry.last_syn_ns)
+        yield f"{entry.syn_count} SYNs, the last at {last}; last {cookie} (MSS {entry.mss})"
+    if entry.syns_dropped:
+        drops = _segments(report, EventKind.SYN_DROPPED)
+        queue = f": {_queue_text(drops[-1])}" if drops else ""
+        yield f"SYN dropped {_times(entry.syns_dropped)} by this host, without a SYN-ACK{queue}"
+
+
+def _sent_data_sentence(report: FlowReport) -> Iterator[str]:
+    if report.flags & FlowFlags.CLIENT_SENT_FIN:
+        yield "a segment carried FIN: the client has closed its side meanwhile"
+    elif report.flags & FlowFlags.CLIENT_SENT_DATA:
+        yield (
+            "a segment carried data: this client keeps retransmitting it, and is connected as "
+            "soon as one gets through"
+        )
+
+
+def _drop_sentences(report: FlowReport) -> Iterator[str]:
+    entry = report.handshake
+    drops = _segments(report, EventKind.ACK_DROPPED)
+    first = _offset(report, entry.first_ack_dropped_ns)
+    when = f"once at {first}"
+    if entry.acks_dropped > 1:
+        last = _offset(report, entry.last_ack_dropped_ns)
+        when = f"{entry.acks_dropped} times, first at {first}, last at {last}"
+    queue = _queue_text(drops[-1]) if drops else f"{_queue_text(entry)} at its SYN"
+    yield f"ACK dropped {when}: {queue}"
+    if entry.drop_counters & Moved.UNKNOWN:
+        yield "the kernel's counters could not be read here: the cause of the drop cannot be told"
+    else:
+        yield f"kernel counters that moved: {counters_text(entry.drop_counters)}"
+        yield from _drop_cause(entry.drop_counters)
+    yield from _sent_data_sentence(report)
+
+
+def _drop_cause(counters: int) -> Iterator[str]:
+    if counters & Moved.LISTEN_OVERFLOWS:
+        return
+    if counters & Moved.LISTEN_DROPS:
+        yield "the accept queue had room; making or binding the child socket failed (memory)"
+    elif counters & Moved.SYNCOOKIES_RECV:
+        yield (
+            "the cookie was valid and the accept queue had room; memory for the request, a "
+            "security module, the route back or MPTCP refused it"
+        )
+
+
+def _acked_handshake(report: FlowReport) -> Iterator[str]:
+    yield from _syn_sentences(report)
+    yield from _drop_sentences(report)
+
+
+def _silence(report: FlowReport) -> Iterator[str]:
+    entry = report.handshake
+    yield from _syn_sentences(report)
+    if entry.syn_count <= 1:
+        yield f"no ACK, no RST and no repeated SYN seen within {duration_text(report.age_ns)}"
+        return
+    gap_ns = entry.last_syn_ns - entry.first_syn_ns
+    silence_ns = report.decided_ns - entry.last_syn_ns
+    yield (
+        f"the client repeated its SYN once after {duration_text(gap_ns)}, then stopped: no ACK, "
+        f"no RST and no further SYN seen for {duration_text(silence_ns)}"
+    )
+
+
+def _repeats(report: FlowReport) -> Iterator[str]:
+    entry = report.handshake
+    yield from _syn_sentences(report)
+    answered = max(0, entry.syn_count - entry.syns_dropped)
+    age = duration_text(report.age_ns)
+    yield f"no ACK and no RST seen in answer to {answered} SYN-ACKs in {age}"
+    if report.previous in (State.SILENT, State.ACK_DROPPED):
+        yield "it goes on repeating its SYN: it knows that it is not connected"
+
+
+def _connection(report: FlowReport) -> Iterator[str]:
+    entry = report.handshake
+    yield from _syn_sentences(report)
+    if entry.acks_dropped:
+        yield from _drop_sentences(report)
+    when = _offset(report, entry.ended_ns)
+    if entry.ending == Ending.TAKEN_OVER:
+        takers = _segments(report, EventKind.TAKEN_OVER)
+        if takers and takers[-1].sequence != entry.client_isn:
+            yield f"the client gave up: a new SYN of the same port got a normal handshake at {when}"
+        else:
+            yield f"a repeated SYN was answered by a normal handshake at {when}"
+        return
+    segments = _segments(report, EventKind.COMPLETED)
+    by_what = "an ACK"
+    if segments:
+        last = segments[-1]
+        by_what = f"{flags_text(last.tcp_flags)} with {last.payload_length} bytes of data"
+    yield f"connected at {when} by {by_what}, {duration_text(report.delay_ns or 0)} after the SYN"
+    if segments and relative_sequence(segments[-1].sequence, entry.client_isn) > 1:
+        yield (
+            f"that segment has seq {isn_text(segments[-1].sequence, entry.client_isn)}: the bytes "
+            "before it are lost"
+        )
+
+
+def _rejected_segment(report: FlowReport, segment: Segment) -> Iterator[str]:
+    entry = report.handshake
+    wanted = (entry.cookie_isn + 1) % 2**32
+    sequence = relative_sequence(segment.sequence, entry.client_isn)
+    yield (
+        f"rejected: {flags_text(segment.tcp_flags)}, "
+        f"seq {isn_text(segment.sequence, entry.client_isn)}, "
+        f"ack {segment.acknowledgement:#010x}, {segment.payload_length} bytes of data"
+    )
+    if segment.acknowledgement != wanted:
+        earlier = ", nor can an earlier SYN-ACK be ruled out" if entry.syn_count > 1 else ""
+        yield f"it acknowledges another number than the cookie's {wanted:#010x}{earlier}"
+    elif sequence == 0:
+        yield (
+            "it acknowledges the cookie with seq ISN+0: a keep-alive probe of a client that "
+            "believed it was connected"
+        )
+    elif sequence > 1:
+        yield f"it acknowledges the cookie, but {sequence - 1} bytes before it never got here"
+    elif segment.time_ns - entry.last_syn_ns > COOKIE_SURELY_VALID_NS:
+        yield "it acknowledges the cookie, more than 60 s after it was made"
+
+
+def _rejection_cause(counters: int) -> str:
+    moved = f"kernel counters that moved: {counters_text(counters)}"
+    if counters & Moved.UNKNOWN:
+        return "the kernel's counters could not be read here: the cause cannot be told"
+    if counters & Moved.SYNCOOKIES_FAILED:
+        return f"{moved}; the cookie is bad or has expired"
+    if counters & Moved.SYNCOOKIES_RECV:
+        return (
+            f"{moved}; the cookie is valid, but the timestamp option asks for a feature (SACK, "
+            "window scaling, timestamps) that this host has switched off since"
+        )
+    return (
+        f"{moved}; the cookie was not looked at: this listener sent none in the last 120 s, or "
+        "net.ipv4.tcp_syncookies is 0"
+    )
+
+
+def _rejection(report: FlowReport) -> Iterator[str]:
+    entry = report.handshake
+    yield from _syn_sentences(report)
+    when = _offset(report, entry.ended_ns)
+    yield f"ACK given back to the listener at {when}; the listener answers it by RST"
+    yield _rejection_cause(entry.end_counters)
+    segments = _segments(report, EventKind.ACK_REJECTED)
+    if segments:
+        yield from _rejected_segment(report, segments[-1])
+
+
+def _reset(report: FlowReport) -> Iterator[str]:
+    entry = report.handshake
+    yield from _syn_sentences(report)
+    if entry.acks_dropped:
+        yield from _drop_sentences(report)
+    after = duration_text(max(0, entry.ended_ns - entry.last_syn_ns))
+    when = _offset(report, entry.ended_ns)
+    yield f"RST from the client's address at {when}, {after} after its SYN"
+
+
+_SENTENCES: Mapping[State, Callable[[FlowReport], Iterator[str]]] = {
+    State.COMPLETED: _connection,
+    State.RECOVERED: _connection,
+    State.ACK_DROPPED: _acked_handshake,
+    State.SILENT: _silence,
+    State.REPEATING: _repeats,
+    State.REJECTED: _rejection,
+    State.RESET: _reset,
+}
+
+
+def evidence(report: FlowReport) -> tuple[str, ...]:
+    """What is known of a flow that has a verdict, one complete sentence each.
+
+    Raises KeyError for a state that has none (taken over, superseded).
+    """
+    return tuple(_SENTENCES[report.state](report))

@@ -1,0 +1,311 @@
+"""One handshake as user space knows it: its merged facts, and the state they put it in.
+
+An entry of the awaiting-ACK table is seen many times, by events and by sweeps, in no order that
+may be relied on. So what is known of a handshake is the join of all that was seen of it
+(`merge`), and the state is a function of that join (`decide`).
+
+Times are CLOCK_MONOTONIC nanoseconds.
+"""
+
+from __future__ import annotations
+
+import bisect
+import enum
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tcpstuck_bpf.model import Ending, Event, EventKind, FourTuple, Handshake
+
+SECOND_NS = 1_000_000_000
+SEGMENTS_KEPT_AT_EACH_END = 8
+SYNS_OF_A_REPEATING_CLIENT = 3
+
+TCP_FLAG_FIN = 0x01
+
+
+class State(enum.Enum):
+    """What became of a handshake, as far as the facts go."""
+
+    COMPLETED = "completed"
+    """Its ACK was validated (cookie_vX_check made the child socket)."""
+    RECOVERED = "recovered"
+    """Told as stuck once, and connected since."""
+    REJECTED = "rejected"
+    """Its ACK was given back to the listener, which answers by RST."""
+    RESET = "reset"
+    """The client's address answered by RST."""
+    TAKEN_OVER = "taken over"
+    """A repeated SYN got a place in the SYN queue; the normal handshake has it now."""
+    ACK_DROPPED = "ACK dropped"
+    """Its ACK was dropped (cookie_vX_check returned NULL) and no later one got through."""
+    REPEATING = "repeating"
+    """The client repeats its SYN and never sends an ACK."""
+    SILENT = "silent"
+    """Nothing came after the SYN-ACK."""
+    SUPERSEDED = "superseded"
+    """Told as stuck, then given up by its client, which uses the 4-tuple again."""
+
+
+STUCK_STATES = frozenset({State.SILENT, State.ACK_DROPPED})
+ENDED_STATES = frozenset(
+    {State.COMPLETED, State.RECOVERED, State.REJECTED, State.RESET, State.TAKEN_OVER}
+)
+
+_STATE_OF_ENDING: dict[int, State] = {
+    Ending.COMPLETED: State.COMPLETED,
+    Ending.REJECTED: State.REJECTED,
+    Ending.RESET: State.RESET,
+    Ending.TAKEN_OVER: State.TAKEN_OVER,
+}
+# Where two endings are seen of one handshake the connection that exists has the last word: a
+# stray RST or a rejected keep-alive probe does not undo it.
+_RANK_OF_ENDING: dict[int, int] = {
+    Ending.RESET: 1,
+    Ending.REJECTED: 2,
+    Ending.TAKEN_OVER: 3,
+    Ending.COMPLETED: 4,
+}
+
+
+class Segment(NamedTuple):
+    """The part of an event that is about its segment and not about the table's entry."""
+
+    time_ns: int
+    kind: int
+    sequence: int
+    acknowledgement: int
+    payload_length: int
+    """Bytes."""
+    tcp_flags: int
+    counters: int
+    accept_queue: int
+    accept_queue_limit: int
+
+
+class FlowFlags(enum.IntFlag):
+    """What the segments of a flow showed of its client, lost events excepted."""
+
+    NOTHING = 0
+    CLIENT_SENT_DATA = 1 << 0
+    CLIENT_SENT_FIN = 1 << 1
+
+
+class TimelineEntry(NamedTuple):
+    """One line of a flow's history."""
+
+    time_ns: int
+    what: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class FlowReport:
+    """A flow that came into a state worth telling, with all that is known of it by then."""
+
+    four_tuple: FourTuple
+    state: State
+    previous: State | None
+    """The state it was told in before; None where this is the first time."""
+    previous_drop_counters: int
+    """Its `drop_counters` when it was told before."""
+    handshake: Handshake
+    decided_ns: int
+    """When it came into the state: the time of the fact or of the deadline, not of its arrival."""
+    delay_ns: int | None
+    """From the first SYN to the connection, where there is one."""
+    segments: tuple[Segment, ...]
+    """What events told of the segments, oldest first; the middle of a long list is missing."""
+    timeline: tuple[TimelineEntry, ...]
+    timeline_omitted: int
+    """How many entries of the timeline's middle were left out."""
+    flags: FlowFlags
+
+    @property
+    def age_ns(self) -> int:
+        """From the first SYN to the decision."""
+        return self.decided_ns - self.handshake.first_syn_ns
+
+
+class Decision(NamedTuple):
+    """The state that the facts put a handshake in."""
+
+    state: State
+    at_once: bool
+    """A fact decided it; otherwise it is not to be believed of a handshake last seen before
+    `due_ns`."""
+    due_ns: int
+    decided_ns: int
+
+
+class Flow:
+    """One handshake: (4-tuple, first_syn_ns). The 4-tuple is the key it is stored under."""
+
+    __slots__ = (
+        "ever_stuck",
+        "flags",
+        "handshake",
+        "in_table",
+        "open_as_of_ns",
+        "seen_ns",
+        "segments",
+        "segments_omitted",
+        "state",
+        "told",
+        "told_drop_counters",
+        "unsettled",
+    )
+
+    def __init__(self, handshake: Handshake) -> None:
+        self.handshake = handshake
+        self.open_as_of_ns = 0
+        self.seen_ns = 0
+        self.segments: list[Segment] = []
+        self.segments_omitted = 0
+        self.flags = FlowFlags.NOTHING
+        self.state: State | None = None
+        self.told: State | None = None
+        self.told_drop_counters = 0
+        self.ever_stuck = False
+        self.in_table = False
+        self.unsettled = True
+
+    def note(self, handshake: Handshake, as_of_ns: int) -> bool:
+        """Take in what an event or a sweep showed of the entry at `as_of_ns`; whether it is news.
+
+        The time counts by itself: an entry seen open at its deadline is known to be silent, one
+        last seen before it may have ended since, its event lost.
+        """
+        if as_of_ns > self.seen_ns:
+            self.seen_ns = as_of_ns
+        if handshake.ending == Ending.NONE and as_of_ns > self.open_as_of_ns:
+            self.open_as_of_ns = as_of_ns
+        if handshake == self.handshake:
+            return False
+        merged = merge(self.handshake, handshake)
+        news = merged != self.handshake
+        self.handshake = merged
+        return news
+
+    def note_segment(self, event: Event) -> bool:
+        """Keep what an event tells of its segment; whether it is new.
+
+        Of many segments the first and the last few are kept.
+        """
+        segment = Segment(
+            time_ns=event.time_ns,
+            kind=event.kind,
+            sequence=event.sequence,
+            acknowledgement=event.acknowledgement,
+            payload_length=event.payload_length,
+            tcp_flags=event.tcp_flags,
+            counters=event.counters,
+            accept_queue=event.accept_queue,
+            accept_queue_limit=event.accept_queue_limit,
+        )
+        place = bisect.bisect_left(self.segments, segment)
+        if place < len(self.segments) and self.segments[place] == segment:
+            return False
+        self.segments.insert(place, segment)
+        if len(self.segments) > 2 * SEGMENTS_KEPT_AT_EACH_END:
+            del self.segments[SEGMENTS_KEPT_AT_EACH_END]
+            self.segments_omitted += 1
+        if segment.kind not in (EventKind.SYN_REPEATED, EventKind.SYN_DROPPED):
+            if segment.payload_length > 0:
+                self.flags |= FlowFlags.CLIENT_SENT_DATA
+            if segment.tcp_flags & TCP_FLAG_FIN:
+                self.flags |= FlowFlags.CLIENT_SENT_FIN
+        return True
+
+
+def _last_syn(entry: Handshake) -> tuple[int, ...]:
+    return (
+        entry.syn_count,
+        entry.last_syn_ns,
+        entry.cookie_isn,
+        entry.accept_queue,
+        entry.accept_queue_limit,
+        entry.syn_queue,
+        entry.mss,
+        entry.client_isn,
+    )
+
+
+def _end(entry: Handshake) -> tuple[int, ...]:
+    rank = _RANK_OF_ENDING.get(entry.ending, 0)
+    return (rank, entry.ended_ns, entry.end_counters, entry.ending)
+
+
+def merge(one: Handshake, other: Handshake) -> Handshake:
+    """What two views of one handshake tell together.
+
+    Commutative, associative and idempotent, so that neither the order of views nor a repeated one
+    matters. What belongs to the last SYN is taken from the view that knows the later SYN.
+    """
+    syn = one if _last_syn(one) >= _last_syn(other) else other
+    end = one if _end(one) >= _end(other) else other
+    drops = [t for t in (one.first_ack_dropped_ns, other.first_ack_dropped_ns) if t]
+    return syn._replace(
+        first_syn_ns=one.first_syn_ns,
+        first_ack_dropped_ns=min(drops, default=0),
+        last_ack_dropped_ns=max(one.last_ack_dropped_ns, other.last_ack_dropped_ns),
+        acks_dropped=max(one.acks_dropped, other.acks_dropped),
+        drop_counters=one.drop_counters | other.drop_counters,
+        syns_dropped=max(one.syns_dropped, other.syns_dropped),
+        ended_ns=end.ended_ns,
+        ending=end.ending,
+        end_counters=end.end_counters,
+    )
+
+
+def is_remarkable(entry: Handshake) -> bool:
+    """Whether there is more to an entry than one SYN and one cookie."""
+    return (
+        entry.ending != Ending.NONE
+        or entry.syn_count > 1
+        or entry.acks_dropped > 0
+        or entry.syns_dropped > 0
+    )
+
+
+def is_torn(entry: Handshake) -> bool:
+    """Whether a sweep read an entry in the midst of the kernel's writing to it.
+
+    The BPF program changes entries in place while a sweep copies them: parts of two handshakes,
+    or a half-noted segment, come out as times that one handshake cannot have.
+    """
+    first_syn_ns = entry.first_syn_ns
+    return (
+        entry.last_syn_ns < first_syn_ns
+        or (entry.syn_count > 1) != (entry.last_syn_ns > first_syn_ns)
+        or (entry.acks_dropped > 0 and entry.first_ack_dropped_ns < first_syn_ns)
+        or (entry.ending != Ending.NONE and entry.ended_ns < first_syn_ns)
+    )
+
+
+def decide(entry: Handshake, told: State | None, timeout_ns: int) -> Decision:
+    """The state of a handshake last told in state `told`, and from when on it holds.
+
+    A repeated SYN moves the deadline of silence: by RFC 6298 (5.5) the next repeat comes after at
+    most twice the last interval, so a client that is still without a SYN-ACK would have repeated
+    by then. (Linux from 6.5 repeats linearly first, see tcp_syn_linear_timeouts, i.e. earlier.)
+    """
+    ended = _STATE_OF_ENDING.get(entry.ending)
+    if ended is not None:
+        decided_ns = max(entry.ended_ns, entry.first_syn_ns)
+        return Decision(ended, True, decided_ns, decided_ns)
+    last_syn_ns = max(entry.last_syn_ns, entry.first_syn_ns)
+    if entry.acks_dropped > 0:
+        since_ns = max(last_syn_ns, entry.first_ack_dropped_ns)
+        if told is State.SILENT:
+            return Decision(State.ACK_DROPPED, True, since_ns, since_ns)
+        due_ns = since_ns + timeout_ns
+        return Decision(State.ACK_DROPPED, False, due_ns, due_ns)
+    if entry.syn_count >= SYNS_OF_A_REPEATING_CLIENT:
+        due_ns = entry.first_syn_ns + timeout_ns
+        return Decision(State.REPEATING, False, due_ns, max(due_ns, last_syn_ns))
+    if entry.syn_count == SYNS_OF_A_REPEATING_CLIENT - 1:
+        patience_ns = 2 * (last_syn_ns - entry.first_syn_ns) + SECOND_NS
+        due_ns = last_syn_ns + max(timeout_ns, patience_ns)
+    else:
+        due_ns = entry.first_syn_ns + timeout_ns
+    return Decision(State.SILENT, False, due_ns, due_ns)

@@ -1,0 +1,161 @@
+"""Network namespaces of this machine, and the kernel's own TCP counters in each.
+
+Own code instead of pyroute2, because the tool's runtime dependencies stay few: all it needs is
+one setns(2) and /proc/net/netstat.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from tcpstuck_bpf.errors import CannotTraceError, UsageError
+from tcpstuck_bpf.model import KernelCounters
+
+COUNTERS = ("SyncookiesSent", "SyncookiesRecv", "SyncookiesFailed", "ListenOverflows")
+
+_NAMED = Path("/run/netns")
+_CLONE_NEWNET = 0x40000000
+
+
+def own_netns() -> int:
+    """Inode number of this process's network namespace."""
+    return Path("/proc/self/ns/net").stat().st_ino
+
+
+def resolve(text: str) -> int | None:
+    """The inode number that `--netns` means: a path, a name of `ip netns`, or `all` (None).
+
+    Raises UsageError where there is no such network namespace.
+    """
+    if text == "all":
+        return None
+    path = Path(text) if "/" in text else _NAMED / text
+    try:
+        inode = path.stat().st_ino
+        is_netns = str(path.readlink()).startswith("net:") if path.is_symlink() else _on_nsfs(path)
+    except OSError as error:
+        raise UsageError(
+            f"no network namespace {text}",
+            f"{path}: {error.strerror}",
+            "give a path such as /run/netns/NAME or /proc/PID/ns/net, or a name of `ip netns`",
+        ) from error
+    if not is_netns:
+        raise UsageError(
+            f"{text} is not a network namespace",
+            f"{path} is an ordinary file",
+            "give a path such as /run/netns/NAME or /proc/PID/ns/net, or a name of `ip netns`",
+        )
+    return inode
+
+
+def _on_nsfs(path: Path) -> bool:
+    """Whether a bind mount is a namespace: nsfs is a device of its own (nsfs, ioctl_ns(2))."""
+    return path.stat().st_dev == Path("/proc/self/ns/net").stat().st_dev
+
+
+def names() -> dict[int, str]:
+    """Names people know namespaces by: those of `ip netns`, and `host` for that of process 1."""
+    found: dict[int, str] = {}
+    for path in _named_paths():
+        try:
+            found[path.stat().st_ino] = path.name
+        except OSError:
+            continue
+    try:
+        found[Path("/proc/1/ns/net").stat().st_ino] = "host"
+    except OSError:
+        found.setdefault(own_netns(), "own")
+    return found
+
+
+def _named_paths() -> Iterator[Path]:
+    try:
+        yield from sorted(_NAMED.iterdir())
+    except OSError:
+        return
+
+
+def _pids_by_namespace() -> dict[int, list[int]]:
+    """Processes through which each namespace can be read; a process may end at any moment."""
+    found: dict[int, list[int]] = {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            try:
+                inode = Path(f"/proc/{entry.name}/ns/net").stat().st_ino
+            except OSError:
+                continue
+            found.setdefault(inode, []).append(int(entry.name))
+    return found
+
+
+def parse_netstat(text: str) -> dict[str, int]:
+    """The TcpExt counters of a /proc/net/netstat: pairs of lines, names above values."""
+    found: dict[str, int] = {}
+    lines = text.splitlines()
+    for heading, values in zip(lines[::2], lines[1::2]):
+        if heading.startswith("TcpExt:"):
+            found.update(zip(heading.split()[1:], map(int, values.split()[1:])))
+    return {name: found[name] for name in COUNTERS if name in found}
+
+
+def _read_inside(path: Path) -> dict[str, int]:
+    """Counters of a namespace that no process is in: a thread of ours enters it for a moment.
+
+    Empty where it cannot be entered.
+    """
+    result: dict[str, int] = {}
+
+    def read() -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        try:
+            with path.open("rb") as file:
+                entered = libc.setns(file.fileno(), _CLONE_NEWNET) == 0
+            if entered:
+                text = Path("/proc/thread-self/net/netstat").read_text("ascii")
+                result.update(parse_netstat(text))
+        except (OSError, ValueError):
+            result.clear()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    thread.join()
+    return result
+
+
+def read_counters() -> KernelCounters:
+    """TcpExt counters of every namespace that can be reached, by inode number.
+
+    One that cannot be reached is left out; the reconciliation names it as unknown. Raises
+    CannotTraceError where not even our own can be read (no /proc).
+    """
+    found: dict[int, dict[str, int]] = {}
+    for inode, pids in _pids_by_namespace().items():
+        for pid in pids:
+            try:
+                counters = parse_netstat(Path(f"/proc/{pid}/net/netstat").read_text("ascii"))
+                # The process may have changed namespaces since.
+                if Path(f"/proc/{pid}/ns/net").stat().st_ino == inode:
+                    found[inode] = counters
+                    break
+            except (OSError, ValueError):
+                continue
+    for path in _named_paths():
+        try:
+            inode = path.stat().st_ino
+        except OSError:
+            continue
+        if inode not in found and _on_nsfs(path):
+            counters = _read_inside(path)
+            if counters:
+                found[inode] = counters
+    if not found:
+        raise CannotTraceError(
+            "the kernel's TCP counters cannot be read",
+            "no /proc/PID/net/netstat is readable",
+            "mount /proc; in a container, share the host's PID namespace",
+        )
+    return found

@@ -1,0 +1,182 @@
+"""The command line: what may be asked for, and what is refused before anything is tried."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import sys
+from typing import NoReturn
+
+from tcpstuck_bpf import __version__
+from tcpstuck_bpf.errors import EXIT_USAGE
+from tcpstuck_bpf.model import address_bytes
+from tcpstuck_bpf.verdict import RESERVED, RULES
+
+EPILOG = """\
+examples:
+  tcpstuck-trace -p 3311              watch one port until Ctrl-C, then sum up
+  tcpstuck-trace -p 3306,3311 -v      with each connection's timeline and advice
+  tcpstuck-trace --json -d 60         every port for a minute, JSON Lines
+  tcpstuck-trace -p 25 --record r.tcpstuck ; tcpstuck-trace --replay r.tcpstuck
+
+exit status:
+  0  ran, nothing stuck      1  ran, something was stuck    2  wrong use
+  3  cannot trace here       130  Ctrl-C before any verdict
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with a guess at what a mistyped option was meant to be."""
+
+    def error(self, message: str) -> NoReturn:
+        """Usage, the message, and the nearest option; exit status 2."""
+        known = [option for action in self._actions for option in action.option_strings]
+        for word in message.replace("=", " ").split():
+            if word.startswith("-") and word not in known:
+                near = difflib.get_close_matches(word, known, n=1)
+                message += f" (did you mean {near[0]}?)" if near else ""
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}\n{self.prog}: see --help\n")
+
+
+def port_list(text: str) -> list[int]:
+    """Ports, separated by commas."""
+    ports = []
+    for word in text.split(","):
+        try:
+            port = int(word)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{word!r} is not a port number") from None
+        if not 1 <= port <= 65535:
+            raise argparse.ArgumentTypeError(f"{port} is no port: they go from 1 to 65535")
+        ports.append(port)
+    return ports
+
+
+def seconds(text: str) -> int:
+    """A positive time in seconds, as nanoseconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds") from None
+    if not math.isfinite(value) or not 0.001 <= value <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is not a time between 0.001 and 1e9 seconds")
+    return int(value * 1_000_000_000)
+
+
+def listener_address(text: str) -> bytes:
+    """An IPv4 or IPv6 address, as 16 bytes."""
+    try:
+        return address_bytes(text.strip("[]"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an IPv4 or IPv6 address") from None
+
+
+def verdict_names(text: str) -> list[str]:
+    """Verdicts, separated by commas."""
+    known = [rule.name for rule in RULES]
+    for name in text.split(","):
+        if name in RESERVED:
+            raise argparse.ArgumentTypeError(f"{name!r} is not judged by this version")
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"no verdict {name!r}; there are {', '.join(known)}")
+    return text.split(",")
+
+
+def table_size(text: str) -> int:
+    """How many handshakes the kernel's table holds."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if not 16 <= value <= 1 << 24:
+        raise argparse.ArgumentTypeError(f"{value} is not between 16 and {1 << 24}")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; README.md documents every option of it."""
+    parser = Parser(
+        prog="tcpstuck-trace",
+        description="Name every TCP connection that its client believes in and the server forgot: "
+        "SYN-ACKs sent under SYN cookies whose ACK never came, or was thrown away.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_selection(parser)
+    _add_output(parser)
+    _add_running(parser)
+    return parser
+
+
+def _add_selection(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what to watch (in the kernel)")
+    what.add_argument(
+        "-p",
+        "--port",
+        metavar="PORT[,PORT]",
+        type=port_list,
+        action="append",
+        default=[],
+        help="server ports (default: every one)",
+    )
+    family = what.add_mutually_exclusive_group()
+    family.add_argument(
+        "-4", dest="family", action="store_const", const=4, help="only IPv4 packets"
+    )
+    family.add_argument(
+        "-6", dest="family", action="store_const", const=6, help="only IPv6 packets"
+    )
+    what.add_argument(
+        "--listener", metavar="ADDR", type=listener_address, help="only this server address"
+    )
+    what.add_argument(
+        "--netns",
+        metavar="PATH|all",
+        default="all",
+        help="only this network namespace: a path, or a name of `ip netns` (default: all)",
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    output = parser.add_argument_group("what to show")
+    output.add_argument(
+        "-t",
+        "--timeout",
+        metavar="SECONDS",
+        type=seconds,
+        default=seconds("3"),
+        help="when silence becomes a verdict (default: 3)",
+    )
+    output.add_argument("--all", action="store_true", help="healthy connections too")
+    output.add_argument(
+        "--only", metavar="VERDICT[,VERDICT]", type=verdict_names, default=[], help="only these"
+    )
+    output.add_argument("-v", "--verbose", action="store_true", help="timeline, evidence, advice")
+    output.add_argument("--summary", action="store_true", help="only the summary")
+    output.add_argument("--json", action="store_true", help="JSON Lines instead of a table")
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    run = parser.add_argument_group("how to run")
+    run.add_argument("-d", "--duration", metavar="SECONDS", type=seconds, help="end by itself")
+    run.add_argument("--record", metavar="FILE", help="write what was seen, for --replay")
+    run.add_argument("--replay", metavar="FILE", help="judge a recording; needs no root, no BPF")
+    run.add_argument("--ready-file", metavar="PATH", help="created once every probe is attached")
+    run.add_argument(
+        "--probe-mode",
+        choices=("auto", "fentry", "kprobe"),
+        default="auto",
+        help="how to attach (default: auto, which prefers fentry)",
+    )
+    run.add_argument(
+        "--max-handshakes",
+        metavar="N",
+        type=table_size,
+        default=131_072,
+        help="entries of the kernel's table (default: 131072, about 20 MB)",
+    )
+    run.add_argument("--dry-run", action="store_true", help="compile, load, attach, and end")
+    run.add_argument("--version", action="version", version=f"%(prog)s {__version__}")

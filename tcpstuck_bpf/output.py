@@ -1,0 +1,90 @@
+"""Where findings go: a table for people, or JSON Lines for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TextIO
+
+from tcpstuck_bpf.export import summary_line, verdict_line
+from tcpstuck_bpf.render import TableRenderer
+from tcpstuck_bpf.report import Status, Summary, WallClock
+from tcpstuck_bpf.verdict import Finding
+
+CLEAR_LINE = "\r\x1b[K"
+
+
+class Selection:
+    """Which findings the user asked to see; the summary counts all of them."""
+
+    def __init__(self, only: Collection[str], nothing: bool) -> None:
+        self._only = frozenset(only)
+        self._nothing = nothing
+
+    def of(self, findings: list[Finding]) -> list[Finding]:
+        """The findings to be shown, in their order."""
+        if self._nothing:
+            return []
+        return [f for f in findings if not self._only or f.verdict in self._only]
+
+
+class TableOutput:
+    """The table, with a status line rewritten in place where the stream is a terminal."""
+
+    def __init__(self, stream: TextIO, renderer: TableRenderer, selection: Selection) -> None:
+        self._stream = stream
+        self._renderer = renderer
+        self._selection = selection
+        self._terminal = stream.isatty()
+        self._status_shown = False
+
+    def _clear(self) -> None:
+        if self._status_shown:
+            self._stream.write(CLEAR_LINE)
+            self._status_shown = False
+
+    def findings(self, findings: list[Finding]) -> None:
+        """Rows, below those already shown."""
+        shown = self._selection.of(findings)
+        if not shown:
+            return
+        self._clear()
+        for line in self._renderer.findings(shown):
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def status(self, status: Status) -> None:
+        """One line that the next output replaces; nothing where the stream is no terminal."""
+        if self._terminal:
+            self._stream.write(CLEAR_LINE + self._renderer.status(status))
+            self._stream.flush()
+            self._status_shown = True
+
+    def summary(self, summary: Summary) -> None:
+        """The end."""
+        self._clear()
+        for line in self._renderer.summary(summary):
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+
+class JsonOutput:
+    """JSON Lines, each flushed, nothing else."""
+
+    def __init__(self, stream: TextIO, clock: WallClock, selection: Selection) -> None:
+        self._stream = stream
+        self._clock = clock
+        self._selection = selection
+
+    def findings(self, findings: list[Finding]) -> None:
+        """One line each."""
+        for finding in self._selection.of(findings):
+            self._stream.write(verdict_line(finding, self._clock) + "\n")
+        self._stream.flush()
+
+    def status(self, status: Status) -> None:
+        """Nothing: a program waits for lines, not for reassurance."""
+
+    def summary(self, summary: Summary) -> None:
+        """The last line."""
+        self._stream.write(summary_line(summary, self._clock) + "\n")
+        self._stream.flush()

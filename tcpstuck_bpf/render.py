@@ -1,0 +1,290 @@
+"""Findings and the summary as lines of text. Looks nothing up, prints nothing.
+
+The table comes live, so its columns keep their widths: each is as wide as the widest seen so far.
+What does not fit beside the rest goes below the row. The summary's tables are tabulate's.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+
+from tabulate import tabulate
+
+from tcpstuck_bpf.evidence import duration_text
+from tcpstuck_bpf.report import Status, Summary, WallClock
+from tcpstuck_bpf.verdict import RULES, Finding
+
+SHOWN_AT_ONCE = 1000
+"""Rows of one verdict and server in one batch; more are folded into one line."""
+ROWS_PER_HEADING = 40
+ENDPOINT_WIDTH = len("255.255.255.255:65535")
+NARROW = 100
+"""Columns; below this the age, the SYNs and the meaning go under each row."""
+VERDICT_WIDTH = max(len(rule.name) for rule in RULES)
+MEANING_WIDTH = 45
+INDENT = "    "
+
+_RED, _BOLD, _PLAIN = "\x1b[31;1m", "\x1b[1m", "\x1b[0m"
+_STUCK = {rule.name: rule.stuck for rule in RULES}
+_LOSSES = {
+    "namespaces_uncounted": "segments in more network namespaces than are counted: not traced",
+    "cookies_unmatched": "cookies chosen outside tcp_conn_request: not traced",
+    "undecodable_events": "events that could not be decoded",
+    "flows_evicted": "flows forgotten for want of room",
+    "entries_let_go": "open table entries given up for age or want of room",
+    "flows_unresolved": "flows forgotten undecided",
+    "children_stillborn": "server sockets made but not left ESTABLISHED",
+}
+
+
+def watching(watched: str, mode: str) -> str:
+    """What is said once, where there is no terminal for a status line."""
+    return f"tcpstuck-trace: watching {watched} by {mode}; Ctrl-C ends with a summary"
+
+
+def endpoint(ip: str, port: int) -> str:
+    """Address and port, IPv6 in brackets (RFC 3986)."""
+    return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+
+
+def _grouped(number: int) -> str:
+    return f"{number:,}".replace(",", " ")
+
+
+class TableRenderer:
+    """Lines for a terminal or a pipe of a given width in columns."""
+
+    def __init__(
+        self,
+        *,
+        clock: WallClock,
+        width: int,
+        colour: bool,
+        verbose: bool,
+        own_netns: int | None,
+        netns_names: Mapping[int, str],
+    ) -> None:
+        self._clock = clock
+        self._width = max(40, width)
+        self._colour = colour
+        self._verbose = verbose
+        self._own_netns = own_netns
+        self._names = netns_names
+        self._endpoint_width = ENDPOINT_WIDTH
+        self._netns_shown: int | None = None
+        self._narrow = width < NARROW
+        self._rows_since_heading = ROWS_PER_HEADING
+
+    def findings(self, findings: Sequence[Finding]) -> Iterator[str]:
+        """Rows, in the order given; a flood of equal ones is folded after SHOWN_AT_ONCE."""
+        shown: Counter[tuple[str, str]] = Counter()
+        for finding in findings:
+            server = endpoint(finding.four_tuple.server_ip, finding.four_tuple.server_port)
+            shown[finding.verdict, server] += 1
+            if shown[finding.verdict, server] <= SHOWN_AT_ONCE:
+                yield from self._finding(finding)
+        for (verdict, server), number in shown.items():
+            if number > SHOWN_AT_ONCE:
+                more = _grouped(number - SHOWN_AT_ONCE)
+                yield f"... and {more} more {verdict} at {server} (all of them in --json)"
+
+    def _finding(self, finding: Finding) -> Iterator[str]:
+        who = finding.four_tuple
+        client, server = (
+            endpoint(who.client_ip, who.client_port),
+            endpoint(who.server_ip, who.server_port),
+        )
+        self._widen(max(len(client), len(server)))
+        if who.netns != self._netns_shown:
+            self._netns_shown = who.netns
+            self._rows_since_heading = ROWS_PER_HEADING
+        if self._rows_since_heading >= ROWS_PER_HEADING:
+            self._rows_since_heading = 0
+            yield from self._heading()
+        self._rows_since_heading += 1
+        moment = self._clock.realtime(finding.verdict_ns) // 1_000_000_000
+        time = datetime.fromtimestamp(moment).strftime("%H:%M:%S")
+        verdict = ("!" if finding.stuck else " ") + finding.verdict
+        age, meaning = duration_text(finding.age_ns), self._meaning(finding)
+        if self._narrow:
+            syns = "1 SYN" if finding.syn_count == 1 else f"{finding.syn_count} SYNs"
+            yield self._painted(self._laid_out((time, client, server, verdict)), finding)
+            yield from self._wrapped(f"{age}, {syns}: {meaning}", " " * 10)
+        else:
+            cells = (time, client, server, verdict, age.rjust(9), str(finding.syn_count).rjust(4))
+            row = self._laid_out(cells)
+            if len(row) + 2 + len(meaning) <= self._width:
+                yield self._painted(f"{row}  {meaning}", finding)
+            else:
+                yield self._painted(row, finding)
+                yield from self._wrapped(meaning, " " * 10)
+        if self._verbose:
+            yield from self._details(finding)
+
+    def _widen(self, endpoint_length: int) -> None:
+        """Columns never shrink: what is already on the screen stays aligned as far as it can."""
+        if endpoint_length > self._endpoint_width:
+            self._endpoint_width = endpoint_length
+            self._rows_since_heading = ROWS_PER_HEADING
+
+    def _laid_out(self, cells: Sequence[str]) -> str:
+        """One row. Not by tabulate, which would forget the widths from batch to batch."""
+        widths = (8, self._endpoint_width, self._endpoint_width, VERDICT_WIDTH + 1, 9, 4)
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths))
+        return "  ".join(padded).rstrip()
+
+    def _heading(self) -> Iterator[str]:
+        if self._netns_shown is not None and self._netns_shown != self._own_netns:
+            yield f"in network namespace {self._netns(self._netns_shown)}:"
+        names = ["time", "client", "server", " verdict"]
+        if not self._narrow:
+            names += ["age".rjust(9), "SYNs"]
+        line = self._laid_out(names)
+        if not self._narrow and len(line) + 2 + MEANING_WIDTH <= self._width:
+            line += "  what it means"
+        yield f"{_BOLD}{line}{_PLAIN}" if self._colour else line
+
+    def _painted(self, line: str, finding: Finding) -> str:
+        return f"{_RED}{line}{_PLAIN}" if self._colour and finding.stuck else line
+
+    def _meaning(self, finding: Finding) -> str:
+        words = [finding.meaning]
+        if finding.certainty != "certain" and finding.certainty not in finding.meaning:
+            words.append(f"({finding.certainty})")
+        if finding.delay_ns is not None:
+            words.append(f"after {duration_text(finding.delay_ns)}")
+        if finding.updates is not None:
+            words.append(f"[was {finding.updates}]")
+        return " ".join(words)
+
+    def _netns(self, inode: int) -> str:
+        return self._names.get(inode, str(inode))
+
+    def _wrapped(self, text: str, first: str = INDENT) -> Iterator[str]:
+        yield from textwrap.wrap(
+            text,
+            self._width,
+            initial_indent=first,
+            subsequent_indent=" " * len(first),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+
+    def _details(self, finding: Finding) -> Iterator[str]:
+        for entry in finding.timeline:
+            offset = (entry.time_ns - finding.first_syn_ns) / 1_000_000
+            yield from self._wrapped(
+                f"{entry.what}  {entry.detail}".rstrip(), f"{INDENT}{offset:+11.1f} ms  "
+            )
+        if finding.timeline_omitted:
+            yield f"{INDENT}({finding.timeline_omitted} entries of the middle left out)"
+        for sentence in finding.evidence:
+            yield from self._wrapped(sentence, f"{INDENT}seen: ")
+        yield from self._wrapped(finding.cannot_prove, f"{INDENT}cannot tell: ")
+        yield from self._wrapped(finding.advice, f"{INDENT}advice: ")
+        yield ""
+
+    def status(self, status: Status) -> str:
+        """One line, cut to the width."""
+        stuck = f"{_grouped(status.still_stuck)} STUCK" if status.still_stuck else "nothing stuck"
+        line = (
+            f"watching {status.watched}: {_grouped(status.cookies_sent)} cookies sent, "
+            f"{_grouped(status.completed)} completed, {_grouped(status.waiting)} waiting, {stuck}, "
+            f"{duration_text(status.running_ns)}"
+        )
+        return line[: self._width - 1]
+
+    def summary(self, summary: Summary) -> Iterator[str]:
+        """The answer first, then what supports it."""
+        yield ""
+        yield from self._answer(summary)
+        yield ""
+        rows = [
+            (verdict, _grouped(number), "yes" if _STUCK.get(verdict) else "no")
+            for verdict, number in summary.verdicts.items()
+        ]
+        table = tabulate(
+            rows,
+            headers=("verdict", "connections", "client stuck"),
+            tablefmt="simple",
+            disable_numparse=True,
+            colalign=("left", "right", "left"),
+        )
+        yield from table.splitlines()
+        yield ""
+        yield from self._losses(summary)
+        yield from self._reconciliation(summary)
+        for note in summary.notes:
+            yield from self._wrapped(f"note: {note}", "")
+
+    def _answer(self, summary: Summary) -> Iterator[str]:
+        seen = (
+            f"{_grouped(summary.cookies_sent)} cookies sent in "
+            f"{duration_text(summary.duration_ns)} at {summary.watched}, traced by {summary.mode}"
+        )
+        if summary.still_stuck:
+            plural = "connection is" if summary.still_stuck == 1 else "connections are"
+            line = f"{_grouped(summary.still_stuck)} {plural} stuck"
+            if summary.recovered:
+                line += f", {_grouped(summary.recovered)} recovered"
+            yield f"{_RED}{line}{_PLAIN}" if self._colour else line
+        elif summary.ever_stuck:
+            yield f"nothing is stuck any more: {_grouped(summary.recovered)} recovered"
+        else:
+            yield "nothing stuck"
+        yield from self._wrapped(seen, "")
+
+    def _losses(self, summary: Summary) -> Iterator[str]:
+        told = [
+            (summary.pending, "handshakes too young for a verdict at the end"),
+            (summary.superseded, "stuck clients gave up and used their port again"),
+            (summary.untracked, "handshakes not tracked: the table was full (--max-handshakes)"),
+            (summary.unseen_syn, "ACKs whose SYN was not seen (older than the trace, or let go)"),
+            *(
+                (number, _LOSSES.get(name, name.replace("_", " ")))
+                for name, number in summary.losses.items()
+            ),
+        ]
+        yield f"lost events: {_grouped(summary.lost_events)}, untracked handshakes: " + _grouped(
+            summary.untracked
+        )
+        for number, what in told:
+            if number:
+                yield from self._wrapped(f"{_grouped(number)} {what}", "")
+        for gap in summary.gaps:
+            yield from self._wrapped(f"gap: no {gap.probe} ({gap.why}): {gap.lost}", "")
+        yield ""
+
+    def _reconciliation(self, summary: Summary) -> Iterator[str]:
+        if not summary.reconciliation:
+            yield "The kernel's own counters did not move, and nothing was traced."
+            return
+        headers = ["netns", "counter", "traced", "kernel", "agrees"]
+        rows = []
+        for row in summary.reconciliation:
+            low, high = row.kernel or (0, 0)
+            kernel = (
+                "unknown" if row.kernel is None else str(low) if low == high else f"{low}..{high}"
+            )
+            agrees = {True: "yes", False: "NO", None: "?"}[row.agrees]
+            cells = [self._netns(row.netns), row.counter, str(row.traced), kernel, agrees]
+            rows.append([*cells, row.note])
+            if summary.filtered:
+                rows[-1].insert(3, str(row.outside))
+        if summary.filtered:
+            headers.insert(3, "outside filter")
+        if any(row[-1] for row in rows):
+            headers.append("note")
+        else:
+            rows = [row[:-1] for row in rows]
+        table = tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
+        yield from (line.rstrip() for line in table.splitlines())
+        if summary.filtered:
+            yield from self._wrapped(
+                "The kernel counts without our filter, so for what was asked alone its figure is "
+                "an upper bound; traced and outside together must equal it.",
+                "",
+            )

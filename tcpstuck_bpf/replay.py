@@ -1,0 +1,355 @@
+"""Recordings: the steps of a run as JSON Lines, and their way back.
+
+The first line is a header, the last one says that the run ended; what lies between is what the
+correlator was given, in order, so that a replay gives the identical verdicts. A sweep is written
+as its difference from the one before: a quiet table costs nothing. Numbers stay integers; keys and
+addresses are hexadecimal.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO, Union
+
+from tcpstuck_bpf import __version__, wire
+from tcpstuck_bpf.errors import RecordingError
+from tcpstuck_bpf.model import (
+    Coverage,
+    CoverageGap,
+    Event,
+    FourTuple,
+    Handshake,
+    NetnsCount,
+    Row,
+    Sweep,
+    Tally,
+    TraceFilter,
+    TraceSettings,
+)
+from tcpstuck_bpf.report import WallClock
+
+FORMAT = "tcpstuck-recording"
+VERSION = 1
+
+_EVENT_NUMBERS = len(Event._fields) - 2
+_HANDSHAKE_NUMBERS = len(Handshake._fields)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What has to be known of a run besides its steps."""
+
+    settings: TraceSettings
+    coverage: Coverage
+    clock: WallClock
+    watched: str
+    table_capacity: int
+
+
+class Observed(NamedTuple):
+    """Events came."""
+
+    events: tuple[Event, ...]
+
+
+class Swept(NamedTuple):
+    """The table was read."""
+
+    sweep: Sweep
+
+
+class Advanced(NamedTuple):
+    """The flows were brought up to this time, in ns."""
+
+    now_ns: int
+
+
+class TallyTaken(NamedTuple):
+    """Both sides' counters were read."""
+
+    tally: Tally
+
+
+class Ended(NamedTuple):
+    """The run ended."""
+
+    now_ns: int
+    losses: Mapping[str, int]
+    notes: tuple[str, ...]
+
+
+Step = Union[Observed, Swept, Advanced, TallyTaken, Ended]
+
+
+class Recorder:
+    """Writes a recording. A full disk ends the recording, not the run.
+
+    Raises RecordingError where the file cannot be created.
+    """
+
+    def __init__(self, path: str, header: Header) -> None:
+        self.failure: str | None = None
+        """Why the recording is incomplete; None while it is not."""
+        self._table: dict[str, Handshake] = {}
+        try:
+            self._file: TextIO = Path(path).open("w", encoding="ascii")  # noqa: SIM115  (close())
+        except OSError as error:
+            raise RecordingError(
+                f"cannot record to {path}",
+                str(error.strerror),
+                "name a file in a directory that you may write to",
+            ) from error
+        self._write_line(_header_values(header))
+
+    def write(self, step: Step) -> None:
+        """Add a step; after a failure nothing more is written."""
+        if self.failure is None:
+            self._write_line(self._values(step))
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        try:
+            self._file.close()
+        except OSError as error:
+            self.failure = self.failure or str(error.strerror)
+
+    def _write_line(self, values: Mapping[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(values, separators=(",", ":")) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self.failure = str(error.strerror)
+
+    def _values(self, step: Step) -> dict[str, Any]:
+        if isinstance(step, Observed):
+            return {"events": [_event_values(event) for event in step.events]}
+        if isinstance(step, Swept):
+            return self._sweep_values(step.sweep)
+        if isinstance(step, Advanced):
+            return {"advance": step.now_ns}
+        if isinstance(step, TallyTaken):
+            return {"tally": _tally_values(step.tally)}
+        return {"end": step.now_ns, "losses": dict(step.losses), "notes": list(step.notes)}
+
+    def _sweep_values(self, sweep: Sweep) -> dict[str, Any]:
+        table = {wire.encode_key(row.four_tuple).hex(): row.handshake for row in sweep.rows}
+        changed = [
+            [key, list(handshake)]
+            for key, handshake in table.items()
+            if self._table.get(key) != handshake
+        ]
+        gone = [key for key in self._table if key not in table]
+        self._table = table
+        return {"sweep": sweep.time_ns, "rows": changed, "gone": gone}
+
+
+def _header_values(header: Header) -> dict[str, Any]:
+    settings = asdict(header.settings)
+    address = header.settings.trace_filter.listener_address
+    settings["trace_filter"]["listener_address"] = None if address is None else address.hex()
+    coverage = asdict(header.coverage)
+    coverage["probes"] = sorted(header.coverage.probes)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "tool": __version__,
+        "settings": settings,
+        "coverage": coverage,
+        "clock": asdict(header.clock),
+        "watched": header.watched,
+        "table_capacity": header.table_capacity,
+    }
+
+
+def _event_values(event: Event) -> list[Any]:
+    return [wire.encode_key(event.four_tuple).hex(), list(event.handshake), *event[2:]]
+
+
+def _tally_values(tally: Tally) -> dict[str, Any]:
+    return {
+        "time_ns": tally.time_ns,
+        "kernel_before": tally.kernel_before,
+        "traced": {
+            netns: {which.name: number for which, number in counts.items()}
+            for netns, counts in tally.traced.items()
+        },
+        "kernel_after": tally.kernel_after,
+    }
+
+
+class Replay:
+    """Reads a recording. Raises RecordingError where the file is none, or is damaged."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        try:
+            # Only \n ends a line: str.splitlines would also split at other characters.
+            self._lines = Path(path).read_bytes().split(b"\n")
+        except OSError as error:
+            raise RecordingError(
+                f"cannot read the recording {path}",
+                str(error.strerror),
+                "name a file that --record has written",
+            ) from error
+        self._table: dict[str, Handshake] = {}
+        values = self._decoded(0) if self._looks_like_one() else None
+        if values is None or values.get("format") != FORMAT:
+            raise RecordingError(
+                f"{path} is not a recording of tcpstuck-trace",
+                f'it does not begin with {{"format":"{FORMAT}"',
+                "name a file that --record has written",
+            )
+        version = values.get("version")
+        if not isinstance(version, int) or version > VERSION:
+            raise RecordingError(
+                f"{path} was written by a newer tcpstuck-trace",
+                f"its format is {version!r}, this version reads up to {VERSION}",
+                "replay it with that version, or a newer one",
+            )
+        try:
+            self.header = _header(values)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise self._damaged(0) from error
+        if self._lines.pop() != b"" or "end" not in self._decoded(len(self._lines) - 1):
+            raise RecordingError(
+                f"the recording {path} is incomplete",
+                f"after line {len(self._lines)} the line that ends a run is missing: the recorder "
+                "was killed, or its disk was full",
+                "record again",
+            )
+
+    def _looks_like_one(self) -> bool:
+        return self._lines[0].startswith(b"{") and len(self._lines[0]) < 1 << 20
+
+    def _damaged(self, index: int) -> RecordingError:
+        return RecordingError(
+            f"the recording {self._path} is damaged",
+            f"line {index + 1} is not what a recording has there",
+            "record again",
+        )
+
+    def _decoded(self, index: int) -> dict[str, Any]:
+        try:
+            values = json.loads(self._lines[index].decode("ascii"))
+        except (ValueError, RecursionError) as error:
+            if index == 0:
+                return {}
+            raise self._damaged(index) from error
+        if not isinstance(values, dict):
+            raise self._damaged(index)
+        return values
+
+    def steps(self) -> Iterator[Step]:
+        """The steps in order. Raises RecordingError at the first damaged line."""
+        for index in range(1, len(self._lines)):
+            values = self._decoded(index)
+            try:
+                step = self._step(values)
+            except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+                raise self._damaged(index) from error
+            if isinstance(step, Ended) != (index == len(self._lines) - 1):
+                raise self._damaged(index)
+            yield step
+
+    def _step(self, values: dict[str, Any]) -> Step:
+        if "events" in values:
+            return Observed(tuple(_event(event) for event in values["events"]))
+        if "sweep" in values:
+            return Swept(self._sweep(values))
+        if "advance" in values:
+            return Advanced(_integer(values["advance"]))
+        if "tally" in values:
+            return TallyTaken(_tally(values["tally"]))
+        losses = {str(name): _integer(number) for name, number in values["losses"].items()}
+        return Ended(_integer(values["end"]), losses, tuple(map(str, values["notes"])))
+
+    def _sweep(self, values: dict[str, Any]) -> Sweep:
+        for key in values["gone"]:
+            del self._table[key]
+        for key, handshake in values["rows"]:
+            self._table[key] = _handshake(handshake)
+        rows = tuple(Row(_four_tuple(key), entry) for key, entry in self._table.items())
+        return Sweep(_integer(values["sweep"]), rows)
+
+
+def _integer(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 64:
+        raise ValueError(f"{value!r} is not an unsigned 64-bit integer")
+    return value
+
+
+def _integers(values: object, count: int) -> list[int]:
+    if not isinstance(values, list) or len(values) != count:
+        raise ValueError(f"not a list of {count} integers")
+    return [_integer(value) for value in values]
+
+
+def _four_tuple(key: str) -> FourTuple:
+    data = bytes.fromhex(key)
+    if len(data) != wire.KEY.size:
+        raise ValueError("not a struct handshake_key")
+    return wire.decode_key(data)
+
+
+def _handshake(values: object) -> Handshake:
+    return Handshake._make(_integers(values, _HANDSHAKE_NUMBERS))
+
+
+def _event(values: list[Any]) -> Event:
+    key, handshake, *segment = values
+    numbers = _integers(segment, _EVENT_NUMBERS)
+    return Event(_four_tuple(key), _handshake(handshake), *numbers)
+
+
+def _counters(values: Mapping[str, Mapping[str, int]]) -> dict[int, dict[str, int]]:
+    return {
+        int(netns): {str(name): _integer(number) for name, number in counts.items()}
+        for netns, counts in values.items()
+    }
+
+
+def _tally(values: dict[str, Any]) -> Tally:
+    return Tally(
+        _integer(values["time_ns"]),
+        _counters(values["kernel_before"]),
+        {
+            netns: {NetnsCount[name]: number for name, number in counts.items()}
+            for netns, counts in _counters(values["traced"]).items()
+        },
+        _counters(values["kernel_after"]),
+    )
+
+
+def _header(values: dict[str, Any]) -> Header:
+    settings = dict(values["settings"])
+    wanted = dict(settings.pop("trace_filter"))
+    address = wanted.pop("listener_address")
+    trace_filter = TraceFilter(
+        ports=tuple(map(_integer, wanted.pop("ports"))),
+        listener_address=None if address is None else bytes.fromhex(address),
+        **wanted,
+    )
+    coverage = values["coverage"]
+    clock = values["clock"]
+    return Header(
+        settings=TraceSettings(
+            trace_filter=trace_filter,
+            timeout_ns=_integer(settings.pop("timeout_ns")),
+            max_handshakes=_integer(settings.pop("max_handshakes")),
+            **settings,
+        ),
+        coverage=Coverage(
+            mode=str(coverage["mode"]),
+            probes=frozenset(map(str, coverage["probes"])),
+            gaps=tuple(
+                CoverageGap(str(gap["probe"]), str(gap["why"]), str(gap["lost"]))
+                for gap in coverage["gaps"]
+            ),
+        ),
+        clock=WallClock(_integer(clock["monotonic_ns"]), _integer(clock["realtime_ns"])),
+        watched=str(values["watched"]),
+        table_capacity=_integer(values["table_capacity"]),
+    )

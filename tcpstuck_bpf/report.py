@@ -1,0 +1,87 @@
+"""What the output side is given: wall-clock anchor, live status, and the summary at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tcpstuck_bpf.model import CoverageGap
+
+
+@dataclass(frozen=True)
+class WallClock:
+    """One pair of clock readings taken at the same moment, in ns.
+
+    It turns CLOCK_MONOTONIC times into UTC; a recording keeps it, so that a replay prints the
+    times of the recorded run.
+    """
+
+    monotonic_ns: int
+    realtime_ns: int
+
+    def realtime(self, monotonic_ns: int) -> int:
+        """Nanoseconds since the epoch (UTC) at a CLOCK_MONOTONIC time."""
+        return self.realtime_ns + monotonic_ns - self.monotonic_ns
+
+
+@dataclass(frozen=True)
+class Reconciled:
+    """One kernel counter of one namespace beside what was traced of it, in the traced period."""
+
+    netns: int
+    counter: str
+    """TcpExt name, for example SyncookiesSent."""
+    traced: int
+    """Inside the filters."""
+    outside: int
+    """Seen by the probes, left out by the filters."""
+    kernel: tuple[int, int] | None
+    """Lowest and highest figure the kernel's counter allows; None where it is unknown."""
+    agrees: bool | None
+    """None where it cannot be told."""
+    note: str
+    """Why it is unknown, differs, or is a lower bound; empty where there is nothing to say."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the line says that is shown while nothing is wrong."""
+
+    watched: str
+    """For example `port 3311`."""
+    cookies_sent: int
+    completed: int
+    waiting: int
+    """Handshakes too young for a verdict."""
+    still_stuck: int
+    running_ns: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The end of a run."""
+
+    watched: str
+    mode: str
+    duration_ns: int
+    verdicts: Mapping[str, int]
+    """Flows by the verdict they have at the end; `completed` counts every healthy handshake."""
+    ever_stuck: int
+    still_stuck: int
+    recovered: int
+    pending: int
+    """Handshakes too young for a verdict when the run ended."""
+    superseded: int
+    cookies_sent: int
+    lost_events: int
+    untracked: int
+    """Cookie handshakes that never got an entry: the table was full."""
+    unseen_syn: int
+    """ACKs whose SYN came before tracing began, or whose entry was let go."""
+    losses: Mapping[str, int]
+    """Every other loss by name; zero ones are left out by the output."""
+    gaps: tuple[CoverageGap, ...]
+    reconciliation: tuple[Reconciled, ...]
+    filtered: bool
+    """Whether a filter was set, so that the kernel's counters cover more than was traced."""
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,272 @@
+"""Verdicts are data: a table of conditions, and what each verdict means, proves and advises.
+
+`judge` finds the one rule that a flow meets and writes its finding. What a rule says is about
+the kernel's behaviour as in the functions it needs probes on; a probe that is not attached makes
+a fact unknown, never absent, and the finding says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Literal
+
+from tcpstuck_bpf.evidence import evidence
+from tcpstuck_bpf.flow import FlowReport, State, TimelineEntry
+from tcpstuck_bpf.model import Coverage, FourTuple, Moved
+
+Certainty = Literal["certain", "likely", "possible"]
+
+COOKIE_CHECKS = frozenset({"cookie_v4_check", "cookie_v6_check"})
+# ACKs and RSTs that reach a listener go through cookie_vX_check, repeated SYNs that are dropped
+# end in tcp_conn_request: silence is known only where both are watched.
+_SILENCE_PROBES = COOKIE_CHECKS | {"tcp_conn_request"}
+
+RAISE_BACKLOG = (
+    "raise the listener's backlog (MySQL: back_log) and net.core.somaxconn, then restart the "
+    "server: both count when it calls listen()"
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One verdict. `meaning` is for the table: at most 60 characters."""
+
+    name: str
+    stuck: bool
+    """Whether the client believes in a connection that the server does not know."""
+    certainty: Certainty
+    condition: Callable[[FlowReport], bool]
+    meaning: str
+    proves: str
+    cannot_prove: str
+    advice: str
+    needs: frozenset[str] = frozenset()
+    """Probes (kernel functions) without which what the verdict denies is not known."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A verdict on one flow, ready to be printed. Times are CLOCK_MONOTONIC nanoseconds."""
+
+    verdict: str
+    stuck: bool
+    certainty: Certainty
+    four_tuple: FourTuple
+    syn_count: int
+    cookie_isn: int
+    client_isn: int
+    first_syn_ns: int
+    verdict_ns: int
+    age_ns: int
+    """From the first SYN to the verdict."""
+    delay_ns: int | None
+    """From the first SYN to the connection, where there is one."""
+    meaning: str
+    evidence: tuple[str, ...]
+    cannot_prove: str
+    advice: str
+    timeline: tuple[TimelineEntry, ...]
+    timeline_omitted: int
+    """How many entries of the timeline's middle were left out."""
+    updates: str | None
+    """The verdict on the same flow that this one replaces."""
+
+
+def _accept_queue_overflowed(counters: int) -> bool:
+    return bool(counters & Moved.LISTEN_OVERFLOWS)
+
+
+def _is(state: State) -> Callable[[FlowReport], bool]:
+    return lambda report: report.state is state
+
+
+def _dropped(*, by_full_queue: bool) -> Callable[[FlowReport], bool]:
+    return lambda report: (
+        report.state is State.ACK_DROPPED
+        and _accept_queue_overflowed(report.handshake.drop_counters) == by_full_queue
+    )
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        name="completed",
+        stuck=False,
+        certainty="certain",
+        condition=_is(State.COMPLETED),
+        meaning="connected",
+        proves="the cookie was validated and the server's socket made (cookie_vX_check)",
+        cannot_prove="whether the server has accepted it, or will answer",
+        advice="nothing to do",
+    ),
+    Rule(
+        name="recovered",
+        stuck=False,
+        certainty="certain",
+        condition=_is(State.RECOVERED),
+        meaning="was stuck, the client's own packet connected it",
+        proves="the server knows the connection now",
+        cannot_prove="whether the client's application still waits for it",
+        advice="nothing to do for this one; the cause is in the verdict it had before",
+    ),
+    Rule(
+        name="ack-missing",
+        stuck=True,
+        certainty="likely",
+        condition=_is(State.SILENT),
+        meaning="no ACK got here; client likely thinks it is connected",
+        proves="no ACK, RST or further SYN of this client reached TCP on this host in time",
+        cannot_prove=(
+            "that the client is real: a spoofed or vanished source is as silent; nor where its "
+            "ACK was lost"
+        ),
+        advice=(
+            "look for what drops ACKs before TCP: iptables/nft rules, rp_filter, conntrack, a "
+            "firewall that sees one direction only. "
+            "Many from one unknown source: a SYN flood, nothing to mend"
+        ),
+        needs=_SILENCE_PROBES,
+    ),
+    Rule(
+        name="accept-queue-full",
+        stuck=True,
+        certainty="certain",
+        condition=_dropped(by_full_queue=True),
+        meaning="ACK came, dropped: accept queue full",
+        proves="a valid ACK arrived and was dropped because the accept queue was full",
+        cannot_prove="whether the client's application still waits",
+        advice=(
+            f"find out why the server does not accept (paused? out of threads?); {RAISE_BACKLOG}. "
+            "Clients: a read time-out, or TCP keep-alive, which turns the hang into an error"
+        ),
+        needs=COOKIE_CHECKS,
+    ),
+    Rule(
+        name="ack-failed",
+        stuck=True,
+        certainty="certain",
+        condition=_dropped(by_full_queue=False),
+        meaning="ACK came, dropped by this host for another reason",
+        proves="an ACK arrived and cookie_vX_check dropped it without an answer",
+        cannot_prove="which of memory, route, security module or bind refused it",
+        advice=(
+            "look at dmesg for denials and memory pressure (net.ipv4.tcp_mem, cgroup limits), and "
+            "at the route back to the client"
+        ),
+        needs=COOKIE_CHECKS,
+    ),
+    Rule(
+        name="cookie-rejected",
+        stuck=False,
+        certainty="certain",
+        condition=_is(State.REJECTED),
+        meaning="cookie refused, RST sent: the client gets an error",
+        proves="an ACK arrived that the listener answers by RST",
+        cannot_prove="that the RST reaches the client",
+        advice=(
+            "if it is late: look for delay between client and server, a cookie lives 60 to 120 s; "
+            "if net.ipv4.tcp_syncookies was changed, set it back to 1"
+        ),
+    ),
+    Rule(
+        name="client-reset",
+        stuck=False,
+        certainty="certain",
+        condition=_is(State.RESET),
+        meaning="the client's address answered RST: it wants none",
+        proves="an RST came from the client's address and port",
+        cannot_prove="whether the client closed, or never sent the SYN (spoofed source)",
+        advice="single ones: nothing to do; many: look for spoofed SYNs or impatient health checks",
+    ),
+    Rule(
+        name="synack-missing",
+        stuck=False,
+        certainty="certain",
+        condition=_is(State.REPEATING),
+        meaning="client repeats its SYN: it sees no SYN-ACK, and knows",
+        proves="the client repeats its SYN, and no ACK of it reached TCP on this host",
+        cannot_prove="where the SYN-ACKs are lost, nor whether the last of them got through",
+        advice=(
+            "look at the way back to the client: outgoing iptables/nft rules, route, rp_filter at "
+            f"its end. If SYNs were dropped here: {RAISE_BACKLOG}"
+        ),
+        needs=COOKIE_CHECKS,
+    ),
+)
+
+RESERVED: Mapping[str, str] = MappingProxyType(
+    {
+        "rescued": "that a repeated SYN-ACK of ours drew the ACK",
+        "ack-filtered": "where on this host the ACK was dropped before TCP",
+        "data-lost": "that the cookie validated with a sequence number other than ISN + 1",
+    }
+)
+"""Verdicts whose name is taken and which no rule gives yet: the fact each of them needs."""
+
+VERDICT_NAMES: tuple[str, ...] = (*(rule.name for rule in RULES), *RESERVED)
+"""Every name that may stand where a verdict is asked for."""
+
+
+def rule_for(report: FlowReport) -> Rule | None:
+    """The rule a flow meets; None for a state without a verdict (taken over, superseded)."""
+    return next((rule for rule in RULES if rule.condition(report)), None)
+
+
+def _replaced(report: FlowReport) -> str | None:
+    if report.previous is None:
+        return None
+    entry = report.handshake._replace(drop_counters=report.previous_drop_counters)
+    rule = rule_for(replace(report, state=report.previous, handshake=entry))
+    return None if rule is None else rule.name
+
+
+def missing_probes(rule: Rule, family: int, coverage: Coverage) -> tuple[str, ...]:
+    """The probes a rule needs for this address family (4 or 6) and does not have, sorted."""
+    other = "_v6_" if family == 4 else "_v4_"
+    return tuple(sorted(p for p in rule.needs - coverage.probes if other not in p))
+
+
+def _gap_sentences(missing: tuple[str, ...], coverage: Coverage) -> Iterator[str]:
+    gaps = {gap.probe: gap for gap in coverage.gaps}
+    for probe in missing:
+        gap = gaps.get(probe)
+        why, lost = (f" ({gap.why})", gap.lost) if gap else ("", "what it would show is unknown")
+        yield f"no probe on {probe}{why}: {lost}"
+
+
+def _certainty(rule: Rule, report: FlowReport, missing: tuple[str, ...]) -> Certainty:
+    gave_up_maybe = report.state is State.SILENT and report.handshake.syn_count > 1
+    return "possible" if missing or gave_up_maybe else rule.certainty
+
+
+def judge(report: FlowReport, coverage: Coverage) -> Finding | None:
+    """The verdict on a flow, weakened by what the missing probes leave unknown.
+
+    None where the flow's state has no verdict.
+    """
+    rule = rule_for(report)
+    if rule is None:
+        return None
+    entry = report.handshake
+    missing = missing_probes(rule, report.four_tuple.family, coverage)
+    return Finding(
+        verdict=rule.name,
+        stuck=rule.stuck,
+        certainty=_certainty(rule, report, missing),
+        four_tuple=report.four_tuple,
+        syn_count=entry.syn_count,
+        cookie_isn=entry.cookie_isn,
+        client_isn=entry.client_isn,
+        first_syn_ns=entry.first_syn_ns,
+        verdict_ns=report.decided_ns,
+        age_ns=report.age_ns,
+        delay_ns=report.delay_ns,
+        meaning=rule.meaning,
+        evidence=(*evidence(report), *_gap_sentences(missing, coverage)),
+        cannot_prove=rule.cannot_prove,
+        advice=rule.advice,
+        timeline=report.timeline,
+        timeline_omitted=report.timeline_omitted,
+        updates=_replaced(report),
+    )
