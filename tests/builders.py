@@ -1,0 +1,240 @@
+"""Handshakes, events and sweeps in few words, and a model of the kernel's table.
+
+Times are nanoseconds; `ms` and `seconds` make them. `Table` plays segments by the rules that
+bpf/tcpstuck.bpf.c follows, and yields what the kernel would tell: events and rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from tcpstuck_bpf.correlate import Correlator, FlowReport
+from tcpstuck_bpf.model import (
+    Ending,
+    Event,
+    EventKind,
+    FourTuple,
+    Handshake,
+    Moved,
+    Row,
+    Sweep,
+    address_bytes,
+)
+
+SECOND_NS = 1_000_000_000
+START_NS = 1_000 * SECOND_NS
+TIMEOUT_NS = 3 * SECOND_NS
+
+CLIENT_ISN = 0x0A0B0C0D
+COOKIE_ISN = 0x1A2B3C4D
+MSS = 1460
+OVERFLOW = Moved.SYNCOOKIES_RECV | Moved.LISTEN_OVERFLOWS | Moved.LISTEN_DROPS
+
+FIN, SYN, RST, PSH, ACK = 0x01, 0x02, 0x04, 0x08, 0x10
+FLAGS = {
+    EventKind.SYN_REPEATED: SYN,
+    EventKind.SYN_DROPPED: SYN,
+    EventKind.TAKEN_OVER: SYN,
+    EventKind.ACK_DROPPED: ACK,
+    EventKind.ACK_REJECTED: ACK,
+    EventKind.COMPLETED: ACK,
+    EventKind.RESET: RST,
+}
+
+
+def seconds(number: float) -> int:
+    """Nanoseconds."""
+    return round(number * SECOND_NS)
+
+
+def at(number: float) -> int:
+    """The time so many seconds after the first SYN of `handshake()`."""
+    return START_NS + seconds(number)
+
+
+def four_tuple(number: int = 0, family: int = 4) -> FourTuple:
+    """One of many clients of one server."""
+    if family == 4:
+        client, server = f"10.0.{number >> 8 & 255}.{number & 255}", "192.0.2.1"
+    else:
+        client, server = f"2001:db8::{number:x}", "2001:db8:1::1"
+    return FourTuple(address_bytes(client), address_bytes(server), 40_000, 3311, 4_026_531_840)
+
+
+def handshake(first_syn_ns: int = START_NS, **changes: Any) -> Handshake:
+    """An entry after one SYN, with some fields changed."""
+    fresh = Handshake(
+        first_syn_ns=first_syn_ns,
+        last_syn_ns=first_syn_ns,
+        first_ack_dropped_ns=0,
+        last_ack_dropped_ns=0,
+        ended_ns=0,
+        client_isn=CLIENT_ISN,
+        cookie_isn=COOKIE_ISN,
+        syn_count=1,
+        syns_dropped=0,
+        acks_dropped=0,
+        accept_queue=51,
+        accept_queue_limit=50,
+        syn_queue=0,
+        mss=MSS,
+        ending=Ending.NONE,
+        drop_counters=0,
+        end_counters=0,
+    )
+    return fresh._replace(**changes)
+
+
+def repeated(entry: Handshake, *times_ns: int) -> Handshake:
+    """The entry after further SYNs, each answered by another cookie."""
+    return entry._replace(
+        last_syn_ns=times_ns[-1],
+        syn_count=entry.syn_count + len(times_ns),
+        cookie_isn=entry.cookie_isn + len(times_ns),
+    )
+
+
+def ack_dropped(entry: Handshake, time_ns: int, counters: int = OVERFLOW) -> Handshake:
+    """The entry after a further ACK was dropped."""
+    return entry._replace(
+        first_ack_dropped_ns=entry.first_ack_dropped_ns or time_ns,
+        last_ack_dropped_ns=time_ns,
+        acks_dropped=entry.acks_dropped + 1,
+        drop_counters=entry.drop_counters | counters,
+    )
+
+
+def ended(entry: Handshake, ending: Ending, time_ns: int, counters: int = 0) -> Handshake:
+    """The entry after its end."""
+    return entry._replace(ending=ending, ended_ns=time_ns, end_counters=counters)
+
+
+def event(
+    kind: EventKind, entry: Handshake, time_ns: int, tuple_: FourTuple | None = None, **changes: Any
+) -> Event:
+    """An event whose segment fits the entry, with some fields changed."""
+    is_syn = FLAGS[kind] == SYN
+    fitting = Event(
+        four_tuple=four_tuple() if tuple_ is None else tuple_,
+        handshake=entry,
+        time_ns=time_ns,
+        sequence=entry.client_isn + (0 if is_syn else 1),
+        acknowledgement=0 if is_syn else entry.cookie_isn + 1,
+        accept_queue=51,
+        accept_queue_limit=50,
+        payload_length=0,
+        tcp_flags=FLAGS[kind],
+        counters=entry.drop_counters if kind is EventKind.ACK_DROPPED else entry.end_counters,
+        kind=kind,
+    )
+    return fitting._replace(**changes)
+
+
+def sweep(time_ns: int, *entries: Handshake) -> Sweep:
+    """A sweep that showed these entries, of the 4-tuples 0, 1, 2 ..."""
+    return Sweep(time_ns, tuple(Row(four_tuple(n), entry) for n, entry in enumerate(entries)))
+
+
+def correlator(**changes: Any) -> Correlator:
+    """A correlator with the tests' time-out."""
+    return Correlator(**{"timeout_ns": TIMEOUT_NS, **changes})
+
+
+def reports(
+    observations: Iterable[Event | Sweep], now_ns: int, of: Correlator | None = None
+) -> list[FlowReport]:
+    """What is told once all observations are in."""
+    told_by = correlator() if of is None else of
+    for observation in observations:
+        told_by.observe(observation)
+    return told_by.advance(now_ns)
+
+
+class Table:
+    """The awaiting-ACK table under the rules of the BPF program, and its ring buffer.
+
+    `loses` says of each event whether the ring buffer is full when it comes.
+    """
+
+    def __init__(
+        self, tell_healthy: bool = False, loses: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.entries: dict[FourTuple, Handshake] = {}
+        self.ring: list[Event] = []
+        self._loses = loses
+        self._tell_after_ns = 0 if tell_healthy else TIMEOUT_NS * 3 // 4
+
+    def _tell(self, kind: EventKind, key: FourTuple, now_ns: int) -> bool:
+        if self._loses():
+            return False
+        self.ring.append(event(kind, self.entries[key], now_ns, key))
+        return True
+
+    def syn(self, key: FourTuple, isn: int, now_ns: int) -> None:
+        """A SYN that a cookie answers."""
+        entry = self.entries.get(key)
+        if entry is None or entry.ending or entry.client_isn != isn:
+            self.entries[key] = handshake(now_ns, client_isn=isn)
+            return
+        self.entries[key] = repeated(entry, now_ns)
+        self._tell(EventKind.SYN_REPEATED, key, now_ns)
+
+    def syn_dropped(self, key: FourTuple, isn: int, now_ns: int) -> None:
+        """A SYN that tcp_conn_request drops; only a repeated one is noted."""
+        entry = self.entries.get(key)
+        if entry is None or entry.ending:
+            return
+        if entry.client_isn != isn:
+            self.syn_taken(key, now_ns)
+            return
+        self.entries[key] = entry._replace(
+            syn_count=entry.syn_count + 1, syns_dropped=entry.syns_dropped + 1, last_syn_ns=now_ns
+        )
+        self._tell(EventKind.SYN_DROPPED, key, now_ns)
+
+    def syn_taken(self, key: FourTuple, now_ns: int) -> None:
+        """A SYN that gets a place in the SYN queue."""
+        self._end(EventKind.TAKEN_OVER, Ending.TAKEN_OVER, key, now_ns)
+
+    def _end(self, kind: EventKind, ending: Ending, key: FourTuple, now_ns: int) -> None:
+        entry = self.entries.get(key)
+        if entry is not None and not entry.ending:
+            self.entries[key] = ended(entry, ending, now_ns)
+            self._tell(kind, key, now_ns)
+
+    def reset(self, key: FourTuple, now_ns: int) -> None:
+        """An RST that fits the handshake."""
+        self._end(EventKind.RESET, Ending.RESET, key, now_ns)
+
+    def ack_rejected(self, key: FourTuple, now_ns: int) -> None:
+        """An ACK that cookie_vX_check gives back."""
+        self._end(EventKind.ACK_REJECTED, Ending.REJECTED, key, now_ns)
+
+    def ack_dropped(self, key: FourTuple, now_ns: int, counters: int = OVERFLOW) -> None:
+        """An ACK that cookie_vX_check drops."""
+        entry = self.entries.get(key)
+        if entry is not None:
+            self.entries[key] = ack_dropped(entry, now_ns, counters)
+            self._tell(EventKind.ACK_DROPPED, key, now_ns)
+
+    def ack(self, key: FourTuple, now_ns: int) -> None:
+        """An ACK that makes the connection."""
+        entry = self.entries.get(key)
+        if entry is None:
+            return
+        remarkable = entry.ending or entry.syn_count > 1 or entry.acks_dropped
+        if remarkable or now_ns - entry.first_syn_ns >= self._tell_after_ns:
+            self.entries[key] = ended(entry, Ending.COMPLETED, now_ns, Moved.SYNCOOKIES_RECV)
+            if not self._tell(EventKind.COMPLETED, key, now_ns):
+                return
+        del self.entries[key]
+
+    def sweep(self, now_ns: int) -> Sweep:
+        """Every entry as it is now."""
+        return Sweep(now_ns, tuple(Row(key, entry) for key, entry in self.entries.items()))
+
+    def forget(self, keys: Iterable[FourTuple]) -> None:
+        """What user space does with `Correlator.expired`."""
+        for key in keys:
+            self.entries.pop(key, None)

@@ -1,0 +1,66 @@
+"""What truly happened to a handshake, told from its segments alone: the oracle of the properties.
+
+Nothing here looks at the table, at events or at the correlator.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from tcpstuck_bpf.model import FourTuple
+
+ENDS = ("ack", "ack rejected", "reset", "syn taken")
+
+
+@dataclass
+class Truth:
+    """The last handshake of a 4-tuple at some time."""
+
+    first_syn_ns: int = 0
+    """0: there was none."""
+    isn: int = 0
+    syns: int = 0
+    acks_dropped: int = 0
+    over: str | None = None
+    """The segment that ended it."""
+
+
+class History:
+    """Every segment between a server and its clients, in the order of their times."""
+
+    def __init__(self) -> None:
+        self._segments: defaultdict[FourTuple, list[tuple[int, str, int]]] = defaultdict(list)
+
+    def add(self, key: FourTuple, time_ns: int, segment: str, isn: int) -> None:
+        """`isn` is the one of the client's last SYN."""
+        self._segments[key].append((time_ns, segment, isn))
+
+    def at(self, key: FourTuple, time_ns: int) -> Truth:
+        """How things stood at a time, what came at that very time included."""
+        truth = Truth()
+        for when_ns, segment, isn in self._segments[key]:
+            if when_ns > time_ns:
+                break
+            truth = _after(truth, when_ns, segment, isn)
+        return truth
+
+
+def _after(truth: Truth, when_ns: int, segment: str, isn: int) -> Truth:
+    owed = truth.first_syn_ns != 0 and truth.over is None
+    if segment == "syn":
+        if not owed or isn != truth.isn:
+            return Truth(first_syn_ns=when_ns, isn=isn, syns=1)
+        truth.syns += 1
+    elif segment == "ack":
+        # A connection is a connection, whatever a stray RST or probe did before.
+        if truth.first_syn_ns:
+            truth.over = "ack"
+    elif owed:
+        if segment == "syn dropped":
+            truth.syns += 1
+        elif segment == "ack dropped":
+            truth.acks_dropped += 1
+        elif segment in ENDS:
+            truth.over = segment
+    return truth

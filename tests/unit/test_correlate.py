@@ -1,0 +1,313 @@
+"""States and their deadlines, one by one; updates; counts and timelines."""
+
+from __future__ import annotations
+
+import pytest
+
+from tcpstuck_bpf.correlate import FlowFlags, FlowReport, State
+from tcpstuck_bpf.flow import SEGMENTS_KEPT_AT_EACH_END
+from tcpstuck_bpf.model import Ending, EventKind, Handshake, Moved, Row, Sweep
+from tcpstuck_bpf.timeline import MAX_ENTRIES
+from tests.builders import (
+    FIN,
+    PSH,
+    START_NS,
+    TIMEOUT_NS,
+    ack_dropped,
+    at,
+    correlator,
+    ended,
+    event,
+    four_tuple,
+    handshake,
+    repeated,
+    reports,
+    seconds,
+    sweep,
+)
+
+SYN_ONCE = handshake()
+TIMEOUT_S = TIMEOUT_NS / seconds(1)
+
+
+def first_told(entry: Handshake, *, until_s: float = 600, step_s: float = 0.25) -> FlowReport:
+    """The first report of an entry that never changes, swept every `step_s`."""
+    watching = correlator()
+    for step in range(round(until_s / step_s)):
+        now_ns = max(entry.last_syn_ns, START_NS) + seconds(step * step_s)
+        told = reports([sweep(now_ns, entry)], now_ns, watching)
+        if told:
+            assert told[0].decided_ns <= now_ns
+            assert now_ns - told[0].decided_ns <= seconds(step_s)
+            return told[0]
+    raise AssertionError(f"nothing told of {entry} in {until_s} s")
+
+
+@pytest.mark.parametrize("just_before", [True, False])
+def test_silence_after_one_syn_is_told_at_the_timeout(just_before: bool) -> None:
+    now_ns = at(TIMEOUT_S) - just_before
+    told = reports([sweep(now_ns, SYN_ONCE)], now_ns)
+    assert [(r.state, r.decided_ns, r.age_ns, r.delay_ns) for r in told] == (
+        [] if just_before else [(State.SILENT, at(TIMEOUT_S), TIMEOUT_NS, None)]
+    )
+
+
+def test_silence_is_not_concluded_from_the_clock_alone() -> None:
+    """The completion of a remarkable handshake may be on its way, or lost and in the table."""
+    entry = repeated(SYN_ONCE, at(1))
+    watching = correlator()
+    assert reports([event(EventKind.SYN_REPEATED, entry, at(1))], at(500), watching) == []
+    done = ended(entry, Ending.COMPLETED, at(1.1))
+    assert reports([sweep(at(500), done)], at(500), watching) == []
+    assert watching.stats().untold == {State.COMPLETED: 1}
+
+
+@pytest.mark.parametrize("third", [2, 3])
+def test_a_client_without_a_syn_ack_is_repeating(third: float) -> None:
+    """Linux from 6.5 repeats at 1, 2, 3 s; before, and RFC 6298, at 1, 3, 7 s."""
+    watching = correlator()
+    second = repeated(SYN_ONCE, at(1))
+    assert reports([event(EventKind.SYN_REPEATED, second, at(1))], at(1), watching) == []
+    assert reports([sweep(at(2.9), second)], at(2.9), watching) == []
+    entry = repeated(second, at(third))
+    seen_ns = at(max(third, TIMEOUT_S))
+    told = reports([event(EventKind.SYN_REPEATED, entry, at(third))], at(third), watching)
+    told += reports([sweep(seen_ns, entry)], seen_ns, watching)
+    assert [(r.state, r.previous, r.decided_ns) for r in told] == [(State.REPEATING, None, seen_ns)]
+    later = at(400)
+    assert reports([sweep(later, entry)], later, watching) == []
+
+
+@pytest.mark.parametrize(
+    ("gap_s", "deadline_s"),
+    [(0.00005, TIMEOUT_S), (0.2, TIMEOUT_S), (1, TIMEOUT_S), (1.5, 4), (10, 21)],
+)
+def test_a_client_that_repeats_once_and_stops_is_silent_after_its_next_repeat(
+    gap_s: float, deadline_s: float
+) -> None:
+    report = first_told(repeated(SYN_ONCE, at(gap_s)))
+    assert report.state is State.SILENT
+    assert report.decided_ns == at(gap_s) + seconds(deadline_s)
+
+
+def test_a_repeat_after_the_verdict_corrects_it() -> None:
+    watching = correlator()
+    assert reports([sweep(at(3), SYN_ONCE)], at(3), watching)[0].state is State.SILENT
+    second = repeated(SYN_ONCE, at(3.5))
+    assert reports([event(EventKind.SYN_REPEATED, second, at(3.5))], at(3.5), watching) == []
+    third = repeated(second, at(7))
+    told = reports([event(EventKind.SYN_REPEATED, third, at(7))], at(7), watching)
+    assert [(r.state, r.previous) for r in told] == [(State.REPEATING, State.SILENT)]
+    stats = watching.stats()
+    assert (stats.ever_stuck, stats.still_stuck, stats.told_now) == (1, 0, {State.REPEATING: 1})
+
+
+@pytest.mark.parametrize("event_is_lost", [False, True])
+def test_a_dropped_ack_is_told_after_the_timeout(event_is_lost: bool) -> None:
+    entry = ack_dropped(SYN_ONCE, at(0.5))
+    seen = [] if event_is_lost else [event(EventKind.ACK_DROPPED, entry, at(0.5))]
+    watching = correlator()
+    early = at(0.5 + TIMEOUT_S) - 1
+    assert reports([*seen, sweep(early, entry)], early, watching) == []
+    told = reports([sweep(early + 1, entry)], early + 1, watching)
+    assert [(r.state, r.decided_ns) for r in told] == [(State.ACK_DROPPED, early + 1)]
+    again = ack_dropped(entry, at(9))
+    assert reports([event(EventKind.ACK_DROPPED, again, at(9))], at(9), watching) == []
+
+
+def test_an_ack_dropped_after_the_verdict_of_silence_is_told_at_once() -> None:
+    watching = correlator()
+    reports([sweep(at(3), SYN_ONCE)], at(3), watching)
+    entry = ack_dropped(SYN_ONCE, at(60))
+    told = reports([event(EventKind.ACK_DROPPED, entry, at(60))], at(60), watching)
+    assert [(r.state, r.previous, r.decided_ns) for r in told] == [
+        (State.ACK_DROPPED, State.SILENT, at(60))
+    ]
+    assert watching.stats().told_now == {State.ACK_DROPPED: 1}
+
+
+@pytest.mark.parametrize(
+    ("ending", "kind", "state"),
+    [
+        (Ending.REJECTED, EventKind.ACK_REJECTED, State.REJECTED),
+        (Ending.RESET, EventKind.RESET, State.RESET),
+    ],
+)
+@pytest.mark.parametrize("stuck_before", [False, True])
+@pytest.mark.parametrize("event_is_lost", [False, True])
+def test_refusals_are_told_at_once(
+    ending: Ending, kind: EventKind, state: State, stuck_before: bool, event_is_lost: bool
+) -> None:
+    watching = correlator()
+    if stuck_before:
+        reports([sweep(at(3), SYN_ONCE)], at(3), watching)
+    entry = ended(SYN_ONCE, ending, at(4))
+    seen = sweep(at(4), entry) if event_is_lost else event(kind, entry, at(4))
+    told = reports([seen], at(4), watching)
+    assert [(r.state, r.decided_ns) for r in told] == [(state, at(4))]
+    assert told[0].previous is (State.SILENT if stuck_before else None)
+    assert (watching.stats().ever_stuck, watching.stats().still_stuck) == (stuck_before, 0)
+
+
+@pytest.mark.parametrize(
+    ("ending", "kind"),
+    [(Ending.COMPLETED, EventKind.COMPLETED), (Ending.TAKEN_OVER, EventKind.TAKEN_OVER)],
+)
+@pytest.mark.parametrize("event_is_lost", [False, True])
+def test_a_stuck_client_that_gets_connected_has_recovered(
+    ending: Ending, kind: EventKind, event_is_lost: bool
+) -> None:
+    watching = correlator()
+    reports([sweep(at(3), SYN_ONCE)], at(3), watching)
+    entry = ended(SYN_ONCE, ending, at(42))
+    seen = sweep(at(43), entry) if event_is_lost else event(kind, entry, at(42))
+    told = reports([seen], at(43), watching)
+    assert [(r.state, r.previous, r.delay_ns) for r in told] == [
+        (State.RECOVERED, State.SILENT, seconds(42))
+    ]
+    assert (watching.stats().ever_stuck, watching.stats().still_stuck) == (1, 0)
+
+
+@pytest.mark.parametrize("tell_healthy", [False, True])
+def test_a_connection_is_told_only_where_asked_for(tell_healthy: bool) -> None:
+    watching = correlator(tell_healthy=tell_healthy)
+    done = ended(SYN_ONCE, Ending.COMPLETED, at(0.1))
+    taken = ended(SYN_ONCE, Ending.TAKEN_OVER, at(0.1))
+    told = reports([sweep(at(1), done, taken)], at(1), watching)
+    assert [(r.state, r.delay_ns) for r in told] == (
+        [(State.COMPLETED, seconds(0.1))] if tell_healthy else []
+    )
+    untold = {State.TAKEN_OVER: 1} if tell_healthy else {State.TAKEN_OVER: 1, State.COMPLETED: 1}
+    assert watching.stats().untold == untold
+
+
+def test_a_connection_outweighs_a_stray_reset_whatever_comes_first() -> None:
+    reset = ended(SYN_ONCE, Ending.RESET, at(1))
+    done = ended(SYN_ONCE, Ending.COMPLETED, at(0.5))
+    for views in ((reset, done), (done, reset)):
+        watching = correlator()
+        for view in views:
+            watching.observe(sweep(at(1), view))
+        assert watching.advance(at(1)) == []
+        assert watching.stats().untold == {State.COMPLETED: 1}
+
+
+def test_a_new_handshake_supersedes_a_stuck_one_without_a_line() -> None:
+    watching = correlator()
+    reports([sweep(at(3), SYN_ONCE)], at(3), watching)
+    anew = handshake(at(10), client_isn=SYN_ONCE.client_isn + 1)
+    assert reports([sweep(at(10.5), anew)], at(10.5), watching) == []
+    stats = watching.stats()
+    assert (stats.superseded, stats.ever_stuck, stats.still_stuck) == (1, 1, 0)
+    told = reports([sweep(at(13), anew)], at(13), watching)
+    assert [(r.state, r.previous, r.handshake.first_syn_ns) for r in told] == [
+        (State.SILENT, None, at(10))
+    ]
+    late = ack_dropped(SYN_ONCE, at(9))
+    assert reports([event(EventKind.ACK_DROPPED, late, at(9))], at(14), watching) == []
+    assert watching.stats().late == 1
+
+
+def test_a_reset_is_told_though_its_port_is_used_again_before_anybody_asks() -> None:
+    reset = ended(SYN_ONCE, Ending.RESET, at(0.1))
+    anew = handshake(at(0.2), client_isn=SYN_ONCE.client_isn + 1)
+    told = reports([event(EventKind.RESET, reset, at(0.1)), sweep(at(0.3), anew)], at(0.3))
+    assert [r.state for r in told] == [State.RESET]
+
+
+def test_reports_come_in_the_order_of_their_deciding_facts() -> None:
+    entries = [handshake(at(age)) for age in (0.3, 0.1, 0.2, 0.1)]
+    told = reports([sweep(at(9), *entries)], at(9))
+    assert [(r.decided_ns, r.four_tuple) for r in told] == sorted(
+        (entry.first_syn_ns + TIMEOUT_NS, four_tuple(n)) for n, entry in enumerate(entries)
+    )
+
+
+@pytest.mark.parametrize(
+    "torn",
+    [
+        pytest.param(SYN_ONCE._replace(last_syn_ns=at(5)), id="old first SYN, new last one"),
+        pytest.param(SYN_ONCE._replace(last_syn_ns=at(-5)), id="new first SYN, old last one"),
+        pytest.param(SYN_ONCE._replace(syn_count=4), id="new SYN, old count"),
+        pytest.param(ack_dropped(SYN_ONCE, at(-1)), id="old dropped ACK"),
+        pytest.param(SYN_ONCE._replace(acks_dropped=1), id="count without its time"),
+        pytest.param(ended(SYN_ONCE, Ending.RESET, at(-1)), id="old end"),
+        pytest.param(SYN_ONCE._replace(ending=Ending.RESET), id="end without its time"),
+    ],
+)
+def test_a_row_of_two_handshakes_is_left_to_the_next_sweep(torn: Handshake) -> None:
+    watching = correlator()
+    assert reports([sweep(at(9), torn)], at(9), watching) == []
+    assert watching.stats().torn == 1
+    told = reports([sweep(at(10), SYN_ONCE)], at(10), watching)
+    assert [(r.state, r.handshake) for r in told] == [(State.SILENT, SYN_ONCE)]
+
+
+def test_pending_counts_every_handshake_too_young_for_a_verdict_once() -> None:
+    watching = correlator()
+    remarkable = repeated(SYN_ONCE, at(1))
+    rows = [Row(four_tuple(n), e) for n, e in enumerate([SYN_ONCE, SYN_ONCE, remarkable])]
+    for time_ns in (at(1.1), at(1.2)):
+        for row in rows:
+            watching.observe(Sweep(time_ns, (row,)))
+        assert watching.advance(time_ns) == []
+        assert watching.stats().pending == len(rows)
+        assert watching.stats().flows == 1
+    watching.observe(Sweep(at(1.3), ()))
+    assert watching.stats().pending == 0
+
+
+def test_a_duplicate_event_is_counted() -> None:
+    watching = correlator()
+    twice = event(EventKind.SYN_REPEATED, repeated(SYN_ONCE, at(1)), at(1))
+    reports([twice, twice], at(1), watching)
+    assert watching.stats().duplicate == 1
+
+
+def test_flags_tell_what_the_client_sent() -> None:
+    entry = ack_dropped(SYN_ONCE, at(0.1))
+    plain = event(EventKind.ACK_DROPPED, entry, at(0.1))
+    data = plain._replace(payload_length=1, tcp_flags=plain.tcp_flags | PSH)
+    fin = plain._replace(tcp_flags=plain.tcp_flags | FIN)
+    for seen, flags in (
+        (plain, FlowFlags.NOTHING),
+        (data, FlowFlags.CLIENT_SENT_DATA),
+        (fin, FlowFlags.CLIENT_SENT_FIN),
+    ):
+        told = reports([seen, sweep(at(9), entry)], at(9))
+        assert [r.flags for r in told] == [flags]
+
+
+def test_a_long_timeline_keeps_both_ends_and_says_how_much_is_missing() -> None:
+    entry, drops = SYN_ONCE, 4 * SEGMENTS_KEPT_AT_EACH_END
+    seen = []
+    for n in range(drops):
+        entry = ack_dropped(entry, at(0.1 + n / 100))
+        seen.append(event(EventKind.ACK_DROPPED, entry, entry.last_ack_dropped_ns))
+    report = reports([*seen, sweep(at(9), entry)], at(9))[0]
+    assert len(report.timeline) <= MAX_ENTRIES
+    assert len(report.timeline) + report.timeline_omitted == drops + len(["the SYN"])
+    assert report.timeline[0].time_ns == entry.first_syn_ns
+    assert report.timeline[-1].time_ns == entry.last_ack_dropped_ns
+    times = [line.time_ns for line in report.timeline]
+    assert times == sorted(times)
+
+
+def test_a_timeline_without_events_is_made_from_the_entry() -> None:
+    entry = repeated(SYN_ONCE, at(1))
+    entry = ack_dropped(ack_dropped(entry, at(1.1)), at(2))
+    entry = ended(entry, Ending.RESET, at(5), Moved.NOTHING)
+    report = reports([sweep(at(6), entry)], at(6))[0]
+    assert [(line.time_ns, line.what) for line in report.timeline] == [
+        (at(0), "SYN"),
+        (at(1), "SYN repeated"),
+        (at(1.1), "ACK dropped"),
+        (at(2), "ACK dropped"),
+        (at(5), "RST from client"),
+    ]
+
+
+def test_a_fact_with_an_event_has_one_line() -> None:
+    entry = ended(SYN_ONCE, Ending.RESET, at(1))
+    report = reports([event(EventKind.RESET, entry, at(1) + 900), sweep(at(2), entry)], at(2))[0]
+    assert [line.what for line in report.timeline] == ["SYN", "RST from client"]

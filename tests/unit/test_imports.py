@@ -1,0 +1,116 @@
+"""One way, and testable without a kernel: who may import what."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "tcpstuck_bpf"
+ROOT = Path(__file__).parents[2]
+IMPORT_TIME_LIMIT_S = 60
+
+PURE = ("correlate", "verdict", "render", "export", "wire", "model", "errors", "replay")
+OF_THE_KERNEL_SIDE = {"source", "btf", "probes", "features", "layout"}
+# What talks to the machine: none of it is needed to judge what others have observed.
+TALKS_TO_THE_MACHINE = {
+    "bcc",
+    "ctypes",
+    "elftools",
+    "fcntl",
+    "mmap",
+    "multiprocessing",
+    "pyroute2",
+    "resource",
+    "select",
+    "signal",
+    "socket",
+    "subprocess",
+    "threading",
+}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its name within it."""
+    return {path.stem: path for path in (ROOT / PACKAGE).glob("*.py")}
+
+
+def imports_of(path: Path) -> set[str]:
+    """All that a module imports, wherever in it: full dotted names, `from` targets included."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = f"{PACKAGE}.{base}".rstrip(".")
+            found.add(base)
+            found.update(f"{base}.{alias.name}" for alias in node.names)
+    return found
+
+
+def within_package(path: Path) -> set[str]:
+    """The modules of the package that a module imports."""
+    names = {n.split(".")[1] for n in imports_of(path) if n.startswith(f"{PACKAGE}.")}
+    return names & set(modules())
+
+
+def closure(name: str) -> set[str]:
+    """A module and all of the package that it pulls in."""
+    reached: set[str] = set()
+    waiting = {name}
+    while waiting:
+        module = waiting.pop()
+        reached.add(module)
+        waiting |= within_package(modules()[module]) - reached
+    return reached
+
+
+def test_only_the_source_imports_bcc() -> None:
+    importers = {
+        name
+        for name, path in modules().items()
+        if any(imported.split(".")[0] == "bcc" for imported in imports_of(path))
+    }
+    assert importers == {"source"}
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_what_judges_and_prints_needs_no_machine(name: str) -> None:
+    for module in closure(name):
+        assert module not in OF_THE_KERNEL_SIDE
+        imported = {full.split(".")[0] for full in imports_of(modules()[module])}
+        assert not imported & TALKS_TO_THE_MACHINE, f"{module}.py"
+
+
+def test_the_walk_sees_imports_of_every_form(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        "import a.b\nfrom tcpstuck_bpf import wire\nfrom .model import Row\n"
+        "def f():\n    from bcc import BPF\n"
+    )
+    assert imports_of(path) >= {"a.b", "bcc", "tcpstuck_bpf.model", "tcpstuck_bpf.wire"}
+    assert within_package(path) == {"wire", "model"}
+
+
+def test_the_data_flows_one_way() -> None:
+    """No earlier stage knows a later one."""
+    for early, later in (("correlate", "verdict"), ("verdict", "render"), ("wire", "correlate")):
+        assert later not in closure(early)
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_imports_work_where_bcc_cannot_be_imported(name: str) -> None:
+    lines = ("import sys", "sys.modules['bcc'] = None", f"import {PACKAGE}.{name}")
+    child = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=IMPORT_TIME_LIMIT_S,
+    )
+    assert (child.returncode, child.stderr) == (0, "")

@@ -1,0 +1,372 @@
+"""The table of verdicts, and what a finding says of each kind of flow."""
+
+from __future__ import annotations
+
+import pytest
+
+from tcpstuck_bpf.correlate import FlowReport, State
+from tcpstuck_bpf.flow import STUCK_STATES
+from tcpstuck_bpf.model import (
+    Coverage,
+    CoverageGap,
+    Ending,
+    Event,
+    EventKind,
+    FourTuple,
+    Handshake,
+    Moved,
+    Row,
+    Sweep,
+)
+from tcpstuck_bpf.verdict import (
+    RESERVED,
+    RULES,
+    VERDICT_NAMES,
+    Finding,
+    Rule,
+    judge,
+    missing_probes,
+)
+from tests.builders import (
+    ACK,
+    CLIENT_ISN,
+    COOKIE_ISN,
+    FIN,
+    MSS,
+    OVERFLOW,
+    PSH,
+    ack_dropped,
+    at,
+    correlator,
+    ended,
+    event,
+    four_tuple,
+    handshake,
+    repeated,
+    reports,
+    seconds,
+    sweep,
+)
+
+EVERY_PROBE = Coverage(
+    "fentry",
+    frozenset(
+        {
+            "tcp_conn_request",
+            "cookie_v4_init_sequence",
+            "cookie_v6_init_sequence",
+            "cookie_v4_check",
+            "cookie_v6_check",
+            "tcp_rcv_state_process",
+            "tcp_check_req",
+        }
+    ),
+)
+SYN_ONCE = handshake()
+RULE = {rule.name: rule for rule in RULES}
+
+
+def without(*probes: str, gaps: tuple[CoverageGap, ...] = ()) -> Coverage:
+    return Coverage("kprobe", EVERY_PROBE.probes - set(probes), gaps)
+
+
+def finding_of(
+    *observations: Event | Sweep, coverage: Coverage = EVERY_PROBE, tell_healthy: bool = False
+) -> Finding:
+    """The verdict on the last report of these observations, each advanced to its time."""
+    watching = correlator(tell_healthy=tell_healthy)
+    told: list[FlowReport] = []
+    for observation in observations:
+        told += reports([observation], observation.time_ns, watching)
+    finding = judge(told[-1], coverage)
+    assert finding is not None
+    return finding
+
+
+def text_of(finding: Finding) -> str:
+    return "\n".join(finding.evidence)
+
+
+def swept(entry: Handshake, after_s: float = 60) -> Sweep:
+    return sweep(at(after_s), entry)
+
+
+DROPPED = ack_dropped(SYN_ONCE, at(0.0121))
+CASES: dict[str, list[Event | Sweep]] = {
+    "completed": [
+        event(EventKind.COMPLETED, ended(SYN_ONCE, Ending.COMPLETED, at(0.5), 1), at(0.5))
+    ],
+    "recovered": [
+        swept(SYN_ONCE, 3),
+        event(EventKind.COMPLETED, ended(SYN_ONCE, Ending.COMPLETED, at(9), 1), at(9)),
+    ],
+    "ack-missing": [swept(SYN_ONCE)],
+    "accept-queue-full": [swept(DROPPED)],
+    "ack-failed": [swept(ack_dropped(SYN_ONCE, at(1), Moved.SYNCOOKIES_RECV))],
+    "cookie-rejected": [swept(ended(SYN_ONCE, Ending.REJECTED, at(1)))],
+    "client-reset": [swept(ended(SYN_ONCE, Ending.RESET, at(1)))],
+    "synack-missing": [swept(repeated(SYN_ONCE, at(1), at(3)))],
+}
+STUCK = {"ack-missing", "accept-queue-full", "ack-failed"}
+
+
+def test_there_is_a_case_for_every_rule() -> None:
+    assert set(CASES) == set(RULE)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_verdicts_are_the_ones_of_the_design(name: str) -> None:
+    finding = finding_of(*CASES[name], tell_healthy=name == "completed")
+    assert finding.verdict == name
+    assert finding.stuck == (name in STUCK)
+    assert finding.certainty == ("likely" if name == "ack-missing" else "certain")
+    assert (finding.client_isn, finding.first_syn_ns) == (CLIENT_ISN, SYN_ONCE.first_syn_ns)
+    assert finding.verdict_ns == finding.first_syn_ns + finding.age_ns
+    assert (finding.delay_ns is not None) == (name in ("completed", "recovered"))
+    assert f"cookie SYN-ACK {finding.cookie_isn:#010x}" in text_of(finding)
+    assert f"MSS {MSS}" in text_of(finding)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_stuck_for_the_correlator_is_stuck_for_the_rule(name: str) -> None:
+    watching = correlator(tell_healthy=True)
+    told = [r for o in CASES[name] for r in reports([o], o.time_ns, watching)]
+    assert RULE[name].stuck == (told[-1].state in STUCK_STATES)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_rules_are_fit_to_print(rule: Rule) -> None:
+    texts = (rule.meaning, rule.proves, rule.cannot_prove, rule.advice)
+    assert len(rule.meaning) <= 60
+    for text in texts:
+        assert text == text.strip()
+        assert text.isprintable()
+        assert text
+
+
+def test_names_are_unique_and_the_reserved_ones_have_no_rule_yet() -> None:
+    assert len(set(VERDICT_NAMES)) == len(VERDICT_NAMES) == len(RULES) + len(RESERVED)
+    assert set(RESERVED) == {"rescued", "ack-filtered", "data-lost"}
+
+
+@pytest.mark.parametrize("state", [State.TAKEN_OVER, State.SUPERSEDED])
+def test_states_that_are_never_told_have_no_verdict(state: State) -> None:
+    report = reports([swept(SYN_ONCE)], at(60))[0]
+    assert judge(FlowReport(**{**vars(report), "state": state}), EVERY_PROBE) is None
+
+
+@pytest.mark.parametrize(
+    ("before", "name"),
+    [
+        (SYN_ONCE, "ack-missing"),
+        (ack_dropped(SYN_ONCE, at(1)), "accept-queue-full"),
+        (ack_dropped(SYN_ONCE, at(1), Moved.LISTEN_DROPS), "ack-failed"),
+        (repeated(SYN_ONCE, at(1), at(3)), "synack-missing"),
+    ],
+)
+def test_an_update_names_the_verdict_it_replaces(before: Handshake, name: str) -> None:
+    # Another drop, for another reason, right before the end must not change what was said.
+    after = ack_dropped(before, at(20), OVERFLOW) if before.acks_dropped else before
+    after = ended(after, Ending.RESET, at(21))
+    finding = finding_of(swept(before, 10), event(EventKind.RESET, after, at(21)))
+    assert (finding.verdict, finding.updates) == ("client-reset", name)
+    assert finding_of(swept(before, 10)).updates is None
+
+
+def test_silence_after_one_syn_has_its_figures() -> None:
+    assert finding_of(swept(SYN_ONCE)).evidence == (
+        f"1 SYN, cookie SYN-ACK {COOKIE_ISN:#010x} sent at +0.0 ms (MSS {MSS})",
+        "no ACK, no RST and no repeated SYN seen within 3.0 s",
+    )
+
+
+def test_a_client_that_may_have_given_up_is_only_possibly_stuck() -> None:
+    finding = finding_of(swept(repeated(SYN_ONCE, at(1))))
+    assert (finding.verdict, finding.certainty, finding.syn_count) == ("ack-missing", "possible", 2)
+    assert "repeated its SYN once after 1.0 s, then stopped" in text_of(finding)
+    assert f"{COOKIE_ISN + 1:#010x}" in text_of(finding)
+
+
+def test_dropped_acks_have_their_figures() -> None:
+    entry = ack_dropped(ack_dropped(DROPPED, at(1)), at(3.5))
+    seen = event(EventKind.ACK_DROPPED, entry, at(3.5), accept_queue=129, accept_queue_limit=128)
+    finding = finding_of(seen, swept(entry))
+    assert (
+        "ACK dropped 3 times, first at +12.1 ms, last at +3500.0 ms: accept queue 129 of 128"
+        in (finding.evidence)
+    )
+    assert "kernel counters that moved: SyncookiesRecv, ListenOverflows, ListenDrops" in (
+        finding.evidence
+    )
+
+
+def test_without_the_event_the_queue_is_the_one_the_syn_met() -> None:
+    queue = f"accept queue {DROPPED.accept_queue} of {DROPPED.accept_queue_limit} at its SYN"
+    assert f"ACK dropped once at +12.1 ms: {queue}" in finding_of(swept(DROPPED)).evidence
+
+
+@pytest.mark.parametrize(
+    ("flags", "payload_length", "sentence"),
+    [
+        (ACK, 0, None),
+        (ACK | PSH, 12, "keeps retransmitting it"),
+        (ACK | FIN, 0, "has closed its side"),
+    ],
+)
+def test_what_a_dropped_segment_carried_is_told(
+    flags: int, payload_length: int, sentence: str | None
+) -> None:
+    seen = event(
+        EventKind.ACK_DROPPED, DROPPED, at(0.0121), tcp_flags=flags, payload_length=payload_length
+    )
+    text = text_of(finding_of(seen, swept(DROPPED)))
+    assert ("a segment carried" in text) == (sentence is not None)
+    assert (sentence or "") in text
+
+
+@pytest.mark.parametrize(
+    ("counters", "name", "sentence"),
+    [
+        (Moved.LISTEN_OVERFLOWS, "accept-queue-full", "ListenOverflows"),
+        (OVERFLOW | Moved.UNKNOWN, "accept-queue-full", "cannot be told"),
+        (Moved.UNKNOWN, "ack-failed", "the cause of the drop cannot be told"),
+        (Moved.SYNCOOKIES_RECV | Moved.LISTEN_DROPS, "ack-failed", "binding the child socket"),
+        (Moved.SYNCOOKIES_RECV, "ack-failed", "security module"),
+        (Moved.NOTHING, "ack-failed", "moved: none"),
+    ],
+)
+def test_the_cause_of_a_drop_is_what_the_counters_say(
+    counters: int, name: str, sentence: str
+) -> None:
+    finding = finding_of(swept(ack_dropped(SYN_ONCE, at(1), counters)))
+    assert (finding.verdict, finding.certainty) == (name, "certain")
+    assert sentence in text_of(finding)
+
+
+@pytest.mark.parametrize(
+    ("counters", "sentence"),
+    [
+        (Moved.SYNCOOKIES_FAILED, "bad or has expired"),
+        (Moved.SYNCOOKIES_RECV, "timestamp option"),
+        (Moved.NOTHING, "not looked at"),
+        (Moved.UNKNOWN, "cannot be told"),
+    ],
+)
+def test_the_cause_of_a_rejection_is_what_the_counters_say(counters: int, sentence: str) -> None:
+    causes = ("bad or has expired", "timestamp option", "not looked at", "cannot be told")
+    text = text_of(finding_of(swept(ended(SYN_ONCE, Ending.REJECTED, at(1), counters))))
+    assert [cause for cause in causes if cause in text] == [sentence]
+
+
+@pytest.mark.parametrize(
+    ("sequence", "acknowledgement", "after_s", "sentence"),
+    [
+        (CLIENT_ISN, COOKIE_ISN + 1, 30, "keep-alive probe"),
+        (CLIENT_ISN + 1 + 5, COOKIE_ISN + 1, 30, "5 bytes before it"),
+        (CLIENT_ISN + 1, COOKIE_ISN + 1, 90, "more than 60 s"),
+        (CLIENT_ISN + 1, COOKIE_ISN + 9, 30, f"the cookie's {COOKIE_ISN + 1:#010x}"),
+        (CLIENT_ISN + 1, COOKIE_ISN + 1, 30, None),
+    ],
+)
+def test_a_rejected_segment_tells_what_kind_it_is(
+    sequence: int, acknowledgement: int, after_s: float, sentence: str | None
+) -> None:
+    entry = ended(SYN_ONCE, Ending.REJECTED, at(after_s), Moved.SYNCOOKIES_FAILED)
+    kinds = ("keep-alive probe", "bytes before it", "more than 60 s", "the cookie's")
+    seen = event(
+        EventKind.ACK_REJECTED,
+        entry,
+        at(after_s),
+        sequence=sequence,
+        acknowledgement=acknowledgement,
+    )
+    text = text_of(finding_of(seen))
+    assert sum(kind in text for kind in kinds) == (sentence is not None)
+    assert (sentence or "") in text
+
+
+def test_sequence_numbers_wrap() -> None:
+    entry = handshake(client_isn=2**32 - 1, cookie_isn=2**32 - 1)
+    entry = ended(entry, Ending.REJECTED, at(1), Moved.SYNCOOKIES_FAILED)
+    seen = event(EventKind.ACK_REJECTED, entry, at(1), sequence=2, acknowledgement=0)
+    text = text_of(finding_of(seen))
+    assert "seq ISN+3" in text
+    assert "2 bytes before it" in text
+
+
+def test_a_syn_dropped_by_this_host_is_not_blamed_on_the_network() -> None:
+    entry = repeated(SYN_ONCE, at(1), at(3))._replace(syns_dropped=2)
+    seen = event(EventKind.SYN_DROPPED, entry, at(3), accept_queue=6, accept_queue_limit=5)
+    finding = finding_of(seen, swept(entry))
+    assert finding.verdict == "synack-missing"
+    assert "SYN dropped 2 times by this host, without a SYN-ACK: accept queue 6 of 5" in (
+        finding.evidence
+    )
+    assert "in answer to 1 SYN-ACKs" in text_of(finding)
+    assert "backlog" in finding.advice
+
+
+@pytest.mark.parametrize(
+    ("isn", "sentence"),
+    [(CLIENT_ISN, "a repeated SYN was answered by a normal"), (CLIENT_ISN + 7, "client gave up")],
+)
+def test_a_handshake_taken_over_tells_by_which_syn(isn: int, sentence: str) -> None:
+    entry = ended(SYN_ONCE, Ending.TAKEN_OVER, at(9))
+    seen = event(EventKind.TAKEN_OVER, entry, at(9), sequence=isn)
+    finding = finding_of(swept(SYN_ONCE, 3), seen)
+    assert (finding.verdict, finding.updates) == ("recovered", "ack-missing")
+    assert sentence in text_of(finding)
+
+
+def test_a_recovery_tells_the_delay_and_by_what() -> None:
+    entry = ended(SYN_ONCE, Ending.COMPLETED, at(42), Moved.SYNCOOKIES_RECV)
+    fin = event(EventKind.COMPLETED, entry, at(42), tcp_flags=FIN | ACK)
+    finding = finding_of(swept(SYN_ONCE, 3), fin)
+    assert finding.delay_ns == finding.age_ns == seconds(42)
+    assert "connected at +42000.0 ms by FIN,ACK with 0 bytes of data, 42.0 s after the SYN" in (
+        finding.evidence
+    )
+
+
+def test_a_connection_that_lost_its_first_bytes_is_not_called_healthy_only() -> None:
+    entry = ended(SYN_ONCE, Ending.COMPLETED, at(1), Moved.SYNCOOKIES_RECV)
+    seen = event(EventKind.COMPLETED, entry, at(1), sequence=CLIENT_ISN + 3)
+    finding = finding_of(seen, tell_healthy=True)
+    assert "that segment has seq ISN+3: the bytes before it are lost" in finding.evidence
+
+
+class TestCoverage:
+    """A probe that is missing makes a fact unknown, never absent."""
+
+    @pytest.mark.parametrize("probe", ["cookie_v4_check", "tcp_conn_request"])
+    def test_silence_is_only_possible_where_not_everything_is_heard(self, probe: str) -> None:
+        gap = CoverageGap(probe, "inlined in this kernel", "something is not seen")
+        finding = finding_of(swept(SYN_ONCE), coverage=without(probe, gaps=(gap,)))
+        assert (finding.verdict, finding.certainty) == ("ack-missing", "possible")
+        assert finding.evidence[-1] == (
+            f"no probe on {probe} (inlined in this kernel): something is not seen"
+        )
+
+    def test_a_gap_that_nobody_explained_is_told_as_well(self) -> None:
+        finding = finding_of(swept(SYN_ONCE), coverage=without("cookie_v4_check"))
+        assert "no probe on cookie_v4_check: what it would show is unknown" in finding.evidence
+
+    @pytest.mark.parametrize(("family", "other"), [(4, "cookie_v6_check"), (6, "cookie_v4_check")])
+    def test_the_other_family_does_not_matter(self, family: int, other: str) -> None:
+        key: FourTuple = four_tuple(1, family)
+        seen = Sweep(at(9), (Row(key, SYN_ONCE),))
+        finding = finding_of(seen, coverage=without(other))
+        assert (finding.four_tuple, finding.certainty) == (key, "likely")
+
+    @pytest.mark.parametrize("name", ["client-reset", "cookie-rejected", "recovered", "completed"])
+    def test_a_fact_that_was_seen_needs_no_other_probe(self, name: str) -> None:
+        finding = finding_of(
+            *CASES[name], coverage=Coverage("none"), tell_healthy=name == "completed"
+        )
+        assert finding.certainty == "certain"
+
+    @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+    @pytest.mark.parametrize("family", [4, 6])
+    def test_probes_are_called_by_names_that_exist(self, rule: Rule, family: int) -> None:
+        assert rule.needs <= EVERY_PROBE.probes
+        assert missing_probes(rule, family, EVERY_PROBE) == ()
