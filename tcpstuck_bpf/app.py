@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tcpstuck_bpf.correlate import Correlator
-from tcpstuck_bpf.errors import UsageError
+from tcpstuck_bpf.errors import RecordingError, UsageError
 from tcpstuck_bpf.flow import State
 from tcpstuck_bpf.model import (
     Coverage,
@@ -141,6 +141,11 @@ class Analysis:
             self.leaving = self.correlator.expired(now_ns, self._rows, capacity)
             self._rows = None
         return findings
+
+    @property
+    def tallied(self) -> bool:
+        """Whether there was a tally, without which there is no summary."""
+        return bool(self._tallies)
 
     def status(self, counts: NetnsCounts, now_ns: int) -> Status:
         """What there is to say while nothing new is."""
@@ -296,6 +301,12 @@ def run_replay(replay: Replay, output: Output) -> Summary:
         if findings:
             output.findings(findings)
         if isinstance(step, Ended):
+            if not analysis.tallied:
+                raise RecordingError(
+                    f"the recording of {replay.header.watched} is damaged",
+                    "it holds no reading of the counters",
+                    "record again",
+                )
             summary = analysis.summary(step)
             output.summary(summary)
             return summary

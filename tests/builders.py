@@ -11,16 +11,24 @@ from typing import Any
 
 from tcpstuck_bpf.correlate import Correlator, FlowReport
 from tcpstuck_bpf.model import (
+    Coverage,
     Ending,
     Event,
     EventKind,
     FourTuple,
     Handshake,
     Moved,
+    NetnsCount,
     Row,
     Sweep,
+    Tally,
+    TraceFilter,
+    TraceSettings,
     address_bytes,
 )
+from tcpstuck_bpf.probes import PROBES
+from tcpstuck_bpf.replay import Header
+from tcpstuck_bpf.report import WallClock
 
 SECOND_NS = 1_000_000_000
 START_NS = 1_000 * SECOND_NS
@@ -238,3 +246,21 @@ class Table:
         """What user space does with `Correlator.expired`."""
         for key in keys:
             self.entries.pop(key, None)
+
+
+def header(**changes: Any) -> Header:
+    """The header of a run with the tests' time-out and every probe attached."""
+    values: dict[str, Any] = {
+        "settings": TraceSettings(TraceFilter(ports=(3311,)), timeout_ns=TIMEOUT_NS),
+        "coverage": Coverage("fentry", frozenset(probe.function for probe in PROBES)),
+        "clock": WallClock(START_NS, 1_700_000_000_123_456_789),
+        "watched": "port 3311",
+        "table_capacity": 1024,
+    }
+    return Header(**{**values, **changes})
+
+
+def tally(time_ns: int, kernel: int = 0, traced: int = 0, netns: int = 4_026_531_840) -> Tally:
+    """Both sides' figures of SyncookiesSent at one moment."""
+    counters = {netns: {"SyncookiesSent": kernel}}
+    return Tally(time_ns, counters, {netns: {NetnsCount.COOKIES_SENT: traced}}, counters)

@@ -1,0 +1,100 @@
+"""`python -m bench`: run the measurement in a guest that counts instructions, print its table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from lab.errors import LabError
+from lab.guest import run_in_guest
+from lab.guest_machine import GuestOptions
+
+LIMIT_S = 2400.0
+BARS = {
+    ("spoofed SYN", "ours fentry"): 1.02,
+    ("spoofed SYN", "ours kprobe"): 1.03,
+    ("unrelated segment", "ours fentry"): 1.002,
+    ("unrelated segment", "ours kprobe"): 1.002,
+}
+
+
+def ratio(costs: Mapping[str, Sequence[float]], variant: str) -> float:
+    """Median of a variant over the median of the untraced rounds of the same run."""
+    return statistics.median(costs[variant]) / statistics.median(costs["untraced"])
+
+
+def spread(values: Sequence[float]) -> float:
+    """Largest distance from the median, relative to it."""
+    middle = statistics.median(values)
+    return max(abs(value - middle) for value in values) / middle
+
+
+def cost_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Rows of the cost table: load, variant, instructions, ratio, spread, bar."""
+    for load, costs in found["costs"].items():
+        for variant, values in costs.items():
+            of_untraced = ratio(costs, variant)
+            bar = BARS.get((load, variant))
+            verdict = "" if bar is None else f"{bar} {'met' if of_untraced <= bar else 'NOT MET'}"
+            yield (
+                load,
+                variant,
+                f"{statistics.median(values):,.0f}",
+                f"{of_untraced:.4f}",
+                f"{spread(values):.2%}",
+                verdict,
+            )
+
+
+def start_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Rows of the start-up table: mode, part, median seconds of guest time."""
+    for mode, starts in found["start"].items():
+        for part in starts[0]["timings"]:
+            seconds = statistics.median(start["timings"][part] for start in starts)
+            yield mode, part, f"{seconds:.3f} s"
+        peak = statistics.median(start["memory"]["VmHWM"] for start in starts)
+        resident = statistics.median(start["memory"]["VmRSS"] for start in starts)
+        yield mode, "peak memory", f"{peak / 1024:.0f} MiB"
+        yield mode, "resident memory", f"{resident / 1024:.0f} MiB"
+
+
+def main() -> int:
+    """Measure and print; 1 where a bar is not met."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw figures there")
+    arguments = parser.parse_args()
+    try:
+        result = run_in_guest(
+            [sys.executable, "-m", "bench.in_guest"],
+            options=GuestOptions(timeout_s=LIMIT_S, native="never", icount=True),
+        )
+    except LabError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if result.status:
+        sys.stderr.buffer.write(result.stderr)
+        return result.status
+    found = json.loads(result.stdout)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="ascii")
+    rows = list(cost_rows(found))
+    headings = ("per", "variant", "instructions", "of untraced", "spread", "bar")
+    print(tabulate(rows, headings, disable_numparse=True), end="\n\n")
+    print(tabulate(list(start_rows(found)), ("start-up", "part", "median")), end="\n\n")
+    flood = found["flood"]
+    print(
+        f"In a flood the tool itself used {flood['cpu_s']:.2f} s of CPU in {flood['elapsed_s']:.2f}"
+        f" s, and at most {flood['peak_kib'] / 1024:.0f} MiB."
+    )
+    return int(any("NOT MET" in row[-1] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""The packets whose cost is measured, each load in one process on one CPU.
+
+Everything a packet causes in the kernel, veth and softirq included, is charged to the process
+that sends it, so CLOCK_PROCESS_CPUTIME_ID of this process is the whole cost; in a guest whose
+clock counts instructions, a nanosecond is an instruction.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from bench.tracer import PORT
+from lab.syns import make_syns
+from lab.topology import CLIENT_ADDRESS, SERVER_ADDRESS, SILENT_SOURCES, Namespace, Topology
+
+UNRELATED_PORT = 9999
+SYNS = 8000
+HANDSHAKES = 1500
+SEGMENTS = 16_000
+
+Load = Callable[[], float]
+"""Sends its packets and returns the cost of one in ns of process CPU time."""
+
+
+def _listener(port: int) -> socket.socket:
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((SERVER_ADDRESS[4], port))
+    listener.listen(4096)
+    return listener
+
+
+def _raw() -> socket.socket:
+    return socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+
+
+def _client() -> socket.socket:
+    client = socket.socket()
+    client.bind((CLIENT_ADDRESS[4], 0))
+    return client
+
+
+def _spoofed_syns(raw: socket.socket) -> float:
+    server = SERVER_ADDRESS[4]
+    packets = [syn.packet for syn in make_syns(SILENT_SOURCES[4], server, PORT, SYNS)]
+    begun = time.process_time_ns()
+    for packet in packets:
+        raw.sendto(packet, (server, 0))
+    return (time.process_time_ns() - begun) / SYNS
+
+
+def _healthy_handshakes(inside: Namespace, listener: socket.socket) -> float:
+    clients = [inside.run(_client) for _ in range(HANDSHAKES)]
+    address = listener.getsockname()
+    spent = 0
+    for client in clients:
+        begun = time.process_time_ns()
+        client.connect(address)
+        accepted, _ = listener.accept()
+        spent += time.process_time_ns() - begun
+        accepted.close()
+        client.close()
+    return spent / HANDSHAKES
+
+
+def _unrelated_segments(one: socket.socket, other: socket.socket) -> float:
+    begun = time.process_time_ns()
+    for _ in range(SEGMENTS // 2):
+        one.send(b"x")
+        other.recv(1)
+        other.send(b"x")
+        one.recv(1)
+    return (time.process_time_ns() - begun) / SEGMENTS
+
+
+@contextmanager
+def all_loads() -> Iterator[dict[str, Load]]:
+    """The loads by name, over one topology with syncookies=2."""
+    with Topology() as topology:
+        topology.server.pin({"net.ipv4.tcp_syncookies": "2"})
+        listener = topology.server.run(_listener, PORT)
+        unrelated = topology.server.run(_listener, UNRELATED_PORT)
+        raw = topology.client.run(_raw)
+        one = topology.client.run(_client)
+        one.connect(unrelated.getsockname())
+        other, _ = unrelated.accept()
+        for end in (one, other):
+            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with listener, unrelated, raw, one, other:
+            yield {
+                "spoofed SYN": lambda: _spoofed_syns(raw),
+                "healthy handshake": lambda: _healthy_handshakes(topology.client, listener),
+                "unrelated segment": lambda: _unrelated_segments(one, other),
+            }

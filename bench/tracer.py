@@ -1,0 +1,60 @@
+"""One traced state, held until standard input ends: `python -m bench.tracer WHAT MODE`.
+
+WHAT is `ours` or `empty`. The process says on standard output what its start cost, as JSON, and
+then waits without running, so that only the kernel's work is measured beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tcpstuck_bpf import probes, source
+from tcpstuck_bpf.model import TraceFilter, TraceSettings
+
+PORT = 3311
+
+
+def memory_kib() -> dict[str, int]:
+    """VmHWM and VmRSS of this process in KiB (proc_pid_status(5))."""
+    lines = Path("/proc/self/status").read_text("ascii").splitlines()
+    return {
+        line.split(":")[0]: int(line.split()[1])
+        for line in lines
+        if line.startswith(("VmHWM", "VmRSS"))
+    }
+
+
+def _ours(mode: str) -> Any:
+    settings = TraceSettings(trace_filter=TraceFilter(ports=(PORT,)), probe_mode=mode)
+    return source.open_source(settings)
+
+
+def _empty(mode: str) -> Any:
+    import bcc
+
+    os.environ["BCC_KERNEL_SOURCE"] = str(source.program_directory() / "stub")
+    text = (Path(__file__).parent / "empty.bpf.c").read_bytes()
+    flags = ["-DTCPSTUCK_FENTRY"] if mode == "fentry" else []
+    bpf = bcc.BPF(text=text, cflags=flags)
+    if mode == "kprobe":
+        for probe in probes.PROBES:
+            name = probe.function.encode()
+            bpf.attach_kretprobe(event=name, fn_name=b"empty_return")
+            bpf.attach_kprobe(event=name, fn_name=b"empty_entry")
+    return bpf
+
+
+def main(what: str, mode: str) -> None:
+    """Attach, report, and wait for the end of standard input."""
+    held = _ours(mode) if what == "ours" else _empty(mode)
+    timings = dict(getattr(held, "timings", {}))
+    print(json.dumps({"timings": timings, "memory": memory_kib()}), flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,82 @@
+"""Whole runs: each scenario's verdicts equal the oracle, and the counters reconcile exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from lab.records import Comparison, Outcome
+from tests.kernel.conftest import Traced
+
+pytestmark = pytest.mark.kernel
+EXIT_STUCK = 1
+
+MODES = pytest.mark.parametrize("mode", ["fentry", "kprobe"])
+
+
+def assert_told(run: Traced, verdict: str) -> None:
+    """Each 4-tuple of the oracle has that verdict at the end, no other any; nothing is lost."""
+    assert set(run.outcome.expected.values()) == {verdict}
+    assert run.comparison.agrees, run.comparison
+    assert run.summary["verdicts"][verdict] == len(run.outcome.expected)
+    assert run.summary["lost_events"] == 0
+    assert run.summary["untracked"] == 0
+    run.assert_reconciled()
+
+
+@pytest.mark.parametrize(
+    ("scenario", "clients", "family", "verdict"),
+    [
+        ("ack-dropped", 50, "4", "ack-missing"),
+        ("ack-dropped", 20, "6", "ack-missing"),
+        ("client-reset", 50, "4", "client-reset"),
+        ("synack-dropped", 20, "4", "synack-missing"),
+        ("overflow", 120, "4", "accept-queue-full"),
+        ("overflow", 100, "6", "accept-queue-full"),
+        ("overflow", 100, "mapped", "accept-queue-full"),
+        ("late-fin", 20, "4", "recovered"),
+        ("spoofed", 6000, "4", "ack-missing"),
+    ],
+)
+def test_every_client_gets_its_verdict(
+    compared: Callable[..., tuple[Outcome, Comparison]],
+    scenario: str,
+    clients: int,
+    family: str,
+    verdict: str,
+) -> None:
+    outcome, comparison = compared(scenario, clients, family)
+    assert set(outcome.expected.values()) == {verdict}
+    assert comparison.agrees, comparison
+
+
+def test_a_paused_mariadb(traced: Callable[..., Traced]) -> None:
+    run = traced("mariadb-stall")
+    assert_told(run, "accept-queue-full")
+    assert run.outcome.stuck
+    assert run.summary["stuck"] == len(run.outcome.stuck)
+    assert run.exit_status == EXIT_STUCK
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("time", range(5))
+def test_a_paused_mariadb_again_and_again(traced: Callable[..., Traced], time: int) -> None:
+    run = traced("mariadb-stall", "--probe-mode", ("fentry", "kprobe")[time % 2])
+    assert_told(run, "accept-queue-full")
+
+
+@MODES
+def test_thousands_of_healthy_connections(traced: Callable[..., Traced], mode: str) -> None:
+    run = traced("healthy", "--probe-mode", mode, clients=5000)
+    assert run.verdicts == []
+    assert run.summary["stuck"] == run.summary["ever_stuck"] == 0
+    assert run.summary["lost_events"] == run.summary["untracked"] == 0
+    assert run.summary["verdicts"] == {"completed": len(run.outcome.healthy)}
+    run.assert_reconciled()
+
+
+@pytest.mark.slow
+def test_an_expired_cookie_is_rejected(traced: Callable[..., Traced]) -> None:
+    run = traced("cookie-expired")
+    assert_told(run, "cookie-rejected")

@@ -1,0 +1,169 @@
+"""Recordings: what is written is read back, and a damaged file is an error with a remedy."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tcpstuck_bpf.app import run_replay
+from tcpstuck_bpf.errors import RecordingError
+from tcpstuck_bpf.model import EventKind, Handshake, NetnsCount, Row, Sweep, Tally
+from tcpstuck_bpf.output import JsonOutput, Selection
+from tcpstuck_bpf.replay import Advanced, Ended, Observed, Recorder, Replay, Step, Swept, TallyTaken
+from tests.builders import ack_dropped, at, event, four_tuple, handshake, header, sweep, tally
+
+END = Ended(at(9), {"undecodable_events": 0}, ("a note",))
+STEPS: tuple[Step, ...] = (
+    TallyTaken(tally(at(0))),
+    Observed((event(EventKind.ACK_DROPPED, ack_dropped(handshake(), at(0.1)), at(0.1)),)),
+    Swept(sweep(at(1), handshake(), handshake(syn_count=2))),
+    Advanced(at(1)),
+    Swept(sweep(at(4), handshake())),
+    Advanced(at(4)),
+    TallyTaken(tally(at(9), kernel=2, traced=2)),
+    END,
+)
+
+
+def recorded(path: Path, steps: tuple[Step, ...] = STEPS) -> Path:
+    recorder = Recorder(str(path), header())
+    for step in steps:
+        recorder.write(step)
+    recorder.close()
+    assert recorder.failure is None
+    return path
+
+
+def replayed(path: Path) -> tuple[Step, ...]:
+    return tuple(Replay(str(path)).steps())
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return recorded(tmp_path_factory.mktemp("recording") / "run").read_bytes()
+
+
+def test_every_step_comes_back(tmp_path: Path) -> None:
+    path = recorded(tmp_path / "run")
+    assert replayed(path) == STEPS
+    assert Replay(str(path)).header == header()
+
+
+entries = st.builds(
+    handshake, syn_count=st.integers(1, 9), cookie_isn=st.integers(0, (1 << 32) - 1)
+)
+tables = st.dictionaries(st.integers(0, 5), entries)
+
+
+@given(st.lists(tables, max_size=6))
+def test_sweeps_are_rebuilt_from_differences(
+    tmp_path_factory: pytest.TempPathFactory, seen: list[dict[int, Handshake]]
+) -> None:
+    sweeps = [
+        Sweep(at(second), tuple(Row(four_tuple(n), entry) for n, entry in table.items()))
+        for second, table in enumerate(seen)
+    ]
+    path = tmp_path_factory.mktemp("sweeps") / "run"
+    recorded(path, (*map(Swept, sweeps), END))
+    again = [step.sweep for step in replayed(path) if isinstance(step, Swept)]
+    assert [(s.time_ns, set(s.rows)) for s in again] == [(s.time_ns, set(s.rows)) for s in sweeps]
+
+
+def test_an_unchanged_table_costs_nothing(tmp_path: Path) -> None:
+    many = sweep(at(1), *[handshake()] * 500)
+    path = recorded(tmp_path / "run", (Swept(many), Swept(many._replace(time_ns=at(2))), END))
+    first, second = path.read_bytes().splitlines()[1:3]
+    assert len(second) < 100 < len(first)
+
+
+def test_a_new_count_of_a_tally_comes_back_by_name(tmp_path: Path) -> None:
+    counted = Tally(at(1), {}, {7: dict.fromkeys(NetnsCount, 3)}, {})
+    path = recorded(tmp_path / "run", (TallyTaken(counted), END))
+    assert replayed(path)[0] == TallyTaken(counted)
+
+
+def complete(path: Path) -> str:
+    """Replay to the end, as the tool does; the JSON."""
+    stream = io.StringIO()
+    replay = Replay(str(path))
+    run_replay(replay, JsonOutput(stream, replay.header.clock, Selection([], nothing=False)))
+    return stream.getvalue()
+
+
+def test_a_replay_judges(tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in complete(recorded(tmp_path / "run")).splitlines()]
+    assert [line.get("verdict") for line in lines] == ["accept-queue-full", None]
+    assert lines[-1]["type"] == "summary"
+    assert lines[-1]["notes"] == ["a note"]
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_a_cut_recording_is_refused_whole(
+    tmp_path_factory: pytest.TempPathFactory, recording: bytes, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("cut") / "run"
+    path.write_bytes(recording[: data.draw(st.integers(0, len(recording) - 1))])
+    with pytest.raises(RecordingError):
+        Replay(str(path))
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_a_damaged_recording_is_an_error_or_a_run(
+    tmp_path_factory: pytest.TempPathFactory, recording: bytes, data: st.DataObject
+) -> None:
+    damaged = bytearray(recording)
+    for _ in range(data.draw(st.integers(1, 3))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("damaged") / "run"
+    path.write_bytes(damaged)
+    with contextlib.suppress(RecordingError):
+        assert complete(path).endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "not a recording"),
+        (b"\x7fELF\x02\x01\x01\x00", "not a recording"),
+        (b'{"format": "something else"}\n', "not a recording"),
+        (b"[1, 2]\n", "not a recording"),
+        (b"[" * 100_000, "not a recording"),
+        (b'{"format": "tcpstuck-recording", "version": 2}\n', "newer"),
+        (b'{"format": "tcpstuck-recording", "version": 1}\n', "damaged"),
+    ],
+)
+def test_what_is_no_recording_is_said(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(RecordingError, match=words):
+        Replay(str(path))
+
+
+def test_a_directory_or_missing_file_is_said(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(RecordingError, match="cannot read"):
+            Replay(str(path))
+    for path in (tmp_path, tmp_path / "missing" / "run"):
+        with pytest.raises(RecordingError, match="cannot record"):
+            Recorder(str(path), header())
+
+
+def test_a_recording_without_counters_is_damaged(tmp_path: Path) -> None:
+    with pytest.raises(RecordingError, match="damaged"):
+        complete(recorded(tmp_path / "run", (Advanced(at(1)), END)))
+
+
+def test_a_full_disk_ends_the_recording_only() -> None:
+    recorder = Recorder("/dev/full", header())
+    for step in STEPS:
+        recorder.write(step)
+    recorder.close()
+    assert recorder.failure == "No space left on device"
