@@ -68,7 +68,10 @@ class Btf:
         self._places = [0]
         self._named: dict[tuple[int, int], int] = {}
         self._enums: list[int] = []
-        self._index(header_length + type_start, header_length + type_start + type_length)
+        types = header_length + type_start
+        if types + type_length > len(data) or self._strings >= len(data):
+            raise self._unreadable("it is shorter than its own header says")
+        self._index(types, types + type_length)
 
     def _unreadable(self, why: str) -> CannotTraceError:
         return CannotTraceError(

@@ -97,7 +97,9 @@ def test_a_repeat_after_the_verdict_corrects_it() -> None:
     assert reports([event(EventKind.SYN_REPEATED, second, at(3.5))], at(3.5), watching) == []
     third = repeated(second, at(7))
     told = reports([event(EventKind.SYN_REPEATED, third, at(7))], at(7), watching)
-    assert [(r.state, r.previous) for r in told] == [(State.REPEATING, State.SILENT)]
+    assert [(r.state, r.previous, r.decided_ns) for r in told] == [
+        (State.REPEATING, State.SILENT, at(7))
+    ]
     stats = watching.stats()
     assert (stats.ever_stuck, stats.still_stuck, stats.told_now) == (1, 0, {State.REPEATING: 1})
 
@@ -113,6 +115,24 @@ def test_a_dropped_ack_is_told_after_the_timeout(event_is_lost: bool) -> None:
     assert [(r.state, r.decided_ns) for r in told] == [(State.ACK_DROPPED, early + 1)]
     again = ack_dropped(entry, at(9))
     assert reports([event(EventKind.ACK_DROPPED, again, at(9))], at(9), watching) == []
+
+
+def test_a_syn_repeated_after_the_dropped_ack_gives_the_client_its_time_again() -> None:
+    entry = repeated(ack_dropped(SYN_ONCE, at(0.5)), at(2))
+    assert first_told(entry).decided_ns == at(2 + TIMEOUT_S)
+
+
+def test_a_repeating_client_whose_ack_comes_and_is_dropped_gets_the_timeout() -> None:
+    """It may be about to send data, and to be connected by it; only silence was stuck before."""
+    watching = correlator()
+    entry = repeated(SYN_ONCE, at(1), at(3))
+    reports([sweep(at(4), entry)], at(4), watching)
+    entry = ack_dropped(entry, at(5))
+    assert reports([event(EventKind.ACK_DROPPED, entry, at(5))], at(5), watching) == []
+    told = reports([sweep(at(9), entry)], at(9), watching)
+    assert [(r.state, r.previous, r.decided_ns) for r in told] == [
+        (State.ACK_DROPPED, State.REPEATING, at(5 + TIMEOUT_S))
+    ]
 
 
 def test_an_ack_dropped_after_the_verdict_of_silence_is_told_at_once() -> None:

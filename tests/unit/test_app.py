@@ -1,0 +1,205 @@
+"""A whole run with a source of our own: no kernel, no clock, no waiting."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tcpstuck_bpf.app import Analysis, Live, run_replay
+from tcpstuck_bpf.errors import UsageError
+from tcpstuck_bpf.model import (
+    Coverage,
+    Ending,
+    Event,
+    EventKind,
+    FourTuple,
+    Handshake,
+    KernelCounters,
+    NetnsCounts,
+    Row,
+    Sweep,
+)
+from tcpstuck_bpf.output import JsonOutput, Selection
+from tcpstuck_bpf.replay import Recorder, Replay
+from tests.builders import SECOND_NS, ack_dropped, at, ended, event, four_tuple, handshake, header
+
+
+class FakeKernel:
+    """A source whose table changes at given times, and the clock that goes with it.
+
+    Polling is what passes the time.
+    """
+
+    timings: Mapping[str, float] = {}
+    table_capacity = 1024
+    coverage: Coverage = header().coverage
+
+    def __init__(self) -> None:
+        self.now_ns = at(0)
+        self.table: dict[FourTuple, Handshake] = {}
+        self.script: list[tuple[int, FourTuple, Handshake | None, Event | None]] = []
+        self.sweeps: list[int] = []
+        self.sweep_cost_ns = 0
+        self.forgotten: list[FourTuple] = []
+        self.closed = False
+
+    def at(self, time_ns: int, entry: Handshake | None, told: Event | None = None) -> None:
+        """Client 0's entry becomes this, None for gone, and perhaps an event tells of it."""
+        self.script.append((time_ns, four_tuple(), entry, told))
+
+    def poll(self, timeout_ns: int) -> list[Event]:
+        self.now_ns += timeout_ns
+        events = []
+        while self.script and self.script[0][0] <= self.now_ns:
+            _, who, entry, told = self.script.pop(0)
+            self.table.pop(who, None)
+            if entry is not None:
+                self.table[who] = entry
+            if told is not None:
+                events.append(told)
+        return events
+
+    def sweep(self) -> Sweep:
+        begun = self.now_ns
+        self.sweeps.append(begun)
+        self.now_ns += self.sweep_cost_ns
+        return Sweep(begun, tuple(Row(*item) for item in self.table.items()))
+
+    def forget(self, four_tuples: Iterable[FourTuple]) -> None:
+        for who in four_tuples:
+            self.forgotten.append(who)
+            self.table.pop(who, None)
+
+    def counts(self) -> NetnsCounts:
+        return {}
+
+    def losses(self) -> Mapping[str, int]:
+        return {"undecodable_events": 0}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def no_counters() -> KernelCounters:
+    return {}
+
+
+def live(
+    kernel: FakeKernel,
+    seconds: float | None,
+    only: str = "",
+    record: str | None = None,
+    **more: Any,
+) -> list[dict[str, Any]]:
+    """Run it for so many seconds; the JSON lines."""
+    stream = io.StringIO()
+    output = JsonOutput(stream, header().clock, Selection([only] if only else [], nothing=False))
+    recorder = None if record is None else Recorder(record, header())
+    run = Live(
+        kernel, Analysis(header()), output, recorder, no_counters, lambda: kernel.now_ns, **more
+    )
+    run.run(None if seconds is None else int(seconds * SECOND_NS), None)
+    if recorder is not None:
+        recorder.close()
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_a_silent_client_is_told_once_after_the_timeout() -> None:
+    kernel = FakeKernel()
+    kernel.at(at(0), handshake())
+    (verdict, summary) = live(kernel, 8)
+    assert verdict["verdict"] == "ack-missing"
+    assert verdict["age_ms"] == 3000
+    assert summary["stuck"] == 1
+    assert kernel.now_ns >= at(8)
+
+
+def test_a_healthy_client_is_not_told() -> None:
+    kernel = FakeKernel()
+    kernel.at(at(0), handshake())
+    kernel.at(at(2.9), None)
+    (summary,) = live(kernel, 8)
+    assert summary["ever_stuck"] == 0
+
+
+def test_the_end_tells_what_is_due_and_counts_what_is_not() -> None:
+    kernel = FakeKernel()
+    kernel.at(at(0), handshake())
+    assert [line["type"] for line in live(kernel, 2.9)] == ["summary"]
+    kernel = FakeKernel()
+    kernel.at(at(0), handshake())
+    assert live(kernel, 2.9)[-1]["pending"] == 1
+
+
+def test_a_late_completion_recovers_and_its_entry_is_forgotten() -> None:
+    kernel = FakeKernel()
+    kernel.at(at(0), handshake())
+    done = ended(handshake(), Ending.COMPLETED, at(5))
+    kernel.at(at(5), done, event(EventKind.COMPLETED, done, at(5)))
+    lines = live(kernel, 8)
+    assert [line.get("verdict") for line in lines] == ["ack-missing", "recovered", None]
+    assert lines[1]["delay_ms"] == 5000
+    assert lines[2]["stuck"] == 0
+    assert lines[2]["ever_stuck"] == 1
+    assert kernel.forgotten == [four_tuple()]
+
+
+def test_a_lost_event_does_not_hide_a_completion() -> None:
+    kernel = FakeKernel()
+    kernel.at(at(0), handshake())
+    kernel.at(at(5), ended(handshake(), Ending.COMPLETED, at(5)))
+    assert [line.get("verdict") for line in live(kernel, 8)][:2] == ["ack-missing", "recovered"]
+
+
+def test_what_is_not_shown_is_counted() -> None:
+    kernel = FakeKernel()
+    kernel.at(at(0), ack_dropped(handshake(), at(0.1)))
+    (summary,) = live(kernel, 8, only="ack-missing")
+    assert summary["verdicts"]["accept-queue-full"] == 1
+
+
+def test_stop_ends_with_the_summary() -> None:
+    assert live(FakeKernel(), None, stop=True)[-1]["type"] == "summary"
+
+
+def test_slow_sweeps_become_rare() -> None:
+    kernel = FakeKernel()
+    kernel.sweep_cost_ns = SECOND_NS
+    live(kernel, 60)
+    assert len(kernel.sweeps) * kernel.sweep_cost_ns <= 8 * SECOND_NS
+
+
+def test_a_recorded_run_replays_to_the_identical_lines(tmp_path: Path) -> None:
+    kernel = FakeKernel()
+    kernel.at(at(0), handshake())
+    done = ended(handshake(), Ending.COMPLETED, at(5))
+    kernel.at(at(5), done, event(EventKind.COMPLETED, done, at(5)))
+    path = str(tmp_path / "run")
+    lines = live(kernel, 8, record=path)
+    stream = io.StringIO()
+    run_replay(Replay(path), JsonOutput(stream, header().clock, Selection([], nothing=False)))
+    assert [json.loads(line) for line in stream.getvalue().splitlines()] == lines
+
+
+def test_a_full_disk_is_said_in_the_summary_and_tracing_goes_on() -> None:
+    kernel = FakeKernel()
+    kernel.at(at(0), handshake())
+    lines = live(kernel, 8, record="/dev/full")
+    assert lines[0]["verdict"] == "ack-missing"
+    assert lines[-1]["notes"] == ["the recording is incomplete: No space left on device"]
+
+
+def test_the_ready_file_holds_our_process_number_or_is_refused(tmp_path: Path) -> None:
+    kernel = FakeKernel()
+    stream = io.StringIO()
+    output = JsonOutput(stream, header().clock, Selection([], nothing=True))
+    run = Live(kernel, Analysis(header()), output, None, no_counters, lambda: kernel.now_ns)
+    run.run(SECOND_NS, str(tmp_path / "ready"))
+    assert int((tmp_path / "ready").read_text("ascii")) > 0
+    with pytest.raises(UsageError, match="ready file"):
+        run.run(SECOND_NS, str(tmp_path / "missing" / "ready"))

@@ -1,0 +1,128 @@
+"""The command as a user meets it: wrong use, refusals, and pipes that close."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tcpstuck_bpf.cli import EXIT_BROKEN_PIPE, main
+from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE, EXIT_USAGE
+from tcpstuck_bpf.options import build_parser
+from tcpstuck_bpf.verdict import RULES
+from tests.replay.test_replay import recorded
+
+README = Path(__file__).parents[2] / "README.md"
+WITHOUT_BCC = """
+import sys
+sys.modules["bcc"] = None
+from tcpstuck_bpf import features
+features.require_privileges = lambda: None
+from tcpstuck_bpf.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def child(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """The command in a process where bcc cannot be imported."""
+    return subprocess.run(  # type: ignore[call-overload, no-any-return]
+        [sys.executable, "-c", WITHOUT_BCC, *words],
+        **{"capture_output": True, "text": True, "timeout": 60, "check": False, **options},
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-p", "0"],
+        ["-p", "70000"],
+        ["-p", "abc"],
+        ["-p", ""],
+        ["-p", "25,,26"],
+        ["-4", "-6"],
+        ["-t", "0"],
+        ["-t", "-1"],
+        ["-t", "nan"],
+        ["-d", "soon"],
+        ["--only", "no-such-verdict"],
+        ["--only", "rescued"],
+        ["--listener", "localhost"],
+        ["--listener", "2001:db8::1", "-4"],
+        ["--netns", "/no/such/namespace"],
+        ["--netns", "/etc/passwd"],
+        ["--max-handshakes", "1"],
+        ["--probe-mode", "magic"],
+        ["--replay", "/no/such/file"],
+        ["--replay", "/etc/passwd", "-p", "25"],
+        ["--replay", "/etc/passwd"],
+        ["--prot", "25"],
+        ["surplus"],
+    ],
+)
+def test_wrong_use_is_said_and_ends_with_2(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status: object = main(words)
+    except SystemExit as ended:
+        status = ended.code
+    out, err = capsys.readouterr()
+    assert status == EXIT_USAGE
+    assert out == ""
+    assert err
+    assert "Traceback" not in err
+
+
+def test_a_mistyped_option_is_guessed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--prot", "3311"])
+    assert "did you mean --port?" in capsys.readouterr().err
+
+
+def test_without_bcc_the_package_to_install_is_named() -> None:
+    ended = child("-p", "3311")
+    assert ended.returncode == EXIT_CANNOT_TRACE
+    assert ended.stdout == ""
+    assert len(ended.stderr.splitlines()) == 3
+    assert "python3-bpfcc" in ended.stderr
+
+
+def test_without_privileges_sudo_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tcpstuck_bpf.features._effective_capabilities", lambda: 0)
+    assert main(["-p", "3311"]) == EXIT_CANNOT_TRACE
+    assert "sudo tcpstuck-trace" in capsys.readouterr().err
+
+
+def test_a_replay_needs_no_bcc_and_tells_by_its_status(tmp_path: Path) -> None:
+    ended = child("--replay", str(recorded(tmp_path / "run")))
+    assert ended.stderr == ""
+    assert "!accept-queue-full" in ended.stdout
+    assert ended.returncode == 1
+
+
+def test_a_reader_that_closes_the_pipe_ends_it_quietly(tmp_path: Path) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    path = str(recorded(tmp_path / "run"))
+    ended = child(
+        "--replay", path, "--json", capture_output=False, stdout=theirs, stderr=subprocess.PIPE
+    )
+    os.close(theirs)
+    assert ended.stderr == ""
+    assert ended.returncode == EXIT_BROKEN_PIPE
+
+
+def test_readme_documents_every_option_and_verdict() -> None:
+    text = README.read_text("utf-8")
+    table = text[text.index("## Options") : text.index("## Limits")]
+    documented = set(re.findall(r"(?<![\w-])--?[a-z46][a-z-]*", table))
+    known = {option for action in build_parser()._actions for option in action.option_strings}
+    assert documented == known
+    verdicts = text[text.index("## Verdicts") : text.index("## Options")]
+    assert {rule.name for rule in RULES} == set(re.findall(r"^\| `([a-z-]+)`", verdicts, re.M))

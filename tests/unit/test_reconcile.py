@@ -1,0 +1,67 @@
+"""The referee: what the two sides' readings allow to be said."""
+
+from __future__ import annotations
+
+import pytest
+
+from tcpstuck_bpf.model import Coverage, CoverageGap, NetnsCount, Tally
+from tcpstuck_bpf.reconcile import reconcile
+from tcpstuck_bpf.report import Reconciled
+
+NETNS = 7
+COMPLETE = Coverage("fentry")
+
+
+def reading(before: int | None, traced: int, after: int | None, outside: int = 0) -> Tally:
+    """SyncookiesSent as read before and after our own count; None: no such namespace then."""
+    counts = {NetnsCount.COOKIES_SENT: traced, NetnsCount.COOKIES_SENT_OUTSIDE: outside}
+    return Tally(
+        0,
+        {} if before is None else {NETNS: {"SyncookiesSent": before}},
+        {NETNS: counts},
+        {} if after is None else {NETNS: {"SyncookiesSent": after}},
+    )
+
+
+def sent(start: Tally, end: Tally, coverage: Coverage = COMPLETE) -> Reconciled:
+    (row,) = (r for r in reconcile(start, end, coverage) if r.counter == "SyncookiesSent")
+    return row
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "kernel", "agrees"),
+    [
+        (reading(10, 0, 10), reading(15, 5, 15), (5, 5), True),
+        (reading(10, 2, 10), reading(15, 7, 15), (5, 5), True),
+        (reading(10, 0, 10), reading(15, 4, 15), (5, 5), False),
+        (reading(10, 0, 11), reading(15, 5, 17), (4, 7), True),
+        (reading(10, 0, 11), reading(15, 8, 17), (4, 7), False),
+        (reading(10, 0, 10), reading(15, 3, 15, outside=2), (5, 5), True),
+        (reading(None, 0, None), reading(5, 5, 5), (5, 5), True),
+        (reading(10, 0, 10), reading(None, 5, None), None, None),
+        (reading(10, 0, 10), reading(3, 5, 3), None, None),
+    ],
+)
+def test_the_comparison(
+    start: Tally, end: Tally, kernel: tuple[int, int] | None, agrees: bool | None
+) -> None:
+    row = sent(start, end)
+    assert row.kernel == kernel
+    assert row.agrees is agrees
+    assert bool(row.note) == (agrees is not True)
+
+
+def test_the_difference_is_named() -> None:
+    assert sent(reading(0, 0, 0), reading(5, 4, 5)).note == "differs by -1"
+    assert sent(reading(0, 0, 0), reading(5, 7, 5)).note == "differs by +2"
+
+
+def test_a_missing_probe_makes_ours_a_lower_bound() -> None:
+    gap = CoverageGap("cookie_v6_init_sequence", "no such function", "IPv6")
+    row = sent(reading(0, 0, 0), reading(5, 4, 5), Coverage("fentry", gaps=(gap,)))
+    assert row.agrees is None
+    assert "cookie_v6_init_sequence" in row.note
+
+
+def test_what_did_not_move_is_left_out() -> None:
+    assert reconcile(reading(9, 3, 9), reading(9, 3, 9), COMPLETE) == ()

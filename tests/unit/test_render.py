@@ -1,0 +1,104 @@
+"""What a tired person sees, at the widths people have; and the JSON's times."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+
+import pytest
+
+from tcpstuck_bpf.export import verdict_line
+from tcpstuck_bpf.model import FourTuple, address_bytes
+from tcpstuck_bpf.render import SHOWN_AT_ONCE, TableRenderer
+from tcpstuck_bpf.report import Status, WallClock
+from tcpstuck_bpf.verdict import Finding, judge
+from tests.builders import START_NS, ack_dropped, at, four_tuple, handshake, header, reports, sweep
+
+CLOCK = WallClock(START_NS, 1_700_000_000_123_456_789)
+LONG_IPV4 = FourTuple(
+    address_bytes("192.168.122.101"), address_bytes("192.168.122.250"), 54321, 65535, 1
+)
+LONG_IPV6 = FourTuple(
+    address_bytes("2001:db8:1234:5678:9abc:def0:1234:5678"),
+    address_bytes("2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff"),
+    54321,
+    65535,
+    1,
+)
+
+
+def finding(who: FourTuple) -> Finding:
+    """An accept-queue-full of that client."""
+    (report,) = reports([sweep(at(4), ack_dropped(handshake(), at(0.1)))], at(4))
+    found = judge(replace(report, four_tuple=who), header().coverage)
+    assert found is not None
+    return found
+
+
+def lines(
+    findings: Sequence[Finding], width: int, colour: bool = False, verbose: bool = False
+) -> list[str]:
+    """The table, seen from network namespace 1."""
+    renderer = TableRenderer(
+        clock=CLOCK, width=width, colour=colour, verbose=verbose, own_netns=1, netns_names={}
+    )
+    return list(renderer.findings(findings))
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
+@pytest.mark.parametrize("verbose", [False, True])
+def test_no_line_is_wider_than_the_terminal(width: int, verbose: bool) -> None:
+    for line in lines([finding(LONG_IPV4)], max(width, 80), verbose=verbose):
+        assert len(line) <= max(width, 80)
+
+
+def test_ipv6_is_never_cut() -> None:
+    text = "\n".join(lines([finding(LONG_IPV6)], 80))
+    assert "[2001:db8:1234:5678:9abc:def0:1234:5678]:54321" in text
+    assert "[2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff]:65535" in text
+
+
+def test_a_wide_terminal_has_one_line_each() -> None:
+    heading, row = lines([finding(LONG_IPV4)], 200)
+    for column in ("client", "server", "SYNs"):
+        assert column in heading
+    assert heading.index("client") == row.index("192.168.122.101")
+    assert row.endswith("ACK came, dropped: accept queue full")
+
+
+def test_colour_only_where_asked_and_a_mark_always() -> None:
+    assert not any("\x1b" in line for line in lines([finding(LONG_IPV4)], 80))
+    assert any("\x1b" in line for line in lines([finding(LONG_IPV4)], 80, colour=True))
+    assert any("!accept-queue-full" in line for line in lines([finding(LONG_IPV4)], 80))
+
+
+def test_a_flood_is_folded_after_a_thousand() -> None:
+    flood = [finding(four_tuple(n)) for n in range(SHOWN_AT_ONCE + 7)]
+    shown = lines(flood, 200)
+    assert shown[-1].startswith("... and 7 more accept-queue-full at 192.0.2.1:3311")
+    assert sum("10.0." in line for line in shown) == SHOWN_AT_ONCE
+
+
+def test_another_namespace_is_named() -> None:
+    assert lines([finding(LONG_IPV4._replace(netns=2))], 80)[0] == "in network namespace 2:"
+
+
+def test_the_status_is_one_line_of_the_terminal() -> None:
+    renderer = TableRenderer(
+        clock=CLOCK, width=60, colour=False, verbose=False, own_netns=1, netns_names={}
+    )
+    line = renderer.status(Status("port 3311", 123456, 123450, 6, 0, at(1) - START_NS))
+    assert len(line) < 60
+    assert line.startswith("watching port 3311: 123 456 cookies sent")
+
+
+def test_json_times_are_utc_of_the_same_moments() -> None:
+    told = finding(LONG_IPV4)
+    line = json.loads(verdict_line(told, CLOCK))
+    for key, moment_ns in (("syn_time", told.first_syn_ns), ("verdict_time", told.verdict_ns)):
+        parsed = datetime.strptime(line[key], "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=timezone.utc)
+        expected_us = CLOCK.realtime(moment_ns) // 1000
+        assert round(parsed.timestamp() * 1_000_000) == expected_us
+    assert line["age_ms"] == told.age_ns / 1_000_000
