@@ -78,12 +78,12 @@ def compared(shared_tracer: Tracer) -> Callable[..., tuple[Outcome, Comparison]]
     """Play a scenario beside the shared tracer; the outcome, and what the tool said compared."""
 
     def run(name: str, clients: int, family: str = "4") -> tuple[Outcome, Comparison]:
+        first = len(shared_tracer.lines)
+
         def hook(stage: Stage) -> None:
             if stage.name != READY:
-                shared_tracer.await_reported(stage.expected, stage.netns)
+                shared_tracer.await_reported(stage.expected, stage.netns, first)
 
-        # A namespace that is gone may have left its inode number to the next one.
-        first = len(shared_tracer.lines)
         outcome = play(name, clients=clients, family=family, after=hook)
         return outcome, compare(outcome, shared_tracer.lines[first:])
 
