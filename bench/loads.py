@@ -53,10 +53,10 @@ def _spoofed_syns(raw: socket.socket) -> float:
 
 
 def _healthy_handshakes(inside: Namespace, listener: socket.socket) -> float:
-    clients = [inside.run(_client) for _ in range(HANDSHAKES)]
     address = listener.getsockname()
     spent = 0
-    for client in clients:
+    for _ in range(HANDSHAKES):
+        client = inside.run(_client)
         begun = time.process_time_ns()
         client.connect(address)
         accepted, _ = listener.accept()
@@ -80,7 +80,7 @@ def _unrelated_segments(one: socket.socket, other: socket.socket) -> float:
 def all_loads() -> Iterator[dict[str, Load]]:
     """The loads by name, over one topology with syncookies=2."""
     with Topology() as topology:
-        topology.server.pin({"net.ipv4.tcp_syncookies": "2"})
+        topology.server.pin({"net/ipv4/tcp_syncookies": "2"})
         listener = topology.server.run(_listener, PORT)
         unrelated = topology.server.run(_listener, UNRELATED_PORT)
         raw = topology.client.run(_raw)

@@ -31,8 +31,9 @@ from lab.records import FourTuple, reported_verdicts
 from lab.scene import DONE, READY, Stage
 
 READY_PLACEHOLDER = "{ready}"
-REPORT_S = 30.0
-"""For the tracer to name what is expected; its own time-out is 3 s."""
+REPORT_S = 120.0
+"""For the tracer to name what is expected; its own time-out is 3 s, and thousands take it longer
+in an emulated guest."""
 IN_CREATE = 0x100
 IN_MOVED_TO = 0x80
 
@@ -89,9 +90,7 @@ class Tracer:
                 if words != self._words:
                     self._await_file(ready, inotify, self._process)
 
-    def await_reported(
-        self, expected: Mapping[FourTuple, str], netns: int, first: int = 0
-    ) -> bool:
+    def await_reported(self, expected: Mapping[FourTuple, str], netns: int, first: int = 0) -> bool:
         """Wait until the tracer has named everything expected; False where it does not in time.
 
         Decoded lines count from the `first` on: a namespace that is gone may have left its inode

@@ -44,8 +44,9 @@ from tcpstuck_bpf.verdict import Finding, judge
 
 SECOND_NS = 1_000_000_000
 LONGEST_POLL_NS = SECOND_NS // 5
-SWEEP_SHARE = 10
-"""At most one part in this many of the time goes into sweeping."""
+SWEEP_SHARE = 5
+"""Reading and correlating the table takes at most one part in this many of the time. What a sweep
+brings to tell is not counted: it comes once, and must not hold up what comes after it."""
 
 
 class Source(Protocol):
@@ -232,11 +233,10 @@ class Live:
                 break
             until_ns = min(next_sweep_ns, end_ns or next_sweep_ns, now_ns + LONGEST_POLL_NS)
             self._observe_events(max(0, until_ns - now_ns))
-            swept_ns = self.clock_ns()
-            if swept_ns >= next_sweep_ns:
-                self._sweep()
+            if self.clock_ns() >= next_sweep_ns:
+                cost_ns = self._sweep()
                 done_ns = self.clock_ns()
-                next_sweep_ns = done_ns + max(interval_ns, SWEEP_SHARE * (done_ns - swept_ns))
+                next_sweep_ns = done_ns + max(interval_ns, SWEEP_SHARE * cost_ns)
                 self.output.status(self.analysis.status(self.source.counts(), done_ns))
         return self._finish()
 
@@ -253,10 +253,14 @@ class Live:
             self._step(Observed(events))
             self._step(Advanced(self.clock_ns()))
 
-    def _sweep(self) -> None:
+    def _sweep(self) -> int:
+        """Read, judge, tell; returns the ns that reading and correlating took."""
+        begun_ns = self.clock_ns()
         self._step(Swept(self.source.sweep()))
+        cost_ns = self.clock_ns() - begun_ns
         self._step(Advanced(self.clock_ns()))
         self.source.forget(self.analysis.leaving)
+        return cost_ns
 
     def _tally(self) -> int:
         before = self.read_kernel_counters()

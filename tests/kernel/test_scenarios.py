@@ -72,7 +72,10 @@ def test_thousands_of_healthy_connections(traced: Callable[..., Traced], mode: s
     assert run.verdicts == []
     assert run.summary["stuck"] == run.summary["ever_stuck"] == 0
     assert run.summary["lost_events"] == run.summary["untracked"] == 0
-    assert run.summary["verdicts"] == {"completed": len(run.outcome.healthy)}
+    # Not the number of 4-tuples: a port is used again where its connection is long closed.
+    greeted = sum(client.greeted_ns is not None for client in run.outcome.clients)
+    assert greeted == 5000
+    assert run.summary["verdicts"] == {"completed": greeted}
     run.assert_reconciled()
 
 

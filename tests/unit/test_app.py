@@ -26,6 +26,7 @@ from tcpstuck_bpf.model import (
 )
 from tcpstuck_bpf.output import JsonOutput, Selection
 from tcpstuck_bpf.replay import Recorder, Replay
+from tcpstuck_bpf.verdict import Finding
 from tests.builders import SECOND_NS, ack_dropped, at, ended, event, four_tuple, handshake, header
 
 
@@ -171,7 +172,24 @@ def test_slow_sweeps_become_rare() -> None:
     kernel = FakeKernel()
     kernel.sweep_cost_ns = SECOND_NS
     live(kernel, 60)
-    assert len(kernel.sweeps) * kernel.sweep_cost_ns <= 8 * SECOND_NS
+    assert len(kernel.sweeps) * kernel.sweep_cost_ns <= 12 * SECOND_NS
+
+
+def test_telling_much_does_not_put_off_the_next_sweep() -> None:
+    kernel = FakeKernel()
+    kernel.at(at(0), handshake())
+
+    class SlowOutput(JsonOutput):
+        def findings(self, findings: list[Finding]) -> None:
+            kernel.now_ns += 30 * SECOND_NS
+            super().findings(findings)
+
+    output = SlowOutput(io.StringIO(), header().clock, Selection([], nothing=False))
+    run = Live(kernel, Analysis(header()), output, None, no_counters, lambda: kernel.now_ns)
+    run.run(60 * SECOND_NS, None)
+    told_ns = next(time_ns for time_ns in kernel.sweeps if time_ns >= at(3))
+    following_ns = next(time_ns for time_ns in kernel.sweeps if time_ns > told_ns)
+    assert following_ns <= told_ns + 32 * SECOND_NS
 
 
 def test_a_recorded_run_replays_to_the_identical_lines(tmp_path: Path) -> None:
