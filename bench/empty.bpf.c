@@ -1,6 +1,33 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* Programs that do nothing, on the hooks that tcpstuck.bpf.c uses: the floor of any tracer. */
+/*
+ * Programs that do nothing, on the hooks that tcpstuck.bpf.c uses: the floor of any tracer. With
+ * ONE_INSERT they remember each cookie, which is the least that a tracer of handshakes must do.
+ */
 #include <uapi/linux/ptrace.h>
+
+#ifdef ONE_INSERT
+struct remembered_key {
+	u64 words[5];
+};
+
+struct remembered {
+	u64 words[10];
+};
+
+BPF_TABLE("hash", struct remembered_key, struct remembered, remembered, 65536);
+
+static __always_inline int remember(void)
+{
+	struct remembered_key key = {};
+	struct remembered value = {};
+
+	key.words[0] = value.words[0] = bpf_ktime_get_ns();
+	remembered.insert(&key, &value);
+	return 0;
+}
+#else
+#define remember() 0
+#endif
 
 #ifdef TCPSTUCK_FENTRY
 #define EMPTY_FENTRY(function)             \
@@ -19,7 +46,10 @@ EMPTY_FEXIT(tcp_conn_request)
 EMPTY_FENTRY(tcp_check_req)
 EMPTY_FEXIT(tcp_check_req)
 EMPTY_FEXIT(tcp_rcv_state_process)
-EMPTY_FEXIT(cookie_v4_init_sequence)
+KRETFUNC_PROBE(cookie_v4_init_sequence, void *first)
+{
+	return remember();
+}
 EMPTY_FENTRY(cookie_v4_check)
 EMPTY_FEXIT(cookie_v4_check)
 EMPTY_FEXIT(cookie_v6_init_sequence)
@@ -34,5 +64,10 @@ int empty_entry(struct pt_regs *ctx)
 int empty_return(struct pt_regs *ctx)
 {
 	return 0;
+}
+
+int cookie_return(struct pt_regs *ctx)
+{
+	return remember();
 }
 #endif

@@ -21,11 +21,13 @@ from bench.tracer import PORT
 VARIANTS = (
     ("untraced", None),
     ("empty", "fentry"),
+    ("insert", "fentry"),
     ("ours", "fentry"),
     ("empty", "kprobe"),
+    ("insert", "kprobe"),
     ("ours", "kprobe"),
 )
-ROUNDS = 3
+ROUNDS = 5
 START_LIMIT_S = 300
 
 

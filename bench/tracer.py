@@ -1,6 +1,7 @@
 """One traced state, held until standard input ends: `python -m bench.tracer WHAT MODE`.
 
-WHAT is `ours` or `empty`. The process says on standard output what its start cost, as JSON, and
+WHAT is `ours`, `empty` (programs that do nothing) or `insert` (that, and one hash insert per
+cookie). The process says on standard output what its start cost, as JSON, and
 then waits without running, so that only the kernel's work is measured beside it.
 """
 
@@ -33,24 +34,26 @@ def _ours(mode: str) -> Any:
     return source.open_source(settings)
 
 
-def _empty(mode: str) -> Any:
+def _floor(what: str, mode: str) -> Any:
     import bcc
 
     os.environ["BCC_KERNEL_SOURCE"] = str(source.program_directory() / "stub")
     text = (Path(__file__).parent / "empty.bpf.c").read_bytes()
     flags = ["-DTCPSTUCK_FENTRY"] if mode == "fentry" else []
+    flags += ["-DONE_INSERT"] if what == "insert" else []
     bpf = bcc.BPF(text=text, cflags=flags)
     if mode == "kprobe":
         for probe in probes.PROBES:
             name = probe.function.encode()
-            bpf.attach_kretprobe(event=name, fn_name=b"empty_return")
+            returned = b"cookie_return" if b"init_sequence" in name else b"empty_return"
+            bpf.attach_kretprobe(event=name, fn_name=returned)
             bpf.attach_kprobe(event=name, fn_name=b"empty_entry")
     return bpf
 
 
 def main(what: str, mode: str) -> None:
     """Attach, report, and wait for the end of standard input."""
-    held = _ours(mode) if what == "ours" else _empty(mode)
+    held = _ours(mode) if what == "ours" else _floor(what, mode)
     timings = dict(getattr(held, "timings", {}))
     print(json.dumps({"timings": timings, "memory": memory_kib()}), flush=True)
     sys.stdin.read()

@@ -46,12 +46,17 @@ struct segment {
 	u8 outside; /* of what the user asked to see */
 };
 
+/* Two of the kernel's counters that are neighbours in its array: one read gets both. */
+struct counter_pair {
+	u64 first;
+	u64 second;
+};
+
 struct counters_before {
+	u64 cpu_offset; /* of this CPU's copy of per-CPU data; read once, it never changes */
 	u64 this_cpu; /* this CPU's struct linux_mib of the segment's namespace */
-	u64 syncookies_recv;
-	u64 syncookies_failed;
-	u64 listen_overflows;
-	u64 listen_drops;
+	struct counter_pair cookies; /* SyncookiesRecv, SyncookiesFailed */
+	struct counter_pair listen; /* ListenOverflows, ListenDrops */
 };
 
 struct syn_scratch {
@@ -205,12 +210,19 @@ static __always_inline void read_segment(struct segment *segment, struct sock *l
 }
 
 #ifdef HAVE_MIB_COUNTERS
-static __always_inline u64 mib_counter(u64 this_cpu, u32 index)
+static __always_inline struct counter_pair counter_pair(u64 this_cpu, u32 first)
 {
-	u64 value = 0;
+	struct counter_pair pair = {};
 
-	bpf_probe_read_kernel(&value, sizeof(value), (void *)(this_cpu + index * sizeof(u64)));
-	return value;
+	bpf_probe_read_kernel(&pair, sizeof(pair), (void *)(this_cpu + first * sizeof(u64)));
+	return pair;
+}
+
+static __always_inline u8 moved_between(struct counter_pair before, struct counter_pair after,
+					u8 first, u8 second)
+{
+	return (before.first != after.first ? first : 0) |
+	       (before.second != after.second ? second : 0);
 }
 
 /*
@@ -223,43 +235,32 @@ static __always_inline void read_listen_counters(struct counters_before *before,
 						 struct sock *listener)
 {
 	struct net *net = READ(listener->skc_net);
-	u64 offset = 0;
+	u64 statistics = 0;
 
-	bpf_probe_read_kernel(
-		&offset, sizeof(offset),
-		(void *)(PER_CPU_OFFSET_TABLE + bpf_get_smp_processor_id() * sizeof(u64)));
-	bpf_probe_read_kernel(&before->this_cpu, sizeof(before->this_cpu), &net->net_statistics);
-	before->this_cpu += offset;
-	before->listen_overflows = mib_counter(before->this_cpu, MIB_LISTENOVERFLOWS);
-	before->listen_drops = mib_counter(before->this_cpu, MIB_LISTENDROPS);
+	if (!before->cpu_offset)
+		bpf_probe_read_kernel(
+			&before->cpu_offset, sizeof(before->cpu_offset),
+			(void *)(PER_CPU_OFFSET_TABLE + bpf_get_smp_processor_id() * sizeof(u64)));
+	bpf_probe_read_kernel(&statistics, sizeof(statistics), &net->net_statistics);
+	before->this_cpu = statistics + before->cpu_offset;
+	before->listen = counter_pair(before->this_cpu, MIB_LISTENOVERFLOWS);
 }
 
 static __always_inline void read_cookie_counters(struct counters_before *before)
 {
-	before->syncookies_recv = mib_counter(before->this_cpu, MIB_SYNCOOKIESRECV);
-	before->syncookies_failed = mib_counter(before->this_cpu, MIB_SYNCOOKIESFAILED);
+	before->cookies = counter_pair(before->this_cpu, MIB_SYNCOOKIESRECV);
 }
 
 static __always_inline u8 listen_counters_moved(const struct counters_before *before)
 {
-	u8 moved = 0;
-
-	if (mib_counter(before->this_cpu, MIB_LISTENOVERFLOWS) != before->listen_overflows)
-		moved |= MOVED_LISTEN_OVERFLOWS;
-	if (mib_counter(before->this_cpu, MIB_LISTENDROPS) != before->listen_drops)
-		moved |= MOVED_LISTEN_DROPS;
-	return moved;
+	return moved_between(before->listen, counter_pair(before->this_cpu, MIB_LISTENOVERFLOWS),
+			     MOVED_LISTEN_OVERFLOWS, MOVED_LISTEN_DROPS);
 }
 
 static __always_inline u8 cookie_counters_moved(const struct counters_before *before)
 {
-	u8 moved = 0;
-
-	if (mib_counter(before->this_cpu, MIB_SYNCOOKIESRECV) != before->syncookies_recv)
-		moved |= MOVED_SYNCOOKIES_RECV;
-	if (mib_counter(before->this_cpu, MIB_SYNCOOKIESFAILED) != before->syncookies_failed)
-		moved |= MOVED_SYNCOOKIES_FAILED;
-	return moved;
+	return moved_between(before->cookies, counter_pair(before->this_cpu, MIB_SYNCOOKIESRECV),
+			     MOVED_SYNCOOKIES_RECV, MOVED_SYNCOOKIES_FAILED);
 }
 #else
 #define read_listen_counters(before, listener)
@@ -380,7 +381,8 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 
 /*
  * tcp_conn_request, return. A SYN without a cookie was dropped or got a place in the SYN queue;
- * where a cookie had been sent to the same 4-tuple before, that changes what is owed.
+ * where a cookie had been sent to the same 4-tuple before, that changes what is owed. A SYN with
+ * another ISN is another handshake, whatever became of it: its client has given the first one up.
  */
 static __always_inline int syn_handled(void)
 {
@@ -412,7 +414,11 @@ static __always_inline int syn_handled(void)
 	if (!entry || entry->ending != ENDING_NONE)
 		return 0;
 	now = bpf_ktime_get_ns();
-	if (entry->client_isn == segment->sequence && (moved & MOVED_LISTEN_DROPS)) {
+	if (entry->client_isn != segment->sequence) {
+		counted->count[COUNT_REPLACED] += 1;
+		end(entry, ENDING_REPLACED, now, moved);
+		kind = EVENT_REPLACED;
+	} else if (moved & MOVED_LISTEN_DROPS) {
 		entry->syn_count += 1;
 		entry->syns_dropped += 1;
 		entry->last_syn_ns = now;

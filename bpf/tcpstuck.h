@@ -30,6 +30,7 @@ enum handshake_ending {
 	ENDING_REJECTED = 2, /* cookie_vX_check gave an ACK back to the listener: RST goes out */
 	ENDING_RESET = 3, /* the client's address answered by RST */
 	ENDING_TAKEN_OVER = 4, /* a repeated SYN got a place in the SYN queue: no longer a cookie */
+	ENDING_REPLACED = 5, /* the client uses its 4-tuple for a new handshake, without a cookie */
 };
 
 /* Kernel counters (LINUX_MIB_*) that moved on this CPU while one segment was handled. */
@@ -71,6 +72,7 @@ enum event_kind {
 	EVENT_RESET = 5,
 	EVENT_COMPLETED = 6,
 	EVENT_TAKEN_OVER = 7,
+	EVENT_REPLACED = 8,
 };
 
 /*
@@ -119,7 +121,7 @@ enum netns_count {
 	COUNT_SYNS_REPEATED,
 	COUNT_SYNS_DROPPED, /* by tcp_conn_request, whether or not a cookie was sent before */
 	COUNT_TAKEN_OVER,
-	COUNT_REPLACED, /* entries overwritten: same 4-tuple, another ISN */
+	COUNT_REPLACED, /* entries whose client began anew: same 4-tuple, another ISN */
 	COUNT_TABLE_FULL, /* cookie handshakes not tracked for want of room */
 	COUNT_EVENTS_LOST, /* ring buffer full; the entry keeps the fact */
 	NETNS_COUNT_MAX,

@@ -94,7 +94,10 @@ def _python_tool(*command: str) -> Tally:
 
 def _lint(_slow: bool) -> Tally:
     """Check style: Python, C, and shell where shellcheck is installed."""
-    sources = sorted(str(path) for path in (REPOSITORY / "bpf").glob("*.[ch]"))
+    sources = sorted(
+        str(path)
+        for path in (*(REPOSITORY / "bpf").glob("*.[ch]"), *(REPOSITORY / "bench").glob("*.c"))
+    )
     scripts = [str(REPOSITORY / name) for name in ("lab/setup.sh", ".ci/run")]
     total = _python_tool("ruff", "check", "--quiet") + _python_tool("ruff", "format", "--check")
     total += _tool("clang-format", "--dry-run", "-Werror", *sources)

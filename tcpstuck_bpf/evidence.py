@@ -131,11 +131,7 @@ def _connection(report: FlowReport) -> Iterator[str]:
         yield from _drop_sentences(report)
     when = _offset(report, entry.ended_ns)
     if entry.ending == Ending.TAKEN_OVER:
-        takers = _segments(report, EventKind.TAKEN_OVER)
-        if takers and takers[-1].sequence != entry.client_isn:
-            yield f"the client gave up: a new SYN of the same port got a normal handshake at {when}"
-        else:
-            yield f"a repeated SYN was answered by a normal handshake at {when}"
+        yield f"a repeated SYN was answered by a normal handshake at {when}"
         return
     segments = _segments(report, EventKind.COMPLETED)
     by_what = "an ACK"

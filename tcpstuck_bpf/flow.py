@@ -43,12 +43,19 @@ class State(enum.Enum):
     SILENT = "silent"
     """Nothing came after the SYN-ACK."""
     SUPERSEDED = "superseded"
-    """Told as stuck, then given up by its client, which uses the 4-tuple again."""
+    """Given up by its client, which uses the 4-tuple for a new handshake."""
 
 
 STUCK_STATES = frozenset({State.SILENT, State.ACK_DROPPED})
 ENDED_STATES = frozenset(
-    {State.COMPLETED, State.RECOVERED, State.REJECTED, State.RESET, State.TAKEN_OVER}
+    {
+        State.COMPLETED,
+        State.RECOVERED,
+        State.REJECTED,
+        State.RESET,
+        State.TAKEN_OVER,
+        State.SUPERSEDED,
+    }
 )
 
 _STATE_OF_ENDING: dict[int, State] = {
@@ -56,14 +63,16 @@ _STATE_OF_ENDING: dict[int, State] = {
     Ending.REJECTED: State.REJECTED,
     Ending.RESET: State.RESET,
     Ending.TAKEN_OVER: State.TAKEN_OVER,
+    Ending.REPLACED: State.SUPERSEDED,
 }
 # Where two endings are seen of one handshake the connection that exists has the last word: a
 # stray RST or a rejected keep-alive probe does not undo it.
 _RANK_OF_ENDING: dict[int, int] = {
     Ending.RESET: 1,
     Ending.REJECTED: 2,
-    Ending.TAKEN_OVER: 3,
-    Ending.COMPLETED: 4,
+    Ending.REPLACED: 3,
+    Ending.TAKEN_OVER: 4,
+    Ending.COMPLETED: 5,
 }
 
 

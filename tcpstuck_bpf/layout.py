@@ -47,6 +47,7 @@ REQUIRED_MEMBERS = (
 COUNTER_MEMBER = Member("net", "net_statistics", "void *", "net", "mib.net_statistics")
 
 COUNTERS = ("SYNCOOKIESRECV", "SYNCOOKIESFAILED", "LISTENOVERFLOWS", "LISTENDROPS")
+"""Of enum LINUX_MIB_*. The programs read the first two at once, and the last two."""
 PER_CPU_OFFSET_SYMBOL = "__per_cpu_offset"
 
 
@@ -87,10 +88,17 @@ def find_layout(btf: Btf, per_cpu_offset_table: int | None) -> Layout:
         if f"LINUX_MIB_{name}" in enumerators
     }
     statistics = btf.offset(COUNTER_MEMBER.kernel_struct, COUNTER_MEMBER.path)
-    if statistics is None or len(counters) != len(COUNTERS):
+    if statistics is None or not _readable_in_pairs(counters):
         return Layout(offsets, {}, None)
     offsets[COUNTER_MEMBER] = statistics
     return Layout(offsets, counters, per_cpu_offset_table)
+
+
+def _readable_in_pairs(counters: Mapping[str, int]) -> bool:
+    if len(counters) != len(COUNTERS):
+        return False
+    first, second, third, fourth = (counters[name] for name in COUNTERS)
+    return second == first + 1 and fourth == third + 1
 
 
 def header_text(layout: Layout) -> str:

@@ -67,6 +67,7 @@ class Ending(enum.IntEnum):
     REJECTED = 2
     RESET = 3
     TAKEN_OVER = 4
+    REPLACED = 5
 
 
 class Moved(enum.IntFlag):
@@ -90,6 +91,7 @@ class EventKind(enum.IntEnum):
     RESET = 5
     COMPLETED = 6
     TAKEN_OVER = 7
+    REPLACED = 8
 
 
 class Handshake(NamedTuple):

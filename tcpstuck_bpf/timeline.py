@@ -24,12 +24,14 @@ _KIND_TEXT: dict[int, str] = {
     EventKind.RESET: "RST from client",
     EventKind.COMPLETED: "connected",
     EventKind.TAKEN_OVER: "SYN taken over",
+    EventKind.REPLACED: "SYN of a new handshake",
 }
 _KIND_OF_ENDING: dict[int, EventKind] = {
     Ending.COMPLETED: EventKind.COMPLETED,
     Ending.REJECTED: EventKind.ACK_REJECTED,
     Ending.RESET: EventKind.RESET,
     Ending.TAKEN_OVER: EventKind.TAKEN_OVER,
+    Ending.REPLACED: EventKind.REPLACED,
 }
 _FLAG_NAMES = ((0x02, "SYN"), (0x01, "FIN"), (0x04, "RST"), (0x08, "PSH"), (0x10, "ACK"))
 _COUNTER_NAMES = (

@@ -44,6 +44,7 @@ FLAGS = {
     EventKind.SYN_REPEATED: SYN,
     EventKind.SYN_DROPPED: SYN,
     EventKind.TAKEN_OVER: SYN,
+    EventKind.REPLACED: SYN,
     EventKind.ACK_DROPPED: ACK,
     EventKind.ACK_REJECTED: ACK,
     EventKind.COMPLETED: ACK,
@@ -194,16 +195,20 @@ class Table:
         if entry is None or entry.ending:
             return
         if entry.client_isn != isn:
-            self.syn_taken(key, now_ns)
+            self._end(EventKind.REPLACED, Ending.REPLACED, key, now_ns)
             return
         self.entries[key] = entry._replace(
             syn_count=entry.syn_count + 1, syns_dropped=entry.syns_dropped + 1, last_syn_ns=now_ns
         )
         self._tell(EventKind.SYN_DROPPED, key, now_ns)
 
-    def syn_taken(self, key: FourTuple, now_ns: int) -> None:
+    def syn_taken(self, key: FourTuple, isn: int, now_ns: int) -> None:
         """A SYN that gets a place in the SYN queue."""
-        self._end(EventKind.TAKEN_OVER, Ending.TAKEN_OVER, key, now_ns)
+        entry = self.entries.get(key)
+        if entry is not None and entry.client_isn != isn:
+            self._end(EventKind.REPLACED, Ending.REPLACED, key, now_ns)
+        else:
+            self._end(EventKind.TAKEN_OVER, Ending.TAKEN_OVER, key, now_ns)
 
     def _end(self, kind: EventKind, ending: Ending, key: FourTuple, now_ns: int) -> None:
         entry = self.entries.get(key)

@@ -57,7 +57,9 @@ def _after(truth: Truth, when_ns: int, segment: str, isn: int) -> Truth:
         if truth.first_syn_ns:
             truth.over = "ack"
     elif owed:
-        if segment == "syn dropped":
+        if segment.startswith("syn ") and isn != truth.isn:
+            truth.over = "replaced"
+        elif segment == "syn dropped":
             truth.syns += 1
         elif segment == "ack dropped":
             truth.acks_dropped += 1

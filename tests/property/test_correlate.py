@@ -106,6 +106,8 @@ SEGMENTS = (
     "new syn",
     "syn dropped",
     "syn taken",
+    "new syn dropped",
+    "new syn taken",
     "ack",
     "ack dropped",
     "ack rejected",
@@ -117,7 +119,7 @@ segment_steps = st.tuples(st.integers(0, CLIENTS - 1), st.sampled_from(SEGMENTS)
 steps_of_one_handshake = st.lists(
     st.tuples(
         st.just(0),
-        st.sampled_from([s for s in SEGMENTS if s not in ("new syn", "syn taken")]),
+        st.sampled_from([s for s in SEGMENTS if not s.startswith("new ") and s != "syn taken"]),
         GAPS,
     ),
     max_size=12,
@@ -178,6 +180,8 @@ def _assert_last_handshake_is_judged_right(world: World, client: int) -> None:
         assert not told
     elif truth.over in ("ack", "syn taken"):
         assert last is State.RECOVERED if was_stuck else last not in STUCK_STATES
+    elif truth.over == "replaced":
+        assert State.RECOVERED not in told
     elif truth.over == "reset":
         assert last is State.RESET
     elif truth.over == "ack rejected":
@@ -351,7 +355,8 @@ def test_every_kind_of_event_is_played() -> None:
     world = World(tell_healthy=True)
     for segment in ("syn", "syn", "syn dropped", "ack dropped", "ack"):
         world.play(0, segment, 1)
-    for client, end in enumerate(("ack rejected", "reset", "syn taken")):
+    ends = ("ack rejected", "reset", "syn taken", "new syn taken")
+    for client, end in enumerate(ends):
         world.play(client, "syn", 1)
         world.play(client, end, 1)
     assert {event.kind for event in world.table.ring} == set(EventKind)

@@ -9,7 +9,7 @@ from tcpstuck_bpf.model import Sweep
 from tests.builders import SECOND_NS, Table, correlator, four_tuple
 from tests.property.history import History
 
-CLIENTS = 3
+CLIENTS = 4
 
 
 class World:
@@ -31,19 +31,19 @@ class World:
     def play(self, client: int, segment: str, gap_ns: int) -> None:
         self.now_ns += gap_ns
         key = four_tuple(client)
-        if segment == "new syn":
+        if segment.startswith("new "):
             self.isns[client] += 1
-            segment = "syn"
+            segment = segment[len("new ") :]
         isn = self.isns[client]
         self.history.add(key, self.now_ns, segment, isn)
         if segment == "syn":
             self.table.syn(key, isn, self.now_ns)
         elif segment == "syn dropped":
             self.table.syn_dropped(key, isn, self.now_ns)
+        elif segment == "syn taken":
+            self.table.syn_taken(key, isn, self.now_ns)
         else:
-            getattr(self.table, segment.replace("syn taken", "syn_taken").replace(" ", "_"))(
-                key, self.now_ns
-            )
+            getattr(self.table, segment.replace(" ", "_"))(key, self.now_ns)
 
     def watch(self, what: str) -> None:
         if what in ("drain", "tidy"):

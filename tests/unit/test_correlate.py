@@ -212,6 +212,18 @@ def test_a_connection_outweighs_a_stray_reset_whatever_comes_first() -> None:
         assert watching.stats().untold == {State.COMPLETED: 1}
 
 
+@pytest.mark.parametrize("event_is_lost", [False, True])
+def test_a_new_handshake_without_a_cookie_supersedes_too(event_is_lost: bool) -> None:
+    watching = correlator()
+    reports([sweep(at(3), SYN_ONCE)], at(3), watching)
+    entry = ended(SYN_ONCE, Ending.REPLACED, at(10))
+    seen = sweep(at(10), entry) if event_is_lost else event(EventKind.REPLACED, entry, at(10))
+    assert reports([seen], at(10), watching) == []
+    stats = watching.stats()
+    assert (stats.superseded, stats.ever_stuck, stats.still_stuck) == (1, 1, 0)
+    assert watching.expired(at(11), 1, 1024) == [four_tuple()]
+
+
 def test_a_new_handshake_supersedes_a_stuck_one_without_a_line() -> None:
     watching = correlator()
     reports([sweep(at(3), SYN_ONCE)], at(3), watching)

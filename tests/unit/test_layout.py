@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import struct
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ class Types:
         return Btf(self.data(), "the test")
 
 
-def kernel(without: Member | None = None, counters: bool = True) -> Types:
+def kernel(without: Member | None = None, counters: Sequence[int] = (2, 3, 21, 22)) -> Types:
     """A kernel with every member we ask for, each at an offset of its own."""
     types = Types()
     word = types.add(INT, "u32", 4, struct.pack("=I", 32))
@@ -84,7 +85,7 @@ def kernel(without: Member | None = None, counters: bool = True) -> Types:
         write(name, members)
     if counters:
         values = [
-            struct.pack("=II", types.name(f"LINUX_MIB_{c}"), n) for n, c in enumerate(COUNTERS)
+            struct.pack("=II", types.name(f"LINUX_MIB_{c}"), n) for c, n in zip(COUNTERS, counters)
         ]
         types.add(ENUM, "", 4, b"".join(values), len(values))
     return types
@@ -122,7 +123,13 @@ def test_a_missing_member_is_named(member: Member) -> None:
 
 @pytest.mark.parametrize(
     ("types", "table"),
-    [(kernel(counters=False), 1), (kernel(without=COUNTER_MEMBER), 1), (kernel(), None)],
+    [
+        (kernel(counters=()), 1),
+        (kernel(counters=(2, 3, 21, 23)), 1),
+        (kernel(counters=(3, 2, 21, 22)), 1),
+        (kernel(without=COUNTER_MEMBER), 1),
+        (kernel(), None),
+    ],
 )
 def test_without_counters_the_programs_do_without(types: Types, table: int | None) -> None:
     layout = find_layout(types.btf(), table)

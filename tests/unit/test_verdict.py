@@ -306,16 +306,12 @@ def test_a_syn_dropped_by_this_host_is_not_blamed_on_the_network() -> None:
     assert "backlog" in finding.advice
 
 
-@pytest.mark.parametrize(
-    ("isn", "sentence"),
-    [(CLIENT_ISN, "a repeated SYN was answered by a normal"), (CLIENT_ISN + 7, "client gave up")],
-)
-def test_a_handshake_taken_over_tells_by_which_syn(isn: int, sentence: str) -> None:
+def test_a_handshake_taken_over_tells_by_what() -> None:
     entry = ended(SYN_ONCE, Ending.TAKEN_OVER, at(9))
-    seen = event(EventKind.TAKEN_OVER, entry, at(9), sequence=isn)
+    seen = event(EventKind.TAKEN_OVER, entry, at(9))
     finding = finding_of(swept(SYN_ONCE, 3), seen)
     assert (finding.verdict, finding.updates) == ("recovered", "ack-missing")
-    assert sentence in text_of(finding)
+    assert "a repeated SYN was answered by a normal" in text_of(finding)
 
 
 def test_a_recovery_tells_the_delay_and_by_what() -> None:
