@@ -59,26 +59,21 @@ struct counters_before {
 	struct counter_pair listen; /* ListenOverflows, ListenDrops */
 };
 
-struct syn_scratch {
+/*
+ * One per CPU: no probed function is entered while another one is at work on the same CPU, so
+ * they share the segment and the counters.
+ */
+struct scratch {
 	struct segment segment;
 	struct counters_before before;
-	u64 skb;
+	u64 syn; /* the SYN that tcp_conn_request is at work on */
 	u64 mss_place; /* kprobe only: where cookie_vX_init_sequence will write the MSS */
-	u32 syn_queue;
-	u32 cookie_sent;
-};
-
-struct ack_scratch {
-	struct segment segment;
-	struct counters_before before;
-	u64 listener;
+	u64 listener; /* that cookie_vX_check is at work for */
 	u64 child; /* made by cookie_vX_check, on its way to tcp_rcv_state_process */
 	u64 child_entered; /* kprobe only */
-};
-
-struct request_scratch {
-	struct segment segment;
-	struct counters_before before;
+	u32 syn_queue;
+	u32 cookie_sent;
+	struct netns_counts none; /* zeros, for a namespace's first */
 };
 
 enum loss {
@@ -91,11 +86,8 @@ BPF_TABLE("hash", struct handshake_key, struct handshake, awaiting_ack, MAX_HAND
 BPF_TABLE("percpu_hash", u32, struct netns_counts, counts, MAX_NAMESPACES);
 BPF_RINGBUF_OUTPUT(events, EVENT_PAGES);
 BPF_ARRAY(config, struct trace_config, 1);
-BPF_ARRAY(wanted_ports, u64, 1024); /* one bit per port */
-BPF_PERCPU_ARRAY(syn_scratches, struct syn_scratch, 1);
-BPF_PERCPU_ARRAY(ack_scratches, struct ack_scratch, 1);
-BPF_PERCPU_ARRAY(request_scratches, struct request_scratch, 1);
-BPF_PERCPU_ARRAY(no_counts, struct netns_counts, 1);
+BPF_ARRAY(wanted_ports, u64, 1024); /* one bit per port; BCC is slow with arrays in a value */
+BPF_PERCPU_ARRAY(scratches, struct scratch, 1);
 BPF_PERCPU_ARRAY(losses, u64, LOSS_MAX);
 
 static __always_inline u16 swap16(u16 value)
@@ -106,6 +98,13 @@ static __always_inline u16 swap16(u16 value)
 static __always_inline u32 swap32(u32 value)
 {
 	return __builtin_bswap32(value);
+}
+
+static __always_inline struct scratch *this_cpu_scratch(void)
+{
+	u32 zero = 0;
+
+	return scratches.lookup(&zero);
 }
 
 static __always_inline void lose(u32 what)
@@ -120,17 +119,14 @@ static __always_inline void lose(u32 what)
  * The counts of a namespace, looked up once per segment. They are per CPU and bottom halves are
  * off: plain additions are exact.
  */
-static __always_inline struct netns_counts *counts_of(u32 netns)
+static __always_inline struct netns_counts *counts_of(struct scratch *scratch)
 {
+	u32 netns = scratch->segment.key.netns;
 	struct netns_counts *found = counts.lookup(&netns);
-	struct netns_counts *none;
-	u32 zero = 0;
 
 	if (found)
 		return found;
-	none = no_counts.lookup(&zero);
-	if (none)
-		counts.insert(&netns, none);
+	counts.insert(&netns, &scratch->none);
 	found = counts.lookup(&netns);
 	if (!found)
 		lose(LOSS_NAMESPACES_UNCOUNTED);
@@ -306,12 +302,11 @@ static __always_inline void end(struct handshake *handshake, u8 ending, u64 now,
 /* tcp_conn_request, entry. */
 static __always_inline int syn_arrived(struct sock *listener, struct sk_buff *skb)
 {
-	u32 zero = 0;
-	struct syn_scratch *scratch = syn_scratches.lookup(&zero);
+	struct scratch *scratch = this_cpu_scratch();
 
 	if (!scratch)
 		return 0;
-	scratch->skb = (u64)skb;
+	scratch->syn = (u64)skb;
 	scratch->cookie_sent = 0;
 	read_segment(&scratch->segment, listener, skb);
 	bpf_probe_read_kernel(&scratch->syn_queue, sizeof(scratch->syn_queue),
@@ -327,8 +322,7 @@ static __always_inline int syn_arrived(struct sock *listener, struct sk_buff *sk
  */
 static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 {
-	u32 zero = 0;
-	struct syn_scratch *scratch = syn_scratches.lookup(&zero);
+	struct scratch *scratch = this_cpu_scratch();
 	struct handshake fresh = {};
 	struct netns_counts *counted;
 	struct handshake *entry;
@@ -339,7 +333,7 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 		return 0;
 	segment = &scratch->segment;
 	scratch->cookie_sent = 1;
-	counted = counts_of(segment->key.netns);
+	counted = counts_of(scratch);
 	if (!counted)
 		return 0;
 	counted->count[FILTERED(COUNT_COOKIES_SENT, segment)] += 1;
@@ -386,21 +380,20 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
  */
 static __always_inline int syn_handled(void)
 {
-	u32 zero = 0;
-	struct syn_scratch *scratch = syn_scratches.lookup(&zero);
+	struct scratch *scratch = this_cpu_scratch();
 	struct netns_counts *counted;
 	struct handshake *entry;
 	struct segment *segment;
 	u8 kind, moved;
 	u64 now;
 
-	if (!scratch || !scratch->skb)
+	if (!scratch || !scratch->syn)
 		return 0;
-	scratch->skb = 0;
+	scratch->syn = 0;
 	if (scratch->cookie_sent)
 		return 0;
 	segment = &scratch->segment;
-	counted = counts_of(segment->key.netns);
+	counted = counts_of(scratch);
 	if (!counted)
 		return 0;
 	moved = listen_counters_moved(&scratch->before);
@@ -435,8 +428,7 @@ static __always_inline int syn_handled(void)
 /* cookie_vX_check, entry: some segment other than a SYN reached a listener. */
 static __always_inline int ack_arrived(struct sock *listener, struct sk_buff *skb)
 {
-	u32 zero = 0;
-	struct ack_scratch *scratch = ack_scratches.lookup(&zero);
+	struct scratch *scratch = this_cpu_scratch();
 
 	if (!scratch)
 		return 0;
@@ -519,8 +511,7 @@ static __always_inline u8 segment_refused(struct netns_counts *counted, struct s
 /* cookie_vX_check, return: the listener (refused), NULL (dropped) or the child. */
 static __always_inline int ack_judged(u64 result)
 {
-	u32 zero = 0;
-	struct ack_scratch *scratch = ack_scratches.lookup(&zero);
+	struct scratch *scratch = this_cpu_scratch();
 	struct netns_counts *counted;
 	struct handshake *entry;
 	struct segment *segment;
@@ -532,7 +523,7 @@ static __always_inline int ack_judged(u64 result)
 	listener = scratch->listener;
 	scratch->listener = 0;
 	segment = &scratch->segment;
-	counted = counts_of(segment->key.netns);
+	counted = counts_of(scratch);
 	if (!counted)
 		return 0;
 	moved = listen_counters_moved(&scratch->before) | cookie_counters_moved(&scratch->before);
@@ -567,9 +558,9 @@ static __always_inline int ack_judged(u64 result)
  * the true completion is SYN_RECV to ESTABLISHED. A child already taken by accept() on another
  * CPU is processed there later and stays uncounted.
  */
-static __always_inline int child_processed(struct ack_scratch *scratch, struct sock *child)
+static __always_inline int child_processed(struct scratch *scratch, struct sock *child)
 {
-	struct netns_counts *counted = counts_of(scratch->segment.key.netns);
+	struct netns_counts *counted = counts_of(scratch);
 
 	scratch->child = 0;
 	if (!counted)
@@ -584,8 +575,7 @@ static __always_inline int child_processed(struct ack_scratch *scratch, struct s
 /* tcp_check_req, entry and return: ordinary handshakes meet a full accept queue here. */
 static __always_inline int request_arrived(struct sock *listener, struct sk_buff *skb)
 {
-	u32 zero = 0;
-	struct request_scratch *scratch = request_scratches.lookup(&zero);
+	struct scratch *scratch = this_cpu_scratch();
 
 	if (!scratch)
 		return 0;
@@ -596,14 +586,13 @@ static __always_inline int request_arrived(struct sock *listener, struct sk_buff
 
 static __always_inline int request_handled(void)
 {
-	u32 zero = 0;
-	struct request_scratch *scratch = request_scratches.lookup(&zero);
+	struct scratch *scratch = this_cpu_scratch();
 
 	struct netns_counts *counted;
 
 	if (!scratch || !(listen_counters_moved(&scratch->before) & MOVED_LISTEN_OVERFLOWS))
 		return 0;
-	counted = counts_of(scratch->segment.key.netns);
+	counted = counts_of(scratch);
 	if (counted)
 		counted->count[FILTERED(COUNT_LISTEN_OVERFLOWS, &scratch->segment)] += 1;
 	return 0;
@@ -613,11 +602,10 @@ static __always_inline int request_handled(void)
 
 static __always_inline int cookie_chosen_for(struct sk_buff *skb, u16 *mss_place, u32 cookie)
 {
-	u32 zero = 0;
-	struct syn_scratch *scratch = syn_scratches.lookup(&zero);
+	struct scratch *scratch = this_cpu_scratch();
 	u16 mss = 0;
 
-	if (!scratch || scratch->skb != (u64)skb) {
+	if (!scratch || scratch->syn != (u64)skb) {
 		lose(LOSS_COOKIES_UNMATCHED);
 		return 0;
 	}
@@ -627,8 +615,7 @@ static __always_inline int cookie_chosen_for(struct sk_buff *skb, u16 *mss_place
 
 static __always_inline int child_returned(struct sock *sk)
 {
-	u32 zero = 0;
-	struct ack_scratch *scratch = ack_scratches.lookup(&zero);
+	struct scratch *scratch = this_cpu_scratch();
 
 	if (!scratch || !scratch->child || scratch->child != (u64)sk)
 		return 0;
@@ -699,19 +686,17 @@ int tcp_conn_request_return(struct pt_regs *ctx)
 
 int cookie_init_sequence_entry(struct pt_regs *ctx)
 {
-	u32 zero = 0;
-	struct syn_scratch *scratch = syn_scratches.lookup(&zero);
+	struct scratch *scratch = this_cpu_scratch();
 
 	if (!scratch)
 		return 0;
-	scratch->mss_place = scratch->skb == PT_REGS_PARM1(ctx) ? PT_REGS_PARM2(ctx) : 0;
+	scratch->mss_place = scratch->syn == PT_REGS_PARM1(ctx) ? PT_REGS_PARM2(ctx) : 0;
 	return 0;
 }
 
 int cookie_init_sequence_return(struct pt_regs *ctx)
 {
-	u32 zero = 0;
-	struct syn_scratch *scratch = syn_scratches.lookup(&zero);
+	struct scratch *scratch = this_cpu_scratch();
 	u16 mss = 0;
 
 	if (!scratch || !scratch->mss_place) {
@@ -751,8 +736,7 @@ int tcp_check_req_return(struct pt_regs *ctx)
  */
 int tcp_rcv_state_process_entry(struct pt_regs *ctx)
 {
-	u32 zero = 0;
-	struct ack_scratch *scratch = ack_scratches.lookup(&zero);
+	struct scratch *scratch = this_cpu_scratch();
 
 	if (scratch && scratch->child)
 		scratch->child_entered = scratch->child == PT_REGS_PARM1(ctx);
@@ -761,8 +745,7 @@ int tcp_rcv_state_process_entry(struct pt_regs *ctx)
 
 int tcp_rcv_state_process_return(struct pt_regs *ctx)
 {
-	u32 zero = 0;
-	struct ack_scratch *scratch = ack_scratches.lookup(&zero);
+	struct scratch *scratch = this_cpu_scratch();
 
 	if (!scratch || !scratch->child_entered)
 		return 0;

@@ -135,7 +135,7 @@ struct netns_counts {
 struct trace_config {
 	__u64 tell_completed_after_ns; /* a completion older than this is told; 0: every one */
 	__u32 netns; /* 0: every network namespace */
-	__u8 match_ports; /* nonzero: only server ports set in wanted_ports */
+	__u8 match_ports; /* nonzero: only the server ports set in wanted_ports */
 	__u8 match_listener; /* nonzero: only this server address */
 	__u8 family; /* 0: both, else 4 or 6, by the packet */
 	__u8 padding;

@@ -7,9 +7,9 @@ test can compare them, offset by offset, with what a C compiler makes of the hea
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from tcpstuck_bpf.model import Event, FourTuple, Handshake, NetnsCount, Row
+from tcpstuck_bpf.model import Event, FourTuple, Handshake, NetnsCount, Row, TraceSettings
 
 KEY_FORMAT = "16s16s2s2sI"
 HANDSHAKE_FORMAT = "5Q8IH3B3x"
@@ -72,6 +72,28 @@ def decode_event(data: bytes) -> Event:
         Handshake._make(values[_KEY_FIELDS : _KEY_FIELDS + _HANDSHAKE_FIELDS]),
         *segment,
     )
+
+
+def encode_config(settings: TraceSettings) -> bytes:
+    """The struct trace_config for what was asked; the ports are a table of their own."""
+    wanted = settings.trace_filter
+    return CONFIG.pack(
+        0 if settings.tell_healthy else settings.timeout_ns * 3 // 4,
+        wanted.netns or 0,
+        bool(wanted.ports),
+        wanted.listener_address is not None,
+        wanted.family or 0,
+        0,
+        wanted.listener_address or bytes(16),
+    )
+
+
+def port_bits(ports: Iterable[int]) -> dict[int, int]:
+    """The nonzero words of the programs' table of wanted ports, one bit per port, by index."""
+    words: dict[int, int] = {}
+    for port in ports:
+        words[port >> 6] = words.get(port >> 6, 0) | 1 << (port & 63)
+    return words
 
 
 def decode_counts(data: bytes) -> dict[NetnsCount, int]:

@@ -15,7 +15,18 @@ from pathlib import Path
 import pytest
 
 from tcpstuck_bpf import wire
-from tcpstuck_bpf.model import Ending, Event, EventKind, FourTuple, Handshake, Moved, NetnsCount
+from tcpstuck_bpf.model import (
+    Ending,
+    Event,
+    EventKind,
+    FourTuple,
+    Handshake,
+    Moved,
+    NetnsCount,
+    TraceFilter,
+    TraceSettings,
+    address_bytes,
+)
 from tests.builders import four_tuple, handshake, repeated
 
 HEADER = Path(__file__).parents[2] / "bpf" / "tcpstuck.h"
@@ -184,6 +195,31 @@ def test_an_event_written_in_c_is_read_field_by_field(run_c: CProgram) -> None:
     assert {f: getattr(read, f) for f in own} == {f: values[f] for f in own}
     assert wire.decode_key(data[: wire.KEY.size]) == key
     assert wire.encode_key(key) == data[: wire.KEY.size]
+
+
+def test_c_reads_the_settings_that_were_written(run_c: CProgram) -> None:
+    listener = address_bytes("fd09::1")
+    wanted = TraceFilter(ports=(3311,), family=6, listener_address=listener, netns=4_026_531_840)
+    packed = wire.encode_config(TraceSettings(wanted, timeout_ns=4_000_000_000))
+    body = f"""
+    static const __u8 bytes[] = {{{",".join(map(str, packed))}}};
+    struct trace_config config;
+    memcpy(&config, bytes, sizeof(config));
+    printf("%llu %u %u %u %u\\n", config.tell_completed_after_ns, config.netns,
+           config.match_ports, config.match_listener, config.family);
+    fwrite(config.listener_address, 16, 1, stdout);
+    """
+    numbers, _, address = run_c(body).partition(b"\n")
+    assert numbers.split() == [b"3000000000", b"4026531840", b"1", b"1", b"6"]
+    assert address == listener
+
+
+def test_every_wanted_port_has_its_bit() -> None:
+    ports = {1, 63, 64, 3311, 65_535}
+    words = wire.port_bits(ports)
+    assert {
+        64 * word + bit for word, bits in words.items() for bit in range(64) if bits >> bit & 1
+    } == ports
 
 
 def test_a_record_may_be_longer_than_the_event_and_not_shorter() -> None:
