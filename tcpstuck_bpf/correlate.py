@@ -242,7 +242,8 @@ class Correlator:
         if not decision.at_once and decision.due_ns > min(now_ns, flow.open_as_of_ns):
             return None
         flow.unsettled = False
-        tell = state in _ALWAYS_TOLD or (self._tell_healthy and state is State.COMPLETED)
+        wants_completed = self._tell_healthy or flow.told is not None
+        tell = state in _ALWAYS_TOLD or (wants_completed and state is State.COMPLETED)
         self._count_change(flow, state, tell)
         flow.state = state
         if not tell:

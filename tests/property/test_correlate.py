@@ -179,7 +179,12 @@ def _assert_last_handshake_is_judged_right(world: World, client: int) -> None:
     if truth.first_syn_ns == 0:
         assert not told
     elif truth.over in ("ack", "syn taken"):
-        assert last is State.RECOVERED if was_stuck else last not in STUCK_STATES
+        if was_stuck:
+            assert last is State.RECOVERED
+        elif truth.over == "ack" and told:
+            assert last is State.COMPLETED
+        else:
+            assert last not in STUCK_STATES
     elif truth.over == "replaced":
         assert State.RECOVERED not in told
     elif truth.over == "reset":
