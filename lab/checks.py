@@ -121,7 +121,7 @@ def _unit(slow: bool) -> Tally:
         report = Path(scratch) / "unit.xml"
         command = [*PYTEST, f"--junitxml={report}", *_marks(slow), *directories]
         status = subprocess.run(command, cwd=REPOSITORY, stdin=subprocess.DEVNULL).returncode
-        return _tally_report(report, status)
+        return tally_report(report, status)
 
 
 def _kernel(slow: bool) -> Tally:
@@ -144,10 +144,10 @@ def _kernel(slow: bool) -> Tally:
         )
         if result.timed_out:
             print(f"cut off after {options.timeout_s:g} s")
-        return _tally_report(report, result.status)
+        return tally_report(report, result.status)
 
 
-def _tally_report(report: Path, status: int) -> Tally:
+def tally_report(report: Path, status: int) -> Tally:
     """A report's figures; one error more where the exit status is worse than they are."""
     counted = tally_junit(report.read_text()) if report.is_file() else Tally()
     if status != 0 and counted.good:

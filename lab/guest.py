@@ -197,9 +197,10 @@ def _prepare(command: Sequence[str], options: GuestOptions, cwd: Path, control: 
     if virtme is None or shutil.which("qemu-system-x86_64") is None:
         missing = "virtme-ng" if virtme is None else "qemu-system-x86_64"
         raise GuestError("cannot boot a guest", f"{missing} is missing", "run `make setup`")
-    for share in options.shares:
-        if not share.is_dir():
-            raise GuestError("cannot share", f"{share} is no directory", "name an existing one")
+    for directory in (options.root, *options.shares, *options.views):
+        if not directory.is_dir():
+            why = f"{directory} is no directory"
+            raise GuestError("the guest cannot see it", why, "name an existing one")
     kernel = cached_kernel() if options.kernel is None else options.kernel
     if not kernel.is_file():
         raise GuestError("cannot boot a guest", f"{kernel} is no file", "name a kernel image")
@@ -319,10 +320,12 @@ def options_from(arguments: argparse.Namespace) -> GuestOptions:
     """The options that the `guest` command's arguments stand for."""
     return GuestOptions(
         kernel=arguments.kernel.resolve() if arguments.kernel else None,
+        root=arguments.root.resolve(),
         cpus=arguments.cpus,
         memory=arguments.memory,
         icount=arguments.icount,
         shares=tuple(share.resolve() for share in arguments.share),
+        views=tuple(view.resolve() for view in arguments.view),
         environment=dict(arguments.env),
         timeout_s=arguments.timeout,
         native=arguments.native,
@@ -375,6 +378,9 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     defaults = GuestOptions()
     parser.add_argument("--kernel", metavar="IMAGE", type=Path, help="default: the cached one")
+    parser.add_argument(
+        "--root", metavar="TREE", type=Path, default=defaults.root, help="default: this machine's"
+    )
     parser.add_argument("--cpus", metavar="N", type=_cpu_count, default=defaults.cpus)
     parser.add_argument("--memory", metavar="SIZE", type=_memory_size, default=defaults.memory)
     parser.add_argument(
@@ -382,6 +388,9 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--share", metavar="DIR", type=Path, action="append", default=[], help="may be written to"
+    )
+    parser.add_argument(
+        "--view", metavar="DIR", type=Path, action="append", default=[], help="read-only"
     )
     parser.add_argument(
         "--env", metavar="NAME=VALUE", type=_assignment, action="append", default=[]

@@ -6,6 +6,8 @@ virtme-run boots the kernel on a 9p export of the root tree that caches nothing,
 of a Python program reads thousands of pages from the host again. The script therefore mounts the
 same tree a second time with a cache, puts a writable throw-away overlay on it and makes that the
 root: an interpreter then starts three to four times faster, and the command may write anywhere.
+
+A root tree of another suite holds no kernel, so the kernel's modules are exported beside it.
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ class GuestOptions:
     """Let the guest's clock count instructions (one CPU, emulation)."""
     shares: tuple[Path, ...] = ()
     """Directories the guest sees at the same path and may write to."""
+    views: tuple[Path, ...] = ()
+    """Directories the guest sees at the same path; what it writes there is thrown away."""
     environment: Mapping[str, str] = field(default_factory=dict)
     timeout_s: float = 600.0
     """For boot and command together."""
@@ -55,7 +59,12 @@ class GuestOptions:
     @property
     def needs_guest(self) -> bool:
         """Whether something was asked for that only a guest has."""
-        return self.icount or self.kernel is not None or self.root != Path("/")
+        return self.icount or self.kernel is not None or self.has_own_root
+
+    @property
+    def has_own_root(self) -> bool:
+        """Whether the root is another tree than this machine's, one without a kernel."""
+        return self.root != Path("/")
 
 
 def command_line(command: Sequence[str], environment: Mapping[str, str]) -> str:
@@ -74,6 +83,30 @@ def _share_tag(index: int) -> str:
     return f"lab.share{index}"
 
 
+def _view_tag(index: int) -> str:
+    return f"lab.view{index}"
+
+
+def _modules_lines() -> str:
+    """Let what the guest still lacks, such as the stream ports' driver, be loaded."""
+    return f"""mkdir -p /lib/modules
+mount -t 9p -o ro,{_9P_OPTIONS},cache=loose lab.modules /lib/modules
+modprobe virtio_console
+udevadm settle
+"""
+
+
+def _view_lines(index: int, path: Path) -> str:
+    """A read-only export under a writable overlay, as the root tree has it."""
+    place = f"$lab/over/view{index}"
+    target = f'"$root"{shlex.quote(str(path))}'
+    layers = f"lowerdir={place}/lower,upperdir={place}/upper,workdir={place}/work"
+    return f"""mkdir -p {place}/lower {place}/upper {place}/work {target}
+mount -t 9p -o ro,{_9P_OPTIONS},cache=loose {_view_tag(index)} {place}/lower
+mount -t overlay -o {layers} lab {target}
+"""
+
+
 def boot_script(command: Sequence[str], options: GuestOptions, cwd: Path) -> str:
     """The script the guest runs as root; it never returns, it resets the machine.
 
@@ -85,9 +118,10 @@ def boot_script(command: Sequence[str], options: GuestOptions, cwd: Path) -> str
         f'mount -t 9p -o rw,{_9P_OPTIONS} {_share_tag(index)} "$root"{shlex.quote(str(path))}'
         for index, path in enumerate(options.shares)
     )
+    views = "".join(_view_lines(index, path) for index, path in enumerate(options.views))
     line = command_line(command, guest_environment(options.environment))
     return f"""set -eu
-lab=/run/lab
+{_modules_lines() if options.has_own_root else ""}lab=/run/lab
 root=$lab/over/root
 mkdir -p $lab/lower $lab/over
 mount -t 9p -o ro,{_9P_OPTIONS},cache=loose lab.root $lab/lower
@@ -102,7 +136,7 @@ if mountpoint -q /lib/modules; then
     mount --rbind /lib/modules $root/lib/modules
 fi
 mount --move {CONTROL_MOUNT} $root{CONTROL_MOUNT}
-{shares}
+{views}{shares}
 udevadm control --exit || :
 cd $root
 pivot_root . ./$lab/old
@@ -147,12 +181,21 @@ def _export(path: Path, tag: str, read_only: bool) -> list[str]:
     ]
 
 
-def qemu_arguments(options: GuestOptions, control: Path) -> list[str]:
+def modules_of(kernel: Path) -> Path:
+    """The modules beside a kernel image: lib/modules of the tree whose boot the image is in."""
+    return kernel.parent.parent / "lib" / "modules"
+
+
+def qemu_arguments(options: GuestOptions, control: Path, kernel: Path) -> list[str]:
     """What QEMU gets beyond virtme-run's own: exports, stream ports, the instruction clock."""
     arguments = _export(options.root, "lab.root", read_only=True)
     arguments += _export(control, "lab.control", read_only=False)
     for index, path in enumerate(options.shares):
         arguments += _export(path, _share_tag(index), read_only=False)
+    for index, path in enumerate(options.views):
+        arguments += _export(path, _view_tag(index), read_only=True)
+    if options.has_own_root:
+        arguments += _export(modules_of(kernel).resolve(), "lab.modules", read_only=True)
     arguments += ["-device", "virtio-serial-pci"]
     for port in STREAM_PORTS:
         pipe = control / port.replace("dev_", "")
@@ -184,4 +227,4 @@ def virtme_arguments(
     # Modules of a kernel that is not installed are linked into /lib/modules by virtme-ng.
     arguments += ["--overlay-rwdir", "/lib", "--overlay-rwdir", "/etc"]
     arguments += ["--show-boot-console", "--kopt", "loglevel=5", "--script-sh", first]
-    return [*arguments, "--qemu-opts", *qemu_arguments(options, control)]
+    return [*arguments, "--qemu-opts", *qemu_arguments(options, control, kernel)]

@@ -1,9 +1,9 @@
-"""A Debian kernel, and the few tools its guest needs, without installing them on this machine.
+"""Debian kernels, and the few tools their guests need, without installing them on this machine.
 
 Installing a kernel package would add a boot entry and might be booted next time, so the packages
-are downloaded with apt and only unpacked, below `$XDG_CACHE_HOME/tcpstuck-trace/guest`. Two
-symbolic links there, `kernel` and `busybox`, name what is current; a link moves only once its
-package is completely unpacked, so that an interrupted download is never booted.
+are downloaded with apt and only unpacked, below `$XDG_CACHE_HOME/tcpstuck-trace/guest`. Symbolic
+links there, such as `kernel` and `busybox`, name what is current; a link moves only once its
+packages are completely unpacked, so that an interrupted download is never booted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -52,16 +54,16 @@ def cache_directory(environment: Mapping[str, str] = os.environ) -> Path:
     return root / "tcpstuck-trace" / "guest"
 
 
-def cached_kernel() -> Path:
-    """The kernel image of the last fetch; its modules lie in the same tree.
+def cached_kernel(link: str = "kernel") -> Path:
+    """The kernel image of the last fetch under that link; its modules lie in the same tree.
 
     Raises CacheError where none has been fetched.
     """
-    images = sorted((cache_directory() / "kernel" / "boot").glob("vmlinu[xz]-*"))
+    images = sorted((cache_directory() / link / "boot").glob("vmlinu[xz]-*"))
     if not images:
         raise CacheError(
             "no kernel to boot a guest with",
-            f"{cache_directory() / 'kernel'} holds none",
+            f"{cache_directory() / link} holds none",
             "run `make setup`, or name an image with --kernel",
         )
     return images[0].resolve()
@@ -89,97 +91,182 @@ def parse_record(record: str) -> dict[str, str]:
     return fields
 
 
+def dependencies(record: str) -> list[str]:
+    """The first alternative of each dependency in a record, without its version."""
+    wanted = parse_record(record).get("Depends", "").split(",")
+    names = [one.split("|")[0].split("(")[0].strip() for one in wanted]
+    return [name for name in names if name]
+
+
 def kernel_dependency(record: str) -> str | None:
     """The package that a kernel meta-package's record leads to, or None."""
-    for alternative in parse_record(record).get("Depends", "").split(","):
-        name = alternative.split("|")[0].split("(")[0].strip()
-        if name.startswith("linux-image-"):
-            return name
-    return None
+    return next((n for n in dependencies(record) if n.startswith("linux-image-")), None)
 
 
-def _run(command: list[str], cwd: Path | None = None) -> str:
-    """Standard output of an external command. Raises CacheError with its last error line."""
+def kernel_parts(image: str, record: str) -> list[str]:
+    """The packages that an image package's record splits its kernel into.
+
+    Since 7.2 Debian's linux-image-RELEASE is empty and depends on linux-binary-RELEASE and
+    linux-modules-RELEASE; before, it holds everything itself.
+    """
+    release = image[len("linux-image-") :]
+    return [name for name in dependencies(record) if name.endswith(f"-{release}")]
+
+
+def run_tool(
+    command: Sequence[str],
+    *,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    limit_s: float = DOWNLOAD_LIMIT_S,
+) -> str:
+    """Standard output of an external command, its environment added to ours.
+
+    Raises CacheError with its error line.
+    """
+    named = textwrap.shorten(f"`{' '.join(command)}`", 120)
     remedy = "run `make setup`, which refreshes the package lists, and look at the network"
     try:
         done = subprocess.run(
             command,
             cwd=cwd,
+            env={**os.environ, **(environment or {})},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=DOWNLOAD_LIMIT_S,
+            timeout=limit_s,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise CacheError(f"`{' '.join(command)}` did not run", str(error), remedy) from error
+        raise CacheError(f"{named} did not run", str(error), remedy) from error
     if done.returncode != 0:
-        complaint = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        raise CacheError(f"`{' '.join(command)}` failed", complaint, remedy)
+        raise CacheError(f"{named} failed", _error_line(done), remedy)
     return done.stdout
 
 
-def _candidate_record(name: str) -> str:
-    return _run(["apt-cache", "show", "--no-all-versions", name])
+def _error_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The first that apt marks as an error: what follows is what came of it."""
+    lines = done.stderr.strip().splitlines()
+    marked = [line for line in lines if line.startswith("E: ")]
+    return (marked[:1] or lines[-1:] or [f"status {done.returncode}"])[0]
 
 
-def kernel_package() -> Package:
-    """What the distribution's kernel meta-package for this architecture stands for now."""
-    architecture = _run(["dpkg", "--print-architecture"]).strip()
-    meta = f"linux-image-{architecture}"
-    name = kernel_dependency(_candidate_record(meta))
-    if name is None:
-        raise CacheError(
-            f"package {meta} leads to no kernel image",
-            "none of its dependencies is one",
-            "name an image with --kernel",
-        )
-    return candidate(name)
+@dataclass(frozen=True)
+class Apt:
+    """apt, asked about this machine's own archives or, with a configuration, about others."""
+
+    configuration: Path | None = None
+    """A file of apt.conf(5) that is read before all others; None: this machine as it is."""
+
+    def run(self, *command: str, cwd: Path | None = None) -> str:
+        """Standard output of one of apt's commands. Raises CacheError."""
+        given = {} if self.configuration is None else {"APT_CONFIG": str(self.configuration)}
+        return run_tool(command, cwd=cwd, environment=given)
+
+    def record(self, name: str) -> str:
+        """What `apt-cache show` says of the candidate. Raises CacheError where there is none."""
+        return self.run("apt-cache", "show", "--no-all-versions", name)
+
+    def candidates(self, names: Sequence[str]) -> list[Package]:
+        """The versions of these packages that apt would install. Raises CacheError for none.
+
+        All in one call, because apt may have to read its lists anew for each.
+        """
+        records = self.run("apt-cache", "show", "--no-all-versions", *names).split("\n\n")
+        fields = [parse_record(record) for record in records]
+        versions = {one["Package"]: one["Version"] for one in fields if "Version" in one}
+        for name in names:
+            if name not in versions:
+                why, remedy = "apt knows none", "run `make setup`"
+                raise CacheError(f"package {name} has no candidate", why, remedy)
+        return [Package(name, versions[name]) for name in names]
+
+    def kernel(self) -> list[Package]:
+        """What the kernel meta-package for this architecture stands for now, the image first.
+
+        Raises CacheError where there is no such package or it leads to no image.
+        """
+        meta = f"linux-image-{architecture()}"
+        image = kernel_dependency(self.record(meta))
+        if image is None:
+            raise CacheError(
+                f"package {meta} leads to no kernel image",
+                "none of its dependencies is one",
+                "name an image with --kernel",
+            )
+        return self.candidates([image, *kernel_parts(image, self.record(image))])
+
+    def download_and_unpack(self, packages: Sequence[Package], target: Path) -> None:
+        """Make the directory `target` of the packages' files. Raises CacheError."""
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
+            here = Path(scratch)
+            # apt's unprivileged download user cannot enter a private cache directory.
+            as_us = ("-o", "APT::Sandbox::User=root")
+            wanted = [f"{package.name}={package.version}" for package in packages]
+            self.run("apt-get", *as_us, "download", *wanted, cwd=here)
+            for archive in here.glob("*.deb"):
+                run_tool(["dpkg-deb", "-x", str(archive), str(here / "tree")])
+            give_one_layout(here / "tree")
+            (here / "tree").chmod(0o755)
+            (here / "tree").rename(target)
 
 
-def candidate(name: str) -> Package:
-    """The version of a package that apt would install."""
-    version = parse_record(_candidate_record(name)).get("Version")
-    if version is None:
-        raise CacheError(f"package {name} has no candidate", "apt knows none", "run `make setup`")
-    return Package(name, version)
+THIS_MACHINE = Apt()
 
 
-def fetch(package: Package, link: str) -> bool:
-    """Make `link` in the cache name the unpacked package; False if it already did."""
+def architecture() -> str:
+    """Debian's name of this machine's architecture. Raises CacheError without dpkg."""
+    return run_tool(["dpkg", "--print-architecture"]).strip()
+
+
+def give_one_layout(tree: Path) -> None:
+    """Let files be found where older packages have them, wherever newer ones put them.
+
+    Debian 13's packages have bin and lib only below usr, and since 7.2 a kernel's image lies
+    beside its modules. A hard link, because what it lies in tells virtme-ng where the modules are.
+    """
+    for name in ("bin", "sbin", "lib"):
+        if (tree / "usr" / name).is_dir() and not (tree / name).exists():
+            (tree / name).symlink_to(Path("usr") / name)
+    for image in tree.glob("usr/lib/modules/*/vmlinuz"):
+        (tree / "boot").mkdir(exist_ok=True)
+        os.link(image, tree / "boot" / f"vmlinuz-{image.parent.name}")
+
+
+def fetch(packages: Sequence[Package], link: str, apt: Apt = THIS_MACHINE) -> bool:
+    """Make `link` in the cache name the unpacked packages; False if it already did.
+
+    The first package names the directory. Raises CacheError where one cannot be had.
+    """
     cache = cache_directory()
-    unpacked = cache / "packages" / package.directory_name
+    unpacked = cache / "packages" / packages[0].directory_name
     pointer = cache / link
     if unpacked.is_dir() and pointer.resolve() == unpacked.resolve():
         return False
     unpacked.parent.mkdir(parents=True, exist_ok=True)
     previous = pointer.resolve() if pointer.is_symlink() else None
     if not unpacked.is_dir():
-        _download_and_unpack(package, unpacked)
+        apt.download_and_unpack(packages, unpacked)
     fresh = cache / f".{link}.{os.getpid()}"
     fresh.symlink_to(unpacked)
     fresh.replace(pointer)
     if previous is not None and previous.parent == unpacked.parent.resolve():
-        shutil.rmtree(previous, ignore_errors=True)
+        _remove_unless_linked(previous)
     return True
 
 
-def _download_and_unpack(package: Package, target: Path) -> None:
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
-        here = Path(scratch)
-        # apt's unprivileged download user cannot enter a private cache directory.
-        as_us = ["-o", "APT::Sandbox::User=root"]
-        _run(["apt-get", *as_us, "download", f"{package.name}={package.version}"], cwd=here)
-        archive = next(here.glob("*.deb"))
-        _run(["dpkg-deb", "-x", str(archive), str(here / "tree")])
-        (here / "tree").chmod(0o755)
-        (here / "tree").rename(target)
+def _remove_unless_linked(unpacked: Path) -> None:
+    """Two links may name the same directory: two suites may have the same kernel."""
+    links = (path for path in cache_directory().iterdir() if path.is_symlink())
+    if all(link.resolve() != unpacked for link in links):
+        shutil.rmtree(unpacked, ignore_errors=True)
 
 
 def _fetch_command(_arguments: argparse.Namespace) -> int:
-    for package, link in ((kernel_package(), "kernel"), (candidate(BUSYBOX_PACKAGE), "busybox")):
-        state = "unpacked into the cache" if fetch(package, link) else "already in the cache"
-        print(f"{package.name} {package.version}: {state}")
+    busybox = THIS_MACHINE.candidates([BUSYBOX_PACKAGE])
+    for packages, link in ((THIS_MACHINE.kernel(), "kernel"), (busybox, "busybox")):
+        state = "unpacked into the cache" if fetch(packages, link) else "already in the cache"
+        print(f"{packages[0].name} {packages[0].version}: {state}")
     return 0
 
 

@@ -15,6 +15,7 @@ import ipaddress
 import itertools
 import os
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
-from pyroute2 import IPRoute, netns
+from pyroute2 import IPRoute, NetNS, netns
 from pyroute2 import config as pyroute2_settings
 
 from lab.errors import LabError, LabTimeoutError
@@ -186,7 +187,7 @@ class Topology:
         self._cleanup.close()
 
     def _join(self) -> None:
-        with IPRoute(netns=self.server.name) as server, IPRoute(netns=self.client.name) as client:
+        with NetNS(self.server.name, flags=0) as server, NetNS(self.client.name, flags=0) as client:
             server.link(
                 "add",
                 ifname=INTERFACE,
@@ -241,8 +242,11 @@ def _address_link(route: IPRoute, addresses: Mapping[int, str]) -> int:
 def _know_neighbour(
     route: IPRoute, link: int, address: str, neighbour: IPRoute, neighbour_link: int
 ) -> None:
-    hardware_address = neighbour.get_links(neighbour_link)[0].get("address")
-    route.neigh("add", dst=address, lladdr=hardware_address, ifindex=link, state="permanent")
+    hardware_address = neighbour.get_links(neighbour_link)[0].get_attr("IFLA_ADDRESS")
+    known = {"dst": address, "lladdr": hardware_address, "ifindex": link, "state": "permanent"}
+    # Older pyroute2 does not infer the family.
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    route.neigh("add", family=family, **known)
 
 
 @contextlib.contextmanager

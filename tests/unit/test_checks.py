@@ -56,4 +56,4 @@ def test_a_guest_that_cannot_be_had_is_an_error_not_a_skip(monkeypatch: pytest.M
 
 
 def test_a_bad_status_without_a_bad_figure_is_an_error(tmp_path: Path) -> None:
-    assert not checks._tally_report(tmp_path / "none.xml", 2).good
+    assert not checks.tally_report(tmp_path / "none.xml", 2).good

@@ -82,7 +82,7 @@ class TestVirtmeArguments:
     def test_qemu_options_come_last_because_they_swallow_the_rest(self) -> None:
         arguments = virtme(GuestOptions())
         swallowed = arguments[arguments.index("--qemu-opts") + 1 :]
-        assert swallowed == guest_machine.qemu_arguments(GuestOptions(), CONTROL)
+        assert swallowed == guest_machine.qemu_arguments(GuestOptions(), CONTROL, KERNEL)
 
     def test_kernel_and_size_are_passed_on(self) -> None:
         arguments = virtme(GuestOptions(cpus=3, memory="768M"))
@@ -122,6 +122,29 @@ class TestVirtmeArguments:
             assert f" {settings['mount_tag']} " in mounted_by
         assert script.index("/srv/a") < script.index("/srv/b")
 
+    def test_a_view_is_exported_read_only_and_mounted_under_its_tag(self) -> None:
+        options = GuestOptions(views=(Path("/srv/a b"), Path("/srv/c")))
+        script = guest_machine.boot_script(["true"], options, Path("/"))
+        exports = [one for one in following(virtme(options), "-virtfs") if "lab.view" in one]
+        assert [export.split(",")[1] for export in exports] == ["path=/srv/a b", "path=/srv/c"]
+        for export in exports:
+            assert export.endswith(",readonly=on")
+            (tag,) = (part for part in export.split(",") if part.startswith("mount_tag="))
+            assert f" {tag.split('=')[1]} " in script
+        subprocess.run(["/bin/bash", "-n"], input=script.encode(), check=True)
+
+    def test_a_tree_of_another_suite_gets_the_modules_of_the_kernel_it_runs_under(self) -> None:
+        own = GuestOptions(root=Path("/srv/tree"), kernel=KERNEL)
+        (export,) = (one for one in following(virtme(own), "-virtfs") if "lab.modules" in one)
+        assert f"path={KERNEL.parent.parent}/lib/modules," in export
+        assert export.endswith(",readonly=on")
+        assert "lab.modules" in guest_machine.boot_script(["true"], own, Path("/"))
+        for place in (
+            *virtme(GuestOptions()),
+            guest_machine.boot_script(["true"], GuestOptions(), Path("/")),
+        ):
+            assert "lab.modules" not in place
+
     def test_a_comma_in_a_path_does_not_end_the_option(self) -> None:
         exports = following(virtme(GuestOptions(shares=(Path("/srv/a,readonly=on"),))), "-virtfs")
         assert "path=/srv/a,,readonly=on,mount_tag=" in exports[-1]
@@ -155,15 +178,18 @@ class TestArguments:
         options = guest.options_from(
             parsed(
                 *("--kernel", str(image), "--memory", "512M", "--icount", "--share", str(tmp_path)),
+                *("--root", str(tmp_path), "--view", str(tmp_path)),
                 *("--timeout", "1.5", "--native", "never", "--env", "A=b=c", "--env", "D="),
                 *("--", "true"),
             )
         )
         assert options == GuestOptions(
             kernel=image,
+            root=tmp_path,
             memory="512M",
             icount=True,
             shares=(tmp_path,),
+            views=(tmp_path,),
             timeout_s=1.5,
             native="never",
             environment={"A": "b=c", "D": ""},

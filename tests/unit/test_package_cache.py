@@ -51,19 +51,52 @@ def test_link_moves_only_to_what_is_unpacked_and_the_old_goes(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     wanted: list[str] = []
 
-    def unpack(package: package_cache.Package, target: Path) -> None:
+    def unpack(
+        _apt: package_cache.Apt, packages: list[package_cache.Package], target: Path
+    ) -> None:
+        (package,) = packages
         wanted.append(package.version)
         if package.version == "3":
             raise package_cache.CacheError("x", "y", "z")
         (target / "boot").mkdir(parents=True)
         (target / "boot" / f"vmlinuz-{package.version}").touch()
 
-    monkeypatch.setattr(package_cache, "_download_and_unpack", unpack)
+    monkeypatch.setattr(package_cache.Apt, "download_and_unpack", unpack)
     for version, fresh in (("1", True), ("1", False), ("2", True)):
-        assert package_cache.fetch(package_cache.Package("image", version), "kernel") is fresh
+        assert package_cache.fetch([package_cache.Package("image", version)], "kernel") is fresh
     with pytest.raises(package_cache.CacheError):
-        package_cache.fetch(package_cache.Package("image", "3"), "kernel")
+        package_cache.fetch([package_cache.Package("image", "3")], "kernel")
     assert wanted == ["1", "2", "3"]
     assert package_cache.cached_kernel().name == "vmlinuz-2"
     unpacked = package_cache.cache_directory() / "packages"
     assert [path.name for path in unpacked.iterdir()] == ["image_2"]
+
+
+def test_a_directory_that_another_link_names_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(
+        package_cache.Apt, "download_and_unpack", lambda _apt, _packages, target: target.mkdir()
+    )
+    for link, version in (("kernel", "1"), ("kernel-suite", "1"), ("kernel", "2")):
+        package_cache.fetch([package_cache.Package("image", version)], link)
+    unpacked = package_cache.cache_directory() / "packages"
+    assert sorted(path.name for path in unpacked.iterdir()) == ["image_1", "image_2"]
+    package_cache.fetch([package_cache.Package("image", "2")], "kernel-suite")
+    assert [path.name for path in unpacked.iterdir()] == ["image_2"]
+
+
+@pytest.mark.parametrize(
+    ("complaints", "told"),
+    [
+        (["W: odd", "E: the cause", "E: what came of it"], "E: the cause"),
+        (["first", "the last word"], "the last word"),
+        ([], "status 3"),
+    ],
+)
+def test_the_error_line_of_a_tool_is_the_cause(complaints: list[str], told: str) -> None:
+    said = "".join(f"echo '{line}' >&2; " for line in complaints)
+    with pytest.raises(package_cache.CacheError) as failed:
+        package_cache.run_tool(["/bin/sh", "-c", f"{said}exit 3"])
+    assert failed.value.why == told
