@@ -609,7 +609,10 @@ static __always_inline int cookie_chosen_for(struct sk_buff *skb, u16 *mss_place
 		lose(LOSS_COOKIES_UNMATCHED);
 		return 0;
 	}
+#ifndef MSS_UNKNOWN
+	/* Not every verifier lets a program have a pointer argument that is not to a struct. */
 	bpf_probe_read_kernel(&mss, sizeof(mss), mss_place);
+#endif
 	return cookie_chosen(cookie, mss);
 }
 

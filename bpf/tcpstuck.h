@@ -57,7 +57,7 @@ struct handshake {
 	__u32 accept_queue; /* entries and limit at the last SYN */
 	__u32 accept_queue_limit;
 	__u32 syn_queue;
-	__u16 mss; /* bytes, as encoded in the last cookie */
+	__u16 mss; /* bytes, as encoded in the last cookie; 0: could not be read */
 	__u8 ending;
 	__u8 drop_counters; /* enum counter_moved, all dropped ACKs together */
 	__u8 end_counters; /* enum counter_moved, at the segment that ended it */

@@ -1,8 +1,7 @@
 """Reads BTF, the kernel's description of its own types (Documentation/bpf/btf.rst).
 
 Own code because no maintained pure-Python reader exists; libbpf's needs bindings that BCC's
-packages do not ship. Only what `layout` asks for is looked at: member offsets, the parameters of
-functions, and enumerators.
+packages do not ship. Only what `kernel_types` asks for is looked at.
 """
 
 from __future__ import annotations
@@ -11,22 +10,39 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from tcpstuck_bpf import kernel_types
 from tcpstuck_bpf.errors import CannotTraceError
+from tcpstuck_bpf.kernel_types import Field, Shape, TypeGraph
 
 RUNNING_KERNEL = "/sys/kernel/btf/vmlinux"
 
 _MAGIC = 0xEB9F
 _HEADER = struct.Struct("=HBBIIIII")
 _TYPE = struct.Struct("=III")
+_WORD = struct.Struct("=I")
 _TRIPLE = struct.Struct("=III")
 _PAIR = struct.Struct("=II")
 
-_KIND_STRUCT = 4
-_KIND_UNION = 5
-_KIND_ENUM = 6
-_KIND_FUNC = 12
-_KIND_FUNC_PROTO = 13
-_TRANSPARENT_KINDS = frozenset({8, 9, 10, 11, 18})  # typedef, volatile, const, restrict, tag
+_INT, _ARRAY, _STRUCT, _UNION, _ENUM = 1, 3, 4, 5, 6
+_FUNC, _FUNC_PROTO, _ENUM64 = 12, 13, 19
+
+_KINDS = {
+    1: kernel_types.NUMBER,
+    2: kernel_types.POINTER,
+    3: kernel_types.ARRAY,
+    4: kernel_types.STRUCT,
+    5: kernel_types.UNION,
+    6: kernel_types.ENUM,
+    7: kernel_types.STRUCT,  # a forward declaration
+    8: kernel_types.TYPEDEF,
+    9: "volatile",
+    10: "const",
+    11: "restrict",
+    13: kernel_types.FUNCTION,
+    16: kernel_types.NUMBER,  # a floating-point one
+    18: kernel_types.TAG,
+    19: kernel_types.ENUM,
+}
 
 # Bytes after struct btf_type, (fixed, per member), by kind.
 _TAIL = {
@@ -52,33 +68,30 @@ _TAIL = {
 }
 
 
-class Btf:
-    """The types of one kernel.
+class Btf(TypeGraph[int]):
+    """The types of one kernel; a node is a type's number.
 
     Raises CannotTraceError where the bytes are not BTF or hold a kind of type that is not known.
     """
 
+    form = "BTF"
+    _damage = (struct.error, IndexError, KeyError, ValueError)
+
     def __init__(self, data: bytes, source: str) -> None:
+        super().__init__(source)
         self._data = data
-        self._source = source
         if len(data) < _HEADER.size or _HEADER.unpack_from(data)[0] != _MAGIC:
             raise self._unreadable("it does not begin with BTF's magic number in our byte order")
         _, _, _, header_length, type_start, type_length, string_start, _ = _HEADER.unpack_from(data)
         self._strings = header_length + string_start
         self._places = [0]
-        self._named: dict[tuple[int, int], int] = {}
+        self._by_name: dict[tuple[int, int], int] = {}
         self._enums: list[int] = []
         types = header_length + type_start
         if types + type_length > len(data) or self._strings >= len(data):
             raise self._unreadable("it is shorter than its own header says")
-        self._index(types, types + type_length)
-
-    def _unreadable(self, why: str) -> CannotTraceError:
-        return CannotTraceError(
-            f"cannot read the kernel's type information in {self._source}",
-            why,
-            "use a kernel built with CONFIG_DEBUG_INFO_BTF=y",
-        )
+        with self._reading():
+            self._index(types, types + type_length)
 
     def _index(self, place: int, end: int) -> None:
         while place < end:
@@ -87,9 +100,9 @@ class Btf:
             tail = _TAIL.get(kind)
             if tail is None:
                 raise self._unreadable(f"type {len(self._places)} is of the unknown kind {kind}")
-            if kind in (_KIND_STRUCT, _KIND_FUNC):
-                self._named.setdefault((kind, name), len(self._places))
-            elif kind == _KIND_ENUM:
+            if kind in (_STRUCT, _FUNC):
+                self._by_name.setdefault((kind, name), len(self._places))
+            elif kind in (_ENUM, _ENUM64):
                 self._enums.append(len(self._places))
             self._places.append(place)
             place += _TYPE.size + tail[0] + tail[1] * (info & 0xFFFF)
@@ -98,81 +111,78 @@ class Btf:
         start = self._strings + offset
         return self._data[start : self._data.index(b"\0", start)].decode("ascii", "replace")
 
-    def _string_offsets(self, text: str) -> Iterator[int]:
-        wanted = b"\0" + text.encode() + b"\0"
-        found = self._data.find(wanted, self._strings)
+    def _string_offsets(self, wanted: bytes) -> Iterator[int]:
+        """Offsets of the strings that begin with `wanted`."""
+        found = self._data.find(b"\0" + wanted, self._strings)
         while found != -1:
             yield found + 1 - self._strings
-            found = self._data.find(wanted, found + 1)
+            found = self._data.find(b"\0" + wanted, found + 1)
 
     def _type(self, number: int) -> tuple[int, int, int, int]:
-        """Kind, member count, size or referred type, place of what follows; qualifiers skipped."""
-        while True:
-            place = self._places[number]
-            _, info, size_or_type = _TYPE.unpack_from(self._data, place)
-            kind = info >> 24 & 0x1F
-            if kind not in _TRANSPARENT_KINDS:
-                return kind, info & 0xFFFF, size_or_type, place
-            number = size_or_type
+        """Name, info, size or referred type, and the place of what follows."""
+        if not 0 < number < len(self._places):
+            raise IndexError(f"there is no type {number}")
+        place = self._places[number]
+        name, info, size_or_type = _TYPE.unpack_from(self._data, place)
+        return name, info, size_or_type, place + _TYPE.size
 
-    def _find(self, kind: int, name: str) -> int | None:
-        for offset in self._string_offsets(name):
-            number = self._named.get((kind, offset))
+    def _named(self, kind: str, name: str) -> int | None:
+        wanted = _STRUCT if kind == kernel_types.STRUCT else _FUNC
+        for offset in self._string_offsets(name.encode() + b"\0"):
+            number = self._by_name.get((wanted, offset))
             if number is not None:
-                return number
+                # A function's parameters are those of its prototype, another type.
+                return number if wanted == _STRUCT else self._type(number)[2]
         return None
 
-    def _member(self, number: int, name: str) -> tuple[int, int] | None:
-        """Bit offset and type of a member, looked for in anonymous structs and unions too."""
-        kind, count, _, place = self._type(number)
-        if kind not in (_KIND_STRUCT, _KIND_UNION):
-            return None
-        has_bit_fields = _TYPE.unpack_from(self._data, place)[1] >> 31
+    def _shape(self, node: int) -> Shape[int]:
+        name, info, size_or_type, tail = self._type(node)
+        number = info >> 24 & 0x1F
+        kind = _KINDS[number]
+        if number == _ARRAY:
+            element, _, count = _TRIPLE.unpack_from(self._data, tail)
+            return Shape(kind, inner=element or None, count=count)
+        if kind in (kernel_types.STRUCT, kernel_types.UNION, kernel_types.ENUM):
+            if number == 7 and info >> 31:
+                kind = kernel_types.UNION
+            return Shape(kind, self._string(name), size=0 if number == 7 else size_or_type)
+        if kind == kernel_types.NUMBER:
+            return Shape(kind, self._string(name), size=size_or_type)
+        return Shape(kind, self._string(name), inner=size_or_type or None)
+
+    def _fields(self, node: int) -> Iterator[Field[int]]:
+        _, info, _, tail = self._type(node)
+        count, kind = info & 0xFFFF, info >> 24 & 0x1F
+        if kind == _FUNC_PROTO:
+            for index in range(count):
+                name, number = _PAIR.unpack_from(self._data, tail + index * _PAIR.size)
+                yield Field(self._string(name), number or None)
+            return
         for index in range(count):
-            at = place + _TYPE.size + index * _TRIPLE.size
-            name_offset, member_type, offset = _TRIPLE.unpack_from(self._data, at)
-            if has_bit_fields:
-                offset &= 0xFFFFFF
-            member_name = self._string(name_offset)
-            if member_name == name:
-                return offset, member_type
-            if not member_name:
-                inner = self._member(member_type, name)
-                if inner is not None:
-                    return offset + inner[0], inner[1]
-        return None
+            name, number, offset = _TRIPLE.unpack_from(self._data, tail + index * _TRIPLE.size)
+            # With the flag, bit-fields carry their width beside their offset.
+            bits = offset >> 24 if info >> 31 else self._narrowed(number)
+            offset = offset & 0xFFFFFF if info >> 31 else offset
+            yield Field(self._string(name), number or None, offset, bits)
 
-    def offset(self, struct_name: str, path: str) -> int | None:
-        """Byte offset of a member such as `__sk_common.skc_net.net`; None where there is none."""
-        number = self._find(_KIND_STRUCT, struct_name)
-        bits = 0
-        for name in path.split("."):
-            found = None if number is None else self._member(number, name)
-            if found is None:
-                return None
-            bits += found[0]
-            number = found[1]
-        return bits // 8
+    def _narrowed(self, number: int) -> int:
+        """Width of an older form of bit-field: an int type of fewer bits than its bytes hold."""
+        _, info, size, tail = self._type(number)
+        if info >> 24 & 0x1F != _INT:
+            return 0
+        bits: int = _WORD.unpack_from(self._data, tail)[0] & 0xFF
+        return bits if bits != 8 * size else 0
 
-    def parameter_count(self, function: str) -> int | None:
-        """How many parameters a function has; None where the kernel has no such function."""
-        number = self._find(_KIND_FUNC, function)
-        if number is None:
-            return None
-        _, _, prototype, _ = self._type(number)
-        return self._type(prototype)[1]
-
-    def enumerators(self, prefix: str) -> dict[str, int]:
-        """Values of every 32-bit enumerator whose name begins with `prefix`."""
+    def _enumerators(self, prefix: str) -> dict[str, int]:
+        wanted = dict.fromkeys(self._string_offsets(prefix.encode()), "")
         found: dict[str, int] = {}
         for number in self._enums:
-            _, count, _, place = self._type(number)
-            first = _PAIR.unpack_from(self._data, place + _TYPE.size)[0] if count else 0
-            if not count or not self._string(first).startswith(prefix):
-                continue
-            for index in range(count):
-                name, value = _PAIR.unpack_from(self._data, place + _TYPE.size + index * _PAIR.size)
-                found[self._string(name)] = value
+            _, info, _, tail = self._type(number)
+            size = _TRIPLE.size if info >> 24 & 0x1F == _ENUM64 else _PAIR.size
+            for place in range(tail, tail + (info & 0xFFFF) * size, size):
+                name, value = _PAIR.unpack_from(self._data, place)
+                if name in wanted:
+                    found[self._string(name)] = value
         return found
 
 
@@ -185,6 +195,7 @@ def read_running_kernel() -> Btf:
         raise CannotTraceError(
             "this kernel does not describe its types",
             f"{RUNNING_KERNEL}: {error.strerror}",
+            "name a file that does: --vmlinux FILE (the kernel's vmlinux or /boot/vmlinuz), or "
             "use a kernel built with CONFIG_DEBUG_INFO_BTF=y (every current distribution kernel)",
         ) from error
     return Btf(data, RUNNING_KERNEL)

@@ -14,6 +14,7 @@ from types import FrameType
 from tcpstuck_bpf import netns
 from tcpstuck_bpf.app import Analysis, Live, Output, Source, run_replay, write_ready_file
 from tcpstuck_bpf.errors import (
+    EXIT_CANNOT_TRACE,
     EXIT_INTERRUPTED,
     EXIT_NOTHING_STUCK,
     EXIT_STUCK,
@@ -23,6 +24,7 @@ from tcpstuck_bpf.errors import (
 from tcpstuck_bpf.model import TraceFilter, TraceSettings, address_text
 from tcpstuck_bpf.options import build_parser
 from tcpstuck_bpf.output import JsonOutput, Selection, TableOutput
+from tcpstuck_bpf.probes import WITHOUT_VARIABLE, AttachRequest, left_out
 from tcpstuck_bpf.render import TableRenderer, watching
 from tcpstuck_bpf.replay import Header, Recorder, Replay
 from tcpstuck_bpf.report import Summary, WallClock
@@ -31,17 +33,18 @@ EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 WIDTH_OF_A_PIPE = 200
 
 _REPLAY_OPTIONS = frozenset({"replay", "json", "verbose", "only", "summary"})
+_DOCTOR_OPTIONS = frozenset({"doctor", "vmlinux", "against", "json", "verbose"})
 
 
-def _refuse_beside_replay(options: argparse.Namespace) -> None:
-    """A recording fixes what was traced: options that would change it are a mistake."""
+def _refuse_beside(
+    mode: str, allowed: frozenset[str], options: argparse.Namespace, why: str, remedy: str
+) -> None:
+    """Options that a mode would pass over in silence are a mistake."""
     defaults = vars(build_parser().parse_args([]))
     for name, value in vars(options).items():
-        if name not in _REPLAY_OPTIONS and value != defaults[name]:
+        if name not in allowed and value != defaults[name]:
             raise UsageError(
-                f"--{name.replace('_', '-')} has no meaning beside --replay",
-                "a recording holds what was traced, and how",
-                "leave it out; --json, --only, -v and --summary choose what is shown",
+                f"--{name.replace('_', '-')} has no meaning beside {mode}", why, remedy
             )
 
 
@@ -116,17 +119,34 @@ class _Interrupts:
         self.interrupted = number == signal.SIGINT
 
 
-def _open_source(settings: TraceSettings) -> Source:
+def _attach_request(options: argparse.Namespace) -> AttachRequest:
+    if options.against is not None:
+        raise UsageError(
+            "--against has no meaning without --doctor",
+            "it compares the kernels in two files",
+            "write --doctor --vmlinux FILE --against FILE",
+        )
+    types = None
+    if options.vmlinux is not None:
+        # Imported where it is used: pyelftools would delay every start.
+        from tcpstuck_bpf.vmlinux import types_of_running_kernel
+
+        types = types_of_running_kernel(options.vmlinux)
+    without = left_out(os.environ.get(WITHOUT_VARIABLE, ""))
+    return AttachRequest(types, options.strict, without)
+
+
+def _open_source(settings: TraceSettings, request: AttachRequest) -> Source:
     from tcpstuck_bpf.source import open_source
 
-    return open_source(settings)
+    return open_source(settings, request)
 
 
 def _trace(options: argparse.Namespace) -> int:
     interrupts = _Interrupts()
     settings = _settings(options)
     watched = _watched(options, settings.trace_filter)
-    source = _open_source(settings)
+    source = _open_source(settings, _attach_request(options))
     try:
         if options.dry_run:
             if options.ready_file is not None:
@@ -154,9 +174,34 @@ def _trace(options: argparse.Namespace) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    _refuse_beside_replay(options)
+    _refuse_beside(
+        "--replay",
+        _REPLAY_OPTIONS,
+        options,
+        "a recording holds what was traced, and how",
+        "leave it out; --json, --only, -v and --summary choose what is shown",
+    )
     replay = Replay(options.replay)
     return _exit_status(run_replay(replay, _output(options, replay.header.clock)))
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    _refuse_beside(
+        "--doctor",
+        _DOCTOR_OPTIONS,
+        options,
+        "it looks at the kernel, and traces nothing",
+        "leave it out; --vmlinux, --against, --json and -v are for the doctor",
+    )
+    from tcpstuck_bpf.consultation import consult
+
+    width = shutil.get_terminal_size((WIDTH_OF_A_PIPE, 24)).columns
+    able, lines = consult(
+        options.vmlinux, options.against, width=width, json=options.json, verbose=options.verbose
+    )
+    for line in lines:
+        print(line)
+    return EXIT_NOTHING_STUCK if able else EXIT_CANNOT_TRACE
 
 
 def _exit_status(summary: Summary) -> int:
@@ -167,6 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status of DESIGN.md's contract."""
     try:
         options = build_parser().parse_args(arguments)
+        if options.doctor:
+            return _doctor(options)
         return _replay(options) if options.replay else _trace(options)
     except TcpstuckError as error:
         print("\n".join(error.lines()), file=sys.stderr)

@@ -9,7 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 
 from tcpstuck_bpf.flow import SECOND_NS, FlowFlags, FlowReport, Segment, State
 from tcpstuck_bpf.model import Ending, EventKind, Handshake, Moved
-from tcpstuck_bpf.timeline import counters_text, flags_text, isn_text, relative_sequence
+from tcpstuck_bpf.timeline import (
+    counters_text,
+    flags_text,
+    isn_text,
+    mss_text,
+    relative_sequence,
+)
 
 MILLISECOND_NS = 1_000_000
 
@@ -45,10 +51,10 @@ def _syn_sentences(report: FlowReport) -> Iterator[str]:
     entry = report.handshake
     cookie = f"cookie SYN-ACK {entry.cookie_isn:#010x}"
     if entry.syn_count <= 1:
-        yield f"1 SYN, {cookie} sent at +0.0 ms (MSS {entry.mss})"
+        yield f"1 SYN, {cookie} sent at +0.0 ms ({mss_text(entry)})"
     else:
         last = _offset(report, entry.last_syn_ns)
-        yield f"{entry.syn_count} SYNs, the last at {last}; last {cookie} (MSS {entry.mss})"
+        yield f"{entry.syn_count} SYNs, the last at {last}; last {cookie} ({mss_text(entry)})"
     if entry.syns_dropped:
         drops = _segments(report, EventKind.SYN_DROPPED)
         queue = f": {_queue_text(drops[-1])}" if drops else ""

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tcpstuck_bpf.btf import Btf
 from tcpstuck_bpf.errors import CannotTraceError
+from tcpstuck_bpf.kernel_types import POINTER_BYTES, KernelTypes, MemberPlace
 
 
 class Member(NamedTuple):
@@ -24,6 +24,13 @@ class Member(NamedTuple):
     kernel_struct: str
     path: str
 
+    @property
+    def size(self) -> int:
+        """Bytes that the programs read of it."""
+        return POINTER_BYTES if self.c_type.endswith("*") else C_TYPES[self.c_type]
+
+
+C_TYPES = {"u8": 1, "u16": 2, "u32": 4, "u64": 8}
 
 REQUIRED_MEMBERS = (
     Member("net", "inum", "u32", "net", "ns.inum"),
@@ -65,7 +72,25 @@ class Layout:
         return COUNTER_MEMBER in self.offsets and self.per_cpu_offset_table is not None
 
 
-def find_layout(btf: Btf, per_cpu_offset_table: int | None) -> Layout:
+def obstacle(member: Member, place: MemberPlace | None) -> str | None:
+    """Why the programs cannot read a member that is there, None where they can.
+
+    What moved is no obstacle. A bit-field has no address, and of a member that grew or shrank
+    the programs would read something else.
+    """
+    if place is None:
+        return f"struct {member.kernel_struct} has no member {member.path}"
+    if place.bits:
+        return f"struct {member.kernel_struct}'s member {member.path} is a bit-field"
+    if place.size != member.size:
+        return (
+            f"struct {member.kernel_struct}'s member {member.path} has {place.size} bytes, "
+            f"not {member.size}"
+        )
+    return None
+
+
+def find_layout(types: KernelTypes, per_cpu_offset_table: int | None) -> Layout:
     """Look every member up.
 
     `per_cpu_offset_table` is the address of the kernel's __per_cpu_offset, None where it is not
@@ -73,24 +98,29 @@ def find_layout(btf: Btf, per_cpu_offset_table: int | None) -> Layout:
     """
     offsets: dict[Member, int] = {}
     for member in REQUIRED_MEMBERS:
-        offset = btf.offset(member.kernel_struct, member.path)
-        if offset is None:
+        place = types.place(member.kernel_struct, member.path)
+        why = obstacle(member, place)
+        if why is not None or place is None:
             raise CannotTraceError(
-                f"this kernel's struct {member.kernel_struct} has no member {member.path}",
+                f"this kernel's structs are not as the programs need them: {why}",
                 "its type information differs from every kernel this version was made for",
                 "report it, with the kernel's version; a newer tcpstuck-trace may know it",
             )
-        offsets[member] = offset
-    enumerators = btf.enumerators("LINUX_MIB_")
+        offsets[member] = place.offset
+    enumerators = types.enumerators("LINUX_MIB_")
     counters = {
         name: enumerators[f"LINUX_MIB_{name}"]
         for name in COUNTERS
         if f"LINUX_MIB_{name}" in enumerators
     }
-    statistics = btf.offset(COUNTER_MEMBER.kernel_struct, COUNTER_MEMBER.path)
-    if statistics is None or not _readable_in_pairs(counters):
+    statistics = types.place(COUNTER_MEMBER.kernel_struct, COUNTER_MEMBER.path)
+    if (
+        statistics is None
+        or obstacle(COUNTER_MEMBER, statistics) is not None
+        or not _readable_in_pairs(counters)
+    ):
         return Layout(offsets, {}, None)
-    offsets[COUNTER_MEMBER] = statistics
+    offsets[COUNTER_MEMBER] = statistics.offset
     return Layout(offsets, counters, per_cpu_offset_table)
 
 
@@ -115,7 +145,10 @@ def header_text(layout: Layout) -> str:
             f"_Static_assert(__builtin_offsetof(struct {member.struct}, {member.name}) == {offset},"
             f' "{member.struct}.{member.name} is not aligned as the kernel has it");'
         )
-    lines = ["/* Generated from this kernel's BTF by tcpstuck_bpf/layout.py. */", "struct net;"]
+    lines = [
+        "/* Generated from this kernel's type information by tcpstuck_bpf/layout.py. */",
+        "struct net;",
+    ]
     for name, members in structs.items():
         lines += [f"struct {name} {{", "\tunion {", *members, "\t};", "};"]
     if layout.has_counters:

@@ -6,16 +6,19 @@ one setns(2) and /proc/net/netstat.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tcpstuck_bpf.errors import CannotTraceError, UsageError
 from tcpstuck_bpf.model import KernelCounters
 
 COUNTERS = ("SyncookiesSent", "SyncookiesRecv", "SyncookiesFailed", "ListenOverflows")
+QUEUE_SETTINGS = ("ipv4.tcp_syncookies", "ipv4.tcp_max_syn_backlog", "core.somaxconn")
+"""Below /proc/sys/net, each namespace has its own (ip-sysctl.rst)."""
 
 _NAMED = Path("/run/netns")
 _CLONE_NEWNET = 0x40000000
@@ -102,8 +105,22 @@ def parse_netstat(text: str) -> dict[str, int]:
     return {name: found[name] for name in COUNTERS if name in found}
 
 
-def _read_inside(path: Path) -> dict[str, int]:
-    """Counters of a namespace that no process is in: a thread of ours enters it for a moment.
+def _own_counters() -> dict[str, int]:
+    return parse_netstat(Path("/proc/thread-self/net/netstat").read_text("ascii"))
+
+
+def _own_queue_settings() -> dict[str, int]:
+    """/proc/sys/net shows the reading thread's namespace. A setting it lacks is left out."""
+    found = {}
+    for name in QUEUE_SETTINGS:
+        path = Path("/proc/sys/net") / name.replace(".", "/")
+        with contextlib.suppress(OSError, ValueError):
+            found[name] = int(path.read_text("ascii"))
+    return found
+
+
+def _read_inside(path: Path, read_own: Callable[[], dict[str, int]]) -> dict[str, int]:
+    """What `read_own` finds in another namespace: a thread of ours enters it for a moment.
 
     Empty where it cannot be entered.
     """
@@ -115,8 +132,7 @@ def _read_inside(path: Path) -> dict[str, int]:
             with path.open("rb") as file:
                 entered = libc.setns(file.fileno(), _CLONE_NEWNET) == 0
             if entered:
-                text = Path("/proc/thread-self/net/netstat").read_text("ascii")
-                result.update(parse_netstat(text))
+                result.update(read_own())
         except (OSError, ValueError):
             result.clear()
 
@@ -124,6 +140,29 @@ def _read_inside(path: Path) -> dict[str, int]:
     thread.start()
     thread.join()
     return result
+
+
+def read_queue_settings() -> dict[int, dict[str, int]]:
+    """QUEUE_SETTINGS of every namespace that can be found, by inode number.
+
+    Empty for one that cannot be entered (that takes CAP_SYS_ADMIN).
+    """
+    paths = {
+        inode: [Path(f"/proc/{pid}/ns/net") for pid in pids]
+        for inode, pids in _pids_by_namespace().items()
+    }
+    for path in _named_paths():
+        with contextlib.suppress(OSError):
+            if _on_nsfs(path):
+                paths.setdefault(path.stat().st_ino, []).append(path)
+    own = own_netns()
+    found = {}
+    for inode, ways in paths.items():
+        settings = _own_queue_settings() if inode == own else {}
+        for way in ways:
+            settings = settings or _read_inside(way, _own_queue_settings)
+        found[inode] = settings
+    return found
 
 
 def read_counters() -> KernelCounters:
@@ -149,7 +188,7 @@ def read_counters() -> KernelCounters:
         except OSError:
             continue
         if inode not in found and _on_nsfs(path):
-            counters = _read_inside(path)
+            counters = _read_inside(path, _own_counters)
             if counters:
                 found[inode] = counters
     if not found:

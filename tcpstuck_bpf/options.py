@@ -108,6 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_selection(parser)
     _add_output(parser)
     _add_running(parser)
+    _add_kernel(parser)
     return parser
 
 
@@ -180,3 +181,21 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--dry-run", action="store_true", help="compile, load, attach, and end")
     run.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+
+
+def _add_kernel(parser: argparse.ArgumentParser) -> None:
+    kernel = parser.add_argument_group("the kernel")
+    kernel.add_argument(
+        "--strict", action="store_true", help="refuse to trace where anything cannot be seen"
+    )
+    kernel.add_argument(
+        "--vmlinux",
+        metavar="FILE",
+        help="struct members from this vmlinux or vmlinuz; with --doctor, report on that kernel",
+    )
+    kernel.add_argument(
+        "--doctor", action="store_true", help="what stands in the way of tracing here, and remedies"
+    )
+    kernel.add_argument(
+        "--against", metavar="FILE", help="with --doctor --vmlinux: what changed in that kernel"
+    )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
-from tcpstuck_bpf.btf import Btf
-from tcpstuck_bpf.errors import CannotTraceError
+from tcpstuck_bpf.errors import CannotTraceError, UsageError
+from tcpstuck_bpf.kernel_types import KernelTypes
 from tcpstuck_bpf.model import CoverageGap
 
 
@@ -104,37 +105,129 @@ PROBES = (
 _IPV6_PROBES = frozenset({"cookie_v6_init_sequence", "cookie_v6_check"})
 
 
-def plan(symbols: Collection[str]) -> tuple[tuple[Probe, ...], tuple[CoverageGap, ...]]:
+KERNEL_COUNTERS = "kernel counters"
+"""Not a probe, but as optional as one: the programs' sight of LINUX_MIB_*."""
+OPTIONAL = (*(probe.function for probe in PROBES if not probe.required), KERNEL_COUNTERS)
+WITHOUT_VARIABLE = "TCPSTUCK_WITHOUT_PROBE"
+"""A test switch: optional probes to leave out, to see that only a declared gap comes of it."""
+
+_NO_REFUSALS: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class AttachRequest:
+    """How to attach; nothing of it changes what a recording means."""
+
+    types: KernelTypes | None = None
+    """Where struct members come from; None means the running kernel's own BTF."""
+    strict: bool = False
+    """Whether a coverage gap is fatal."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Optional probes that are not to be attached, and why."""
+
+
+ATTACH_ALL = AttachRequest()
+
+
+class ProbeRefusedError(CannotTraceError):
+    """The kernel has the function, and would not let a program onto it."""
+
+    def __init__(self, function: str, refusal: CannotTraceError) -> None:
+        super().__init__(f"{refusal.what}: {function}", refusal.why, refusal.remedy)
+        self.function = function
+
+
+def left_out(text: str) -> dict[str, str]:
+    """What WITHOUT_VARIABLE holds, names separated by commas, as AttachRequest wants it.
+
+    Raises UsageError for a name that is no optional probe's.
+    """
+    names = [name for name in text.split(",") if name]
+    for name in names:
+        if name not in OPTIONAL:
+            raise UsageError(
+                f"{WITHOUT_VARIABLE} names {name!r}",
+                "only an optional probe can be left out",
+                f"choose from {', '.join(OPTIONAL)}",
+            )
+    return dict.fromkeys(names, f"left out by {WITHOUT_VARIABLE}")
+
+
+def plan(
+    symbols: Collection[str], refused: Mapping[str, str] = _NO_REFUSALS
+) -> tuple[tuple[Probe, ...], tuple[CoverageGap, ...]]:
     """The probes this kernel has functions for, and the gaps that the others leave.
 
-    Raises CannotTraceError where a required function is missing. IPv6 is all or nothing: a cookie
-    seen without the fate of its ACK would only accuse healthy clients.
+    `refused` are functions that cannot or shall not be probed, and why. Raises CannotTraceError
+    where a required function is missing. IPv6 is all or nothing: a cookie seen without the fate
+    of its ACK would only accuse healthy clients.
     """
-    missing = {probe.function for probe in PROBES if probe.function not in symbols}
+    why = {
+        probe.function: refused.get(probe.function, "the kernel has no such function")
+        for probe in PROBES
+        if probe.function not in symbols or probe.function in refused
+    }
     for probe in PROBES:
-        if probe.required and probe.function in missing:
+        if probe.required and probe.function in why:
             raise CannotTraceError(
                 f"this kernel has no function {probe.function} to probe",
                 f"without it {probe.lost}; it may lack CONFIG_SYN_COOKIES or have it inlined",
                 "use a kernel built with CONFIG_SYN_COOKIES=y",
             )
-    if missing & _IPV6_PROBES:
-        missing |= _IPV6_PROBES
+    for function in sorted(_IPV6_PROBES & why.keys()):
+        for other in _IPV6_PROBES - why.keys():
+            why[other] = f"of no use without {function}"
     gaps = tuple(
-        CoverageGap(probe.function, "the kernel has no such function", probe.lost)
+        CoverageGap(probe.function, why[probe.function], probe.lost)
         for probe in PROBES
-        if probe.function in missing
+        if probe.function in why
     )
-    return tuple(probe for probe in PROBES if probe.function not in missing), gaps
+    return tuple(probe for probe in PROBES if probe.function not in why), gaps
 
 
-def fentry_obstacle(btf: Btf, probes: Collection[Probe]) -> str | None:
+def attach(
+    symbols: Collection[str],
+    request: AttachRequest,
+    has_counters: bool,
+    start: Callable[[tuple[Probe, ...]], str],
+) -> tuple[str, tuple[Probe, ...], tuple[CoverageGap, ...]]:
+    """Attach every probe that can be: the mode, the probes, and the gaps that are left.
+
+    `start` attaches all it is given and returns the mode. An optional probe that it cannot
+    attach (ProbeRefusedError) becomes a gap, and the rest is tried again. Raises what `plan` and
+    `start` raise, and CannotTraceError for any gap where the request is strict.
+    """
+    refused = dict(request.left_out)
+    counter_gap = CoverageGap(
+        KERNEL_COUNTERS,
+        refused.get(KERNEL_COUNTERS, "__per_cpu_offset or LINUX_MIB_* is not to be seen"),
+        "why an ACK was dropped or rejected is not known",
+    )
+    while True:
+        probes, gaps = plan(symbols, refused)
+        if not has_counters:
+            gaps = (*gaps, counter_gap)
+        if request.strict and gaps:
+            raise CannotTraceError(
+                "not everything can be seen here, and --strict allows no gap",
+                "; ".join(f"no {gap.probe} ({gap.why}): {gap.lost}" for gap in gaps),
+                "leave out --strict, and the verdicts will say what they do not know",
+            )
+        try:
+            return start(probes), probes, gaps
+        except ProbeRefusedError as error:
+            if error.function not in OPTIONAL:
+                raise
+            refused[error.function] = error.why
+
+
+def fentry_obstacle(types: KernelTypes, probes: Collection[Probe]) -> str | None:
     """Why fentry/fexit cannot be used for these probes, None where nothing speaks against it.
 
-    The BTF prototype counts, not the version: a parameter more shifts fexit's return value.
+    The described prototype counts, not the version: a parameter more shifts fexit's return value.
     """
     for probe in probes:
-        count = btf.parameter_count(probe.function)
+        count = types.parameter_count(probe.function)
         if count is None:
             return f"{probe.function} is not in the kernel's type information"
         if probe.parameters is not None and count != probe.parameters:

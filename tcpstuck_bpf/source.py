@@ -14,8 +14,9 @@ from types import ModuleType
 from typing import Any
 
 from tcpstuck_bpf import features, probes, wire
-from tcpstuck_bpf.btf import Btf, read_running_kernel
+from tcpstuck_bpf.btf import read_running_kernel
 from tcpstuck_bpf.errors import CannotTraceError
+from tcpstuck_bpf.kernel_types import KernelTypes
 from tcpstuck_bpf.layout import PER_CPU_OFFSET_SYMBOL, find_layout, header_text
 from tcpstuck_bpf.model import (
     Coverage,
@@ -27,7 +28,7 @@ from tcpstuck_bpf.model import (
     Sweep,
     TraceSettings,
 )
-from tcpstuck_bpf.probes import Probe
+from tcpstuck_bpf.probes import ATTACH_ALL, AttachRequest, Probe, ProbeRefusedError
 
 EVENT_PAGES = 256
 MAX_NAMESPACES = 1024
@@ -37,6 +38,12 @@ SWEEP_BATCH = 4096
 # BCC optimizes what clang hands it, so clang need not do the same before; and nobody debugs the
 # programs by their debugging information. A third of the compilation's time, the same code.
 _FASTER_COMPILATION = ("-Xclang", "-disable-llvm-passes", "-g0")
+
+_MSS_GAP = CoverageGap(
+    "MSS of the cookie",
+    "this kernel's verifier lets no fentry program read it",
+    "timelines say that it is not known",
+)
 
 # A kretprobe needs one record per call in flight, and tcp_rcv_state_process also runs preemptibly.
 _PREEMPTIBLE_CALLS = 512
@@ -99,36 +106,42 @@ def _problem(error: Exception, messages: list[str]) -> str:
     return ": ".join([str(error), *(telling or messages)[:1]]).replace("\n", " ")
 
 
+def bcc_version() -> str:
+    """BCC's version and where its module is. Raises CannotTraceError where there is none."""
+    bcc = _import_bcc()
+    return f"{getattr(bcc, '__version__', 'of unknown version')} ({bcc.__file__})"
+
+
 class BccSource:
     """Our programs in the running kernel; see `app.Source` for what each method promises."""
 
-    def __init__(self, settings: TraceSettings) -> None:
+    def __init__(self, settings: TraceSettings, request: AttachRequest = ATTACH_ALL) -> None:
         self.timings: dict[str, float] = {}
         self.table_capacity = settings.max_handshakes
         self._settings = settings
         self._events: list[Event] = []
         self._undecodable = 0
+        self._flags: list[str] = []
         features.require_privileges()
         with self._timed("import"):
             self._bcc = _import_bcc()
         with self._timed("layout"):
-            btf = read_running_kernel()
+            types = request.types or read_running_kernel()
             symbols, table = features.read_symbols(
                 [probe.function for probe in probes.PROBES], PER_CPU_OFFSET_SYMBOL
             )
-            layout = find_layout(btf, table)
-        self._probes, gaps = probes.plan(symbols)
-        if not layout.has_counters:
-            gaps += (
-                CoverageGap(
-                    "kernel counters",
-                    f"{PER_CPU_OFFSET_SYMBOL} or LINUX_MIB_* is not to be seen",
-                    "why an ACK was dropped or rejected is not known",
-                ),
-            )
+            wants_counters = probes.KERNEL_COUNTERS not in request.left_out
+            layout = find_layout(types, table if wants_counters else None)
         self._header = header_text(layout)
-        mode = self._start(btf)
-        self.coverage = Coverage(mode, frozenset(probe.function for probe in self._probes), gaps)
+        mode, attached, gaps = probes.attach(
+            symbols,
+            request,
+            layout.has_counters,
+            lambda wanted: self._start(types, wanted, request.strict),
+        )
+        if self._flags:
+            gaps = (*gaps, _MSS_GAP)
+        self.coverage = Coverage(mode, frozenset(probe.function for probe in attached), gaps)
 
     @contextlib.contextmanager
     def _timed(self, what: str) -> Iterator[None]:
@@ -136,10 +149,13 @@ class BccSource:
         yield
         self.timings[what] = time.monotonic() - begun
 
-    def _start(self, btf: Btf) -> str:
+    def _start(self, types: KernelTypes, wanted: tuple[Probe, ...], strict: bool) -> str:
         """Compile, load and attach in the wished mode; `auto` falls back to kprobes."""
+        self._probes = wanted
         wished = self._settings.probe_mode
-        obstacle = probes.fentry_obstacle(btf, self._probes) if wished != "kprobe" else None
+        obstacle = None
+        if wished != "kprobe":
+            obstacle = features.fentry_obstacle() or probes.fentry_obstacle(types, wanted)
         if obstacle and wished == "fentry":
             raise CannotTraceError(
                 "fentry cannot be used on this kernel", obstacle, "use --probe-mode kprobe"
@@ -147,11 +163,18 @@ class BccSource:
         if wished != "kprobe" and not obstacle:
             try:
                 return self._attempt("fentry")
+            except ProbeRefusedError:
+                raise
             except CannotTraceError:
+                # The verifier of 5.10 refuses a pointer argument that is not to a struct, which
+                # is where the MSS is. kprobes read it, so they come first where both may be used.
                 if wished == "fentry" or not features.has_kprobes():
-                    raise
+                    if strict:
+                        raise
+                    self._flags.append("-DMSS_UNKNOWN")
+                    return self._attempt("fentry")
         if not features.has_kprobes():
-            raise features.refusal(obstacle or "not asked for")
+            raise features.refusal(obstacle or "not asked for", wished)
         return self._attempt("kprobe")
 
     def _attempt(self, mode: str) -> str:
@@ -164,9 +187,13 @@ class BccSource:
             except Exception as error:  # bcc raises nothing more specific
                 failure = error
         self.close()
-        raise features.refusal(_problem(failure, messages)) from failure
+        refusal = features.refusal(_problem(failure, messages), self._settings.probe_mode)
+        if self._at_work_on is not None and not self._at_work_on.required:
+            raise ProbeRefusedError(self._at_work_on.function, refusal) from failure
+        raise refusal from failure
 
     def _load(self, mode: str) -> None:
+        self._at_work_on: Probe | None = None
         directory = program_directory()
         # BCC looks for kernel headers here instead of in /lib/modules.
         os.environ["BCC_KERNEL_SOURCE"] = str(directory / "stub")
@@ -189,6 +216,7 @@ class BccSource:
                 f"-DEVENT_PAGES={EVENT_PAGES}",
                 *probes.compiler_flags(self._probes),
             ]
+            flags += self._flags
             if mode == "fentry":
                 flags.append("-DTCPSTUCK_FENTRY")
             _allow_locked_memory()
@@ -201,11 +229,14 @@ class BccSource:
             self._load_programs(mode)
         with self._timed("attach"):
             for probe in self._probes:
+                self._at_work_on = probe
                 self._attach(probe, mode)
+        self._at_work_on = None
         self._bpf["events"].open_ring_buffer(self._on_event)
 
     def _load_programs(self, mode: str) -> None:
         for probe in self._probes:
+            self._at_work_on = probe
             if mode == "fentry":
                 names = [f"kfunc__{probe.function}"] if probe.fentry else []
                 names += [f"kretfunc__{probe.function}"]
@@ -344,6 +375,6 @@ def _allow_locked_memory() -> None:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY,) * 2)
 
 
-def open_source(settings: TraceSettings) -> BccSource:
+def open_source(settings: TraceSettings, request: AttachRequest = ATTACH_ALL) -> BccSource:
     """Trace the running kernel. Raises CannotTraceError where it cannot be done."""
-    return BccSource(settings)
+    return BccSource(settings, request)

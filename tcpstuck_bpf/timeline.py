@@ -52,6 +52,11 @@ def counters_text(counters: int) -> str:
     return ", ".join(name for bit, name in _COUNTER_NAMES if counters & bit) or "none"
 
 
+def mss_text(entry: Handshake) -> str:
+    """The MSS (bytes) that the cookie encodes, or that it could not be read."""
+    return f"MSS {entry.mss}" if entry.mss else "MSS not known"
+
+
 def flags_text(tcp_flags: int) -> str:
     """The names of the TCP flags that are set."""
     return ",".join(name for bit, name in _FLAG_NAMES if tcp_flags & bit) or "no flags"
@@ -82,7 +87,7 @@ def _segment_detail(segment: Segment, entry: Handshake) -> str:
 
 def _remembered(entry: Handshake) -> Iterator[tuple[int, frozenset[EventKind], str, str]]:
     """What the entry alone tells, each with the kinds of event that tell it better."""
-    cookie = f"cookie SYN-ACK {entry.cookie_isn:#010x}, MSS {entry.mss}"
+    cookie = f"cookie SYN-ACK {entry.cookie_isn:#010x}, {mss_text(entry)}"
     if entry.syn_count > 1:
         syns = frozenset({EventKind.SYN_REPEATED, EventKind.SYN_DROPPED})
         detail = f"the last of {entry.syn_count}; last {cookie}"
@@ -109,7 +114,7 @@ def build_timeline(
     """
     detail = f"ISN {entry.client_isn:#010x}"
     if entry.syn_count <= 1:
-        detail += f"; cookie SYN-ACK {entry.cookie_isn:#010x}, MSS {entry.mss}"
+        detail += f"; cookie SYN-ACK {entry.cookie_isn:#010x}, {mss_text(entry)}"
     detail += f"; accept queue {entry.accept_queue} of {entry.accept_queue_limit}"
     entries = [
         TimelineEntry(time_ns, what, detail)

@@ -14,7 +14,19 @@ ROOT = Path(__file__).parents[2]
 IMPORT_TIME_LIMIT_S = 60
 
 PURE = ("correlate", "verdict", "render", "export", "wire", "model", "errors", "replay")
-OF_THE_KERNEL_SIDE = {"source", "btf", "probes", "features", "layout"}
+OF_THE_KERNEL_SIDE = {
+    "bpf_trial",
+    "btf",
+    "doctor",
+    "dwarf",
+    "features",
+    "kernel_report",
+    "kernel_types",
+    "layout",
+    "probes",
+    "source",
+    "vmlinux",
+}
 # What talks to the machine: none of it is needed to judge what others have observed.
 TALKS_TO_THE_MACHINE = {
     "bcc",

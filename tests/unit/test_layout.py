@@ -5,94 +5,30 @@ from __future__ import annotations
 import shutil
 import struct
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tcpstuck_bpf.btf import Btf
 from tcpstuck_bpf.errors import CannotTraceError
+from tcpstuck_bpf.kernel_types import MemberPlace
 from tcpstuck_bpf.layout import (
     COUNTER_MEMBER,
-    COUNTERS,
     REQUIRED_MEMBERS,
     Member,
     find_layout,
     header_text,
+    obstacle,
 )
-
-INT, STRUCT, UNION, ENUM, TYPEDEF, FUNC, FUNC_PROTO = 1, 4, 5, 6, 8, 12, 13
-
-
-class Types:
-    """Writes BTF (Documentation/bpf/btf.rst)."""
-
-    def __init__(self) -> None:
-        self._strings = b"\0"
-        self._types = b""
-        self.count = 0
-
-    def name(self, text: str) -> int:
-        if not text:
-            return 0
-        self._strings += text.encode() + b"\0"
-        return len(self._strings) - len(text) - 1
-
-    def add(self, kind: int, name: str, size: int, tail: bytes = b"", members: int = 0) -> int:
-        info = kind << 24 | members
-        self._types += struct.pack("=III", self.name(name), info, size) + tail
-        self.count += 1
-        return self.count
-
-    def struct(self, name: str, *members: tuple[str, int, int], kind: int = STRUCT) -> int:
-        tail = b"".join(struct.pack("=III", self.name(n), t, 8 * o) for n, t, o in members)
-        return self.add(kind, name, 4096, tail, len(members))
-
-    def data(self) -> bytes:
-        types = len(self._types)
-        header = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, types, types, len(self._strings))
-        return header + self._types + self._strings
-
-    def btf(self) -> Btf:
-        return Btf(self.data(), "the test")
-
-
-def kernel(without: Member | None = None, counters: Sequence[int] = (2, 3, 21, 22)) -> Types:
-    """A kernel with every member we ask for, each at an offset of its own."""
-    types = Types()
-    word = types.add(INT, "u32", 4, struct.pack("=I", 32))
-    structs: dict[str, dict[str, object]] = {}
-    for number, member in enumerate((*REQUIRED_MEMBERS, COUNTER_MEMBER)):
-        if member != without:
-            place = structs.setdefault(member.kernel_struct, {})
-            *outer, last = member.path.split(".")
-            for step in outer:
-                place = place.setdefault(step, {})  # type: ignore[assignment]
-            place[last] = 64 + 8 * number
-
-    def write(name: str, members: dict[str, object]) -> int:
-        fields = []
-        for member_name, inner in members.items():
-            if isinstance(inner, dict):
-                fields.append((member_name, write("", inner), 0))
-            else:
-                # In an anonymous union each, as many of the kernel's members are.
-                union = types.struct("", (member_name, word, 0), kind=UNION)
-                fields.append(("", union, int(str(inner))))
-        return types.struct(name, *fields)
-
-    for name, members in structs.items():
-        write(name, members)
-    if counters:
-        values = [
-            struct.pack("=II", types.name(f"LINUX_MIB_{c}"), n) for c, n in zip(COUNTERS, counters)
-        ]
-        types.add(ENUM, "", 4, b"".join(values), len(values))
-    return types
-
-
-def expected_offset(member: Member) -> int:
-    return 64 + 8 * (*REQUIRED_MEMBERS, COUNTER_MEMBER).index(member)
+from tests.btf_writer import (
+    FUNC,
+    FUNC_PROTO,
+    INT,
+    TYPEDEF,
+    Types,
+    expected_offset,
+    kernel,
+)
 
 
 def test_a_compiler_finds_every_member_where_btf_says(tmp_path: Path) -> None:
@@ -121,6 +57,19 @@ def test_a_missing_member_is_named(member: Member) -> None:
         find_layout(kernel(without=member).btf(), 1)
 
 
+@pytest.mark.parametrize("member", REQUIRED_MEMBERS, ids=lambda m: m.path)
+def test_a_member_that_grew_is_refused_not_misread(member: Member) -> None:
+    grown = 8 if member.size < 8 else 4
+    with pytest.raises(CannotTraceError, match=f"{member.path} has {grown} bytes"):
+        find_layout(kernel(sizes={member: grown}).btf(), 1)
+
+
+def test_a_member_that_became_a_bit_field_is_refused() -> None:
+    member = REQUIRED_MEMBERS[0]
+    assert obstacle(member, MemberPlace(8, member.size, 0)) is None
+    assert "bit-field" in str(obstacle(member, MemberPlace(8, member.size, 3)))
+
+
 @pytest.mark.parametrize(
     ("types", "table"),
     [
@@ -128,6 +77,7 @@ def test_a_missing_member_is_named(member: Member) -> None:
         (kernel(counters=(2, 3, 21, 23)), 1),
         (kernel(counters=(3, 2, 21, 22)), 1),
         (kernel(without=COUNTER_MEMBER), 1),
+        (kernel(sizes={COUNTER_MEMBER: 4}), 1),
         (kernel(), None),
     ],
 )
@@ -153,7 +103,7 @@ def test_typedefs_are_looked_through() -> None:
     inner = types.struct("inner_t", ("value", word, 12))
     alias = types.add(TYPEDEF, "alias_t", inner)
     types.struct("outer", ("first", alias, 8))
-    assert types.btf().offset("outer", "first.value") == 20
+    assert types.btf().place("outer", "first.value") == MemberPlace(20, 4, 0)
 
 
 @pytest.mark.parametrize(

@@ -306,6 +306,12 @@ def test_a_syn_dropped_by_this_host_is_not_blamed_on_the_network() -> None:
     assert "backlog" in finding.advice
 
 
+def test_an_mss_that_could_not_be_read_is_said_to_be_unknown() -> None:
+    finding = finding_of(swept(SYN_ONCE._replace(mss=0), 3))
+    assert "(MSS not known)" in text_of(finding)
+    assert "MSS 0" not in text_of(finding)
+
+
 def test_a_handshake_taken_over_tells_by_what() -> None:
     entry = ended(SYN_ONCE, Ending.TAKEN_OVER, at(9))
     seen = event(EventKind.TAKEN_OVER, entry, at(9))

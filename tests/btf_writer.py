@@ -1,0 +1,98 @@
+"""Writes BTF byte by byte (Documentation/bpf/btf.rst), and with it kernels that do not exist."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from tcpstuck_bpf.btf import Btf
+from tcpstuck_bpf.layout import COUNTER_MEMBER, COUNTERS, REQUIRED_MEMBERS, Member
+
+INT, STRUCT, UNION, ENUM, TYPEDEF, FUNC, FUNC_PROTO = 1, 4, 5, 6, 8, 12, 13
+
+
+class Types:
+    """Writes BTF (Documentation/bpf/btf.rst)."""
+
+    def __init__(self) -> None:
+        self._strings = b"\0"
+        self._types = b""
+        self.count = 0
+
+    def name(self, text: str) -> int:
+        """Where a name is."""
+        if not text:
+            return 0
+        self._strings += text.encode() + b"\0"
+        return len(self._strings) - len(text) - 1
+
+    def add(self, kind: int, name: str, size: int, tail: bytes = b"", members: int = 0) -> int:
+        info = kind << 24 | members
+        self._types += struct.pack("=III", self.name(name), info, size) + tail
+        self.count += 1
+        return self.count
+
+    def struct(self, name: str, *members: tuple[str, int, int], kind: int = STRUCT) -> int:
+        tail = b"".join(struct.pack("=III", self.name(n), t, 8 * o) for n, t, o in members)
+        return self.add(kind, name, 4096, tail, len(members))
+
+    def data(self) -> bytes:
+        """The file."""
+        types = len(self._types)
+        header = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, types, types, len(self._strings))
+        return header + self._types + self._strings
+
+    def btf(self) -> Btf:
+        """As the tool reads it."""
+        return Btf(self.data(), "the test")
+
+
+def kernel(
+    without: Member | None = None,
+    counters: Sequence[int] = (2, 3, 21, 22),
+    sizes: Mapping[Member, int] = MappingProxyType({}),
+) -> Types:
+    """A kernel with every member we ask for, each at an offset of its own.
+
+    `sizes` gives members another size in bytes than the one we expect.
+    """
+    types = Types()
+    numbers = {
+        size: types.add(INT, f"u{8 * size}", size, struct.pack("=I", 8 * size))
+        for size in (1, 2, 4, 8)
+    }
+    structs: dict[str, dict[str, Any]] = {}
+    for number, member in enumerate((*REQUIRED_MEMBERS, COUNTER_MEMBER)):
+        if member != without:
+            place = structs.setdefault(member.kernel_struct, {})
+            *outer, last = member.path.split(".")
+            for step in outer:
+                place = place.setdefault(step, {})
+            place[last] = (64 + 8 * number, numbers[sizes.get(member, member.size)])
+
+    def write(name: str, members: dict[str, Any]) -> int:
+        fields = []
+        for member_name, inner in members.items():
+            if isinstance(inner, dict):
+                fields.append((member_name, write("", inner), 0))
+            else:
+                # In an anonymous union each, as many of the kernel's members are.
+                offset, kind = inner
+                union = types.struct("", (member_name, kind, 0), kind=UNION)
+                fields.append(("", union, offset))
+        return types.struct(name, *fields)
+
+    for name, members in structs.items():
+        write(name, members)
+    if counters:
+        values = [
+            struct.pack("=II", types.name(f"LINUX_MIB_{c}"), n) for c, n in zip(COUNTERS, counters)
+        ]
+        types.add(ENUM, "", 4, b"".join(values), len(values))
+    return types
+
+
+def expected_offset(member: Member) -> int:
+    return 64 + 8 * (*REQUIRED_MEMBERS, COUNTER_MEMBER).index(member)

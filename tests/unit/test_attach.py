@@ -1,0 +1,102 @@
+"""What cannot be attached is a declared gap, or fatal where the user wants no gaps."""
+
+from __future__ import annotations
+
+import pytest
+
+from tcpstuck_bpf.errors import CannotTraceError, UsageError
+from tcpstuck_bpf.probes import (
+    KERNEL_COUNTERS,
+    OPTIONAL,
+    PROBES,
+    WITHOUT_VARIABLE,
+    AttachRequest,
+    Probe,
+    ProbeRefusedError,
+    attach,
+    left_out,
+    plan,
+)
+
+ALL = {probe.function for probe in PROBES}
+OPTIONAL_FUNCTIONS = sorted(set(OPTIONAL) - {KERNEL_COUNTERS})
+REFUSAL = CannotTraceError("the kernel refused the BPF programs", "no such place", "none")
+
+
+class Kernel:
+    """One that attaches everything but what it refuses."""
+
+    def __init__(self, *refuses: str) -> None:
+        self.refuses = refuses
+        self.attempts = 0
+
+    def start(self, wanted: tuple[Probe, ...]) -> str:
+        self.attempts += 1
+        for probe in wanted:
+            if probe.function in self.refuses:
+                raise ProbeRefusedError(probe.function, REFUSAL)
+        return "kprobe"
+
+
+def functions(probes: tuple[Probe, ...]) -> set[str]:
+    return {probe.function for probe in probes}
+
+
+def test_nothing_in_the_way_leaves_no_gap() -> None:
+    kernel = Kernel()
+    assert attach(ALL, AttachRequest(strict=True), True, kernel.start) == ("kprobe", PROBES, ())
+    assert kernel.attempts == 1
+
+
+@pytest.mark.parametrize("function", OPTIONAL_FUNCTIONS)
+def test_an_optional_probe_that_is_refused_becomes_a_gap(function: str) -> None:
+    _, attached, gaps = attach(ALL, AttachRequest(), True, Kernel(function).start)
+    assert function not in functions(attached)
+    assert {gap.probe for gap in gaps} | functions(attached) == ALL
+    assert REFUSAL.why in {gap.why for gap in gaps if gap.probe == function}
+
+
+@pytest.mark.parametrize("function", sorted(ALL - set(OPTIONAL)))
+def test_a_required_probe_that_is_refused_is_fatal(function: str) -> None:
+    with pytest.raises(CannotTraceError, match=function):
+        attach(ALL, AttachRequest(), True, Kernel(function).start)
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_strict_names_every_gap_before_it_attaches_anything(name: str) -> None:
+    kernel = Kernel()
+    request = AttachRequest(strict=True, left_out=left_out(name))
+    with pytest.raises(CannotTraceError) as raised:
+        attach(ALL, request, name != KERNEL_COUNTERS, kernel.start)
+    assert f"no {name} " in raised.value.why
+    assert WITHOUT_VARIABLE in raised.value.why
+    assert kernel.attempts == 0
+
+
+@pytest.mark.parametrize("function", OPTIONAL_FUNCTIONS)
+def test_strict_holds_for_what_only_the_attempt_shows(function: str) -> None:
+    with pytest.raises(CannotTraceError) as raised:
+        attach(ALL, AttachRequest(strict=True), True, Kernel(function).start)
+    assert function in raised.value.why
+
+
+def test_counters_out_of_sight_are_a_gap() -> None:
+    _, attached, (gap,) = attach(ALL, AttachRequest(), False, Kernel().start)
+    assert gap.probe == KERNEL_COUNTERS
+    assert functions(attached) == ALL
+
+
+def test_half_of_ipv6_says_what_it_lacks() -> None:
+    _, gaps = plan(ALL - {"cookie_v6_check"})
+    assert {gap.probe: gap.why for gap in gaps} == {
+        "cookie_v6_check": "the kernel has no such function",
+        "cookie_v6_init_sequence": "of no use without cookie_v6_check",
+    }
+
+
+def test_the_switch_takes_optional_probes_only() -> None:
+    assert left_out("") == {}
+    assert set(left_out(",".join(OPTIONAL))) == set(OPTIONAL)
+    for wrong in ("tcp_conn_request", "no_such_function"):
+        with pytest.raises(UsageError, match=wrong):
+            left_out(wrong)

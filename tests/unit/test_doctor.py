@@ -1,0 +1,298 @@
+"""The doctor says what is in the way, on this machine and in files, and its status tells."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tcpstuck_bpf import bpf_trial, doctor, features
+from tcpstuck_bpf.cli import main
+from tcpstuck_bpf.doctor import NO, NOTE, OK, MachineReport, examine
+from tcpstuck_bpf.doctor_output import change_lines, kernel_lines, machine_json, machine_lines
+from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE, EXIT_USAGE, CannotTraceError
+from tcpstuck_bpf.kernel_report import KernelReport, changes, describe
+from tcpstuck_bpf.layout import REQUIRED_MEMBERS
+from tcpstuck_bpf.model import Coverage, TraceSettings
+from tcpstuck_bpf.probes import PROBES
+from tests import fake_kernel
+from tests.btf_writer import ENUM, FUNC, FUNC_PROTO, INT, Types, expected_offset, kernel
+
+FUNCTIONS = frozenset(probe.function for probe in PROBES)
+EPERM = "EPERM: Operation not permitted"
+
+
+def with_functions(types: Types, parameters: dict[str, int] | None = None) -> Types:
+    """The probed functions, with the parameters we expect or others."""
+    word = types.add(INT, "int", 4, struct.pack("=I", 32))
+    for probe in PROBES:
+        count = (parameters or {}).get(probe.function, probe.parameters or 4)
+        tail = struct.pack("=II", types.name("value"), word) * count
+        types.add(FUNC, probe.function, types.add(FUNC_PROTO, "", word, tail, count))
+    return types
+
+
+def report(types: Types, names: frozenset[str] | None = FUNCTIONS) -> KernelReport:
+    return describe("9.9", "a test", types.btf(), names)
+
+
+def trouble(kernel_report: KernelReport) -> dict[str, str]:
+    found = {f.probe.function: f.trouble for f in kernel_report.functions if f.trouble}
+    return {**found, **{m.name: m.trouble for m in kernel_report.members if m.trouble}}
+
+
+def test_a_complete_kernel_has_nothing_in_the_way() -> None:
+    found = report(with_functions(kernel()))
+    assert (trouble(found), found.gaps, found.trouble) == ({}, (), "")
+    for fact in found.members:
+        assert fact.place is not None
+        assert fact.place.offset == expected_offset(fact.member)
+    assert sorted(found.counters.values()) == [2, 3, 21, 22]
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=lambda probe: probe.function)
+@pytest.mark.parametrize("left", ["", ".isra.0"])
+def test_a_function_that_is_gone_or_changed_is_told(probe: Any, left: str) -> None:
+    names = FUNCTIONS - {probe.function} | ({probe.function + left} if left else set())
+    found = report(with_functions(kernel()), frozenset(names))
+    assert probe.lost in trouble(found)[probe.function]
+    assert (".isra.0" in trouble(found)[probe.function]) == bool(left)
+    assert bool(found.trouble) == probe.required
+    assert probe.required or probe.function in {gap.probe for gap in found.gaps}
+
+
+def test_a_shifted_return_value_is_told() -> None:
+    found = report(with_functions(kernel(), {"cookie_v4_check": 3}))
+    assert trouble(found) == {"cookie_v4_check": "3 parameters instead of 2: kprobes only"}
+    assert found.trouble == ""
+
+
+def test_without_a_symbol_table_the_types_say_what_is_there() -> None:
+    found = report(kernel(), None)
+    assert {fact.symbol for fact in found.functions} == {"unknown"}
+    assert found.trouble
+    assert report(with_functions(kernel()), None).trouble == ""
+
+
+def test_a_member_that_cannot_be_read_is_told() -> None:
+    member = REQUIRED_MEMBERS[-1]
+    found = report(with_functions(kernel(without=member)))
+    assert f"no member {member.path}" in found.trouble
+    assert list(trouble(found)) == [f"{member.kernel_struct}.{member.path}"]
+
+
+def test_changes_are_those_between_two_kernels_and_no_others() -> None:
+    def with_reasons(types: Types, **reasons: int) -> Types:
+        tail = b"".join(
+            struct.pack("=II", types.name(f"SKB_DROP_REASON_{name}"), value)
+            for name, value in reasons.items()
+        )
+        types.add(ENUM, "skb_drop_reason", 4, tail, len(reasons))
+        return with_functions(types)
+
+    first = report(with_reasons(kernel(), NO_SOCKET=3, OLD=4))
+    second = report(
+        with_reasons(kernel(counters=(2, 3, 23, 24)), NO_SOCKET=4, NEW=9),
+        FUNCTIONS - {"tcp_check_req"},
+    )
+    assert changes(first, first) == []
+    assert {change.what: change[1:] for change in changes(first, second)} == {
+        "symbol tcp_check_req": ("there", "missing"),
+        "LINUX_MIB_LISTENOVERFLOWS": ("21", "23"),
+        "LINUX_MIB_LISTENDROPS": ("22", "24"),
+        "SKB_DROP_REASON_NO_SOCKET": ("3", "4"),
+        "SKB_DROP_REASON_OLD": ("4", "-"),
+        "SKB_DROP_REASON_NEW": ("-", "9"),
+    }
+
+
+class Machine:
+    """What the doctor looks at, as a test wants it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.problems: dict[str, str] = {}
+        self.opened: list[str] = []
+        self.closed = 0
+        self._set = monkeypatch.setattr
+        self._set(features, "_effective_capabilities", lambda: (1 << 41) - 1)
+        self.locked("none")
+        self._set(features, "has_kprobes", lambda: True)
+        self._set(features, "function_symbols", lambda _functions: FUNCTIONS)
+        self._set(features, "read_symbols", lambda *_: (frozenset(), 4096))
+        self._set(doctor, "read_running_kernel", with_functions(kernel()).btf)
+        for name in ("tracing", "ring_buffer", "batch_lookup"):
+            self.refuse(name, None)
+
+    def refuse(self, trial: str, why: str | None) -> None:
+        self._set(bpf_trial, f"{trial}_refusal", lambda: why)
+
+    def without_types(self) -> None:
+        def read() -> None:
+            raise CannotTraceError("this kernel does not describe its types", "none", "vmlinux")
+
+        self._set(doctor, "read_running_kernel", read)
+
+    def without_kprobes(self) -> None:
+        self._set(features, "has_kprobes", lambda: False)
+
+    def locked(self, mode: str) -> None:
+        self._set(features, "lockdown_mode", lambda: mode)
+        self._set(features, "lockdown_text", lambda: f"lockdown is [{mode}]")
+
+    def open_source(self, settings: TraceSettings) -> Any:
+        self.opened.append(settings.probe_mode)
+        problem = self.problems.get(settings.probe_mode)
+        if problem is not None:
+            raise CannotTraceError("the kernel refused", problem, "none")
+
+        def close() -> None:
+            self.closed += 1
+
+        return SimpleNamespace(coverage=Coverage(settings.probe_mode, FUNCTIONS), close=close)
+
+    def examined(self) -> MachineReport:
+        return examine(self.open_source, lambda: "0.26.0")
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def levels(found: MachineReport) -> dict[str, str]:
+    return {check.what: check.level for check in found.checks}
+
+
+def test_a_good_machine_is_able_and_left_as_it_was(machine: Machine) -> None:
+    found = machine.examined()
+    assert found.able
+    assert NO not in levels(found).values()
+    assert machine.opened == ["fentry", "kprobe"]
+    assert machine.closed == len(machine.opened)
+    assert list(machine_lines(found, 100, verbose=False))[-1].startswith("able to trace")
+
+
+def test_one_mode_is_enough(machine: Machine) -> None:
+    machine.problems["fentry"] = "no trampoline"
+    found = machine.examined()
+    assert found.able
+    assert levels(found)["attaching by fentry"] == NOTE
+    assert levels(found)["attaching by kprobe"] == OK
+
+
+def test_what_is_in_the_way_is_named(machine: Machine) -> None:
+    machine.without_kprobes()
+    machine.problems["fentry"] = EPERM
+    machine.locked("confidentiality")
+    machine.refuse("tracing", EPERM)
+    found = machine.examined()
+    assert not found.able
+    assert machine.opened == ["fentry"]
+    for what in ("lockdown", "kprobes", "reading kernel memory", "attaching by fentry"):
+        assert levels(found)[what] == NO
+        assert next(check for check in found.checks if check.what == what).remedy
+    text = " ".join(machine_lines(found, 200, verbose=False))
+    assert "lockdown is [confidentiality]" in text
+    assert "no kprobe event type" in text
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what", "level"),
+    [
+        (lambda m: m.refuse("ring_buffer", EPERM), "ring buffer", NO),
+        (lambda m: m.refuse("batch_lookup", "EINVAL"), "batch lookup", NOTE),
+        (lambda m: m.without_types(), "type information", NO),
+    ],
+)
+def test_each_precondition_speaks_for_itself(
+    spoil: Callable[[Machine], None], what: str, level: str, machine: Machine
+) -> None:
+    spoil(machine)
+    assert levels(machine.examined())[what] == level
+
+
+@pytest.mark.parametrize("width", [60, 100, 200])
+def test_tables_keep_to_the_width(width: int, machine: Machine) -> None:
+    for line in machine_lines(machine.examined(), width, verbose=True):
+        assert len(line) <= width
+    found = report(with_functions(kernel()))
+    other = report(with_functions(kernel(counters=(5, 6, 7, 8))))
+    for line in (
+        *kernel_lines(found, width, verbose=True),
+        *change_lines(found, other, changes(found, other), width),
+    ):
+        assert len(line) <= width
+
+
+def test_json_is_an_object_a_line_with_the_answer_last(machine: Machine) -> None:
+    lines = [json.loads(line) for line in machine_json(machine.examined())]
+    assert lines[-1]["type"] == "doctor"
+    assert lines[-1]["able"] is True
+    assert {line["function"] for line in lines if line["type"] == "function"} == FUNCTIONS
+    assert {line["what"] for line in lines if line["type"] == "check"} == levels(
+        machine.examined()
+    ).keys()
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_kernel.build(tmp_path_factory.mktemp("kernel"), "-g")
+
+
+def run(*words: str) -> int:
+    with contextlib.suppress(SystemExit):
+        return main(words)
+    return EXIT_USAGE
+
+
+def json_of(capsys: pytest.CaptureFixture[str]) -> Iterator[dict[str, Any]]:
+    for line in capsys.readouterr().out.splitlines():
+        yield json.loads(line)
+
+
+def test_a_kernel_in_a_file_is_reported_on(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--doctor", "--vmlinux", str(image), "--json") == 0
+    lines = list(json_of(capsys))
+    places = {line["member"]: line["place"] for line in lines if line["type"] == "member"}
+    for first, second, third, _ in fake_kernel.what_the_compiler_says(image):
+        if f"{first}.{second}" in places:
+            assert places[f"{first}.{second}"]["offset"] == int(third)
+    assert {"release": fake_kernel.RELEASE}.items() <= lines[0].items()
+    assert run("--doctor", "--vmlinux", str(image), "--against", str(image)) == 0
+    assert "nothing that tcpstuck-trace uses has changed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--doctor", "-p", "3311"],
+        ["--doctor", "--against", "/etc/passwd"],
+        ["--doctor", "--vmlinux", "/etc/passwd"],
+        ["--doctor", "--vmlinux", "/no/such/file", "--json"],
+        ["--doctor", "--replay", "/etc/passwd"],
+        ["--against", "/etc/passwd"],
+        ["-p", "3311", "--vmlinux", "/etc/passwd"],
+        ["--replay", "/etc/passwd", "--strict"],
+    ],
+)
+def test_wrong_use_ends_with_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*words) == EXIT_USAGE
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    assert err
+
+
+def test_the_wrong_kernel_s_file_ends_with_3(
+    image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--vmlinux", str(image), "--dry-run") == EXIT_CANNOT_TRACE
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 3
+    assert fake_kernel.RELEASE in err

@@ -1,0 +1,241 @@
+"""Kernels in files: what is read equals what the compiler says; what is no kernel is refused."""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import lzma
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from elftools.elf.elffile import ELFFile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tcpstuck_bpf import vmlinux
+from tcpstuck_bpf.errors import CannotTraceError, TcpstuckError, UsageError
+from tcpstuck_bpf.kernel_types import MemberPlace
+from tcpstuck_bpf.layout import find_layout
+from tcpstuck_bpf.vmlinux import read_image, types_of_running_kernel
+from tests import fake_kernel
+
+FORMS = {
+    "DWARF": ("-g",),
+    "DWARF 4": ("-gdwarf-4",),
+    "DWARF 2": ("-gdwarf-2", "-gstrict-dwarf"),
+    "BTF": ("-gbtf",),
+}
+LOADER = b"MZ" + bytes(510) + b"\x1f\x8b\x08 BZh \x5d\0\0 \x28\xb5\x2f\xfd \xfd7zXZ\0 a loader"
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "xz": lzma.compress,
+    "bzip2": bz2.compress,
+    "lzma": lambda data: lzma.compress(data, lzma.FORMAT_ALONE),
+}
+PROGRAMS = {"zstd": ("zstd", "-c"), "lz4": ("lz4", "-l", "-c"), "lzo": ("lzop", "-c")}
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_kernel.build(tmp_path_factory.mktemp("kernel"), *FORMS[request.param])
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_kernel.build(tmp_path_factory.mktemp("kernel"), "-g")
+
+
+def test_members_are_where_the_compiler_put_them(image: Path) -> None:
+    types = read_image(str(image)).types
+    lines = list(fake_kernel.what_the_compiler_says(image))
+    assert len(lines) == len(fake_kernel.MEMBERS) + len(fake_kernel.BIT_FIELDS)
+    for first, second, third, fourth in lines:
+        if first != "bits":
+            assert types.place(first, second) == MemberPlace(int(third), int(fourth), 0), second
+
+
+def test_bit_fields_are_told_apart(image: Path) -> None:
+    types = read_image(str(image)).types
+    for first, name, bit, width in fake_kernel.what_the_compiler_says(image):
+        if first == "bits":
+            place = types.place("look_alike", name)
+            assert place is not None
+            assert (place.offset, place.bits) == (int(bit) // 8, int(width))
+
+
+def parameters_of(declaration: str) -> int:
+    """How many parameters are between the outer parentheses."""
+    depth = commas = 0
+    for character in declaration:
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        commas += character == "," and depth == 1
+    return commas + 1
+
+
+def test_prototypes_are_as_they_were_written(image: Path) -> None:
+    types = read_image(str(image)).types
+    for name, written in fake_kernel.PROTOTYPES.items():
+        prototype = types.prototype(name)
+        assert prototype is not None
+        assert prototype.text(name).replace("_Bool", "bool") == written
+        assert types.parameter_count(name) == parameters_of(written)
+    assert types.prototype("tcp_v4_rcv") is None
+    assert types.parameter_count("tcp_v4_rcv") is None
+
+
+def test_enumerators_and_a_layout_come_of_it(image: Path) -> None:
+    types = read_image(str(image)).types
+    assert types.enumerators("LINUX_MIB_") == fake_kernel.ENUMERATORS
+    assert types.enumerators("SKB_DROP_REASON_") == fake_kernel.DROP_REASONS
+    assert types.enumerators("NO_SUCH_") == {}
+    assert find_layout(types, 1).has_counters
+    assert types.place("look_alike", "no_such_member") is None
+    assert types.place("no_such_struct", "first") is None
+
+
+def test_without_an_address_table_the_source_file_names_lead_there(
+    kernel: Path, tmp_path: Path
+) -> None:
+    if shutil.which("objcopy") is None:
+        pytest.skip("no objcopy")
+    stripped = tmp_path / "vmlinux"
+    subprocess.run(
+        ["objcopy", "--remove-section=.debug_aranges", str(kernel), str(stripped)],
+        check=True,
+        timeout=60,
+    )
+    assert read_image(str(stripped)).types.place("look_alike", "last") == read_image(
+        str(kernel)
+    ).types.place("look_alike", "last")
+
+
+def test_release_and_functions_come_from_the_file(kernel: Path) -> None:
+    image = read_image(str(kernel))
+    assert image.release == fake_kernel.RELEASE
+    assert image.symbols is not None
+    assert image.symbols >= fake_kernel.PROTOTYPES.keys()
+
+
+def packed(name: str, data: bytes) -> bytes:
+    """As in a vmlinuz: a loader with false hits, the stream, its unpacked size, and more."""
+    if name in PACKERS:
+        stream = PACKERS[name](data)
+    else:
+        if shutil.which(PROGRAMS[name][0]) is None:
+            pytest.skip(f"no program {PROGRAMS[name][0]}")
+        stream = subprocess.run(
+            PROGRAMS[name], input=data, stdout=subprocess.PIPE, check=True, timeout=60
+        ).stdout
+    return LOADER + stream + struct.pack("<I", len(data)) + b"what follows"
+
+
+@pytest.mark.parametrize("name", [*PACKERS, *PROGRAMS])
+def test_a_compressed_kernel_is_unpacked(name: str, kernel: Path, tmp_path: Path) -> None:
+    path = tmp_path / "vmlinuz"
+    path.write_bytes(packed(name, kernel.read_bytes()))
+    image = read_image(str(path))
+    assert image.packing == name
+    assert image.types.place("look_alike", "last") == read_image(str(kernel)).types.place(
+        "look_alike", "last"
+    )
+
+
+def test_a_missing_program_is_named(
+    kernel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "vmlinuz"
+    path.write_bytes(packed("zstd", kernel.read_bytes()))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CannotTraceError) as raised:
+        read_image(str(path))
+    assert "apt install zstd" in raised.value.remedy
+
+
+@pytest.mark.parametrize("content", [b"", b"text", LOADER, gzip.compress(b"text"), b"\x7fELF"])
+def test_what_is_no_kernel_is_wrong_use(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(UsageError):
+        read_image(str(path))
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/", "/no/such/file", "/bin/sh"])
+def test_other_things_are_wrong_use(path: str) -> None:
+    with pytest.raises(UsageError):
+        read_image(path)
+
+
+def test_a_kernel_without_types_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CannotTraceError, match="does not describe"):
+        read_image(str(fake_kernel.build(tmp_path, "-s")))
+
+
+def ask_everything(path: Path) -> None:
+    """Every question, on a file that may be damaged."""
+    types = read_image(str(path)).types
+    for name in fake_kernel.PROTOTYPES:
+        types.prototype(name)
+        types.parameter_count(name)
+    for struct_name, member in fake_kernel.MEMBERS:
+        types.place(struct_name, member)
+    types.enumerators("LINUX_MIB_")
+
+
+def places_of_meaning(path: Path) -> list[int]:
+    """Where damage can matter: the file's own headers, its type information, its symbols."""
+    with path.open("rb") as file:
+        elf = ELFFile(file)
+        places = [*range(64), *range(elf["e_shoff"], path.stat().st_size)]
+        for section in elf.iter_sections():
+            if section.name.startswith((".BTF", ".debug", ".symtab", ".strtab")):
+                start = section["sh_offset"]
+                places += range(start, start + section["sh_size"])
+    return places
+
+
+@settings(
+    derandomize=True,
+    max_examples=80,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.data())
+def test_damage_ends_in_a_typed_error(image: Path, tmp_path: Path, data: st.DataObject) -> None:
+    content = bytearray(image.read_bytes())
+    places = places_of_meaning(image)
+    for _ in range(data.draw(st.integers(0, 20))):
+        content[data.draw(st.sampled_from(places))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.just(len(content)) | st.integers(0, len(content)))
+    path = tmp_path / "damaged"
+    path.write_bytes(content[:cut])
+    with contextlib.suppress(TcpstuckError):
+        ask_everything(path)
+
+
+def running(monkeypatch: pytest.MonkeyPatch, release: str, version: str) -> None:
+    monkeypatch.setattr(
+        vmlinux,
+        "os",
+        SimpleNamespace(uname=lambda: SimpleNamespace(release=release, version=version)),
+    )
+
+
+def test_only_the_running_kernel_s_own_file_is_believed(
+    kernel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CannotTraceError, match="not the file of the running kernel") as raised:
+        types_of_running_kernel(str(kernel))
+    assert os.uname().release in raised.value.why
+    running(monkeypatch, fake_kernel.RELEASE, fake_kernel.VERSION)
+    assert types_of_running_kernel(str(kernel)).place("look_alike", "first") is not None
+    running(monkeypatch, fake_kernel.RELEASE, "#2 SMP look-alike")
+    with pytest.raises(CannotTraceError) as raised:
+        types_of_running_kernel(str(kernel))
+    assert "another build" in raised.value.why
