@@ -24,6 +24,7 @@ from selectors import EVENT_READ, DefaultSelector
 from typing import TYPE_CHECKING, ClassVar, TextIO
 
 from lab import guest_machine as machine
+from lab.ending import sigterm_ends_program
 from lab.errors import LabError
 from lab.guest_machine import GuestOptions
 from lab.package_cache import cached_busybox, cached_kernel
@@ -232,25 +233,26 @@ def _session(
     env: dict[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process in a session of its own, of which nothing is left when the block ends."""
-    process = subprocess.Popen(
-        arguments,
-        cwd=cwd,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        # Before the wait: as long as the leader is not reaped its group's number is not reused.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for stream in (process.stdout, process.stderr):
-            if stream is not None:
-                stream.close()
+    with sigterm_ends_program():
+        process = subprocess.Popen(
+            arguments,
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            # Before the wait: as long as the leader is not reaped its group's number is not reused.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            for stream in (process.stdout, process.stderr):
+                if stream is not None:
+                    stream.close()
 
 
 def _pump(pid: int, streams: dict[int, Sink], limit_s: float) -> bool:
@@ -337,8 +339,6 @@ def _guest_command(arguments: argparse.Namespace) -> int:
     if not command:
         raise GuestError("nothing to run", "no command was given", "put one after --")
     options = options_from(arguments)
-    # SystemExit, so that the guest is ended on the way out.
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         result = run_in_guest(
             command,

@@ -14,20 +14,19 @@ import contextlib
 import ipaddress
 import itertools
 import os
-import signal
 import socket
 import subprocess
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FuturesTimeout
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, TypeVar
 
 from pyroute2 import IPRoute, NetNS, netns
 from pyroute2 import config as pyroute2_settings
 
+from lab.ending import sigterm_ends_program
 from lab.errors import LabError, LabTimeoutError
 from lab.patience import COMMAND_S, patient
 from lab.readings import SocketRow, parse_netstat, parse_ss
@@ -166,7 +165,7 @@ class Topology:
 
     def __enter__(self) -> Topology:
         with contextlib.ExitStack() as building:
-            building.enter_context(_sigterm_ends_program())
+            building.enter_context(sigterm_ends_program())
             self.server = Namespace(f"{self._name}-server")
             building.callback(self.server.close)
             self.client = Namespace(f"{self._name}-client")
@@ -247,28 +246,3 @@ def _know_neighbour(
     # Older pyroute2 does not infer the family.
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     route.neigh("add", family=family, **known)
-
-
-@contextlib.contextmanager
-def _sigterm_ends_program() -> Iterator[None]:
-    owner = os.getpid()
-
-    def end(number: int, _frame: FrameType | None) -> None:
-        # pyroute2 forks short-lived helpers and ends them by SIGTERM: a copy of this program
-        # must not run its clean-up.
-        if os.getpid() != owner:
-            os._exit(128 + number)
-        raise SystemExit(128 + number)
-
-    ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    )
-    if not ours:
-        yield
-        return
-    signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,16 @@ from lab.guest import GuestError, GuestOptions, run_in_guest
 words = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
 KERNEL = Path("/cache/boot/vmlinuz-1")
 CONTROL = Path("/tmp/control")
+THE_COMMAND = ("-m", "lab", "guest", "--native", "always", "--timeout", "30")
+ANOTHER_PROGRAM = (
+    "-c",
+    """
+import sys
+from lab.guest import GuestOptions, run_in_guest, write_through
+options = GuestOptions(native="always", timeout_s=30)
+run_in_guest(sys.argv[2:], options=options, stdout_sink=write_through(sys.stdout))
+""",
+)
 
 
 def virtme(options: GuestOptions, use_kvm: bool = False) -> list[str]:
@@ -326,10 +337,9 @@ class TestCommand:
     """`python -m lab guest` as a process, natively."""
 
     @staticmethod
-    def start(code: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "lab", "guest", "--native", "always", "--timeout", "30"]
+    def start(code: str, through: Sequence[str] = THE_COMMAND) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [*command, "--", sys.executable, "-c", code],
+            [sys.executable, *through, "--", sys.executable, "-c", code],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd=Path(__file__).resolve().parents[2],
@@ -344,7 +354,10 @@ class TestCommand:
             assert process.stderr.read() == b""
             assert process.wait(30) == 128 + signal.SIGPIPE
 
-    def test_a_request_to_end_ends_the_command_too(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("through", [THE_COMMAND, ANOTHER_PROGRAM])
+    def test_a_request_to_end_ends_the_command_too(
+        self, tmp_path: Path, through: Sequence[str]
+    ) -> None:
         pipe = tmp_path / "held"
         os.mkfifo(pipe)
         reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
@@ -354,7 +367,7 @@ class TestCommand:
             "print('started', flush=True)\n"
             "signal.pause()"
         )
-        with self.start(code) as process:
+        with self.start(code, through) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == b"started\n"
             process.terminate()
