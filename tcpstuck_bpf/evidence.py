@@ -82,7 +82,7 @@ def _drop_sentences(report: FlowReport) -> Iterator[str]:
     queue = _queue_text(drops[-1]) if drops else f"{_queue_text(entry)} at its SYN"
     yield f"ACK dropped {when}: {queue}"
     if entry.drop_counters & Moved.UNKNOWN:
-        yield "the kernel's counters could not be read here: the cause of the drop cannot be told"
+        yield "the kernel's counters could not be read here: judged by the accept queue's length"
     else:
         yield f"kernel counters that moved: {counters_text(entry.drop_counters)}"
         yield from _drop_cause(entry.drop_counters)

@@ -14,7 +14,7 @@ from typing import Literal
 
 from tcpstuck_bpf.evidence import evidence
 from tcpstuck_bpf.flow import FlowReport, State, TimelineEntry
-from tcpstuck_bpf.model import Coverage, FourTuple, Moved
+from tcpstuck_bpf.model import Coverage, EventKind, FourTuple, Moved
 
 Certainty = Literal["certain", "likely", "possible"]
 
@@ -74,8 +74,18 @@ class Finding:
     """The verdict on the same flow that this one replaces."""
 
 
-def _accept_queue_overflowed(counters: int) -> bool:
-    return bool(counters & Moved.LISTEN_OVERFLOWS)
+def _accept_queue_was_full(report: FlowReport) -> bool:
+    """By the kernel's counters; where they could not be read, by its length a moment before.
+
+    sk_acceptq_is_full() of include/net/sock.h: full is more entries than the limit.
+    """
+    entry = report.handshake
+    if not entry.drop_counters & Moved.UNKNOWN:
+        return bool(entry.drop_counters & Moved.LISTEN_OVERFLOWS)
+    drops = [segment for segment in report.segments if segment.kind == EventKind.ACK_DROPPED]
+    if not drops:
+        return entry.accept_queue > entry.accept_queue_limit
+    return any(drop.accept_queue > drop.accept_queue_limit for drop in drops)
 
 
 def _is(state: State) -> Callable[[FlowReport], bool]:
@@ -84,8 +94,7 @@ def _is(state: State) -> Callable[[FlowReport], bool]:
 
 def _dropped(*, by_full_queue: bool) -> Callable[[FlowReport], bool]:
     return lambda report: (
-        report.state is State.ACK_DROPPED
-        and _accept_queue_overflowed(report.handshake.drop_counters) == by_full_queue
+        report.state is State.ACK_DROPPED and _accept_queue_was_full(report) == by_full_queue
     )
 
 
@@ -237,7 +246,10 @@ def _gap_sentences(missing: tuple[str, ...], coverage: Coverage) -> Iterator[str
 
 def _certainty(rule: Rule, report: FlowReport, missing: tuple[str, ...]) -> Certainty:
     gave_up_maybe = report.state is State.SILENT and report.handshake.syn_count > 1
-    return "possible" if missing or gave_up_maybe else rule.certainty
+    if missing or gave_up_maybe:
+        return "possible"
+    cause_unsure = report.handshake.drop_counters & Moved.UNKNOWN
+    return "likely" if report.state is State.ACK_DROPPED and cause_unsure else rule.certainty
 
 
 def judge(report: FlowReport, coverage: Coverage) -> Finding | None:

@@ -228,8 +228,6 @@ def test_what_a_dropped_segment_carried_is_told(
     ("counters", "name", "sentence"),
     [
         (Moved.LISTEN_OVERFLOWS, "accept-queue-full", "ListenOverflows"),
-        (OVERFLOW | Moved.UNKNOWN, "accept-queue-full", "cannot be told"),
-        (Moved.UNKNOWN, "ack-failed", "the cause of the drop cannot be told"),
         (Moved.SYNCOOKIES_RECV | Moved.LISTEN_DROPS, "ack-failed", "binding the child socket"),
         (Moved.SYNCOOKIES_RECV, "ack-failed", "security module"),
         (Moved.NOTHING, "ack-failed", "moved: none"),
@@ -241,6 +239,23 @@ def test_the_cause_of_a_drop_is_what_the_counters_say(
     finding = finding_of(swept(ack_dropped(SYN_ONCE, at(1), counters)))
     assert (finding.verdict, finding.certainty) == (name, "certain")
     assert sentence in text_of(finding)
+
+
+@pytest.mark.parametrize(
+    ("in_queue", "name"),
+    [(50, "ack-failed"), (51, "accept-queue-full")],
+)
+@pytest.mark.parametrize("event_is_lost", [False, True])
+def test_without_counters_the_accept_queue_tells_the_likely_cause(
+    in_queue: int, name: str, event_is_lost: bool
+) -> None:
+    entry = ack_dropped(
+        SYN_ONCE._replace(accept_queue=in_queue, accept_queue_limit=50), at(1), Moved.UNKNOWN
+    )
+    seen = event(EventKind.ACK_DROPPED, entry, at(1), accept_queue=in_queue, accept_queue_limit=50)
+    finding = finding_of(*([] if event_is_lost else [seen]), swept(entry))
+    assert (finding.verdict, finding.certainty) == (name, "likely")
+    assert "could not be read here: judged by the accept queue" in text_of(finding)
 
 
 @pytest.mark.parametrize(
