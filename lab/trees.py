@@ -31,6 +31,7 @@ from lab.package_cache import (
     fetch,
     run_tool,
 )
+from lab.servers import MARIADB_USER
 
 if TYPE_CHECKING:
     from lab.package_cache import Subparsers
@@ -48,17 +49,22 @@ PACKAGES = (
     "nftables",
     "kmod",
     "mount",
+    "passwd",
     "udev",
 )
 """What the kernel tests need, and what the guest's own first steps do."""
 VERSIONED_PACKAGES = ("mariadb-server-core", "mariadb-client-core")
 """Older suites have these only with MariaDB's version in the name."""
+PACKAGES_OF_SOME_SUITES = ("util-linux-extra",)
+"""Since util-linux 2.42 it has pivot_root, by which a guest changes its root."""
 RECIPE = (
     "--variant=essential",
     "--dpkgopt=path-exclude=/usr/share/doc/*",
     "--dpkgopt=path-exclude=/usr/share/man/*",
     "--dpkgopt=path-exclude=/usr/share/locale/*",
+    f'--customize-hook=chroot "$1" useradd --system --user-group {MARIADB_USER}',
 )
+"""mmdebstrap's options; the user, whom only the package with the service would make."""
 BUILD_LIMIT_S = 1800.0
 HEADERS = re.compile(r"^Package: (linux-(?:.*-)?headers(?:-.*)?|linux-libc-dev)$", re.MULTILINE)
 """Packages with the kernel's declarations, in dpkg's status file."""
@@ -163,9 +169,10 @@ def newest_of(name: str, known: Iterable[str]) -> str | None:
 
 def tree_packages(apt: Apt) -> list[Package]:
     """The packages to put into a tree, in the versions it would get. Raises CacheError."""
-    known = apt.run("apt-cache", "pkgnames").split()
+    known = set(apt.run("apt-cache", "pkgnames").split())
     versioned = [newest_of(name, known) or name for name in VERSIONED_PACKAGES]
-    return apt.candidates([*PACKAGES, *versioned])
+    optional = [name for name in PACKAGES_OF_SOME_SUITES if name in known]
+    return apt.candidates([*PACKAGES, *versioned, *optional])
 
 
 def tree_name(suite: str, packages: Sequence[Package]) -> str:

@@ -113,6 +113,23 @@ class TestNames:
 
 
 class TestApt:
+    def test_a_tree_gets_what_its_suite_has_under_the_name_it_has_there(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        optional = trees.PACKAGES_OF_SOME_SUITES
+        names = [*trees.PACKAGES, *(f"{name}-10.5" for name in trees.VERSIONED_PACKAGES)]
+
+        def tell(_apt: Apt, *words: str) -> str:
+            if words[1] == "pkgnames":
+                return "\n".join(names)
+            asked = words[words.index("--no-all-versions") + 1 :]
+            return "\n\n".join(f"Package: {name}\nVersion: 1\n" for name in asked)
+
+        monkeypatch.setattr(Apt, "run", tell)
+        assert [one.name for one in trees.tree_packages(Apt())] == names
+        names += optional
+        assert [one.name for one in trees.tree_packages(Apt())] == names
+
     def test_another_suite_sees_nothing_of_this_machines_sources_and_packages(
         self, tmp_path: Path
     ) -> None:
