@@ -32,7 +32,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Usage, the message, and the nearest option; exit status 2."""
         known = [option for action in self._actions for option in action.option_strings]
-        for word in message.replace("=", " ").split():
+        _, unrecognized, words = message.partition("unrecognized arguments: ")
+        for word in words.replace("=", " ").split() if unrecognized else ():
             if word.startswith("-") and word not in known:
                 near = difflib.get_close_matches(word, known, n=1)
                 message += f" (did you mean {near[0]}?)" if near else ""
@@ -99,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser; README.md documents every option of it."""
     parser = Parser(
         prog="tcpstuck-trace",
-        description="Name every TCP connection that its client believes in and the server forgot: "
+        description="Name every TCP connection that its client believes in and the server forgot:\n"
         "SYN-ACKs sent under SYN cookies whose ACK never came, or was thrown away.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -83,6 +83,25 @@ def test_a_mistyped_option_is_guessed(capsys: pytest.CaptureFixture[str]) -> Non
     assert "did you mean --port?" in capsys.readouterr().err
 
 
+def test_a_wrong_value_of_a_known_option_is_not_taken_for_a_mistyped_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["-p", "70000"])
+    complaint = capsys.readouterr().err
+    assert "70000" in complaint
+    assert "did you mean" not in complaint
+
+
+def test_help_fits_a_terminal_of_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
 def test_without_bcc_the_package_to_install_is_named() -> None:
     ended = child("-p", "3311")
     assert ended.returncode == EXIT_CANNOT_TRACE
