@@ -8,6 +8,9 @@
  * return and never nested: what an entry finds out is left in a per-CPU scratch for the return,
  * because the function in between may free the packet (cookie_vX_check does from 6.9 on).
  *
+ * All in one text, because BCC translates map accesses only in the text it is given, not in what
+ * that includes.
+ *
  * kernel_layout.h is generated from the running kernel's BTF (tcpstuck_bpf/layout.py): structs
  * that hold only the members named here, at their true offsets.
  */
