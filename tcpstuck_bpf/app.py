@@ -19,6 +19,7 @@ from tcpstuck_bpf.errors import RecordingError, UsageError
 from tcpstuck_bpf.flow import State
 from tcpstuck_bpf.model import (
     Coverage,
+    Ending,
     Event,
     FourTuple,
     KernelCounters,
@@ -110,6 +111,7 @@ class Analysis:
         """Entries of the kernel's table that are needed no more, after the latest step."""
         self.told = 0
         self._verdicts: Counter[str] = Counter()
+        self._taken_over = 0
         self._rows: int | None = None
         self._tallies: list[Tally] = []
 
@@ -132,6 +134,10 @@ class Analysis:
         reports = self.correlator.advance(now_ns)
         judged = (judge(report, self.header.coverage) for report in reports)
         findings = [finding for finding in judged if finding is not None]
+        self._taken_over += sum(
+            report.handshake.ending == Ending.TAKEN_OVER and report.delay_ns is not None
+            for report in reports
+        )
         for finding in findings:
             self._verdicts[finding.verdict] += 1
             if finding.updates is not None:
@@ -168,7 +174,9 @@ class Analysis:
         counted = _total(start.traced, end.traced)
         recovered = stats.told_now.get(State.RECOVERED, 0)
         told = {name: number for name, number in self._verdicts.items() if number > 0}
-        told["completed"] = max(0, counted[NetnsCount.COMPLETED] - recovered)
+        # Those that an ordinary handshake took over were connected without a cookie's ACK.
+        connected = counted[NetnsCount.COMPLETED] + self._taken_over
+        told["completed"] = max(0, connected - recovered)
         losses = {
             **ended.losses,
             "flows_evicted": stats.evicted,

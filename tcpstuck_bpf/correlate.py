@@ -236,6 +236,8 @@ class Correlator:
         state = decision.state
         if state in _CONNECTED_STATES and flow.ever_stuck:
             state = State.RECOVERED
+        elif state is State.TAKEN_OVER and flow.told is not None:
+            state = State.COMPLETED
         flow.unsettled = state is not flow.state
         if not flow.unsettled:
             return None

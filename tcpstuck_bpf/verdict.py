@@ -14,7 +14,7 @@ from typing import Literal
 
 from tcpstuck_bpf.evidence import evidence
 from tcpstuck_bpf.flow import FlowReport, State, TimelineEntry
-from tcpstuck_bpf.model import Coverage, EventKind, FourTuple, Moved
+from tcpstuck_bpf.model import Coverage, Ending, EventKind, FourTuple, Moved
 
 Certainty = Literal["certain", "likely", "possible"]
 
@@ -248,6 +248,9 @@ def _certainty(rule: Rule, report: FlowReport, missing: tuple[str, ...]) -> Cert
     gave_up_maybe = report.state is State.SILENT and report.handshake.syn_count > 1
     if missing or gave_up_maybe:
         return "possible"
+    if report.handshake.ending == Ending.TAKEN_OVER:
+        # Nobody has seen the end of the ordinary handshake that took over.
+        return "likely"
     cause_unsure = report.handshake.drop_counters & Moved.UNKNOWN
     return "likely" if report.state is State.ACK_DROPPED and cause_unsure else rule.certainty
 

@@ -181,7 +181,7 @@ def _assert_last_handshake_is_judged_right(world: World, client: int) -> None:
     elif truth.over in ("ack", "syn taken"):
         if was_stuck:
             assert last is State.RECOVERED
-        elif truth.over == "ack" and told:
+        elif told:
             assert last is State.COMPLETED
         else:
             assert last not in STUCK_STATES

@@ -27,7 +27,17 @@ from tcpstuck_bpf.model import (
 from tcpstuck_bpf.output import JsonOutput, Selection
 from tcpstuck_bpf.replay import Recorder, Replay
 from tcpstuck_bpf.verdict import Finding
-from tests.builders import SECOND_NS, ack_dropped, at, ended, event, four_tuple, handshake, header
+from tests.builders import (
+    SECOND_NS,
+    ack_dropped,
+    at,
+    ended,
+    event,
+    four_tuple,
+    handshake,
+    header,
+    repeated,
+)
 
 
 class FakeKernel:
@@ -162,6 +172,23 @@ def test_what_is_not_shown_is_counted() -> None:
     kernel.at(at(0), ack_dropped(handshake(), at(0.1)))
     (summary,) = live(kernel, 8, only="ack-missing")
     assert summary["verdicts"]["accept-queue-full"] == 1
+
+
+def test_the_summary_counts_who_was_connected_by_an_ordinary_handshake() -> None:
+    kernel = FakeKernel()
+    kernel.at(at(0), handshake())
+    taken = ended(handshake(), Ending.TAKEN_OVER, at(5))
+    kernel.at(at(5), taken, event(EventKind.TAKEN_OVER, taken, at(5)))
+    summary = live(kernel, 8)[-1]
+    assert summary["verdicts"] == {"completed": 0, "recovered": 1}
+    kernel = FakeKernel()
+    repeating = repeated(handshake(), at(1), at(3))
+    kernel.at(at(3), repeating)
+    taken = ended(repeating, Ending.TAKEN_OVER, at(5))
+    kernel.at(at(5), taken, event(EventKind.TAKEN_OVER, taken, at(5)))
+    *told, summary = live(kernel, 8)
+    assert [line["verdict"] for line in told] == ["synack-missing", "completed"]
+    assert summary["verdicts"] == {"completed": 1}
 
 
 def test_stop_ends_with_the_summary() -> None:

@@ -188,13 +188,19 @@ def test_a_stuck_client_that_gets_connected_has_recovered(
     assert (watching.stats().ever_stuck, watching.stats().still_stuck) == (1, 0)
 
 
-def test_a_connection_is_told_where_something_else_was_told_before() -> None:
+@pytest.mark.parametrize(
+    ("ending", "kind"),
+    [(Ending.COMPLETED, EventKind.COMPLETED), (Ending.TAKEN_OVER, EventKind.TAKEN_OVER)],
+)
+def test_a_connection_is_told_where_something_else_was_told_before(
+    ending: Ending, kind: EventKind
+) -> None:
     watching = correlator()
     repeating = repeated(SYN_ONCE, at(1), at(3))
     told = reports([sweep(at(4), repeating)], at(4), watching)
     assert [r.state for r in told] == [State.REPEATING]
-    done = ended(repeating, Ending.COMPLETED, at(5))
-    told = reports([event(EventKind.COMPLETED, done, at(5))], at(5), watching)
+    done = ended(repeating, ending, at(5))
+    told = reports([event(kind, done, at(5))], at(5), watching)
     assert [(r.state, r.previous) for r in told] == [(State.COMPLETED, State.REPEATING)]
     assert watching.stats().told_now == {State.COMPLETED: 1}
 

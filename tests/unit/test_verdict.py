@@ -332,6 +332,7 @@ def test_a_handshake_taken_over_tells_by_what() -> None:
     seen = event(EventKind.TAKEN_OVER, entry, at(9))
     finding = finding_of(swept(SYN_ONCE, 3), seen)
     assert (finding.verdict, finding.updates) == ("recovered", "ack-missing")
+    assert finding.certainty == "likely"
     assert "a repeated SYN was answered by a normal" in text_of(finding)
 
 
