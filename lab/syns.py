@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from lab.patience import LOAD_S
@@ -55,25 +56,50 @@ def make_syns(prefix: str, server_ip: str, server_port: int, count: int) -> Iter
         )
 
 
+def make_syn(four_tuple: FourTuple, isn: int) -> Syn:
+    """The SYN of one 4-tuple; the same one with the same ISN is what a client would repeat."""
+    source = ipaddress.ip_address(four_tuple.client_ip).packed
+    template = SynTemplate(four_tuple.server_ip, four_tuple.server_port)
+    return Syn(four_tuple, isn, template.packet(source, four_tuple.client_port, isn))
+
+
+def send_in_bursts(namespace: Namespace, watch: Watch, syns: Iterable[Syn]) -> None:
+    """Send SYNs to one server in bursts, each answered before the next.
+
+    The answers are counted on the wire, so 4-tuples may come more than once. Raises
+    LabTimeoutError where the server does not answer all of them.
+    """
+    sent = 0
+    watch.take_in()
+    before = _synacks(watch)
+
+    def all_answered() -> bool:
+        return _synacks(watch) - before >= sent
+
+    waiting = iter(syns)
+    while burst := list(itertools.islice(waiting, BURST)):
+        server_ip = burst[0].four_tuple.server_ip
+        with namespace.run(_raw_socket, ":" in server_ip) as raw:
+            for syn in burst:
+                raw.sendto(syn.packet, (server_ip, 0))
+        sent += len(burst)
+        watch.until(all_answered, f"SYN-ACKs for {sent} SYNs", LOAD_S)
+
+
 def send_syns(
     namespace: Namespace, watch: Watch, prefix: str, server_ip: str, server_port: int, count: int
 ) -> set[FourTuple]:
-    """Send SYNs in bursts, each answered before the next; returns their 4-tuples.
+    """Send SYNs with `count` different 4-tuples in bursts; returns their 4-tuples.
 
     Raises LabTimeoutError where the server does not answer all of them.
     """
-    sent: set[FourTuple] = set()
+    syns = list(make_syns(prefix, server_ip, server_port, count))
+    send_in_bursts(namespace, watch, syns)
+    return {syn.four_tuple for syn in syns}
 
-    def all_answered() -> bool:
-        return watch.count(lambda record: record.synacks > 0) >= len(sent)
 
-    with namespace.run(_raw_socket, ":" in server_ip) as raw:
-        for syn in make_syns(prefix, server_ip, server_port, count):
-            raw.sendto(syn.packet, (server_ip, 0))
-            sent.add(syn.four_tuple)
-            if len(sent) % BURST == 0 or len(sent) == count:
-                watch.until(all_answered, f"SYN-ACKs for {len(sent)} SYNs", LOAD_S)
-    return sent
+def _synacks(watch: Watch) -> int:
+    return sum(record.synacks for record in watch.records.values())
 
 
 def _raw_socket(ipv6: bool) -> socket.socket:
