@@ -319,6 +319,23 @@ static __always_inline int syn_arrived(struct sock *listener, struct sk_buff *sk
 }
 
 /*
+ * A new handshake takes the place of one that may have been told already. Only user space can
+ * know; one too young for that is not worth an event, which in a flood would be one per SYN.
+ */
+static __always_inline void replaced(struct netns_counts *counted, struct segment *segment,
+				     struct handshake *entry, u64 now)
+{
+	u32 zero = 0;
+	struct trace_config *wanted = config.lookup(&zero);
+
+	counted->count[COUNT_REPLACED] += 1;
+	if (!wanted || now - entry->first_syn_ns < wanted->tell_completed_after_ns)
+		return;
+	end(entry, ENDING_REPLACED, now, 0);
+	tell(counted, EVENT_REPLACED, segment, entry, now, 0);
+}
+
+/*
  * cookie_vX_init_sequence, return: a cookie was chosen and its SYN-ACK is about to leave. An
  * entry found here is changed in place; RSS keeps one 4-tuple on one CPU, so that nothing else
  * writes to it meanwhile.
@@ -360,7 +377,7 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 	}
 	if (entry->ending != ENDING_NONE || entry->client_isn != fresh.client_isn) {
 		if (entry->ending == ENDING_NONE)
-			counted->count[COUNT_REPLACED] += 1;
+			replaced(counted, segment, entry, fresh.first_syn_ns);
 		*entry = fresh;
 		return 0;
 	}
@@ -603,7 +620,19 @@ static __always_inline int request_handled(void)
 
 #ifdef TCPSTUCK_FENTRY
 
-static __always_inline int cookie_chosen_for(struct sk_buff *skb, u16 *mss_place, u32 cookie)
+/*
+ * What a traced function was given, when that is a pointer to no struct: the verifier of 5.10
+ * refuses to hand such a thing to a program, and lets it be read from where the others come from.
+ */
+static __always_inline u64 raw_argument(unsigned long long *ctx, int position)
+{
+	u64 argument = 0;
+
+	bpf_probe_read_kernel(&argument, sizeof(argument), &ctx[position]);
+	return argument;
+}
+
+static __always_inline int cookie_chosen_for(struct sk_buff *skb, u64 mss_place, u32 cookie)
 {
 	struct scratch *scratch = this_cpu_scratch();
 	u16 mss = 0;
@@ -612,10 +641,7 @@ static __always_inline int cookie_chosen_for(struct sk_buff *skb, u16 *mss_place
 		lose(LOSS_COOKIES_UNMATCHED);
 		return 0;
 	}
-#ifndef MSS_UNKNOWN
-	/* Not every verifier lets a program have a pointer argument that is not to a struct. */
-	bpf_probe_read_kernel(&mss, sizeof(mss), mss_place);
-#endif
+	bpf_probe_read_kernel(&mss, sizeof(mss), (void *)mss_place);
 	return cookie_chosen(cookie, mss);
 }
 
@@ -657,25 +683,38 @@ KRETFUNC_PROBE(tcp_rcv_state_process, struct sock *sk)
 }
 #endif
 
-#define COOKIE_PROBES(version)                                                          \
-	KRETFUNC_PROBE(cookie_##version##_init_sequence, struct sk_buff *skb, u16 *mss, \
-		       u32 cookie)                                                      \
-	{                                                                               \
-		return cookie_chosen_for(skb, mss, cookie);                             \
-	}                                                                               \
-	KFUNC_PROBE(cookie_##version##_check, struct sock *sk, struct sk_buff *skb)     \
-	{                                                                               \
-		return ack_arrived(sk, skb);                                            \
-	}                                                                               \
-	KRETFUNC_PROBE(cookie_##version##_check, struct sock *sk, struct sk_buff *skb,  \
-		       struct sock *result)                                             \
-	{                                                                               \
-		return ack_judged((u64)result);                                         \
-	}
+/* Twice in full: of several programs in one macro's expansion BCC 0.18 finds the first only. */
 
-COOKIE_PROBES(v4)
+KRETFUNC_PROBE(cookie_v4_init_sequence, struct sk_buff *skb, u16 *mss, u32 cookie)
+{
+	return cookie_chosen_for(skb, raw_argument(ctx, 1), cookie);
+}
+
+KFUNC_PROBE(cookie_v4_check, struct sock *sk, struct sk_buff *skb)
+{
+	return ack_arrived(sk, skb);
+}
+
+KRETFUNC_PROBE(cookie_v4_check, struct sock *sk, struct sk_buff *skb, struct sock *result)
+{
+	return ack_judged((u64)result);
+}
+
 #ifdef PROBE_cookie_v6_check
-COOKIE_PROBES(v6)
+KRETFUNC_PROBE(cookie_v6_init_sequence, struct sk_buff *skb, u16 *mss, u32 cookie)
+{
+	return cookie_chosen_for(skb, raw_argument(ctx, 1), cookie);
+}
+
+KFUNC_PROBE(cookie_v6_check, struct sock *sk, struct sk_buff *skb)
+{
+	return ack_arrived(sk, skb);
+}
+
+KRETFUNC_PROBE(cookie_v6_check, struct sock *sk, struct sk_buff *skb, struct sock *result)
+{
+	return ack_judged((u64)result);
+}
 #endif
 
 #else

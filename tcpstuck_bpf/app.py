@@ -21,7 +21,7 @@ from tcpstuck_bpf.model import (
     Coverage,
     Ending,
     Event,
-    FourTuple,
+    HandshakeId,
     KernelCounters,
     NetnsCount,
     NetnsCounts,
@@ -71,8 +71,8 @@ class Source(Protocol):
     def sweep(self) -> Sweep:
         """The whole table; its time is from before the first entry was read."""
 
-    def forget(self, four_tuples: Iterable[FourTuple]) -> None:
-        """Remove entries from the table."""
+    def forget(self, handshakes: Iterable[HandshakeId]) -> None:
+        """Remove entries from the table, where they are still of that handshake."""
 
     def counts(self) -> NetnsCounts:
         """What the programs counted since they were attached."""
@@ -107,7 +107,7 @@ class Analysis:
             header.settings.tell_healthy,
             max_flows=header.table_capacity,
         )
-        self.leaving: list[FourTuple] = []
+        self.leaving: list[HandshakeId] = []
         """Entries of the kernel's table that are needed no more, after the latest step."""
         self.told = 0
         self._verdicts: Counter[str] = Counter()

@@ -33,7 +33,7 @@ from tcpstuck_bpf.flow import (
     is_remarkable,
     is_torn,
 )
-from tcpstuck_bpf.model import Ending, Event, FourTuple, Handshake, Sweep
+from tcpstuck_bpf.model import Ending, Event, FourTuple, Handshake, HandshakeId, Sweep
 from tcpstuck_bpf.timeline import build_timeline
 
 __all__ = [
@@ -113,7 +113,7 @@ class Correlator:
         self._flows: dict[FourTuple, Flow] = {}
         self._touched: set[FourTuple] = set()
         self._ready: deque[FlowReport] = deque(maxlen=self._max_flows)
-        self._evicted_rows: deque[FourTuple] = deque(maxlen=self._max_flows)
+        self._evicted_rows: deque[HandshakeId] = deque(maxlen=self._max_flows)
         self._sweep_ns = 0
         self._young_in_sweep = 0
         self._told_now: Counter[State] = Counter()
@@ -208,7 +208,7 @@ class Correlator:
             # Left in the table, a judged entry would come back with the next sweep and be told
             # again; one that is not judged yet must come back.
             if flow.in_table and flow.state is not None and four_tuple not in self._touched:
-                self._evicted_rows.append(four_tuple)
+                self._evicted_rows.append(HandshakeId(four_tuple, flow.handshake.first_syn_ns))
             if flow.state not in ENDED_STATES:
                 self._counts["evicted"] += 1
             del self._flows[four_tuple]
@@ -263,7 +263,7 @@ class Correlator:
             flow.ever_stuck = True
             self._counts["ever_stuck"] += 1
 
-    def expired(self, now_ns: int, table_rows: int, table_capacity: int) -> list[FourTuple]:
+    def expired(self, now_ns: int, table_rows: int, table_capacity: int) -> list[HandshakeId]:
         """The entries that may be deleted from the kernel's table, each named once.
 
         Ended ones, once told; judged open ones whose last SYN is older than `row_life_ns`; and
@@ -294,9 +294,9 @@ class Correlator:
                 self._counts["unresolved"] += 1
         return leaving
 
-    def _let_go(self, four_tuple: FourTuple, flow: Flow, leaving: list[FourTuple]) -> None:
+    def _let_go(self, four_tuple: FourTuple, flow: Flow, leaving: list[HandshakeId]) -> None:
         flow.in_table = False
-        leaving.append(four_tuple)
+        leaving.append(HandshakeId(four_tuple, flow.handshake.first_syn_ns))
         if flow.handshake.ending == Ending.NONE:
             self._counts["let_go"] += 1
 

@@ -132,6 +132,13 @@ class Event(NamedTuple):
     kind: int
 
 
+class HandshakeId(NamedTuple):
+    """What tells a handshake from an earlier or later one of the same 4-tuple."""
+
+    four_tuple: FourTuple
+    first_syn_ns: int
+
+
 class Row(NamedTuple):
     """One entry of the awaiting-ACK table as a sweep saw it."""
 

@@ -20,9 +20,8 @@ from tcpstuck_bpf.kernel_types import KernelTypes
 from tcpstuck_bpf.layout import PER_CPU_OFFSET_SYMBOL, find_layout, header_text
 from tcpstuck_bpf.model import (
     Coverage,
-    CoverageGap,
     Event,
-    FourTuple,
+    HandshakeId,
     NetnsCount,
     Row,
     Sweep,
@@ -39,14 +38,6 @@ SWEEP_BATCH = 4096
 # programs by their debugging information. A third of the compilation's time, the same code.
 _FASTER_COMPILATION = ("-Xclang", "-disable-llvm-passes", "-g0")
 
-_MSS_GAP = CoverageGap(
-    "MSS of the cookie",
-    "this kernel's verifier lets no fentry program read it",
-    "timelines say that it is not known",
-)
-
-# A kretprobe needs one record per call in flight, and tcp_rcv_state_process also runs preemptibly.
-_PREEMPTIBLE_CALLS = 512
 _ENOENT = 2
 _ENOSPC = 28
 
@@ -121,7 +112,6 @@ class BccSource:
         self._settings = settings
         self._events: list[Event] = []
         self._undecodable = 0
-        self._flags: list[str] = []
         features.require_privileges()
         with self._timed("import"):
             self._bcc = _import_bcc()
@@ -137,10 +127,8 @@ class BccSource:
             symbols,
             request,
             layout.has_counters,
-            lambda wanted: self._start(types, wanted, request.strict),
+            lambda wanted: self._start(types, wanted),
         )
-        if self._flags:
-            gaps = (*gaps, _MSS_GAP)
         self.coverage = Coverage(mode, frozenset(probe.function for probe in attached), gaps)
 
     @contextlib.contextmanager
@@ -149,7 +137,7 @@ class BccSource:
         yield
         self.timings[what] = time.monotonic() - begun
 
-    def _start(self, types: KernelTypes, wanted: tuple[Probe, ...], strict: bool) -> str:
+    def _start(self, types: KernelTypes, wanted: tuple[Probe, ...]) -> str:
         """Compile, load and attach in the wished mode; `auto` falls back to kprobes."""
         self._probes = wanted
         wished = self._settings.probe_mode
@@ -166,13 +154,8 @@ class BccSource:
             except ProbeRefusedError:
                 raise
             except CannotTraceError:
-                # The verifier of 5.10 refuses a pointer argument that is not to a struct, which
-                # is where the MSS is. kprobes read it, so they come first where both may be used.
                 if wished == "fentry" or not features.has_kprobes():
-                    if strict:
-                        raise
-                    self._flags.append("-DMSS_UNKNOWN")
-                    return self._attempt("fentry")
+                    raise
         if not features.has_kprobes():
             raise features.refusal(obstacle or "not asked for", wished)
         return self._attempt("kprobe")
@@ -216,7 +199,6 @@ class BccSource:
                 f"-DEVENT_PAGES={EVENT_PAGES}",
                 *probes.compiler_flags(self._probes),
             ]
-            flags += self._flags
             if mode == "fentry":
                 flags.append("-DTCPSTUCK_FENTRY")
             _allow_locked_memory()
@@ -238,26 +220,37 @@ class BccSource:
         for probe in self._probes:
             self._at_work_on = probe
             if mode == "fentry":
-                names = [f"kfunc__{probe.function}"] if probe.fentry else []
-                names += [f"kretfunc__{probe.function}"]
+                names = [self._tracing_program("kfunc", probe)] if probe.fentry else []
+                names += [self._tracing_program("kretfunc", probe)]
                 kind = self._bcc.BPF.TRACING
             else:
-                names = [name for name in (probe.kprobe_entry, probe.kprobe_return) if name]
+                wanted = (probe.kprobe_entry, probe.kprobe_return)
+                names = [name.encode() for name in wanted if name]
                 kind = self._bcc.BPF.KPROBE
             for name in names:
-                self._bpf.load_func(name.encode(), kind)
+                self._bpf.load_func(name, kind)
+
+    def _tracing_program(self, kind: str, probe: Probe) -> bytes:
+        """The name BCC's macro gave to a program: since 0.27 it also has the module's name."""
+        library, module = self._bcc.libbcc.lib, self._bpf.module
+        names = (f"{kind}__vmlinux__{probe.function}", f"{kind}__{probe.function}")
+        known = {
+            library.bpf_function_name(module, i) for i in range(library.bpf_num_functions(module))
+        }
+        return next((name.encode() for name in names if name.encode() in known), names[-1].encode())
 
     def _attach(self, probe: Probe, mode: str) -> None:
-        name = probe.function.encode()
         if mode == "fentry":
             # The return first: until its entry runs, it finds an empty scratch and does nothing.
-            self._bpf.attach_kretfunc(fn_name=b"kretfunc__" + name)
+            self._bpf.attach_kretfunc(fn_name=self._tracing_program("kretfunc", probe))
             if probe.fentry:
-                self._bpf.attach_kfunc(fn_name=b"kfunc__" + name)
+                self._bpf.attach_kfunc(fn_name=self._tracing_program("kfunc", probe))
             return
-        self._bpf.attach_kretprobe(
-            event=name, fn_name=probe.kprobe_return.encode(), maxactive=_PREEMPTIBLE_CALLS
-        )
+        name = probe.function.encode()
+        # Without maxactive, for which BCC would go through tracefs: what is made there stays when
+        # the process is killed. The kernel's own number is enough, since the functions run in
+        # softirq; tcp_rcv_state_process may not, and then a count of it may be short.
+        self._bpf.attach_kretprobe(event=name, fn_name=probe.kprobe_return.encode())
         if probe.kprobe_entry:
             self._bpf.attach_kprobe(event=name, fn_name=probe.kprobe_entry.encode())
 
@@ -338,12 +331,14 @@ class BccSource:
                 return
             last = ctypes.c_uint32(cursor.value)
 
-    def forget(self, four_tuples: Iterable[FourTuple]) -> None:
-        """Remove entries; one that is gone already is no error."""
+    def forget(self, handshakes: Iterable[HandshakeId]) -> None:
+        """Remove entries, where they are still of that handshake; one that is gone is no error."""
         table = self._bpf["awaiting_ack"]
-        for four_tuple in four_tuples:
+        for four_tuple, first_syn_ns in handshakes:
+            key = table.Key.from_buffer_copy(wire.encode_key(four_tuple))
             with contextlib.suppress(KeyError):
-                del table[table.Key.from_buffer_copy(wire.encode_key(four_tuple))]
+                if table[key].first_syn_ns == first_syn_ns:
+                    del table[key]
 
     def counts(self) -> Mapping[int, Mapping[NetnsCount, int]]:
         """What the programs counted since they were attached, all CPUs together."""

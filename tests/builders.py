@@ -17,6 +17,7 @@ from tcpstuck_bpf.model import (
     EventKind,
     FourTuple,
     Handshake,
+    HandshakeId,
     Moved,
     NetnsCount,
     Row,
@@ -184,6 +185,8 @@ class Table:
         """A SYN that a cookie answers."""
         entry = self.entries.get(key)
         if entry is None or entry.ending or entry.client_isn != isn:
+            if entry is not None and now_ns - entry.first_syn_ns >= self._tell_after_ns:
+                self._end(EventKind.REPLACED, Ending.REPLACED, key, now_ns)
             self.entries[key] = handshake(now_ns, client_isn=isn)
             return
         self.entries[key] = repeated(entry, now_ns)
@@ -247,10 +250,11 @@ class Table:
         """Every entry as it is now."""
         return Sweep(now_ns, tuple(Row(key, entry) for key, entry in self.entries.items()))
 
-    def forget(self, keys: Iterable[FourTuple]) -> None:
+    def forget(self, handshakes: Iterable[HandshakeId]) -> None:
         """What user space does with `Correlator.expired`."""
-        for key in keys:
-            self.entries.pop(key, None)
+        for key, first_syn_ns in handshakes:
+            if key in self.entries and self.entries[key].first_syn_ns == first_syn_ns:
+                del self.entries[key]
 
 
 def header(**changes: Any) -> Header:

@@ -5,17 +5,23 @@ The oracle is the clients' own record and the kernel's counters, read by the lab
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from lab.records import Comparison, Outcome, compare
+from lab.patience import COMMAND_S, patient
+from lab.records import Comparison, FourTuple, Outcome, compare
 from lab.scenarios import play
-from lab.scene import READY, Stage
+from lab.scene import PORT, READY, Stage
+from lab.servers import GREETING
+from lab.topology import Namespace, Topology
 from lab.tracer import READY_PLACEHOLDER, Tracer
 from lab.trial import tracing_refusal
 
@@ -103,3 +109,70 @@ def traced() -> Callable[..., Traced]:
         return Traced(outcome, compare(outcome, lines), verdicts, summary, tracer.exit_status)
 
     return run
+
+
+@contextlib.contextmanager
+def listening(server: Namespace, *ports: int) -> Iterator[tuple[socket.socket, ...]]:
+    """Listeners in a namespace, for every address of both families; port 3311 if none is named.
+
+    Nobody accepts by itself: who wants a connection served calls `be_greeted`.
+    """
+
+    def listen(port: int) -> socket.socket:
+        return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
+
+    with contextlib.ExitStack() as opened:
+        listeners = [opened.enter_context(server.run(listen, port)) for port in ports or (PORT,)]
+        for listener in listeners:
+            listener.settimeout(patient(COMMAND_S))
+        yield tuple(listeners)
+
+
+def be_greeted(
+    topology: Topology, listener: socket.socket, server_ip: str, client_port: int = 0
+) -> FourTuple:
+    """A real client connects, is accepted and reads the greeting; both ends close."""
+    limit_s = patient(COMMAND_S)
+    port = int(listener.getsockname()[1])
+    client = topology.client.run(
+        socket.create_connection, (server_ip, port), limit_s, source_address=("", client_port)
+    )
+    with client, listener.accept()[0] as served:
+        served.sendall(GREETING)
+        assert client.recv(len(GREETING), socket.MSG_WAITALL) == GREETING
+        client_ip, client_port = client.getsockname()[:2]
+    return FourTuple(client_ip, client_port, server_ip, port)
+
+
+@contextlib.contextmanager
+def tracing(*runs: Sequence[str]) -> Iterator[tuple[Tracer, ...]]:
+    """The tool, once for each list of options and all at the same time; each is ready."""
+    words = (sys.executable, "-m", "tcpstuck_bpf", "--json")
+    with contextlib.ExitStack() as opened, ThreadPoolExecutor() as threads:
+        tracers = tuple(
+            opened.enter_context(Tracer([*words, *options, "--ready-file", READY_PLACEHOLDER]))
+            for options in runs
+        )
+        list(threads.map(Tracer.start, tracers))
+        yield tracers
+
+
+def summary_of(tracer: Tracer) -> dict[str, Any]:
+    """The summary with which a tracer ended."""
+    (summary,) = (dict(line) for line in tracer.lines if line["type"] == "summary")
+    return summary
+
+
+def told_by(tracer: Tracer, netns: int | None = None) -> list[tuple[int, FourTuple, str]]:
+    """Every verdict a tracer told, in order: namespace, 4-tuple and verdict."""
+    return [
+        (
+            line["netns"],
+            FourTuple(
+                line["client_ip"], line["client_port"], line["server_ip"], line["server_port"]
+            ),
+            line["verdict"],
+        )
+        for line in tracer.lines
+        if line["type"] == "verdict" and netns in (None, line["netns"])
+    ]

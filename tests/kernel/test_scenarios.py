@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
 
 from lab.records import Comparison, Outcome
+from lab.tracer import Tracer
 from tests.kernel.conftest import Traced
 
 pytestmark = pytest.mark.kernel
@@ -49,6 +51,25 @@ def test_every_client_gets_its_verdict(
     outcome, comparison = compared(scenario, clients, family)
     assert set(outcome.expected.values()) == {verdict}
     assert comparison.agrees, comparison
+
+
+@pytest.mark.parametrize(("family", "mss"), [("4", 1460), ("6", 1440)])
+def test_the_mss_that_the_cookie_keeps(
+    compared: Callable[..., tuple[Outcome, Comparison]],
+    shared_tracer: Tracer,
+    family: str,
+    mss: int,
+) -> None:
+    """Ethernet's 1500 bytes without the headers of IP and TCP; the kernel's tables have both."""
+    first = len(shared_tracer.lines)
+    outcome, comparison = compared("ack-dropped", 2, family)
+    assert comparison.agrees, comparison
+    told = [
+        re.findall(r"\(MSS (.*?)\)", str(line["evidence"]))
+        for line in shared_tracer.lines[first:]
+        if line["type"] == "verdict" and line["netns"] == outcome.netns
+    ]
+    assert told == [[str(mss)], [str(mss)]]
 
 
 def test_a_paused_mariadb(traced: Callable[..., Traced]) -> None:

@@ -147,6 +147,7 @@ def _watched(
 @given(world_steps, st.lists(st.booleans(), max_size=50), st.booleans())
 @example([(0, "syn", 1), (0, "syn", seconds(1)), (0, "ack", 1), "advance"], [False, True], False)
 @example([(0, "syn", 1), (0, "ack dropped", 1), "drain", (0, "ack", 1), "advance"], [], False)
+@example([(0, "syn", 1), (0, "reset", 1), "tidy", (0, "new syn", 1)], [], False)
 def test_verdicts_are_what_truly_happened(
     steps: list[tuple[int, str, int] | str], lost: list[bool], tell_healthy: bool
 ) -> None:

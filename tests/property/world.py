@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tcpstuck_bpf.correlate import FlowReport
-from tcpstuck_bpf.model import Sweep
+from tcpstuck_bpf.model import HandshakeId, Sweep
 from tests.builders import SECOND_NS, Table, correlator, four_tuple
 from tests.property.history import History
 
@@ -27,6 +27,7 @@ class World:
         self.isns = dict.fromkeys(range(CLIENTS), 1_000)
         self.told: list[FlowReport] = []
         self.late_sweep: Sweep | None = None
+        self.leaving: list[HandshakeId] = []
 
     def play(self, client: int, segment: str, gap_ns: int) -> None:
         self.now_ns += gap_ns
@@ -46,6 +47,8 @@ class World:
             getattr(self.table, segment.replace(" ", "_"))(key, self.now_ns)
 
     def watch(self, what: str) -> None:
+        self.table.forget(self.leaving)
+        self.leaving = []
         if what in ("drain", "tidy"):
             for event in self.table.ring:
                 self.correlator.observe(event)
@@ -61,9 +64,8 @@ class World:
             self.told += self.correlator.advance(self.now_ns)
         if what == "tidy":
             rows = len(self.table.entries)
-            leaving = self.correlator.expired(self.now_ns, rows, 1_000)
-            assert len(set(leaving)) == len(leaving)
-            self.table.forget(leaving)
+            self.leaving = self.correlator.expired(self.now_ns, rows, 1_000)
+            assert len(set(self.leaving)) == len(self.leaving)
 
     def finish(self) -> None:
         self.now_ns += 10_000 * SECOND_NS

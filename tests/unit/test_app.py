@@ -19,6 +19,7 @@ from tcpstuck_bpf.model import (
     EventKind,
     FourTuple,
     Handshake,
+    HandshakeId,
     KernelCounters,
     NetnsCounts,
     Row,
@@ -81,10 +82,11 @@ class FakeKernel:
         self.now_ns += self.sweep_cost_ns
         return Sweep(begun, tuple(Row(*item) for item in self.table.items()))
 
-    def forget(self, four_tuples: Iterable[FourTuple]) -> None:
-        for who in four_tuples:
+    def forget(self, handshakes: Iterable[HandshakeId]) -> None:
+        for who, first_syn_ns in handshakes:
+            assert self.table[who].first_syn_ns == first_syn_ns
             self.forgotten.append(who)
-            self.table.pop(who, None)
+            del self.table[who]
 
     def counts(self) -> NetnsCounts:
         return {}

@@ -6,7 +6,7 @@ import pytest
 
 from tcpstuck_bpf.correlate import FlowFlags, FlowReport, State
 from tcpstuck_bpf.flow import SEGMENTS_KEPT_AT_EACH_END
-from tcpstuck_bpf.model import Ending, EventKind, Handshake, Moved, Row, Sweep
+from tcpstuck_bpf.model import Ending, EventKind, Handshake, HandshakeId, Moved, Row, Sweep
 from tcpstuck_bpf.timeline import MAX_ENTRIES
 from tests.builders import (
     FIN,
@@ -238,7 +238,8 @@ def test_a_new_handshake_without_a_cookie_supersedes_too(event_is_lost: bool) ->
     assert reports([seen], at(10), watching) == []
     stats = watching.stats()
     assert (stats.superseded, stats.ever_stuck, stats.still_stuck) == (1, 1, 0)
-    assert watching.expired(at(11), 1, 1024) == [four_tuple()]
+    gone = HandshakeId(four_tuple(), SYN_ONCE.first_syn_ns)
+    assert watching.expired(at(11), 1, 1024) == [gone]
 
 
 def test_a_new_handshake_supersedes_a_stuck_one_without_a_line() -> None:

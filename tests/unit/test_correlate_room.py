@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tcpstuck_bpf.correlate import Correlator, State
-from tcpstuck_bpf.model import Ending, EventKind, Row, Sweep
+from tcpstuck_bpf.model import Ending, EventKind, FourTuple, HandshakeId, Row, Sweep
 from tests.builders import (
     START_NS,
     TIMEOUT_NS,
@@ -24,6 +24,13 @@ from tests.builders import (
 SYN_ONCE = handshake()
 
 
+def leaving(
+    watching: Correlator, now_ns: int, table_rows: int, table_capacity: int
+) -> list[FourTuple]:
+    """Whose entries the correlator wants gone."""
+    return [gone.four_tuple for gone in watching.expired(now_ns, table_rows, table_capacity)]
+
+
 class TestExpired:
     """Which entries user space takes out of the kernel's table."""
 
@@ -32,10 +39,12 @@ class TestExpired:
     def test_an_ended_entry_goes_once_it_is_told(self) -> None:
         watching = correlator()
         watching.observe(sweep(at(1), ended(SYN_ONCE, Ending.RESET, at(1))))
-        assert watching.expired(at(1), 1, self.ROOMY) == []
+        assert leaving(watching, at(1), 1, self.ROOMY) == []
         assert len(watching.advance(at(1))) == 1
-        assert watching.expired(at(1), 1, self.ROOMY) == [four_tuple()]
-        assert watching.expired(at(1), 1, self.ROOMY) == []
+        assert watching.expired(at(1), 1, self.ROOMY) == [
+            HandshakeId(four_tuple(), SYN_ONCE.first_syn_ns)
+        ]
+        assert leaving(watching, at(1), 1, self.ROOMY) == []
 
     def test_an_entry_that_is_still_there_goes_again(self) -> None:
         watching = correlator()
@@ -43,19 +52,19 @@ class TestExpired:
         for time_ns in (at(1), at(2)):
             told = reports([rows._replace(time_ns=time_ns)], time_ns, watching)
             assert len(told) == (time_ns == at(1))
-            assert watching.expired(time_ns, 1, self.ROOMY) == [four_tuple()]
+            assert leaving(watching, time_ns, 1, self.ROOMY) == [four_tuple()]
 
     def test_a_completion_whose_event_was_lost_goes_untold(self) -> None:
         watching = correlator()
         done = ended(SYN_ONCE, Ending.COMPLETED, at(0.1))
         assert reports([sweep(at(1), done)], at(1), watching) == []
-        assert watching.expired(at(1), 1, self.ROOMY) == [four_tuple()]
+        assert leaving(watching, at(1), 1, self.ROOMY) == [four_tuple()]
 
     def test_a_completion_that_was_told_is_gone_already(self) -> None:
         watching = correlator()
         done = ended(SYN_ONCE, Ending.COMPLETED, at(2.5))
         reports([event(EventKind.COMPLETED, done, at(2.5))], at(3), watching)
-        assert watching.expired(at(3), 0, self.ROOMY) == []
+        assert leaving(watching, at(3), 0, self.ROOMY) == []
 
     def test_an_open_entry_goes_when_its_last_syn_is_too_old(self) -> None:
         life_ns = seconds(60)
@@ -63,15 +72,15 @@ class TestExpired:
         entry = repeated(SYN_ONCE, at(1))
         reports([sweep(at(9), entry)], at(9), watching)
         last = entry.last_syn_ns
-        assert watching.expired(last + life_ns, 1, self.ROOMY) == []
-        assert watching.expired(last + life_ns + 1, 1, self.ROOMY) == [four_tuple()]
+        assert leaving(watching, last + life_ns, 1, self.ROOMY) == []
+        assert leaving(watching, last + life_ns + 1, 1, self.ROOMY) == [four_tuple()]
         assert watching.stats().let_go == 1
         assert watching.stats().still_stuck == 1
 
     def test_an_entry_let_go_is_not_told_again_by_a_late_sweep(self) -> None:
         watching = correlator(row_life_ns=seconds(60))
         reports([sweep(at(9), SYN_ONCE)], at(9), watching)
-        watching.expired(at(61), 1, self.ROOMY)
+        leaving(watching, at(61), 1, self.ROOMY)
         assert reports([sweep(at(60.9), SYN_ONCE)], at(61.1), watching) == []
 
     @pytest.mark.parametrize(("rows", "leave"), [(7, 0), (75, 0), (76, 26), (100, 50)])
@@ -82,21 +91,21 @@ class TestExpired:
         watching = correlator()
         reports([sweep(at(3), *entries)], at(3), watching)
         oldest_first = [four_tuple(n) for n in reversed(range(rows))]
-        assert watching.expired(at(3), rows, 100) == oldest_first[:leave]
+        assert leaving(watching, at(3), rows, 100) == oldest_first[:leave]
 
     def test_what_is_not_judged_stays_however_full_the_table_is(self) -> None:
         watching = correlator()
         young = [repeated(handshake(at(2)), at(2.5)), handshake(at(2))]
         reports([sweep(at(3), SYN_ONCE, *young)], at(3), watching)
-        assert watching.expired(at(3), 3, 3) == [four_tuple(0)]
+        assert leaving(watching, at(3), 3, 3) == [four_tuple(0)]
 
     def test_flows_that_left_the_table_are_forgotten_but_stay_counted(self) -> None:
         watching = correlator()
         unsure = event(EventKind.SYN_REPEATED, repeated(SYN_ONCE, at(1)), at(1), four_tuple(1))
         reports([sweep(at(1), ended(SYN_ONCE, Ending.RESET, at(1))), unsure], at(1), watching)
-        watching.expired(at(1), 1, self.ROOMY)
+        leaving(watching, at(1), 1, self.ROOMY)
         assert watching.stats().flows == 2
-        assert watching.expired(at(120), 0, self.ROOMY) == []
+        assert leaving(watching, at(120), 0, self.ROOMY) == []
         stats = watching.stats()
         assert (stats.flows, stats.told_now, stats.unresolved) == (0, {State.RESET: 1}, 1)
 
@@ -114,7 +123,7 @@ class TestEviction:
         stats = watching.stats()
         assert (stats.flows, stats.evicted, stats.still_stuck) == (3, 1, 2)
         # Still in the table and told: it must not come back with the next sweep.
-        assert watching.expired(at(3.1), 4, 100) == [four_tuple(1)]
+        assert leaving(watching, at(3.1), 4, 100) == [four_tuple(1)]
 
     def test_an_ended_flow_makes_room_before_a_stuck_one_and_loses_nothing(self) -> None:
         watching = correlator(max_flows=2)
@@ -123,7 +132,7 @@ class TestEviction:
         one_more = event(EventKind.SYN_REPEATED, repeated(SYN_ONCE, at(1)), at(1), four_tuple(7))
         watching.observe(one_more)
         assert watching.stats().evicted == 0
-        assert watching.expired(at(3), 3, 100) == [four_tuple(1)]
+        assert leaving(watching, at(3), 3, 100) == [four_tuple(1)]
 
     def test_an_undecided_flow_that_is_evicted_is_found_again(self) -> None:
         watching = Correlator(TIMEOUT_NS, max_flows=1)
