@@ -23,6 +23,8 @@ from tcpstuck_bpf.layout import (
 from tcpstuck_bpf.model import CoverageGap
 from tcpstuck_bpf.probes import PROBES, Probe
 
+ANY_ADDRESS = 1
+"""Of the per-CPU offsets: where they are is known of a running kernel only."""
 COUNTER_PREFIX = "LINUX_MIB_"
 DROP_REASON_PREFIX = "SKB_DROP_REASON_"
 SUBSYSTEM_PREFIX = "SKB_DROP_REASON_SUBSYS_"
@@ -59,6 +61,9 @@ class FunctionFact(NamedTuple):
             return f"inlined, or not built in: {self.probe.lost}"
         if self.prototype is None:
             return "its type is not described: kprobes only"
+        misread = probes.misread_argument(self.probe, self.prototype)
+        if misread is not None:
+            return f"{misread}: {self.probe.lost}"
         count, expected = len(self.prototype.parameters), self.probe.parameters
         if expected is not None and count != expected:
             return f"{count} parameters instead of {expected}: kprobes only"
@@ -127,9 +132,10 @@ def describe(
     gaps: tuple[CoverageGap, ...] = ()
     trouble = "" if types is not None else "it does not describe its types"
     try:
-        _, gaps = probes.plan({fact.probe.function for fact in functions if fact.there})
-        if types is not None:
-            find_layout(types, None)
+        there = {fact.probe.function for fact in functions if fact.there}
+        _, gaps = probes.plan(there, probes.misread(types))
+        if types is not None and not find_layout(types, ANY_ADDRESS).has_counters:
+            gaps = (*gaps, probes.counter_gap("the kernel's types do not show where they are"))
     except CannotTraceError as error:
         trouble = trouble or error.what
     if types is None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from tcpstuck_bpf.errors import CannotTraceError, UsageError
-from tcpstuck_bpf.kernel_types import KernelTypes
+from tcpstuck_bpf.kernel_types import KernelTypes, Prototype
 from tcpstuck_bpf.model import CoverageGap
 
 
@@ -17,6 +18,7 @@ class Probe:
 
     `parameters` is the number the fexit program was written for: its return value comes after
     them. None where no return value is read, so that extra parameters do no harm.
+    `arguments` are those that the programs read, by position from 0: what they point to.
     """
 
     function: str
@@ -25,9 +27,14 @@ class Probe:
     fentry: bool
     fexit: bool
     parameters: int | None
+    arguments: Mapping[int, str]
     required: bool
     lost: str
 
+
+_SOCKET_AND_PACKET = MappingProxyType({0: "struct sock", 1: "struct sk_buff"})
+_PACKET_AND_MSS = MappingProxyType({0: "struct sk_buff", 1: ""})
+"""The second points to a number, whose type's name may change without harm."""
 
 PROBES = (
     Probe(
@@ -37,6 +44,7 @@ PROBES = (
         fentry=True,
         fexit=True,
         parameters=None,
+        arguments=MappingProxyType({2: "struct sock", 3: "struct sk_buff"}),
         required=True,
         lost="no SYN is seen",
     ),
@@ -47,6 +55,7 @@ PROBES = (
         fentry=False,
         fexit=True,
         parameters=2,
+        arguments=_PACKET_AND_MSS,
         required=True,
         lost="no SYN cookie sent over IPv4 is seen",
     ),
@@ -57,6 +66,7 @@ PROBES = (
         fentry=True,
         fexit=True,
         parameters=2,
+        arguments=_SOCKET_AND_PACKET,
         required=True,
         lost="what became of an ACK over IPv4 is not seen",
     ),
@@ -67,6 +77,7 @@ PROBES = (
         fentry=False,
         fexit=True,
         parameters=2,
+        arguments=_PACKET_AND_MSS,
         required=False,
         lost="handshakes over IPv6 are not traced",
     ),
@@ -77,6 +88,7 @@ PROBES = (
         fentry=True,
         fexit=True,
         parameters=2,
+        arguments=_SOCKET_AND_PACKET,
         required=False,
         lost="what became of an ACK over IPv6 is not seen",
     ),
@@ -87,6 +99,7 @@ PROBES = (
         fentry=True,
         fexit=True,
         parameters=None,
+        arguments=_SOCKET_AND_PACKET,
         required=False,
         lost="accept-queue overflows of ordinary handshakes are not counted",
     ),
@@ -97,6 +110,7 @@ PROBES = (
         fentry=False,
         fexit=True,
         parameters=None,
+        arguments=MappingProxyType({0: "struct sock"}),
         required=False,
         lost="whether a new child socket reached ESTABLISHED is not counted",
     ),
@@ -119,7 +133,7 @@ class AttachRequest:
     """How to attach; nothing of it changes what a recording means."""
 
     types: KernelTypes | None = None
-    """Where struct members come from; None means the running kernel's own BTF."""
+    """Describes struct members and prototypes; None means the running kernel's own BTF."""
     strict: bool = False
     """Whether a coverage gap is fatal."""
     left_out: Mapping[str, str] = field(default_factory=dict)
@@ -159,8 +173,8 @@ def plan(
     """The probes this kernel has functions for, and the gaps that the others leave.
 
     `refused` are functions that cannot or shall not be probed, and why. Raises CannotTraceError
-    where a required function is missing. IPv6 is all or nothing: a cookie seen without the fate
-    of its ACK would only accuse healthy clients.
+    where a required function is missing or refused. IPv6 is all or nothing: a cookie seen without
+    the fate of its ACK would only accuse healthy clients.
     """
     why = {
         probe.function: refused.get(probe.function, "the kernel has no such function")
@@ -168,6 +182,12 @@ def plan(
         if probe.function not in symbols or probe.function in refused
     }
     for probe in PROBES:
+        if probe.required and probe.function in symbols and probe.function in refused:
+            raise CannotTraceError(
+                f"this kernel's {probe.function} is not as the programs need it",
+                f"{refused[probe.function]}; without it {probe.lost}",
+                "report it, with the kernel's version; a newer tcpstuck-trace may know it",
+            )
         if probe.required and probe.function in why:
             raise CannotTraceError(
                 f"this kernel has no function {probe.function} to probe",
@@ -185,6 +205,11 @@ def plan(
     return tuple(probe for probe in PROBES if probe.function not in why), gaps
 
 
+def counter_gap(why: str) -> CoverageGap:
+    """What is lost where the programs cannot read LINUX_MIB_*."""
+    return CoverageGap(KERNEL_COUNTERS, why, "why an ACK was dropped or rejected is not known")
+
+
 def attach(
     symbols: Collection[str],
     request: AttachRequest,
@@ -197,16 +222,12 @@ def attach(
     attach (ProbeRefusedError) becomes a gap, and the rest is tried again. Raises what `plan` and
     `start` raise, and CannotTraceError for any gap where the request is strict.
     """
-    refused = dict(request.left_out)
-    counter_gap = CoverageGap(
-        KERNEL_COUNTERS,
-        refused.get(KERNEL_COUNTERS, "__per_cpu_offset or LINUX_MIB_* is not to be seen"),
-        "why an ACK was dropped or rejected is not known",
-    )
+    refused = {**misread(request.types), **request.left_out}
+    unseen = refused.get(KERNEL_COUNTERS, "__per_cpu_offset or LINUX_MIB_* is not to be seen")
     while True:
         probes, gaps = plan(symbols, refused)
         if not has_counters:
-            gaps = (*gaps, counter_gap)
+            gaps = (*gaps, counter_gap(unseen))
         if request.strict and gaps:
             raise CannotTraceError(
                 "not everything can be seen here, and --strict allows no gap",
@@ -219,6 +240,36 @@ def attach(
             if error.function not in OPTIONAL:
                 raise
             refused[error.function] = error.why
+
+
+def misread_argument(probe: Probe, prototype: Prototype) -> str | None:
+    """Which argument is not where the programs read it, None where all are.
+
+    Programs attached in either mode know arguments by position alone: of one that moved they would
+    read something else and take it for a socket.
+    """
+    for position, kind in probe.arguments.items():
+        if position >= len(prototype.parameters):
+            return f"it has {len(prototype.parameters)} parameters, none at place {position + 1}"
+        found = prototype.parameters[position]
+        if not re.match(rf"(?:const |volatile )*{kind or '[^*(]+'} \*(?!\*)", found):
+            return f"parameter {position + 1} is `{found}`, no pointer to {kind or 'a number'}"
+    return None
+
+
+def misread(types: KernelTypes | None) -> dict[str, str]:
+    """Functions whose arguments the programs would misread, and why.
+
+    One whose prototype is not described is believed to be as ever. Raises CannotTraceError where
+    the types are damaged.
+    """
+    found: dict[str, str] = {}
+    for probe in PROBES:
+        prototype = None if types is None else types.prototype(probe.function)
+        why = None if prototype is None else misread_argument(probe, prototype)
+        if why is not None:
+            found[probe.function] = why
+    return found
 
 
 def fentry_obstacle(types: KernelTypes, probes: Collection[Probe]) -> str | None:

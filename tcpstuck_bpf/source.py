@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import os
 import resource
 import tempfile
@@ -125,7 +126,7 @@ class BccSource:
         self._header = header_text(layout)
         mode, attached, gaps = probes.attach(
             symbols,
-            request,
+            dataclasses.replace(request, types=types),
             layout.has_counters,
             lambda wanted: self._start(types, wanted),
         )

@@ -9,8 +9,9 @@ from typing import Any
 
 from tcpstuck_bpf.btf import Btf
 from tcpstuck_bpf.layout import COUNTER_MEMBER, COUNTERS, REQUIRED_MEMBERS, Member
+from tcpstuck_bpf.probes import PROBES
 
-INT, STRUCT, UNION, ENUM, TYPEDEF, FUNC, FUNC_PROTO = 1, 4, 5, 6, 8, 12, 13
+INT, POINTER, STRUCT, UNION, ENUM, TYPEDEF, FUNC, FUNC_PROTO = 1, 2, 4, 5, 6, 8, 12, 13
 
 
 class Types:
@@ -91,6 +92,28 @@ def kernel(
             struct.pack("=II", types.name(f"LINUX_MIB_{c}"), n) for c, n in zip(COUNTERS, counters)
         ]
         types.add(ENUM, "", 4, b"".join(values), len(values))
+    return types
+
+
+def with_functions(types: Types, changed: Mapping[str, Sequence[str]] | None = None) -> Types:
+    """The probed functions as we expect them; those that are `changed` with these parameters.
+
+    A parameter is what it points to, `int` for one that is no pointer.
+    """
+    word = types.add(INT, "int", 4, struct.pack("=I", 32))
+    pointed = {"": word}
+    for kind in ("sock", "sk_buff", "request_sock_ops"):
+        pointed[f"struct {kind}"] = types.struct(kind)
+    numbers = {name: types.add(POINTER, "", kind) for name, kind in pointed.items()}
+    numbers["int"] = word
+    for probe in PROBES:
+        count = probe.parameters or 4
+        expected = [probe.arguments.get(place, "struct request_sock_ops") for place in range(count)]
+        parameters = (changed or {}).get(probe.function, expected)
+        name = types.name("value")
+        tail = b"".join(struct.pack("=II", name, numbers[kind]) for kind in parameters)
+        prototype = types.add(FUNC_PROTO, "", word, tail, len(parameters))
+        types.add(FUNC, probe.function, prototype)
     return types
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tcpstuck_bpf.btf import Btf
 from tcpstuck_bpf.errors import CannotTraceError, UsageError
 from tcpstuck_bpf.probes import (
     KERNEL_COUNTERS,
@@ -17,6 +18,7 @@ from tcpstuck_bpf.probes import (
     left_out,
     plan,
 )
+from tests.btf_writer import Types, with_functions
 
 ALL = {probe.function for probe in PROBES}
 OPTIONAL_FUNCTIONS = sorted(set(OPTIONAL) - {KERNEL_COUNTERS})
@@ -84,6 +86,21 @@ def test_counters_out_of_sight_are_a_gap() -> None:
     _, attached, (gap,) = attach(ALL, AttachRequest(), False, Kernel().start)
     assert gap.probe == KERNEL_COUNTERS
     assert functions(attached) == ALL
+
+
+def test_arguments_elsewhere_than_the_programs_read_them_are_not_attached_to() -> None:
+    def types(function: str) -> Btf:
+        return with_functions(Types(), {function: ("struct sk_buff", "struct sock")}).btf()
+
+    kernel = Kernel()
+    optional = AttachRequest(types=types("tcp_check_req"))
+    _, attached, (gap,) = attach(ALL, optional, True, kernel.start)
+    assert functions(attached) == ALL - {"tcp_check_req"}
+    assert (gap.probe, "struct sk_buff" in gap.why) == ("tcp_check_req", True)
+    with pytest.raises(CannotTraceError, match="cookie_v4_check") as raised:
+        attach(ALL, AttachRequest(types=types("cookie_v4_check")), True, kernel.start)
+    assert "CONFIG_SYN_COOKIES" not in raised.value.why + raised.value.remedy
+    assert kernel.attempts == 1
 
 
 def test_half_of_ipv6_says_what_it_lacks() -> None:

@@ -18,24 +18,14 @@ from tcpstuck_bpf.doctor import NO, NOTE, OK, MachineReport, examine
 from tcpstuck_bpf.doctor_output import change_lines, kernel_lines, machine_json, machine_lines
 from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE, EXIT_USAGE, CannotTraceError
 from tcpstuck_bpf.kernel_report import KernelReport, changes, describe
-from tcpstuck_bpf.layout import REQUIRED_MEMBERS
+from tcpstuck_bpf.layout import COUNTER_MEMBER, REQUIRED_MEMBERS
 from tcpstuck_bpf.model import Coverage, TraceSettings
-from tcpstuck_bpf.probes import PROBES
+from tcpstuck_bpf.probes import KERNEL_COUNTERS, PROBES, Probe
 from tests import fake_kernel
-from tests.btf_writer import ENUM, FUNC, FUNC_PROTO, INT, Types, expected_offset, kernel
+from tests.btf_writer import ENUM, Types, expected_offset, kernel, with_functions
 
 FUNCTIONS = frozenset(probe.function for probe in PROBES)
 EPERM = "EPERM: Operation not permitted"
-
-
-def with_functions(types: Types, parameters: dict[str, int] | None = None) -> Types:
-    """The probed functions, with the parameters we expect or others."""
-    word = types.add(INT, "int", 4, struct.pack("=I", 32))
-    for probe in PROBES:
-        count = (parameters or {}).get(probe.function, probe.parameters or 4)
-        tail = struct.pack("=II", types.name("value"), word) * count
-        types.add(FUNC, probe.function, types.add(FUNC_PROTO, "", word, tail, count))
-    return types
 
 
 def report(types: Types, names: frozenset[str] | None = FUNCTIONS) -> KernelReport:
@@ -68,9 +58,31 @@ def test_a_function_that_is_gone_or_changed_is_told(probe: Any, left: str) -> No
 
 
 def test_a_shifted_return_value_is_told() -> None:
-    found = report(with_functions(kernel(), {"cookie_v4_check": 3}))
+    more = ("struct sock", "struct sk_buff", "int")
+    found = report(with_functions(kernel(), {"cookie_v4_check": more}))
     assert trouble(found) == {"cookie_v4_check": "3 parameters instead of 2: kprobes only"}
     assert found.trouble == ""
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=lambda probe: probe.function)
+def test_an_argument_that_moved_is_no_matter_of_the_mode(probe: Probe) -> None:
+    places = range(max(probe.arguments) + 1)
+    moved = ["struct request_sock_ops", *(probe.arguments.get(place, "") for place in places)]
+    found = report(with_functions(kernel(), {probe.function: moved}))
+    assert "no pointer to" in trouble(found)[probe.function]
+    assert "kprobes only" not in trouble(found)[probe.function]
+    assert bool(found.trouble) == probe.required
+    assert probe.required or probe.function in {gap.probe for gap in found.gaps}
+
+
+@pytest.mark.parametrize("types", [kernel(counters=()), kernel(without=COUNTER_MEMBER)])
+def test_counters_that_a_file_does_not_show_are_a_gap(types: Types) -> None:
+    found = report(with_functions(types))
+    assert found.trouble == ""
+    assert [gap.probe for gap in found.gaps] == [KERNEL_COUNTERS]
+    assert any(
+        line.startswith(f"gap: no {KERNEL_COUNTERS}") for line in kernel_lines(found, 90, False)
+    )
 
 
 def test_without_a_symbol_table_the_types_say_what_is_there() -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tcpstuck_bpf.errors import CannotTraceError
-from tcpstuck_bpf.probes import PROBES, plan
+from tcpstuck_bpf.kernel_types import Prototype
+from tcpstuck_bpf.probes import PROBES, misread_argument, plan
 from tcpstuck_bpf.verdict import RULES
 
 TEXT = (Path(__file__).parents[2] / "bpf" / "tcpstuck.bpf.c").read_text("ascii")
@@ -53,3 +54,30 @@ def test_the_text_has_every_program_and_no_other() -> None:
 
 def test_verdicts_need_probes_that_exist() -> None:
     assert set().union(*(rule.needs for rule in RULES)) <= ALL
+
+
+@pytest.mark.parametrize(
+    ("parameters", "wrong"),
+    [
+        (("struct sock *sk", "struct sk_buff *skb"), None),
+        (("const struct sock *", "struct sk_buff *skb", "u32 isn"), None),
+        (("struct sk_buff *skb", "struct sock *sk"), "parameter 1 is `struct sk_buff *skb`"),
+        (("struct sock *sk", "struct sk_buff **skb"), "parameter 2"),
+        (("struct sock_reuseport *sk", "struct sk_buff *skb"), "parameter 1"),
+        (("struct sock *sk",), "1 parameters, none at place 2"),
+        ((), "0 parameters"),
+    ],
+)
+def test_arguments_are_read_where_they_are_or_not_at_all(
+    parameters: tuple[str, ...], wrong: str | None
+) -> None:
+    (probe,) = (one for one in PROBES if one.function == "cookie_v4_check")
+    found = misread_argument(probe, Prototype("struct sock *", parameters))
+    assert found is None if wrong is None else wrong in str(found)
+
+
+def test_the_mss_is_any_number_s_place() -> None:
+    (probe,) = (one for one in PROBES if one.function == "cookie_v4_init_sequence")
+    for mss, right in (("__u16 *mssp", True), ("unsigned short *", True), ("u16 mss", False)):
+        prototype = Prototype("u32", ("const struct sk_buff *skb", mss))
+        assert (misread_argument(probe, prototype) is None) == right
