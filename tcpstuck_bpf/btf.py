@@ -93,6 +93,14 @@ class Btf(TypeGraph[int]):
         with self._reading():
             self._index(types, types + type_length)
 
+    @staticmethod
+    def length(header: bytes) -> int:
+        """Bytes of a whole BTF, by its header; 0 where there is none."""
+        if len(header) < _HEADER.size:
+            return 0
+        _, _, _, own, _, _, string_start, string_length = _HEADER.unpack_from(header)
+        return int(own + string_start + string_length)
+
     def _index(self, place: int, end: int) -> None:
         while place < end:
             name, info, _ = _TYPE.unpack_from(self._data, place)

@@ -1,4 +1,4 @@
-"""A kernel in a file: an ELF vmlinux, or a compressed /boot/vmlinuz that holds one.
+"""A kernel in a file: an ELF vmlinux, a flat Image, or a compressed /boot/vmlinuz that holds one.
 
 From it come the kernel's types (its .BTF section, else DWARF), its release, and the names of its
 functions where it has a symbol table. The kernel need not run.
@@ -7,6 +7,7 @@ functions where it has a symbol table. The kernel need not run.
 from __future__ import annotations
 
 import bz2
+import contextlib
 import io
 import lzma
 import mmap
@@ -14,7 +15,9 @@ import os
 import re
 import shutil
 import stat
+import struct
 import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,8 +33,16 @@ from tcpstuck_bpf.errors import CannotTraceError, TcpstuckError, UsageError
 from tcpstuck_bpf.kernel_types import KernelTypes
 
 ELF_MAGIC = b"\x7fELF"
+FLAT_MAGIC_PLACE = 56
+FLAT_MAGICS = (b"ARM\x64", b"RSC\x05")
+"""Of a flat Image (Documentation/arch/arm64/booting.rst, arch/riscv/boot-image-header.rst)."""
+HEAD_BYTES = FLAT_MAGIC_PLACE + 4
+BTF_HEADER = struct.pack("=HBBI", 0xEB9F, 1, 0, 24)
+BTF_HEADER_BYTES = 24
 LARGEST_UNPACKED = 1 << 30
 """Bytes. A distribution's kernel unpacks to 40 to 70 MB."""
+LARGEST_UNMAPPED = 1 << 26
+"""Bytes."""
 UNPACKING_LIMIT_S = 300
 LZMA_MEMORY_LIMIT = 1 << 29
 
@@ -103,27 +114,63 @@ def read_image(path: str) -> KernelImage:
     """
     data = _read(path)
     packing = "none"
-    if data[: len(ELF_MAGIC)] != ELF_MAGIC:
+    if not _is_kernel(data[:HEAD_BYTES]):
         packing, data = _unpacked(path, data)
+    types, symbols = _flat(data, path) if _is_flat(data[:HEAD_BYTES]) else _elf(data, path)
     banners = list(_BANNER.finditer(data))
-    if not banners:
+    release = banners[0][1].decode("ascii")
+    texts = tuple(banner[0].decode("ascii") for banner in banners)
+    return KernelImage(path, packing, release, texts, types, symbols)
+
+
+def _is_flat(head: bytes) -> bool:
+    return head[FLAT_MAGIC_PLACE:HEAD_BYTES] in FLAT_MAGICS
+
+
+def _is_kernel(head: bytes) -> bool:
+    return head.startswith(ELF_MAGIC) or _is_flat(head)
+
+
+def _require_banner(data: _Bytes, path: str) -> None:
+    if _BANNER.search(data) is None:
         raise UsageError(
             f"{path} is not a Linux kernel",
             "it has no text `Linux version ...`; a file of debug information alone has none either",
             "name a vmlinux, or a /boot/vmlinuz-...",
         )
+
+
+def _elf(data: _Bytes, path: str) -> tuple[KernelTypes, frozenset[str] | None]:
     try:
-        stream = io.BytesIO(data) if isinstance(data, bytes) else data
-        elf = ELFFile(stream)
-        types = _types(elf, path)
-        symbols = _functions(elf)
+        elf = ELFFile(io.BytesIO(data) if isinstance(data, bytes) else data)
+        # Before anything is looked for in it: of a truncated file everything may be missing. The
+        # table of sections comes last.
+        needed = elf["e_shoff"] + elf["e_shnum"] * elf["e_shentsize"]
+        if len(data) < needed:
+            raise _damaged(path, f"it ends after {len(data)} of {needed} bytes")
+        _require_banner(data, path)
+        return _types(elf, path), _functions(elf)
     except TcpstuckError:
         raise
     except Exception as error:  # pyelftools raises whatever it meets in a damaged file
         raise _damaged(path, f"{type(error).__name__} {error}") from error
-    release = banners[0][1].decode("ascii")
-    texts = tuple(banner[0].decode("ascii") for banner in banners)
-    return KernelImage(path, packing, release, texts, types, symbols)
+
+
+def _flat(data: _Bytes, path: str) -> tuple[KernelTypes, None]:
+    """The types in an Image, which has no sections: what begins as BTF does and can be read."""
+    _require_banner(data, path)
+    place = data.find(BTF_HEADER)
+    while place != -1:
+        length = Btf.length(data[place : place + BTF_HEADER_BYTES])
+        try:
+            return Btf(data[place : place + length], path), None
+        except CannotTraceError:
+            place = data.find(BTF_HEADER, place + 1)
+    raise CannotTraceError(
+        f"{path} does not describe the kernel's types",
+        "it holds no whole BTF (CONFIG_DEBUG_INFO_BTF), and being no ELF file no DWARF",
+        "name the vmlinux of the kernel's debug package",
+    )
 
 
 def types_of_running_kernel(path: str) -> KernelTypes:
@@ -154,12 +201,20 @@ def _read(path: str) -> _Bytes:
             )
         with Path(path).open("rb") as file:
             # Mapped, not read: with debug information a vmlinux has up to a gigabyte.
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        why = (error.strerror if isinstance(error, OSError) else None) or "it is empty"
-        raise UsageError(
-            f"cannot read {path}", why, "name a vmlinux or vmlinuz that you may read"
-        ) from error
+            with contextlib.suppress(OSError, ValueError):
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            # Those of /proc and of /sys cannot be mapped; /proc/kcore has no end.
+            data = file.read(LARGEST_UNMAPPED)
+    except OSError as error:
+        raise _unreadable(path, error.strerror) from error
+    if not data:
+        raise _unreadable(path, "it is empty")
+    return data
+
+
+def _unreadable(path: str, why: str | None) -> UsageError:
+    remedy = "name a vmlinux or vmlinuz that you may read"
+    return UsageError(f"cannot read {path}", why or "for no reason given", remedy)
 
 
 def _damaged(path: str, why: str) -> UsageError:
@@ -169,10 +224,10 @@ def _damaged(path: str, why: str) -> UsageError:
 
 
 def _unpacked(path: str, data: _Bytes) -> tuple[str, bytes]:
-    """The ELF file in a compressed image, and how it was compressed.
+    """The kernel in a compressed image, and how it was compressed.
 
     An image begins with a loader of its own, and the magic numbers are short: only what unpacks
-    to an ELF file is believed.
+    to an ELF file or a flat Image is believed.
     """
     lacking = None
     with memoryview(data) as view:
@@ -194,7 +249,8 @@ def _unpacked(path: str, data: _Bytes) -> tuple[str, bytes]:
         )
     raise UsageError(
         f"{path} is not a Linux kernel",
-        "it is neither an ELF file nor holds a compressed one",
+        "it is neither an ELF file or flat Image nor holds a compressed one that can be unpacked; "
+        "one that is truncated early looks the same",
         "name a vmlinux, or a /boot/vmlinuz-...",
     )
 
@@ -211,7 +267,7 @@ def _hits(data: _Bytes) -> Iterator[tuple[_Packing, int]]:
 def _unpack(path: str, make: Callable[[], _Unpacker], packed: memoryview) -> bytes | None:
     """None for a false hit. Raises UsageError where the stream is right but broken."""
     try:
-        if make().decompress(packed, len(ELF_MAGIC)) != ELF_MAGIC:
+        if not _is_kernel(make().decompress(packed, HEAD_BYTES)):
             return None
     except (zlib.error, lzma.LZMAError, OSError, EOFError, ValueError):
         return None
@@ -234,7 +290,7 @@ def _unpack_by_program(program: str, packed: memoryview) -> bytes | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return ended.stdout if ended.stdout.startswith(ELF_MAGIC) else None
+    return ended.stdout if _is_kernel(ended.stdout[:HEAD_BYTES]) else None
 
 
 def _types(elf: ELFFile, path: str) -> KernelTypes:
@@ -243,6 +299,12 @@ def _types(elf: ELFFile, path: str) -> KernelTypes:
             f"{path} is not a kernel that can be traced",
             f"it is a {elf.elfclass}-bit one",
             "name the file of a 64-bit kernel",
+        )
+    if elf.little_endian != (sys.byteorder == "little"):
+        raise UsageError(
+            f"{path} is of another byte order than this machine",
+            "its type information can be read on a machine of its own byte order only",
+            "look at it there",
         )
     section = elf.get_section_by_name(".BTF")
     if section is not None:

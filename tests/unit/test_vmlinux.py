@@ -10,6 +10,7 @@ import os
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -158,6 +159,70 @@ def test_a_missing_program_is_named(
     assert "apt install zstd" in raised.value.remedy
 
 
+def refusal(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    with pytest.raises(UsageError) as raised:
+        read_image(str(path))
+    return f"{raised.value.what}: {raised.value.why}"
+
+
+@pytest.mark.parametrize("name", ["none", *PACKERS, *PROGRAMS])
+@pytest.mark.parametrize("eighths", [1, 4, 7])
+def test_a_kernel_that_was_cut_off_is_said_to_be(
+    name: str, eighths: int, kernel: Path, tmp_path: Path
+) -> None:
+    whole = kernel.read_bytes() if name == "none" else packed(name, kernel.read_bytes())
+    said = refusal(tmp_path / "vmlinuz", whole[: len(whole) * eighths // 8])
+    assert "truncated" in said, said
+
+
+def test_another_byte_order_is_named_and_not_called_damage(tmp_path: Path) -> None:
+    order, number = (">", 2) if sys.byteorder == "little" else ("<", 1)
+    identity = b"\x7fELF" + bytes((2, number, 1)) + bytes(9)
+    s390 = 22
+    header = struct.pack(f"{order}HHIQQQIHHHHHH", 2, s390, 1, 0, 0, 0, 0, 64, 0, 0, 64, 0, 0)
+    banner = b"Linux version 9.8.7 (look@alike) (cc) #1\n"
+    said = refusal(tmp_path / "vmlinux", identity + header + banner)
+    assert "byte order" in said
+    assert "damaged" not in said
+
+
+def flat_image(magic: bytes, kernel: Path, *, cut: int | None = None) -> bytes:
+    """A flat Image: a header, and what the linker laid out, type information among it."""
+    with kernel.open("rb") as file:
+        section = ELFFile(file).get_section_by_name(".BTF")
+        assert section is not None
+        btf = section.data()
+    banner = f"Linux version {fake_kernel.RELEASE} (look@alike) (cc) {fake_kernel.VERSION}\n"
+    false_hit = btf[:8] + bytes(64)
+    return bytes(56) + magic + bytes(68) + banner.encode() + false_hit + btf[:cut] + bytes(99)
+
+
+@pytest.mark.parametrize("magic", [b"ARM\x64", b"RSC\x05"])
+@pytest.mark.parametrize("name", ["none", *PACKERS, *PROGRAMS])
+def test_a_flat_image_is_read_too(magic: bytes, name: str, tmp_path: Path) -> None:
+    kernel = fake_kernel.build(tmp_path, *FORMS["BTF"])
+    flat = flat_image(magic, kernel)
+    path = tmp_path / "vmlinuz"
+    path.write_bytes(flat if name == "none" else packed(name, flat))
+    image, elf = read_image(str(path)), read_image(str(kernel))
+    assert (image.packing, image.release, image.symbols) == (name, fake_kernel.RELEASE, None)
+    for struct_name, member in fake_kernel.MEMBERS:
+        assert image.types.place(struct_name, member) == elf.types.place(struct_name, member)
+    for function in fake_kernel.PROTOTYPES:
+        assert image.types.prototype(function) == elf.types.prototype(function)
+    assert image.types.enumerators("LINUX_MIB_") == fake_kernel.ENUMERATORS
+
+
+def test_a_flat_image_without_types_or_cut_off_is_said(tmp_path: Path) -> None:
+    kernel = fake_kernel.build(tmp_path, *FORMS["BTF"])
+    for cut, told in ((0, "does not describe"), (400, "does not describe")):
+        path = tmp_path / "vmlinuz"
+        path.write_bytes(flat_image(b"ARM\x64", kernel, cut=cut))
+        with pytest.raises(CannotTraceError, match=told):
+            read_image(str(path))
+
+
 @pytest.mark.parametrize("content", [b"", b"text", LOADER, gzip.compress(b"text"), b"\x7fELF"])
 def test_what_is_no_kernel_is_wrong_use(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "file"
@@ -170,6 +235,13 @@ def test_what_is_no_kernel_is_wrong_use(content: bytes, tmp_path: Path) -> None:
 def test_other_things_are_wrong_use(path: str) -> None:
     with pytest.raises(UsageError):
         read_image(path)
+
+
+def test_a_file_that_cannot_be_mapped_is_read_all_the_same() -> None:
+    """As those of /proc and of /sys, whose size means nothing: what is wrong is their content."""
+    with pytest.raises(UsageError) as raised:
+        read_image("/proc/version")
+    assert "neither an ELF file" in raised.value.why
 
 
 def test_a_kernel_without_types_is_said(tmp_path: Path) -> None:
