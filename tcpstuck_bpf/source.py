@@ -9,7 +9,7 @@ import os
 import resource
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -104,6 +104,46 @@ def bcc_version() -> str:
     return f"{getattr(bcc, '__version__', 'of unknown version')} ({bcc.__file__})"
 
 
+def compile_programs(
+    header: str, wanted: Collection[Probe], mode: str, capacity: int, architecture: str = ""
+) -> Any:
+    """BCC's object with our text compiled and its tables made; no program is loaded.
+
+    `header` is kernel_layout.h, `capacity` the entries of the awaiting-ACK table, `architecture`
+    BCC's name, such as `arm64`, of another one than this machine's. Raises CannotTraceError
+    without BCC, and whatever BCC raises where the kernel or the compiler refuses.
+    """
+    bcc, directory = _import_bcc(), program_directory()
+    # BCC looks for kernel headers here instead of in /lib/modules.
+    os.environ["BCC_KERNEL_SOURCE"] = str(directory / "stub")
+    # Who builds kernels may have ARCH set for make; BCC would read arguments from the registers
+    # of that architecture, and none of the programs would notice.
+    os.environ.pop("ARCH", None)
+    if architecture:
+        os.environ["ARCH"] = architecture
+
+    class Bpf(bcc.BPF):  # type: ignore[misc,name-defined]
+        """BCC's class, which would load and attach kfunc programs while constructing."""
+
+        def _trace_autoload(self) -> None:
+            """Attach nothing: compile, load and attach are separate steps here."""
+
+    with tempfile.TemporaryDirectory(prefix="tcpstuck-") as generated:
+        Path(generated, "kernel_layout.h").write_text(header, encoding="ascii")
+        flags = [
+            *_FASTER_COMPILATION,
+            f"-I{generated}",
+            f"-I{directory}",
+            f"-DMAX_HANDSHAKES={capacity}",
+            f"-DMAX_NAMESPACES={MAX_NAMESPACES}",
+            f"-DEVENT_PAGES={EVENT_PAGES}",
+            *probes.compiler_flags(wanted),
+        ]
+        if mode == "fentry":
+            flags.append("-DTCPSTUCK_FENTRY")
+        return Bpf(text=(directory / "tcpstuck.bpf.c").read_bytes(), cflags=flags)
+
+
 class BccSource:
     """Our programs in the running kernel; see `app.Source` for what each method promises."""
 
@@ -178,34 +218,9 @@ class BccSource:
 
     def _load(self, mode: str) -> None:
         self._at_work_on: Probe | None = None
-        directory = program_directory()
-        # BCC looks for kernel headers here instead of in /lib/modules.
-        os.environ["BCC_KERNEL_SOURCE"] = str(directory / "stub")
-        bcc = self._bcc
-
-        class Bpf(bcc.BPF):  # type: ignore[misc,name-defined]
-            """BCC's class, which would load and attach kfunc programs while constructing."""
-
-            def _trace_autoload(self) -> None:
-                """Attach nothing: compile, load and attach are separate steps here."""
-
-        with tempfile.TemporaryDirectory(prefix="tcpstuck-") as generated:
-            Path(generated, "kernel_layout.h").write_text(self._header, encoding="ascii")
-            flags = [
-                *_FASTER_COMPILATION,
-                f"-I{generated}",
-                f"-I{directory}",
-                f"-DMAX_HANDSHAKES={self.table_capacity}",
-                f"-DMAX_NAMESPACES={MAX_NAMESPACES}",
-                f"-DEVENT_PAGES={EVENT_PAGES}",
-                *probes.compiler_flags(self._probes),
-            ]
-            if mode == "fentry":
-                flags.append("-DTCPSTUCK_FENTRY")
-            _allow_locked_memory()
-            with self._timed("compile"):
-                text = (directory / "tcpstuck.bpf.c").read_bytes()
-                self._bpf = Bpf(text=text, cflags=flags)
+        _allow_locked_memory()
+        with self._timed("compile"):
+            self._bpf = compile_programs(self._header, self._probes, mode, self.table_capacity)
         self._check_sizes()
         self._configure()
         with self._timed("load"):

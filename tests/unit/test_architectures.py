@@ -1,0 +1,166 @@
+"""The program text for each architecture: what the compiled programs read of their context.
+
+BCC compiles for another architecture where it is told to, so that arm64 needs no such machine. The
+programs are not run. Where the registers lie is from the kernel and the ABI; which
+arguments are read is from the attach plan, which the kernel's own prototypes are held against.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import struct
+from collections.abc import Callable, Mapping
+
+import pytest
+
+from tcpstuck_bpf import bpf_trial
+from tcpstuck_bpf.layout import find_layout, header_text
+from tcpstuck_bpf.probes import PROBES, Probe
+from tcpstuck_bpf.source import compile_programs
+from tests.btf_writer import kernel
+
+WORD = 8
+X86_ORDER = (
+    *("r15", "r14", "r13", "r12", "bp", "bx", "r11", "r10", "r9", "r8"),
+    *("ax", "cx", "dx", "si", "di", "orig_ax", "ip", "cs", "flags", "sp", "ss"),
+)
+"""struct pt_regs (arch/x86/include/asm/ptrace.h)."""
+ARGUMENTS = {
+    "x86": [WORD * X86_ORDER.index(name) for name in ("di", "si", "dx", "cx", "r8", "r9")],
+    # struct pt_regs begins with x0 to x30 (arch/arm64/include/asm/ptrace.h).
+    "arm64": [WORD * number for number in range(8)],
+}
+"""Bytes from the start of struct pt_regs to each argument (System V ABI; AAPCS64)."""
+RESULT = {"x86": WORD * X86_ORDER.index("ax"), "arm64": 0}
+RESULT_READ = (
+    *("cookie_v4_init_sequence", "cookie_v6_init_sequence"),
+    *("cookie_v4_check", "cookie_v6_check"),
+)
+
+_INSTRUCTION = struct.Struct("=BBhi")
+_CALL, _MOVE, _ADD = 0x85, 0xBF, 0x07
+_LOADS = (0x61, 0x69, 0x71, 0x79)
+_STORE_CLASSES = (2, 3, 5, 6)
+"""Stores and jumps: classes of instructions that write no register, but for calls."""
+
+Programs = Mapping[str, "set[int]"]
+
+
+def context_read(code: bytes) -> set[int]:
+    """Offsets in the context that a program reads itself or takes the address of."""
+    found: set[int] = set()
+    places = {1: 0}
+    for at in range(0, len(code), _INSTRUCTION.size):
+        operation, registers, offset, immediate = _INSTRUCTION.unpack_from(code, at)
+        target, source = registers & 15, registers >> 4
+        if operation in _LOADS and source in places:
+            found.add(places[source] + offset)
+        if operation == _CALL:
+            # An address that a helper was given.
+            found |= {places[number] for number in range(1, 6) if places.get(number)}
+            places = {number: place for number, place in places.items() if number > 5}
+        elif operation == _MOVE and source in places:
+            places[target] = places[source]
+        elif operation == _ADD and target in places:
+            places[target] += immediate
+        elif operation & 7 not in _STORE_CLASSES:
+            places.pop(target, None)
+    return found
+
+
+def programs(bpf: object) -> Programs:
+    """What each compiled program reads of its context, by the program's name."""
+    from bcc.libbcc import lib
+
+    module = bpf.module  # type: ignore[attr-defined]
+    found = {}
+    for number in range(lib.bpf_num_functions(module)):
+        name = lib.bpf_function_name(module, number)
+        size = lib.bpf_function_size(module, name)
+        code = ctypes.string_at(lib.bpf_function_start(module, name), size)
+        found[name.decode()] = context_read(code)
+    return found
+
+
+@pytest.fixture
+def header(monkeypatch: pytest.MonkeyPatch) -> str:
+    """kernel_layout.h; skips where BCC cannot compile. The environment is restored afterwards."""
+    pytest.importorskip("bcc", reason="BCC is not installed")
+    refusal = bpf_trial.ring_buffer_refusal()
+    if refusal is not None:
+        pytest.skip(f"BCC makes the programs' tables while it compiles, and may not: {refusal}")
+    for name in ("ARCH", "BCC_KERNEL_SOURCE"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    return header_text(find_layout(kernel().btf(), 4096))
+
+
+@pytest.fixture(params=["x86", "arm64"])
+def architecture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def compiled(header: str, architecture: str) -> Callable[[str], Programs]:
+    """Compile for the architecture, in a mode."""
+
+    def compile_text(mode: str) -> Programs:
+        bpf = compile_programs(header, PROBES, mode, 64, architecture)
+        try:
+            return programs(bpf)
+        finally:
+            bpf.cleanup()
+
+    return compile_text
+
+
+def test_kprobe_programs_read_the_registers_that_hold_the_arguments(
+    compiled: Callable[[str], Programs], architecture: str
+) -> None:
+    found = compiled("kprobe")
+    expected: dict[str, set[int]] = {}
+    for probe in PROBES:
+        if probe.kprobe_entry:
+            expected[probe.kprobe_entry] = {ARGUMENTS[architecture][n] for n in probe.arguments}
+        result = {RESULT[architecture]} if probe.function in RESULT_READ else set()
+        expected[probe.kprobe_return] = result
+    assert found == expected
+
+
+def test_fentry_programs_read_arguments_by_their_place(
+    compiled: Callable[[str], Programs],
+) -> None:
+    found = compiled("fentry")
+
+    def read_by(kind: str, probe: Probe) -> set[int] | None:
+        names = (f"{kind}__vmlinux__{probe.function}", f"{kind}__{probe.function}")
+        return next((found[name] for name in names if name in found), None)
+
+    for probe in PROBES:
+        arguments = {WORD * number for number in probe.arguments}
+        if probe.fentry:
+            assert read_by("kfunc", probe) == arguments
+        result = read_by("kretfunc", probe)
+        assert result is not None
+        if probe.function in RESULT_READ:
+            assert probe.parameters is not None
+            assert WORD * probe.parameters in result
+            result = result - {WORD * probe.parameters}
+        assert result <= arguments
+    assert len(found) == sum(probe.fentry + probe.fexit for probe in PROBES)
+
+
+def test_a_kernel_builder_s_environment_chooses_no_other_registers(
+    monkeypatch: pytest.MonkeyPatch, header: str
+) -> None:
+    own = {"x86_64": "x86", "aarch64": "arm64"}.get(platform.machine())
+    if own is None:
+        pytest.skip(f"the ABI of {platform.machine()} is not written down here")
+    monkeypatch.setenv("ARCH", "arm64" if own == "x86" else "x86")
+    bpf = compile_programs(header, PROBES, "kprobe", 64)
+    try:
+        read = programs(bpf)["cookie_check_entry"]
+    finally:
+        bpf.cleanup()
+    assert read == set(ARGUMENTS[own][:2])
