@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 DOWNLOAD_LIMIT_S = 600.0
+IMAGE_VARIABLE = "TCPSTUCK_LAB_KERNEL_IMAGE"
+"""Names, in a guest, the image it was booted from."""
 BUSYBOX_PACKAGE = "busybox-static"
 """Static, because virtme-ng copies this one file into the guest's initial file system."""
 

@@ -52,8 +52,9 @@ PACKAGES = (
     "mount",
     "passwd",
     "udev",
+    "zstd",
 )
-"""What the kernel tests need, and what the guest's own first steps do."""
+"""What the kernel tests need, and what the guest's own first steps do; zstd unpacks kernels."""
 VERSIONED_PACKAGES = ("mariadb-server-core", "mariadb-client-core")
 """Older suites have these only with MariaDB's version in the name."""
 PACKAGES_OF_SOME_SUITES = ("util-linux-extra",)

@@ -9,14 +9,16 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lab import matrix
 from lab.checks import REPOSITORY
-from lab.guest import GuestDiedError
+from lab.guest import GuestDiedError, GuestOptions
+from lab.package_cache import IMAGE_VARIABLE
 from lab.patience import PATIENCE_VARIABLE
-from lab.trees import Row
+from lab.trees import Place, Row
 
 FIRST = Row("potato")
 NEWEST = Row("woody", counts=False)
@@ -151,6 +153,25 @@ class TestVerdict:
         assert matrix.verdict([result], all_count=False) == 0
         assert matrix.complaints([result]) == []
 
+    @pytest.mark.parametrize(
+        ("cells", "good"),
+        [
+            ({"any": matrix.Cell(passed=2)}, True),
+            ({"any": matrix.Cell(passed=2), "kprobe": matrix.Cell(passed=1)}, True),
+            ({"any": matrix.Cell(passed=2), "kprobe": matrix.Cell(skipped=Counter("x"))}, False),
+            ({"any": matrix.Cell(passed=2, failures=[matrix.Failure("t", "m")])}, False),
+            ({"any": matrix.Cell(skipped=Counter({"no image": 2}))}, False),
+            ({}, False),
+        ],
+    )
+    def test_tests_selected_by_name_need_not_be_of_any_mode(
+        self, cells: dict[str, matrix.Cell], good: bool
+    ) -> None:
+        all_cells = {**{mode: matrix.Cell() for mode in matrix.MODES}, **cells}
+        result = matrix.RowResult(FIRST, all_cells, demanded=())
+        assert result.good == good
+        assert bool(matrix.complaints([result])) != good
+
     def test_trouble_outside_the_tests_is_bad_however_many_passed(self) -> None:
         result = matrix.RowResult(FIRST, good_cells(), trouble="cut off")
         assert matrix.verdict([result], all_count=False) == 1
@@ -212,8 +233,9 @@ class TestReport:
 class TestGuest:
     def test_the_tests_get_the_repository_and_the_users_patience_and_no_more(self) -> None:
         ours = {PATIENCE_VARIABLE: "3", "HOME": "/home/someone", "PYTHONPATH": "/elsewhere"}
-        assert matrix.guest_environment(ours) == {
+        assert matrix.guest_environment(ours, Path("/boot/vmlinuz-2.4")) == {
             PATIENCE_VARIABLE: "3",
+            IMAGE_VARIABLE: "/boot/vmlinuz-2.4",
             "TCPSTUCK_FORCE_KERNEL_TESTS": "1",
             "PYTHONPATH": str(REPOSITORY),
         }
@@ -228,6 +250,24 @@ class TestGuest:
         subprocess.run([shell, "-n", options, script], check=True)
         assert "-k 'a or b-c'" in script
         assert "-k" not in matrix.pytest_command(share, None)[2].split()
+
+    @pytest.mark.parametrize("report", ["", "<testsuites><testsuite", "\udcff"])
+    def test_a_report_that_was_not_written_to_its_end_is_a_result(
+        self, monkeypatch: pytest.MonkeyPatch, report: str
+    ) -> None:
+        def die_while_writing(*_command: object, options: GuestOptions, **_rest: object) -> object:
+            written = options.shares[0] / matrix.REPORT_FILE
+            written.write_text(report, errors="surrogateescape")
+            return SimpleNamespace(status=137, timed_out=False, total_s=1.0)
+
+        kernel = Path("/boot/vmlinuz-2.4")
+        monkeypatch.setattr(matrix, "run_in_guest", die_while_writing)
+        monkeypatch.setattr(
+            matrix.trees, "prepare", lambda _row: Place(kernel, Path("/"), fresh=False)
+        )
+        result = matrix.run_row(FIRST, None, len)
+        assert "the report is damaged" in str(result.trouble)
+        assert not result.good
 
     def test_a_guest_that_dies_is_a_result_and_its_console_is_kept(
         self, monkeypatch: pytest.MonkeyPatch
