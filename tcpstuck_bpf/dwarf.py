@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from elftools.common.exceptions import ELFCompressionError
 from elftools.dwarf.compileunit import CompileUnit
 from elftools.dwarf.die import DIE
 from elftools.dwarf.dwarfinfo import DWARFInfo
@@ -18,6 +19,7 @@ from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
 
 from tcpstuck_bpf import kernel_types
+from tcpstuck_bpf.errors import CannotTraceError
 from tcpstuck_bpf.kernel_types import Field, Shape, TypeGraph
 
 UNIT_FUNCTIONS = (
@@ -68,8 +70,7 @@ class Dwarf(TypeGraph[DIE]):
         self._by_name: dict[tuple[str, str], DIE] = {}
         self._enums: list[DIE] = []
         with self._reading():
-            # Relocated already by the linker, although --emit-relocs leaves the tables in.
-            self._info: DWARFInfo = elf.get_dwarf_info(relocate_dwarf_sections=False)
+            self._info: DWARFInfo = _debug_information(elf, source)
             self._units = _units_by_address(elf, self._info) or _units_by_name(self._info)
         if not self._units:
             raise self._unreadable("it has no debug information of the kernel's TCP")
@@ -146,6 +147,18 @@ class Dwarf(TypeGraph[DIE]):
             if not self._next_unit():
                 break
         return found
+
+
+def _debug_information(elf: ELFFile, source: str) -> DWARFInfo:
+    try:
+        # Relocated already by the linker, although --emit-relocs leaves the tables in.
+        return elf.get_dwarf_info(relocate_dwarf_sections=False)
+    except ELFCompressionError as error:
+        raise CannotTraceError(
+            f"the debug information in {source} is compressed in a way that cannot be read here",
+            f"pyelftools says: {error}",
+            f"unpack it: objcopy --decompress-debug-sections {source} NEW-FILE",
+        ) from error
 
 
 def _has(die: DIE, attribute: str) -> bool:

@@ -244,6 +244,27 @@ def test_a_file_that_cannot_be_mapped_is_read_all_the_same() -> None:
     assert "neither an ELF file" in raised.value.why
 
 
+def test_debug_information_packed_in_a_new_way_is_not_called_damaged(
+    kernel: Path, tmp_path: Path
+) -> None:
+    """A compression that nobody knows stands for all that pyelftools does not."""
+    content = bytearray(kernel.read_bytes())
+    with kernel.open("rb") as file:
+        elf = ELFFile(file)
+        table, entry = elf["e_shoff"], elf["e_shentsize"]
+        number = elf.get_section_index(".debug_info")
+        start = elf.get_section(number)["sh_offset"]
+    compressed, unknown = 0x800, 99
+    struct.pack_into("<Q", content, table + number * entry + 8, compressed)
+    struct.pack_into("<IIQQ", content, start, unknown, 0, 4096, 1)
+    path = tmp_path / "vmlinux"
+    path.write_bytes(content)
+    with pytest.raises(CannotTraceError) as raised:
+        read_image(str(path))
+    assert "damaged" not in raised.value.what + raised.value.why
+    assert "--decompress-debug-sections" in raised.value.remedy
+
+
 def test_a_kernel_without_types_is_said(tmp_path: Path) -> None:
     with pytest.raises(CannotTraceError, match="does not describe"):
         read_image(str(fake_kernel.build(tmp_path, "-s")))
