@@ -1,7 +1,7 @@
 """Can this machine trace, and if not, what stands in the way and what would remove it.
 
 Preconditions that can be read are read before anything is loaded; a refusal that only the
-attempt shows is explained afterwards by `explain_refusal`.
+attempt shows is explained afterwards by `refusal`.
 """
 
 from __future__ import annotations
@@ -133,6 +133,7 @@ def refusal(problem: str, wished: str) -> CannotTraceError:
 
     `problem` is what it said, `wished` the probe mode that was asked for.
     """
+    said = problem
     not_permitted = "not permitted" in problem or "EPERM" in problem
     if not_permitted:
         problem = (
@@ -151,6 +152,14 @@ def refusal(problem: str, wished: str) -> CannotTraceError:
             f"kprobes: {kprobes_text()}; fentry: {problem}",
             "use a kernel with CONFIG_KPROBES and CONFIG_DEBUG_INFO_BTF, unlocked (not lockdown); "
             "tcpstuck-trace --doctor says more",
+        )
+    limit, _ = locked_memory_limits()
+    if not_permitted and "map" in said and limit is not None:
+        return CannotTraceError(
+            "the kernel refused to make the programs' tables",
+            f"{problem}; or, before Linux 5.11, by RLIMIT_MEMLOCK: it is {limit} bytes and could "
+            "not be raised without CAP_SYS_RESOURCE",
+            "run it as root, or after `ulimit -l unlimited`",
         )
     if not_permitted:
         return CannotTraceError(

@@ -68,6 +68,19 @@ def test_eperm_with_kprobes_points_at_security(
     assert "kprobe event type" not in error.why
 
 
+@pytest.mark.parametrize("limit", [8 << 20, None])
+def test_eperm_for_a_table_may_be_the_limit_of_locked_memory(
+    limit: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with_kprobes(monkeypatch, tmp_path)
+    monkeypatch.setattr(features, "locked_memory_limits", lambda: (limit, limit))
+    said = "could not open bpf map: awaiting_ack, error: Operation not permitted"
+    error = features.refusal(said, "auto")
+    assert "lockdown" in error.why
+    assert (f"RLIMIT_MEMLOCK: it is {limit} bytes" in error.why) == (limit is not None)
+    assert "RLIMIT_MEMLOCK" not in features.refusal(EPERM, "auto").why
+
+
 def test_only_the_mode_that_was_asked_for_is_blamed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
