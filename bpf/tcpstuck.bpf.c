@@ -4,9 +4,12 @@
  * It records facts and judges nothing.
  *
  * One set of bodies, two thin sets of entries at the end (TCPSTUCK_FENTRY or kprobes). All
- * probed functions but tcp_rcv_state_process run with bottom halves off, on one CPU from entry to
- * return and never nested: what an entry finds out is left in a per-CPU scratch for the return,
- * because the function in between may free the packet (cookie_vX_check does from 6.9 on).
+ * probed functions run with bottom halves off, on one CPU from entry to return and never nested:
+ * what an entry finds out is left in a per-CPU scratch for the return, because the function in
+ * between may free the packet (cookie_vX_check does from 6.9 on). A function that also runs in
+ * process context must not be probed by kprobe: while its program is at work the kernel runs no
+ * other one on that CPU (bpf_prog_active in trace_call_bpf), and packets of a softirq that comes
+ * in between would pass unseen.
  *
  * All in one text, because BCC translates map accesses only in the text it is given, not in what
  * that includes.
@@ -20,7 +23,7 @@
 
 #define EEXIST		       17
 #define ETH_P_IP_NETWORK_ORDER 0x0008
-#define TCP_STATE_ESTABLISHED  1
+#define TCP_STATE_SYN_RECV     3
 #define TCP_FLAG_RST	       0x04
 #define TCP_FLAG_ACK	       0x10
 /* How far from its ISN a segment may be and still be believed to belong to the handshake. */
@@ -72,7 +75,7 @@ struct scratch {
 	u64 syn; /* the SYN that tcp_conn_request is at work on */
 	u64 mss_place; /* kprobe only: where cookie_vX_init_sequence will write the MSS */
 	u64 listener; /* that cookie_vX_check is at work for */
-	u64 child; /* made by cookie_vX_check, on its way to tcp_rcv_state_process */
+	u64 child; /* made by cookie_vX_check, on its way to tcp_child_process */
 	u64 child_entered; /* kprobe only */
 	u32 syn_queue;
 	u32 cookie_sent;
@@ -574,21 +577,22 @@ static __always_inline int ack_judged(u64 result)
 }
 
 /*
- * tcp_rcv_state_process, return, for the child that cookie_vX_check has just made on this CPU:
- * the true completion is SYN_RECV to ESTABLISHED. A child already taken by accept() on another
- * CPU is processed there later and stays uncounted.
+ * tcp_child_process, return, for the child that cookie_vX_check has just made on this CPU: the
+ * true completion is SYN_RECV to ESTABLISHED. A child that accept() has handed out and that is in
+ * use on another CPU is left in SYN_RECV without an error, to be processed there; it stays
+ * uncounted. An error is answered by RST.
  */
-static __always_inline int child_processed(struct scratch *scratch, struct sock *child)
+static __always_inline int child_processed(struct scratch *scratch, struct sock *child, u32 error)
 {
 	struct netns_counts *counted = counts_of(scratch);
 
 	scratch->child = 0;
 	if (!counted)
 		return 0;
-	if (READ(child->skc_state) == TCP_STATE_ESTABLISHED)
-		counted->count[COUNT_ESTABLISHED] += 1;
-	else
+	if (error)
 		counted->count[COUNT_STILLBORN] += 1;
+	else if (READ(child->skc_state) != TCP_STATE_SYN_RECV)
+		counted->count[COUNT_ESTABLISHED] += 1;
 	return 0;
 }
 
@@ -645,13 +649,13 @@ static __always_inline int cookie_chosen_for(struct sk_buff *skb, u64 mss_place,
 	return cookie_chosen(cookie, mss);
 }
 
-static __always_inline int child_returned(struct sock *sk)
+static __always_inline int child_returned(struct sock *child, u32 error)
 {
 	struct scratch *scratch = this_cpu_scratch();
 
-	if (!scratch || !scratch->child || scratch->child != (u64)sk)
+	if (!scratch || !scratch->child || scratch->child != (u64)child)
 		return 0;
-	return child_processed(scratch, sk);
+	return child_processed(scratch, child, error);
 }
 
 KFUNC_PROBE(tcp_conn_request, void *ops, void *af_ops, struct sock *sk, struct sk_buff *skb)
@@ -676,10 +680,11 @@ KRETFUNC_PROBE(tcp_check_req, struct sock *sk, struct sk_buff *skb)
 }
 #endif
 
-#ifdef PROBE_tcp_rcv_state_process
-KRETFUNC_PROBE(tcp_rcv_state_process, struct sock *sk)
+#ifdef PROBE_tcp_child_process
+KRETFUNC_PROBE(tcp_child_process, struct sock *parent, struct sock *child, struct sk_buff *skb,
+	       int error)
 {
-	return child_returned(sk);
+	return child_returned(child, error);
 }
 #endif
 
@@ -774,28 +779,23 @@ int tcp_check_req_return(struct pt_regs *ctx)
 	return request_handled();
 }
 
-/*
- * tcp_rcv_state_process also runs in process context, where a bottom half can come between its
- * entry and its return. Only the cookie child is looked at, and that one is entered and left
- * with bottom halves off.
- */
-int tcp_rcv_state_process_entry(struct pt_regs *ctx)
+int tcp_child_process_entry(struct pt_regs *ctx)
 {
 	struct scratch *scratch = this_cpu_scratch();
 
 	if (scratch && scratch->child)
-		scratch->child_entered = scratch->child == PT_REGS_PARM1(ctx);
+		scratch->child_entered = scratch->child == PT_REGS_PARM2(ctx);
 	return 0;
 }
 
-int tcp_rcv_state_process_return(struct pt_regs *ctx)
+int tcp_child_process_return(struct pt_regs *ctx)
 {
 	struct scratch *scratch = this_cpu_scratch();
 
 	if (!scratch || !scratch->child_entered)
 		return 0;
 	scratch->child_entered = 0;
-	return child_processed(scratch, (struct sock *)scratch->child);
+	return child_processed(scratch, (struct sock *)scratch->child, (u32)PT_REGS_RC(ctx));
 }
 
 #endif

@@ -110,8 +110,8 @@ enum netns_count {
 	COUNT_LISTEN_OVERFLOWS_OUTSIDE,
 	COUNT_COMPLETED,
 	COUNT_COMPLETED_UNTRACKED, /* of these, without an entry in the table */
-	COUNT_ESTABLISHED, /* cookie children that tcp_rcv_state_process left ESTABLISHED */
-	COUNT_STILLBORN, /* cookie children that it left in another state */
+	COUNT_ESTABLISHED, /* cookie children that tcp_child_process left ESTABLISHED */
+	COUNT_STILLBORN, /* cookie children that it refused: RST goes out */
 	COUNT_ACKS_DROPPED,
 	COUNT_ACKS_DROPPED_UNTRACKED,
 	COUNT_ACKS_REJECTED,

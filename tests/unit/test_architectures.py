@@ -34,11 +34,6 @@ ARGUMENTS = {
 }
 """Bytes from the start of struct pt_regs to each argument (System V ABI; AAPCS64)."""
 RESULT = {"x86": WORD * X86_ORDER.index("ax"), "arm64": 0}
-RESULT_READ = (
-    *("cookie_v4_init_sequence", "cookie_v6_init_sequence"),
-    *("cookie_v4_check", "cookie_v6_check"),
-)
-
 _INSTRUCTION = struct.Struct("=BBhi")
 _CALL, _MOVE, _ADD = 0x85, 0xBF, 0x07
 _LOADS = (0x61, 0x69, 0x71, 0x79)
@@ -123,7 +118,7 @@ def test_kprobe_programs_read_the_registers_that_hold_the_arguments(
     for probe in PROBES:
         if probe.kprobe_entry:
             expected[probe.kprobe_entry] = {ARGUMENTS[architecture][n] for n in probe.arguments}
-        result = {RESULT[architecture]} if probe.function in RESULT_READ else set()
+        result = {RESULT[architecture]} if probe.parameters is not None else set()
         expected[probe.kprobe_return] = result
     assert found == expected
 
@@ -143,8 +138,7 @@ def test_fentry_programs_read_arguments_by_their_place(
             assert read_by("kfunc", probe) == arguments
         result = read_by("kretfunc", probe)
         assert result is not None
-        if probe.function in RESULT_READ:
-            assert probe.parameters is not None
+        if probe.parameters is not None:
             assert WORD * probe.parameters in result
             result = result - {WORD * probe.parameters}
         assert result <= arguments

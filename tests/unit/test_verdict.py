@@ -57,7 +57,7 @@ EVERY_PROBE = Coverage(
             "cookie_v6_init_sequence",
             "cookie_v4_check",
             "cookie_v6_check",
-            "tcp_rcv_state_process",
+            "tcp_child_process",
             "tcp_check_req",
         }
     ),
