@@ -204,7 +204,7 @@ def _batch_lookup() -> Check:
         "batch lookup",
         NOTE if refusal else OK,
         refusal or "tried: a table can be read in batches",
-        "reads a full table in a fraction of the time; without it, entry by entry",
+        "reads a full table in a fraction of the time; without it, and by kprobe, entry by entry",
     )
 
 

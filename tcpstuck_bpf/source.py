@@ -141,6 +141,9 @@ def compile_programs(
         ]
         if mode == "fentry":
             flags.append("-DTCPSTUCK_FENTRY")
+        if architecture:
+            # Since 0.37 BCC asks for what only the machine that it was itself built for has.
+            flags.append("-fcf-protection=none")
         return Bpf(text=(directory / "tcpstuck.bpf.c").read_bytes(), cflags=flags)
 
 
@@ -264,8 +267,8 @@ class BccSource:
             return
         name = probe.function.encode()
         # Without maxactive, for which BCC would go through tracefs: what is made there stays when
-        # the process is killed. The kernel's own number is enough, since the functions run in
-        # softirq; tcp_rcv_state_process may not, and then a count of it may be short.
+        # the process is killed. The kernel's own number is enough, since all probed functions
+        # run with bottom halves off.
         self._bpf.attach_kretprobe(event=name, fn_name=probe.kprobe_return.encode())
         if probe.kprobe_entry:
             self._bpf.attach_kprobe(event=name, fn_name=probe.kprobe_entry.encode())
@@ -312,9 +315,11 @@ class BccSource:
     def _rows(self) -> Iterator[Row]:
         table = self._bpf["awaiting_ack"]
         lookup = getattr(self._bcc.libbcc.lib, "bpf_lookup_batch", None)
-        if lookup is None:
-            for key, leaf in table.items():
-                yield from wire.decode_rows(bytes(key), bytes(leaf))
+        # While it looks a batch up, which takes a walk over all empty buckets, the kernel runs no
+        # kprobe program on that CPU (bpf_disable_instrumentation): packets that an interrupt
+        # brings meanwhile would pass unseen. To find the next key it does not.
+        if lookup is None or self.coverage.mode == "kprobe":
+            yield from self._rows_one_by_one(table)
             return
         keys = ctypes.create_string_buffer(SWEEP_BATCH * wire.KEY.size)
         values = ctypes.create_string_buffer(SWEEP_BATCH * wire.HANDSHAKE.size)
@@ -346,6 +351,20 @@ class BccSource:
             if error == _ENOENT:
                 return
             last = ctypes.c_uint32(cursor.value)
+
+    def _rows_one_by_one(self, table: Any) -> Iterator[Row]:
+        keys: dict[bytes, Any] = {}
+        key = None
+        # Behind a key that has gone the kernel begins anew; the limit ends what could go on so.
+        for _ in range(2 * self.table_capacity):
+            try:
+                key = table.next(key)
+            except StopIteration:
+                break
+            keys[bytes(key)] = key
+        for packed, key in keys.items():
+            with contextlib.suppress(KeyError):
+                yield from wire.decode_rows(packed, bytes(table[key]))
 
     def forget(self, handshakes: Iterable[HandshakeId]) -> None:
         """Remove entries, where they are still of that handshake; one that is gone is no error."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import resource
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -17,9 +19,10 @@ from types import TracebackType
 
 import pytest
 
+from lab.patience import COMMAND_S, patient
 from lab.records import FourTuple
 from lab.scene import PORT
-from lab.syns import Syn, make_syn, make_syns, send_in_bursts
+from lab.syns import BURST, Syn, make_syn, make_syns, send_in_bursts
 from lab.topology import LOCAL_SOURCES, SERVER_ADDRESS, SILENT_SOURCES, Topology, source_addresses
 from lab.watch import Watch
 from tcpstuck_bpf import model, wire
@@ -169,6 +172,40 @@ def test_a_sweep_of_several_batches_is_exactly_what_was_sent(
     staying = beside.rows()
     assert len(staying) == number - len(gone)
     assert set(map(identity, staying)) == set(map(identity, rows)) - gone
+
+
+@pytest.mark.parametrize("mode", ["fentry", "kprobe"])
+def test_reading_the_table_hides_no_packets(mode: str) -> None:
+    """All on one CPU, where a reader is interrupted by what it must not miss.
+
+    By kprobe a single entry's lookup, too, hides what interrupts it, for some hundred instructions.
+    """
+    sent = 2 * BURST
+    may_miss = {"fentry": 0, "kprobe": sent // 50}[mode]
+    wanted = model.TraceFilter(ports=(PORT,))
+    opened = open_source(model.TraceSettings(trace_filter=wanted, probe_mode=mode))
+    allowed = os.sched_getaffinity(0)
+    done = threading.Event()
+
+    def read_all_the_time() -> None:
+        while not done.is_set():
+            opened.sweep()
+
+    try:
+        with Beside(opened) as beside, ThreadPoolExecutor(1) as threads:
+            os.sched_setaffinity(0, {min(allowed)})
+            reading = threads.submit(read_all_the_time)
+            try:
+                beside.send(*make_syns(SILENT_SOURCES[4], SERVER_IP, PORT, sent))
+            finally:
+                done.set()
+            reading.result(timeout=patient(COMMAND_S))
+            counted = beside.counted(NetnsCount.COOKIES_SENT)
+            assert sent - may_miss <= counted <= beside.moved("SyncookiesSent") == sent
+            assert len(beside.rows()) == counted
+    finally:
+        os.sched_setaffinity(0, allowed)
+        opened.close()
 
 
 def test_what_the_ring_buffer_has_no_room_for_is_counted(beside: Beside) -> None:
