@@ -17,6 +17,10 @@ pytestmark = pytest.mark.kernel
 IPV6_PROBES = ("cookie_v6_init_sequence", "cookie_v6_check")
 
 
+MODES = pytest.mark.parametrize("mode", ["fentry", "kprobe"])
+
+
+@MODES
 @pytest.mark.parametrize(
     "left_out",
     [
@@ -25,10 +29,10 @@ IPV6_PROBES = ("cookie_v6_init_sequence", "cookie_v6_check")
     ],
 )
 def test_without_one_probe_no_verdict_is_wrong(
-    traced: Callable[..., Traced], monkeypatch: pytest.MonkeyPatch, left_out: str
+    traced: Callable[..., Traced], monkeypatch: pytest.MonkeyPatch, left_out: str, mode: str
 ) -> None:
     monkeypatch.setenv(WITHOUT_VARIABLE, left_out)
-    run = traced("overflow", clients=70)
+    run = traced("overflow", "--probe-mode", mode, clients=70)
     gaps = {gap["probe"] for gap in run.summary["coverage_gaps"]}
     assert gaps == (set(IPV6_PROBES) if left_out in IPV6_PROBES else {left_out})
     assert run.comparison.agrees, run.comparison
@@ -38,12 +42,27 @@ def test_without_one_probe_no_verdict_is_wrong(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["ack-dropped", "client-reset", "late-fin", "synack-dropped"])
+def test_without_counters_other_verdicts_stay_as_they_are(
+    traced: Callable[..., Traced], monkeypatch: pytest.MonkeyPatch, scenario: str
+) -> None:
+    monkeypatch.setenv(WITHOUT_VARIABLE, KERNEL_COUNTERS)
+    run = traced(scenario, clients=20)
+    assert len(run.outcome.expected) == 20
+    assert run.comparison.agrees, run.comparison
+    assert {gap["probe"] for gap in run.summary["coverage_gaps"]} == {KERNEL_COUNTERS}
+    assert not [row for row in run.summary["reconciliation"] if row["agrees"] is False]
+
+
+@MODES
+@pytest.mark.slow
 @pytest.mark.parametrize("left_out", IPV6_PROBES)
 def test_without_a_probe_of_ipv6_nobody_is_accused_there(
-    monkeypatch: pytest.MonkeyPatch, left_out: str
+    monkeypatch: pytest.MonkeyPatch, left_out: str, mode: str
 ) -> None:
     monkeypatch.setenv(WITHOUT_VARIABLE, left_out)
-    with Tracer([*TOOL, "--timeout", "1", "--ready-file", READY_PLACEHOLDER]) as tracer:
+    options = ("--timeout", "1", "--probe-mode", mode)
+    with Tracer([*TOOL, *options, "--ready-file", READY_PLACEHOLDER]) as tracer:
 
         def only_start(stage: Stage) -> None:
             if stage.name == READY:
@@ -55,3 +74,5 @@ def test_without_a_probe_of_ipv6_nobody_is_accused_there(
     (summary,) = tracer.lines
     assert {gap["probe"] for gap in summary["coverage_gaps"]} == set(IPV6_PROBES)
     assert summary["ever_stuck"] == 0
+    assert outcome.moved("SyncookiesSent")
+    assert not [row for row in summary["reconciliation"] if row["agrees"] is False]
