@@ -4,7 +4,7 @@ PREFIX ?= /opt/tcpstuck-trace
 SBIN ?= /usr/local/sbin
 PYTHON := .venv/bin/python
 # Installed from a copy, because building leaves files behind that would belong to root here.
-PACKAGED := setup.cfg pyproject.toml $(wildcard README.md) LICENSE tcpstuck_bpf bpf
+PACKAGED := setup.cfg pyproject.toml $(wildcard README.md) LICENSE tcpstuck_bpf bpf docs
 export PIP_ROOT_USER_ACTION := ignore
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

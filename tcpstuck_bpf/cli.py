@@ -21,6 +21,7 @@ from tcpstuck_bpf.errors import (
     TcpstuckError,
     UsageError,
 )
+from tcpstuck_bpf.explain import explanation, verdict_list
 from tcpstuck_bpf.model import TraceFilter, TraceSettings, address_text
 from tcpstuck_bpf.options import build_parser
 from tcpstuck_bpf.output import JsonOutput, Selection, TableOutput
@@ -204,17 +205,40 @@ def _doctor(options: argparse.Namespace) -> int:
     return EXIT_NOTHING_STUCK if able else EXIT_CANNOT_TRACE
 
 
+def _explain(options: argparse.Namespace) -> int:
+    _refuse_beside(
+        "--explain",
+        frozenset({"explain"}),
+        options,
+        "it prints what is known of a verdict, and traces nothing",
+        "leave it out",
+    )
+    verdict: str = options.explain
+    width = shutil.get_terminal_size((WIDTH_OF_A_PIPE, 24)).columns
+    for line in explanation(verdict, width) if verdict else verdict_list(width):
+        print(line)
+    return EXIT_NOTHING_STUCK
+
+
 def _exit_status(summary: Summary) -> int:
     return EXIT_STUCK if summary.ever_stuck else EXIT_NOTHING_STUCK
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.explain is not None:
+        return _explain(options)
+    if options.doctor:
+        return _doctor(options)
+    return _replay(options) if options.replay else _trace(options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status of DESIGN.md's contract."""
     try:
-        options = build_parser().parse_args(arguments)
-        if options.doctor:
-            return _doctor(options)
-        return _replay(options) if options.replay else _trace(options)
+        status = _run(build_parser().parse_args(arguments))
+        # What is short waits in the buffer until here: a closed pipe must not show at exit.
+        sys.stdout.flush()
+        return status
     except TcpstuckError as error:
         print("\n".join(error.lines()), file=sys.stderr)
         return error.exit_status

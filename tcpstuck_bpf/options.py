@@ -6,12 +6,13 @@ import argparse
 import difflib
 import math
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 from tcpstuck_bpf import __version__
 from tcpstuck_bpf.errors import EXIT_USAGE
 from tcpstuck_bpf.model import address_bytes
-from tcpstuck_bpf.verdict import RESERVED, RULES
+from tcpstuck_bpf.verdict import RESERVED, RULES, VERDICT_NAMES
 
 EPILOG = """\
 examples:
@@ -81,8 +82,21 @@ def verdict_names(text: str) -> list[str]:
         if name in RESERVED:
             raise argparse.ArgumentTypeError(f"{name!r} is not judged by this version")
         if name not in known:
-            raise argparse.ArgumentTypeError(f"no verdict {name!r}; there are {', '.join(known)}")
+            raise _no_verdict(name, known)
     return text.split(",")
+
+
+def verdict_to_explain(text: str) -> str:
+    """A verdict's name, also one that is only reserved; empty: all of them."""
+    if text and text not in VERDICT_NAMES:
+        raise _no_verdict(text, VERDICT_NAMES)
+    return text
+
+
+def _no_verdict(name: str, known: Sequence[str]) -> argparse.ArgumentTypeError:
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    guess = f" (did you mean {near[0]}?)" if near else ""
+    return argparse.ArgumentTypeError(f"no verdict {name!r}{guess}; there are {', '.join(known)}")
 
 
 def table_size(text: str) -> int:
@@ -159,6 +173,14 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     output.add_argument("-v", "--verbose", action="store_true", help="timeline, evidence, advice")
     output.add_argument("--summary", action="store_true", help="only the summary")
     output.add_argument("--json", action="store_true", help="JSON Lines instead of a table")
+    output.add_argument(
+        "--explain",
+        metavar="VERDICT",
+        nargs="?",
+        const="",
+        type=verdict_to_explain,
+        help="what it means, what to do; without VERDICT: which there are",
+    )
 
 
 def _add_running(parser: argparse.ArgumentParser) -> None:

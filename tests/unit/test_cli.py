@@ -59,6 +59,10 @@ def child(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
         ["--replay", "/no/such/file"],
         ["--replay", "/etc/passwd", "-p", "25"],
         ["--replay", "/etc/passwd"],
+        ["--explain", "nonsense"],
+        ["--explain", "ack-missing", "-p", "25"],
+        ["--explain", "--doctor"],
+        ["--replay", "/no/such/file", "--explain"],
         ["--prot", "25"],
         ["surplus"],
     ],
@@ -91,6 +95,16 @@ def test_a_wrong_value_of_a_known_option_is_not_taken_for_a_mistyped_one(
     complaint = capsys.readouterr().err
     assert "70000" in complaint
     assert "did you mean" not in complaint
+
+
+@pytest.mark.parametrize("option", ["--explain", "--only"])
+@pytest.mark.parametrize("typed", ["accept-queue", "Accept_Queue_Full", "!accept-queue-full"])
+def test_a_mistyped_verdict_is_guessed(
+    option: str, typed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([option, typed])
+    assert "did you mean accept-queue-full?" in capsys.readouterr().err
 
 
 def test_help_fits_a_terminal_of_80_columns(
@@ -135,6 +149,32 @@ def test_a_reader_that_closes_the_pipe_ends_it_quietly(tmp_path: Path) -> None:
     os.close(theirs)
     assert ended.stderr == ""
     assert ended.returncode == EXIT_BROKEN_PIPE
+
+
+@pytest.mark.parametrize("words", [["--explain"], ["--explain", "ack-missing"]])
+def test_what_waits_in_the_buffer_meets_a_closed_pipe_quietly(
+    words: list[str],
+) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    # Buffered, as users have it: only then does the end of the process meet the closed pipe.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    ended = child(
+        *words, capture_output=False, stdout=theirs, stderr=subprocess.PIPE, env=environment
+    )
+    os.close(theirs)
+    assert ended.stderr == ""
+    assert ended.returncode == EXIT_BROKEN_PIPE
+
+
+def test_an_explanation_needs_neither_bcc_nor_privileges(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = child("--explain", "ack-missing")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    monkeypatch.setattr("tcpstuck_bpf.features._effective_capabilities", lambda: 0)
+    assert main(["--explain", "ack-missing"]) == 0
+    assert "spoofed" in capsys.readouterr().out
 
 
 def test_readme_documents_every_option_and_verdict() -> None:

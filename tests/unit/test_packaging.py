@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 
 import tcpstuck_bpf
+from tcpstuck_bpf.explain import explanation
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-MEASURED = ("bpf", "tcpstuck_bpf")
+MEASURED = ("bpf", "docs", "tcpstuck_bpf")
+BESIDE_THE_MODULES = ("bpf", "docs")
+"""Directories at the top of the tree that are within the package in a wheel."""
 
 
 def tree_files(directory: Path) -> set[str]:
@@ -56,12 +59,30 @@ def test_wheel_has_every_file_of_the_bpf_tree_byte_for_byte(wheel: zipfile.ZipFi
         assert wheel.read(prefix + name) == (REPOSITORY / "bpf" / name).read_bytes()
 
 
+def test_a_verdict_is_explained_from_the_wheel_alone(
+    wheel: zipfile.ZipFile, tmp_path: Path
+) -> None:
+    wheel.extractall(tmp_path)
+    shown = subprocess.run(
+        [sys.executable, "-m", "tcpstuck_bpf", "--explain", "ack-missing"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "COLUMNS": "80"},
+    )
+    assert shown.stdout.splitlines() == list(explanation("ack-missing", 80))
+    carried = {name for name in wheel.namelist() if name.startswith("tcpstuck_bpf/docs/")}
+    assert carried == {"tcpstuck_bpf/docs/verdicts.md"}
+
+
 def test_wheel_has_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     expected = tree_files(REPOSITORY / "tcpstuck_bpf")
     carried = {
         name.partition("/")[2]
         for name in wheel.namelist()
-        if name.startswith("tcpstuck_bpf/") and not name.startswith("tcpstuck_bpf/bpf/")
+        if name.startswith("tcpstuck_bpf/") and name.split("/")[1] not in BESIDE_THE_MODULES
     }
     assert carried == expected
     tops = {name.partition("/")[0] for name in wheel.namelist()}
