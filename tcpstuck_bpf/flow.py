@@ -14,13 +14,14 @@ import enum
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tcpstuck_bpf.model import Ending, Event, EventKind, FourTuple, Handshake
+from tcpstuck_bpf.model import Attempt, Ending, Event, EventKind, FourTuple, Handshake
 
 SECOND_NS = 1_000_000_000
 SEGMENTS_KEPT_AT_EACH_END = 8
 SYNS_OF_A_REPEATING_CLIENT = 3
 
 TCP_FLAG_FIN = 0x01
+TCP_FLAG_ACK = 0x10
 
 
 class State(enum.Enum):
@@ -34,6 +35,8 @@ class State(enum.Enum):
     """Its ACK was given back to the listener, which answers by RST."""
     RESET = "reset"
     """The client's address answered by RST."""
+    RESCUED = "rescued"
+    """Told as stuck once, and connected by the ACK that our repeated SYN-ACK drew."""
     TAKEN_OVER = "taken over"
     """A repeated SYN got a place in the SYN queue; the normal handshake has it now."""
     ACK_DROPPED = "ACK dropped"
@@ -42,15 +45,18 @@ class State(enum.Enum):
     """The client repeats its SYN and never sends an ACK."""
     SILENT = "silent"
     """Nothing came after the SYN-ACK."""
+    UNANSWERED = "unanswered"
+    """Silent, and our repeated SYN-ACKs drew nothing either."""
     SUPERSEDED = "superseded"
     """Given up by its client, which uses the 4-tuple for a new handshake."""
 
 
-STUCK_STATES = frozenset({State.SILENT, State.ACK_DROPPED})
+STUCK_STATES = frozenset({State.SILENT, State.UNANSWERED, State.ACK_DROPPED})
 ENDED_STATES = frozenset(
     {
         State.COMPLETED,
         State.RECOVERED,
+        State.RESCUED,
         State.REJECTED,
         State.RESET,
         State.TAKEN_OVER,
@@ -128,6 +134,10 @@ class FlowReport:
     timeline_omitted: int
     """How many entries of the timeline's middle were left out."""
     flags: FlowFlags
+    segments_omitted: int = 0
+    """How many segments of the middle are missing from `segments`; `flags` knows of them."""
+    attempts: tuple[Attempt, ...] = ()
+    """Our repeated SYN-ACKs, oldest first."""
 
     @property
     def age_ns(self) -> int:
@@ -150,6 +160,7 @@ class Flow:
     """One handshake: (4-tuple, first_syn_ns). The 4-tuple is the key it is stored under."""
 
     __slots__ = (
+        "attempts",
         "ever_stuck",
         "flags",
         "handshake",
@@ -161,6 +172,7 @@ class Flow:
         "state",
         "told",
         "told_drop_counters",
+        "unanswered",
         "unsettled",
     )
 
@@ -177,6 +189,8 @@ class Flow:
         self.ever_stuck = False
         self.in_table = False
         self.unsettled = True
+        self.attempts: list[Attempt] = []
+        self.unanswered = False
 
     def note(self, handshake: Handshake, as_of_ns: int) -> bool:
         """Take in what an event or a sweep showed of the entry at `as_of_ns`; whether it is news.
@@ -224,6 +238,22 @@ class Flow:
             if segment.tcp_flags & TCP_FLAG_FIN:
                 self.flags |= FlowFlags.CLIENT_SENT_FIN
         return True
+
+    def drawn_by_attempt(self) -> bool:
+        """Whether what connected it is what a repeated SYN-ACK draws: a bare ACK, right after one.
+
+        tcp_send_challenge_ack (RFC 5961, 4): sequence number snd_nxt, which is ISN + 1 where the
+        client has sent nothing. A client that connects by itself does so by data or a FIN.
+        """
+        first_ns = min((a.time_ns for a in self.attempts if a.sent), default=None)
+        return first_ns is not None and any(
+            segment.kind == EventKind.COMPLETED
+            and segment.time_ns > first_ns
+            and segment.tcp_flags == TCP_FLAG_ACK
+            and segment.payload_length == 0
+            and segment.sequence == (self.handshake.client_isn + 1) % 2**32
+            for segment in self.segments
+        )
 
 
 def _last_syn(entry: Handshake) -> tuple[int, ...]:
@@ -305,7 +335,7 @@ def decide(entry: Handshake, told: State | None, timeout_ns: int) -> Decision:
     last_syn_ns = max(entry.last_syn_ns, entry.first_syn_ns)
     if entry.acks_dropped > 0:
         since_ns = max(last_syn_ns, entry.first_ack_dropped_ns)
-        if told is State.SILENT:
+        if told in (State.SILENT, State.UNANSWERED):
             return Decision(State.ACK_DROPPED, True, since_ns, since_ns)
         due_ns = since_ns + timeout_ns
         return Decision(State.ACK_DROPPED, False, due_ns, due_ns)

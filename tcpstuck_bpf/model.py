@@ -139,6 +139,36 @@ class HandshakeId(NamedTuple):
     first_syn_ns: int
 
 
+ATTEMPT_SENT = "sent"
+ATTEMPT_NOT_SENT = "would send"
+
+
+class Attempt(NamedTuple):
+    """A SYN-ACK that was sent once more to a stuck client, or would have been."""
+
+    handshake: HandshakeId
+    time_ns: int
+    number: int
+    """Of this handshake's attempts, from 1."""
+    outcome: str
+    """ATTEMPT_SENT, ATTEMPT_NOT_SENT (of a dry run), or `failed: ` and why."""
+
+    @property
+    def sent(self) -> bool:
+        """Whether a packet went out."""
+        return self.outcome == ATTEMPT_SENT
+
+
+class Rescue(NamedTuple):
+    """What the rescuer did at one moment, and whom it leaves alone; figures are running totals."""
+
+    attempts: tuple[Attempt, ...]
+    unanswered: tuple[HandshakeId, ...]
+    """Handshakes none of whose attempts drew an answer, each named once."""
+    left_alone: Mapping[str, int]
+    """Stuck clients by the reason they are not to be rescued for."""
+
+
 class Row(NamedTuple):
     """One entry of the awaiting-ACK table as a sweep saw it."""
 

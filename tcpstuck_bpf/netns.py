@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from tcpstuck_bpf.errors import CannotTraceError, UsageError
 from tcpstuck_bpf.model import KernelCounters
@@ -19,6 +21,8 @@ from tcpstuck_bpf.model import KernelCounters
 COUNTERS = ("SyncookiesSent", "SyncookiesRecv", "SyncookiesFailed", "ListenOverflows")
 QUEUE_SETTINGS = ("ipv4.tcp_syncookies", "ipv4.tcp_max_syn_backlog", "core.somaxconn")
 """Below /proc/sys/net, each namespace has its own (ip-sysctl.rst)."""
+
+Result = TypeVar("Result")
 
 _NAMED = Path("/run/netns")
 _CLONE_NEWNET = 0x40000000
@@ -119,27 +123,68 @@ def _own_queue_settings() -> dict[str, int]:
     return found
 
 
-def _read_inside(path: Path, read_own: Callable[[], dict[str, int]]) -> dict[str, int]:
-    """What `read_own` finds in another namespace: a thread of ours enters it for a moment.
+def _inside(path: Path, function: Callable[[], Result]) -> Result:
+    """What a function returns in another namespace: a thread of ours enters it for a moment.
 
-    Empty where it cannot be entered.
+    Raises OSError where it cannot be entered, and what the function raises.
     """
-    result: dict[str, int] = {}
+    results: list[Result] = []
+    errors: list[Exception] = []
 
-    def read() -> None:
+    def call() -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         try:
             with path.open("rb") as file:
-                entered = libc.setns(file.fileno(), _CLONE_NEWNET) == 0
-            if entered:
-                result.update(read_own())
-        except (OSError, ValueError):
-            result.clear()
+                if libc.setns(file.fileno(), _CLONE_NEWNET) != 0:
+                    number = ctypes.get_errno()
+                    raise OSError(number, os.strerror(number))
+            results.append(function())
+        except Exception as error:  # handed to the caller, whose thread it is not
+            errors.append(error)
 
-    thread = threading.Thread(target=read)
+    thread = threading.Thread(target=call)
     thread.start()
     thread.join()
-    return result
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _read_inside(path: Path, read_own: Callable[[], dict[str, int]]) -> dict[str, int]:
+    """What `read_own` finds in another namespace; empty where it cannot be entered."""
+    try:
+        return _inside(path, read_own)
+    except (OSError, ValueError):
+        return {}
+
+
+def _ways_into(inode: int) -> Iterator[Path]:
+    """Paths that lead to a namespace, those with a name first: a process may end at any moment."""
+    for path in _named_paths():
+        with contextlib.suppress(OSError):
+            if path.stat().st_ino == inode and _on_nsfs(path):
+                yield path
+    for pid in _pids_by_namespace().get(inode, ()):
+        yield Path(f"/proc/{pid}/ns/net")
+
+
+def run_in(inode: int, function: Callable[[], Result]) -> Result:
+    """What a function returns in the namespace with that inode number.
+
+    The calling thread stays where it is. Raises OSError where the namespace is gone or cannot be
+    entered (that takes CAP_SYS_ADMIN), and what the function raises.
+    """
+    if inode == own_netns():
+        return function()
+    failure = OSError(errno.ENOENT, "the network namespace is gone")
+    for path in _ways_into(inode):
+        try:
+            # The process may have changed namespaces since.
+            if path.stat().st_ino == inode:
+                return _inside(path, function)
+        except OSError as error:
+            failure = error
+    raise failure
 
 
 def read_queue_settings() -> dict[int, dict[str, int]]:

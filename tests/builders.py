@@ -11,6 +11,7 @@ from typing import Any
 
 from tcpstuck_bpf.correlate import Correlator, FlowReport
 from tcpstuck_bpf.model import (
+    Attempt,
     Coverage,
     Ending,
     Event,
@@ -20,6 +21,7 @@ from tcpstuck_bpf.model import (
     HandshakeId,
     Moved,
     NetnsCount,
+    Rescue,
     Row,
     Sweep,
     Tally,
@@ -152,13 +154,33 @@ def correlator(**changes: Any) -> Correlator:
 
 
 def reports(
-    observations: Iterable[Event | Sweep], now_ns: int, of: Correlator | None = None
+    observations: Iterable[Event | Sweep | Rescue], now_ns: int, of: Correlator | None = None
 ) -> list[FlowReport]:
     """What is told once all observations are in."""
     told_by = correlator() if of is None else of
     for observation in observations:
-        told_by.observe(observation)
+        if isinstance(observation, Rescue):
+            told_by.note_rescue(observation)
+        else:
+            told_by.observe(observation)
     return told_by.advance(now_ns)
+
+
+def identity(entry: Handshake, tuple_: FourTuple | None = None) -> HandshakeId:
+    """The name of a handshake, by default of the 4-tuple 0."""
+    return HandshakeId(four_tuple() if tuple_ is None else tuple_, entry.first_syn_ns)
+
+
+def attempt(entry: Handshake, time_ns: int, number: int = 1, outcome: str = "sent") -> Rescue:
+    """One SYN-ACK repeated, or tried to be."""
+    return Rescue((Attempt(identity(entry), time_ns, number, outcome),), (), {})
+
+
+def time_of(observation: Event | Sweep | Rescue) -> int:
+    """When it was made."""
+    if isinstance(observation, Rescue):
+        return observation.attempts[-1].time_ns
+    return observation.time_ns
 
 
 class Table:

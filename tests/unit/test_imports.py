@@ -13,7 +13,19 @@ PACKAGE = "tcpstuck_bpf"
 ROOT = Path(__file__).parents[2]
 IMPORT_TIME_LIMIT_S = 60
 
-PURE = ("correlate", "verdict", "render", "export", "wire", "model", "errors", "replay", "explain")
+PURE = (
+    "correlate",
+    "verdict",
+    "render",
+    "export",
+    "wire",
+    "model",
+    "errors",
+    "replay",
+    "explain",
+    "rescue",
+    "synack",
+)
 OF_THE_KERNEL_SIDE = {
     "bpf_trial",
     "btf",

@@ -1,0 +1,92 @@
+"""Sends finished IP packets from inside network namespaces, through raw sockets."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from types import TracebackType
+
+from tcpstuck_bpf import netns
+from tcpstuck_bpf.model import FourTuple
+
+MAX_SOCKETS = 64
+IDLE_NS = 2_000_000_000
+
+
+def _raw_socket(family: socket.AddressFamily) -> socket.socket:
+    # IPPROTO_RAW: the packet has its IP header (raw(7)), and nothing is ever received.
+    made = socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)
+    made.setblocking(False)
+    return made
+
+
+class Resender:
+    """Keeps a socket for each namespace and family while it is in use.
+
+    A socket stays in the namespace it was opened in, and keeps that alive, with its network
+    devices. So no socket stays open longer than it is of use: `close_idle` is to be called every
+    now and then. `clock_ns` is any monotonic clock.
+    """
+
+    def __init__(self, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._clock_ns = clock_ns
+        self._sockets: OrderedDict[tuple[int, int], tuple[socket.socket, int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._sockets)
+
+    def __enter__(self) -> Resender:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def send(self, four_tuple: FourTuple, packet: bytes) -> None:
+        """Send a packet, IP header included, to the client of a 4-tuple, in its namespace.
+
+        The calling thread stays in its own namespace. Raises OSError where the namespace is gone
+        or cannot be entered, or the kernel refuses the packet.
+        """
+        try:
+            self._socket(four_tuple).sendto(packet, (four_tuple.client_ip, 0))
+        except BlockingIOError as error:
+            raise OSError(errno.ENOBUFS, "the socket's send buffer is full") from error
+
+    def _socket(self, four_tuple: FourTuple) -> socket.socket:
+        key = (four_tuple.netns, four_tuple.family)
+        kept = self._sockets.pop(key, None)
+        if kept is not None:
+            found = kept[0]
+        else:
+            family = socket.AF_INET if four_tuple.family == 4 else socket.AF_INET6
+            found = netns.run_in(four_tuple.netns, lambda: _raw_socket(family))
+            if len(self._sockets) >= MAX_SOCKETS:
+                self._close_oldest()
+        self._sockets[key] = (found, self._clock_ns())
+        return found
+
+    def _close_oldest(self) -> None:
+        _, (oldest, _) = self._sockets.popitem(last=False)
+        oldest.close()
+
+    def close_idle(self) -> None:
+        """Close the sockets that have not been used for IDLE_NS."""
+        now_ns = self._clock_ns()
+        while self._sockets:
+            _, used_ns = next(iter(self._sockets.values()))
+            if now_ns - used_ns < IDLE_NS:
+                return
+            self._close_oldest()
+
+    def close(self) -> None:
+        """Close every socket; a later `send` would open one again."""
+        while self._sockets:
+            self._close_oldest()

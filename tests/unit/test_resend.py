@@ -1,0 +1,139 @@
+"""Packets go out in the namespace they are for, and the calling thread stays where it is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lab.errors import LabError
+from lab.patience import COMMAND_S, patient
+from lab.topology import Namespace
+from tcpstuck_bpf import netns
+from tcpstuck_bpf.model import FourTuple, address_bytes
+from tcpstuck_bpf.resend import IDLE_NS, MAX_SOCKETS, Resender
+from tcpstuck_bpf.synack import synack_packet
+from tests.unit.test_synack import segment_of
+
+LOOPBACK = {4: "127.0.0.1", 6: "::1"}
+NO_NAMESPACE = 1
+"""Inode numbers of nsfs are far above."""
+
+
+def own_place() -> str:
+    return str(Path("/proc/thread-self/ns/net").readlink())
+
+
+@pytest.fixture
+def namespace() -> Iterator[Namespace]:
+    if os.geteuid() != 0:
+        pytest.skip("making a network namespace takes root")
+    try:
+        made = Namespace(f"tcpstuck-{os.getpid()}-resend")
+    except LabError as error:
+        pytest.skip(f"network namespaces cannot be made here: {error}")
+    with contextlib.closing(made):
+        made.command("ip", "link", "set", "lo", "up")
+        yield made
+
+
+def loopback_tuple(family: int, inode: int) -> FourTuple:
+    address = address_bytes(LOOPBACK[family])
+    return FourTuple(address, address, 40_000, 3311, inode)
+
+
+def listening(namespace: Namespace, family: int) -> socket.socket:
+    kind = socket.AF_INET if family == 4 else socket.AF_INET6
+    heard = namespace.run(socket.socket, kind, socket.SOCK_RAW, socket.IPPROTO_TCP)
+    heard.settimeout(patient(COMMAND_S))
+    return heard
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_packet_arrives_in_its_namespace_and_nowhere_else(
+    namespace: Namespace, family: int
+) -> None:
+    who = loopback_tuple(family, namespace.inode)
+    packet = synack_packet(who, segment_of(who))
+    kind = socket.AF_INET if family == 4 else socket.AF_INET6
+    with (
+        Resender() as resender,
+        listening(namespace, family) as there,
+        socket.socket(kind, socket.SOCK_RAW, socket.IPPROTO_TCP) as here,
+    ):
+        here.setblocking(False)
+        before = own_place()
+        resender.send(who, packet)
+        assert own_place() == before
+        received = there.recv(4096)
+        ip_header = 20 if family == 4 else 0
+        assert received[ip_header:] == packet[20 if family == 4 else 40 :]
+        ours = received[ip_header : ip_header + 12]
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                assert here.recv(4096)[ip_header : ip_header + 12] != ours
+
+
+def test_a_socket_is_kept_while_it_is_used_and_closed_when_it_is_not(namespace: Namespace) -> None:
+    now_ns = 0
+    who = loopback_tuple(4, namespace.inode)
+    packet = synack_packet(who, segment_of(who))
+    with Resender(lambda: now_ns) as resender:
+        resender.send(who, packet)
+        opened = open_sockets()
+        resender.send(who, packet)
+        assert open_sockets() == opened
+        now_ns = IDLE_NS - 1
+        resender.close_idle()
+        assert open_sockets() == opened
+        now_ns = IDLE_NS
+        resender.close_idle()
+        assert open_sockets() == opened - 1
+        resender.send(who, packet)
+        assert open_sockets() == opened
+    assert open_sockets() == opened - 1
+
+
+def open_sockets() -> int:
+    found = 0
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found += str(entry.readlink()).startswith("socket:")
+    return found
+
+
+def test_the_number_of_sockets_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Datagram sockets in place of raw ones: no namespaces, and no root."""
+    made: list[socket.socket] = []
+
+    def open_one(_inode: int, _function: object) -> socket.socket:
+        made.append(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        return made[-1]
+
+    monkeypatch.setattr(netns, "run_in", open_one)
+    with Resender() as resender:
+        for inode in range(MAX_SOCKETS + 5):
+            with contextlib.suppress(OSError):
+                resender.send(loopback_tuple(4, inode), b"")
+        assert [one.fileno() for one in made[:5]] == [-1] * 5
+        assert all(one.fileno() >= 0 for one in made[5:])
+    assert all(one.fileno() == -1 for one in made)
+
+
+def test_a_namespace_that_is_gone_is_said_in_one_line() -> None:
+    with Resender() as resender, pytest.raises(OSError, match="is gone") as raised:
+        resender.send(loopback_tuple(4, NO_NAMESPACE), b"")
+    assert raised.value.strerror == "the network namespace is gone"
+
+
+def test_what_a_function_raises_inside_reaches_the_caller(namespace: Namespace) -> None:
+    def fail() -> None:
+        raise ValueError(own_place())
+
+    with pytest.raises(ValueError, match=str(namespace.inode)):
+        netns.run_in(namespace.inode, fail)
+    assert str(namespace.inode) not in own_place()
