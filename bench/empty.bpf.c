@@ -45,7 +45,7 @@ EMPTY_FENTRY(tcp_conn_request)
 EMPTY_FEXIT(tcp_conn_request)
 EMPTY_FENTRY(tcp_check_req)
 EMPTY_FEXIT(tcp_check_req)
-EMPTY_FEXIT(tcp_child_process)
+EMPTY_FEXIT(tcp_rcv_state_process)
 KRETFUNC_PROBE(cookie_v4_init_sequence, void *first)
 {
 	return remember();

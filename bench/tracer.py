@@ -43,7 +43,7 @@ def _floor(what: str, mode: str) -> Any:
     flags += ["-DONE_INSERT"] if what == "insert" else []
     bpf = bcc.BPF(text=text, cflags=flags)
     if mode == "kprobe":
-        for probe in probes.PROBES:
+        for probe in probes.of_mode(probes.PROBES, mode):
             name = probe.function.encode()
             returned = b"cookie_return" if b"init_sequence" in name else b"empty_return"
             bpf.attach_kretprobe(event=name, fn_name=returned)

@@ -75,10 +75,12 @@ struct scratch {
 	u64 syn; /* the SYN that tcp_conn_request is at work on */
 	u64 mss_place; /* kprobe only: where cookie_vX_init_sequence will write the MSS */
 	u64 listener; /* that cookie_vX_check is at work for */
-	u64 child; /* made by cookie_vX_check, on its way to tcp_child_process */
+	u64 child; /* made by cookie_vX_check, on its way to tcp_rcv_state_process */
 	u64 child_entered; /* kprobe only */
 	u32 syn_queue;
 	u32 cookie_sent;
+	u32 handshake_tracked; /* the SYN's cookie handshake has an entry */
+	u32 request_checked; /* tcp_check_req is at work */
 	struct netns_counts none; /* zeros, for a namespace's first */
 };
 
@@ -91,6 +93,10 @@ enum loss {
 BPF_TABLE("hash", struct handshake_key, struct handshake, awaiting_ack, MAX_HANDSHAKES);
 BPF_TABLE("percpu_hash", u32, struct netns_counts, counts, MAX_NAMESPACES);
 BPF_RINGBUF_OUTPUT(events, EVENT_PAGES);
+#ifdef PROBE_tcp_make_synack
+BPF_TABLE("hash", struct handshake_key, struct synack, synacks, MAX_HANDSHAKES);
+BPF_TABLE("lru_hash", struct known_client, u64, known_clients, MAX_KNOWN_CLIENTS);
+#endif
 BPF_ARRAY(config, struct trace_config, 1);
 BPF_ARRAY(wanted_ports, u64, 1024); /* one bit per port; BCC is slow with arrays in a value */
 BPF_PERCPU_ARRAY(scratches, struct scratch, 1);
@@ -314,6 +320,7 @@ static __always_inline int syn_arrived(struct sock *listener, struct sk_buff *sk
 		return 0;
 	scratch->syn = (u64)skb;
 	scratch->cookie_sent = 0;
+	scratch->handshake_tracked = 0;
 	read_segment(&scratch->segment, listener, skb);
 	bpf_probe_read_kernel(&scratch->syn_queue, sizeof(scratch->syn_queue),
 			      &listener->icsk_accept_queue_qlen);
@@ -371,6 +378,7 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 	fresh.syn_queue = scratch->syn_queue;
 	fresh.mss = mss;
 	failed = awaiting_ack.insert(&segment->key, &fresh);
+	scratch->handshake_tracked = !failed || failed == -EEXIST;
 	if (!failed)
 		return 0;
 	entry = failed == -EEXIST ? awaiting_ack.lookup(&segment->key) : 0;
@@ -448,6 +456,59 @@ static __always_inline int syn_handled(void)
 	return 0;
 }
 
+static __always_inline void forget(struct handshake_key *key)
+{
+	awaiting_ack.delete(key);
+#ifdef PROBE_tcp_make_synack
+	synacks.delete(key);
+#endif
+}
+
+static __always_inline void remember_client(const struct handshake_key *key, u64 now)
+{
+#ifdef PROBE_tcp_make_synack
+	struct known_client client = {};
+
+	__builtin_memcpy(client.client_address, key->client_address, 16);
+	__builtin_memcpy(client.server_address, key->server_address, 16);
+	client.netns = key->netns;
+	client.server_port = key->server_port;
+	known_clients.update(&client, &now);
+#endif
+}
+
+#ifdef PROBE_tcp_make_synack
+/*
+ * tcp_make_synack, return, called by tcp_conn_request (other callers repeat the SYN-ACKs of the
+ * SYN queue, from a timer): the cookie's SYN-ACK, TCP header and options complete.
+ */
+static __always_inline int synack_made(struct sk_buff *made)
+{
+	struct scratch *scratch = this_cpu_scratch();
+	struct synack synack = {};
+	u64 place;
+
+	if (!made || !scratch || !scratch->syn || !scratch->handshake_tracked)
+		return 0;
+	place = (u64)READ(made->head) + READ(made->transport_header);
+	bpf_probe_read_kernel(synack.segment, sizeof(synack.segment), (void *)place);
+	synacks.update(&scratch->segment.key, &synack);
+	return 0;
+}
+#endif
+
+#ifdef PROBE_inet_csk_complete_hashdance
+/* inet_csk_complete_hashdance, return, within tcp_check_req: an ordinary handshake completed. */
+static __always_inline int request_completed(u64 child)
+{
+	struct scratch *scratch = this_cpu_scratch();
+
+	if (child && scratch && scratch->request_checked && !scratch->segment.outside)
+		remember_client(&scratch->segment.key, bpf_ktime_get_ns());
+	return 0;
+}
+#endif
+
 /* cookie_vX_check, entry: some segment other than a SYN reached a listener. */
 static __always_inline int ack_arrived(struct sock *listener, struct sk_buff *skb)
 {
@@ -471,6 +532,7 @@ static __always_inline u8 ack_completed(struct netns_counts *counted, struct seg
 	struct trace_config *wanted = config.lookup(&zero);
 
 	counted->count[COUNT_COMPLETED] += 1;
+	remember_client(&segment->key, now);
 	if (!entry || !wanted) {
 		counted->count[COUNT_COMPLETED_UNTRACKED] += 1;
 		return 0;
@@ -478,7 +540,7 @@ static __always_inline u8 ack_completed(struct netns_counts *counted, struct seg
 	if (entry->ending == ENDING_NONE && entry->syn_count == 1 && !entry->acks_dropped &&
 	    segment->sequence == entry->client_isn + 1 &&
 	    now - entry->first_syn_ns < wanted->tell_completed_after_ns) {
-		awaiting_ack.delete(&segment->key);
+		forget(&segment->key);
 		return 0;
 	}
 	end(entry, ENDING_COMPLETED, now, moved);
@@ -572,12 +634,12 @@ static __always_inline int ack_judged(u64 result)
 	if (!kind || !entry)
 		return 0;
 	if (tell(counted, kind, segment, entry, now, moved) && kind == EVENT_COMPLETED)
-		awaiting_ack.delete(&segment->key);
+		forget(&segment->key);
 	return 0;
 }
 
 /*
- * tcp_child_process, return, for the child that cookie_vX_check has just made on this CPU: the
+ * tcp_rcv_state_process (by kprobe its caller), return, for the child that cookie_vX_check has just made on this CPU: the
  * true completion is SYN_RECV to ESTABLISHED. A child that accept() has handed out and that is in
  * use on another CPU is left in SYN_RECV without an error, to be processed there; it stays
  * uncounted. An error is answered by RST.
@@ -605,16 +667,19 @@ static __always_inline int request_arrived(struct sock *listener, struct sk_buff
 		return 0;
 	read_segment(&scratch->segment, listener, skb);
 	read_listen_counters(&scratch->before, listener);
+	scratch->request_checked = 1;
 	return 0;
 }
 
 static __always_inline int request_handled(void)
 {
 	struct scratch *scratch = this_cpu_scratch();
-
 	struct netns_counts *counted;
 
-	if (!scratch || !(listen_counters_moved(&scratch->before) & MOVED_LISTEN_OVERFLOWS))
+	if (!scratch)
+		return 0;
+	scratch->request_checked = 0;
+	if (!(listen_counters_moved(&scratch->before) & MOVED_LISTEN_OVERFLOWS))
 		return 0;
 	counted = counts_of(scratch);
 	if (counted)
@@ -680,11 +745,10 @@ KRETFUNC_PROBE(tcp_check_req, struct sock *sk, struct sk_buff *skb)
 }
 #endif
 
-#ifdef PROBE_tcp_child_process
-KRETFUNC_PROBE(tcp_child_process, struct sock *parent, struct sock *child, struct sk_buff *skb,
-	       int error)
+#ifdef PROBE_tcp_rcv_state_process
+KRETFUNC_PROBE(tcp_rcv_state_process, struct sock *sk, struct sk_buff *skb, int error)
 {
-	return child_returned(child, error);
+	return child_returned(sk, error);
 }
 #endif
 
@@ -719,6 +783,22 @@ KFUNC_PROBE(cookie_v6_check, struct sock *sk, struct sk_buff *skb)
 KRETFUNC_PROBE(cookie_v6_check, struct sock *sk, struct sk_buff *skb, struct sock *result)
 {
 	return ack_judged((u64)result);
+}
+#endif
+
+#ifdef PROBE_tcp_make_synack
+KRETFUNC_PROBE(tcp_make_synack, struct sock *sk, void *dst, void *req, void *foc, int type,
+	       struct sk_buff *syn, struct sk_buff *made)
+{
+	return synack_made(made);
+}
+#endif
+
+#ifdef PROBE_inet_csk_complete_hashdance
+KRETFUNC_PROBE(inet_csk_complete_hashdance, struct sock *sk, struct sock *child, void *req,
+	       bool own_req, struct sock *result)
+{
+	return request_completed((u64)result);
 }
 #endif
 
@@ -797,5 +877,19 @@ int tcp_child_process_return(struct pt_regs *ctx)
 	scratch->child_entered = 0;
 	return child_processed(scratch, (struct sock *)scratch->child, (u32)PT_REGS_RC(ctx));
 }
+
+#ifdef PROBE_tcp_make_synack
+int tcp_make_synack_return(struct pt_regs *ctx)
+{
+	return synack_made((struct sk_buff *)PT_REGS_RC(ctx));
+}
+#endif
+
+#ifdef PROBE_inet_csk_complete_hashdance
+int inet_csk_complete_hashdance_return(struct pt_regs *ctx)
+{
+	return request_completed(PT_REGS_RC(ctx));
+}
+#endif
 
 #endif

@@ -95,6 +95,23 @@ struct event {
 };
 
 /*
+ * With --rescue: the TCP segment of the last SYN-ACK as tcp_make_synack left it, header and
+ * options. Its checksum is not computed yet; what follows the header's own length is not its.
+ */
+struct synack {
+	__u8 segment[60];
+};
+
+/* With --rescue: who has completed a handshake with whom, as far as it is remembered. */
+struct known_client {
+	__u8 client_address[16];
+	__u8 server_address[16];
+	__u32 netns;
+	__u16 server_port;
+	__u8 padding[2];
+};
+
+/*
  * Counted per network namespace. *_OUTSIDE are segments that the filters (port, family, address)
  * leave out: they are not traced, but without them the kernel's own counters could not be
  * compared with ours.
@@ -110,7 +127,7 @@ enum netns_count {
 	COUNT_LISTEN_OVERFLOWS_OUTSIDE,
 	COUNT_COMPLETED,
 	COUNT_COMPLETED_UNTRACKED, /* of these, without an entry in the table */
-	COUNT_ESTABLISHED, /* cookie children that tcp_child_process left ESTABLISHED */
+	COUNT_ESTABLISHED, /* cookie children that tcp_rcv_state_process left ESTABLISHED */
 	COUNT_STILLBORN, /* cookie children that it refused: RST goes out */
 	COUNT_ACKS_DROPPED,
 	COUNT_ACKS_DROPPED_UNTRACKED,

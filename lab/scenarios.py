@@ -44,7 +44,7 @@ def mariadb_stall(settings: Settings) -> Outcome:
     ):
         server.pause()
         scene.ready()
-        _connect_in_one_batch(scene)
+        connect_in_one_batch(scene)
         server.resume()
         stuck = _stuck_once_all_is_quiet(scene)
         return scene.done(
@@ -60,7 +60,7 @@ def overflow(settings: Settings) -> Outcome:
     with Scene("overflow", settings, syncookies=1) as scene:
         server = scene.greeter(SMALL_BACKLOG)
         scene.ready()
-        _connect_in_one_batch(scene)
+        connect_in_one_batch(scene)
         server.resume()
         stuck = _stuck_once_all_is_quiet(scene)
         return scene.done(
@@ -242,7 +242,7 @@ def play(
     return scenario.play(Settings(clients or scenario.clients, family, port, after))
 
 
-def _connect_in_one_batch(scene: Scene) -> None:
+def connect_in_one_batch(scene: Scene) -> None:
     """All clients connect, and their SYN-ACKs reach them together."""
     clients = scene.settings.clients
     with held_back(scene.topology.server):

@@ -9,15 +9,18 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from tcpstuck_bpf.correlate import Correlator
 from tcpstuck_bpf.errors import RecordingError, UsageError
-from tcpstuck_bpf.flow import State
+from tcpstuck_bpf.flow import FlowReport, State
 from tcpstuck_bpf.model import (
+    ATTEMPT_NOT_SENT,
+    ATTEMPT_SENT,
+    Attempt,
     Coverage,
     Ending,
     Event,
@@ -36,11 +39,13 @@ from tcpstuck_bpf.replay import (
     Observed,
     Recorder,
     Replay,
+    Rescued,
     Step,
     Swept,
     TallyTaken,
 )
-from tcpstuck_bpf.report import Status, Summary
+from tcpstuck_bpf.report import RescueTotals, Status, Summary
+from tcpstuck_bpf.rescuing import Rescuing
 from tcpstuck_bpf.verdict import Finding, judge
 
 SECOND_NS = 1_000_000_000
@@ -90,6 +95,9 @@ class Output(Protocol):
     def findings(self, findings: list[Finding]) -> None:
         """Show findings as they come."""
 
+    def attempts(self, attempts: Sequence[Attempt]) -> None:
+        """Show what was done for stuck clients."""
+
     def status(self, status: Status) -> None:
         """Nothing new: say that it is watching."""
 
@@ -109,11 +117,15 @@ class Analysis:
         )
         self.leaving: list[HandshakeId] = []
         """Entries of the kernel's table that are needed no more, after the latest step."""
+        self.reports: list[FlowReport] = []
+        """The flows that came into another state at the latest Advanced."""
         self.told = 0
         self._verdicts: Counter[str] = Counter()
         self._taken_over = 0
         self._rows: int | None = None
         self._tallies: list[Tally] = []
+        self._attempts: Counter[str] = Counter()
+        self._left_alone: Mapping[str, int] | None = None
 
     def take(self, step: Step) -> list[Finding]:
         """Findings that a step brings; only Advanced brings any."""
@@ -124,6 +136,10 @@ class Analysis:
         elif isinstance(step, Swept):
             self.correlator.observe(step.sweep)
             self._rows = len(step.sweep.rows)
+        elif isinstance(step, Rescued):
+            self.correlator.note_rescue(step.rescue)
+            self._attempts.update(attempt.outcome for attempt in step.rescue.attempts)
+            self._left_alone = step.rescue.left_alone
         elif isinstance(step, TallyTaken):
             self._tallies = [*self._tallies[:1], step.tally]
         elif isinstance(step, Advanced):
@@ -131,7 +147,7 @@ class Analysis:
         return []
 
     def _advance(self, now_ns: int) -> list[Finding]:
-        reports = self.correlator.advance(now_ns)
+        reports = self.reports = self.correlator.advance(now_ns)
         judged = (judge(report, self.header.coverage) for report in reports)
         findings = [finding for finding in judged if finding is not None]
         self._taken_over += sum(
@@ -176,7 +192,8 @@ class Analysis:
         told = {name: number for name, number in self._verdicts.items() if number > 0}
         # Those that an ordinary handshake took over were connected without a cookie's ACK.
         connected = counted[NetnsCount.COMPLETED] + self._taken_over
-        told["completed"] = max(0, connected - recovered)
+        rescued = stats.told_now.get(State.RESCUED, 0)
+        told["completed"] = max(0, connected - recovered - rescued)
         losses = {
             **ended.losses,
             "flows_evicted": stats.evicted,
@@ -205,6 +222,23 @@ class Analysis:
             reconciliation=reconcile(start, end, self.header.coverage),
             filtered=bool(wanted.ports or wanted.family or wanted.listener_address),
             notes=ended.notes,
+            rescue=self._rescue_totals(rescued),
+        )
+
+    def _rescue_totals(self, rescued: int) -> RescueTotals | None:
+        if self._left_alone is None:
+            return None
+        failed = {
+            outcome: number
+            for outcome, number in self._attempts.items()
+            if outcome not in (ATTEMPT_SENT, ATTEMPT_NOT_SENT)
+        }
+        return RescueTotals(
+            sent=self._attempts[ATTEMPT_SENT],
+            not_sent=self._attempts[ATTEMPT_NOT_SENT],
+            failed=failed,
+            rescued=rescued,
+            left_alone=self._left_alone,
         )
 
 
@@ -226,6 +260,7 @@ class Live:
     read_kernel_counters: Callable[[], KernelCounters]
     clock_ns: Callable[[], int] = time.monotonic_ns
     stop: bool = False
+    rescuing: Rescuing | None = None
 
     def run(self, duration_ns: int | None, ready_file: str | None) -> Summary:
         """Trace until `duration_ns` (None: for ever) has passed or `stop` is set."""
@@ -234,19 +269,30 @@ class Live:
             write_ready_file(ready_file)
         end_ns = None if duration_ns is None else begun + duration_ns
         interval_ns = min(SECOND_NS, self.analysis.header.settings.timeout_ns // 3)
-        next_sweep_ns = begun
+        next_sweep_ns = regular_ns = soonest_ns = begun
         while not self.stop:
             now_ns = self.clock_ns()
             if end_ns is not None and now_ns >= end_ns:
                 break
             until_ns = min(next_sweep_ns, end_ns or next_sweep_ns, now_ns + LONGEST_POLL_NS)
+            if self.rescuing is not None and self.rescuing.due_ns is not None:
+                until_ns = min(until_ns, self.rescuing.due_ns)
             self._observe_events(max(0, until_ns - now_ns))
             if self.clock_ns() >= next_sweep_ns:
                 cost_ns = self._sweep()
                 done_ns = self.clock_ns()
-                next_sweep_ns = done_ns + max(interval_ns, SWEEP_SHARE * cost_ns)
+                soonest_ns = done_ns + SWEEP_SHARE * cost_ns
+                regular_ns = max(done_ns + interval_ns, soonest_ns)
                 self.output.status(self.analysis.status(self.source.counts(), done_ns))
+            next_sweep_ns = self._next_sweep(regular_ns, soonest_ns)
         return self._finish()
+
+    def _next_sweep(self, regular_ns: int, soonest_ns: int) -> int:
+        """Where clients are to be mended, a verdict is not to wait for the regular sweep."""
+        deadline_ns = self.analysis.correlator.next_deadline_ns
+        if self.rescuing is None or deadline_ns is None:
+            return regular_ns
+        return min(regular_ns, max(deadline_ns, soonest_ns))
 
     def _step(self, step: Step) -> None:
         findings = self.analysis.take(step)
@@ -260,6 +306,17 @@ class Live:
         if events:
             self._step(Observed(events))
             self._step(Advanced(self.clock_ns()))
+        if not self.stop:
+            self._rescue(events, self.analysis.reports if events else ())
+
+    def _rescue(self, events: Sequence[Event], reports: Sequence[FlowReport]) -> None:
+        if self.rescuing is None:
+            return
+        self.rescuing.take_in(events, reports)
+        rescue = self.rescuing.act()
+        if rescue is not None:
+            self._step(Rescued(rescue))
+            self.output.attempts(rescue.attempts)
 
     def _sweep(self) -> int:
         """Read, judge, tell; returns the ns that reading and correlating took."""
@@ -268,6 +325,8 @@ class Live:
         cost_ns = self.clock_ns() - begun_ns
         self._step(Advanced(self.clock_ns()))
         self.source.forget(self.analysis.leaving)
+        if not self.stop:
+            self._rescue((), self.analysis.reports)
         return cost_ns
 
     def _tally(self) -> int:
@@ -312,6 +371,8 @@ def run_replay(replay: Replay, output: Output) -> Summary:
         findings = analysis.take(step)
         if findings:
             output.findings(findings)
+        if isinstance(step, Rescued):
+            output.attempts(step.rescue.attempts)
         if isinstance(step, Ended):
             if not analysis.tallied:
                 raise RecordingError(

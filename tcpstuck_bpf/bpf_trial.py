@@ -11,15 +11,19 @@ import errno
 import os
 import platform
 import struct
+import sys
 from collections.abc import Iterator
 
 _SYSTEM_CALL = {"x86_64": 321, "aarch64": 280}
 
-_MAP_CREATE, _PROG_LOAD, _MAP_LOOKUP_BATCH = 0, 5, 24
+_MAP_CREATE, _PROG_LOAD, _OBJ_GET_INFO_BY_FD, _MAP_LOOKUP_BATCH = 0, 5, 15, 24
 _MAP_TYPE_HASH, _MAP_TYPE_RINGBUF = 1, 27
 _PROG_TYPE_KPROBE = 2
 _HELPER_PROBE_READ_KERNEL = 113
 _ATTRIBUTES_BYTES = 128
+_PROGRAM_INFO_BYTES = 256
+_RECURSION_MISSES_AT = 208
+"""In struct bpf_prog_info of include/uapi/linux/bpf.h, since 5.12."""
 
 _PROBE_READ_KERNEL = b"".join(
     struct.pack("=BBhi", *instruction)
@@ -106,3 +110,15 @@ def tracing_refusal() -> str | None:
     except RefusedError as error:
         return str(error)
     return None
+
+
+def missed_runs(program: int) -> int:
+    """How often the kernel did not run a program because another one was at work on that CPU.
+
+    By its file descriptor. A kernel before 5.12 does not say (0); kprobes count since 6.7 only.
+    Raises RefusedError.
+    """
+    info = ctypes.create_string_buffer(_PROGRAM_INFO_BYTES)
+    request = struct.pack("=IIQ", program, _PROGRAM_INFO_BYTES, ctypes.addressof(info))
+    _bpf(_OBJ_GET_INFO_BY_FD, request)
+    return int.from_bytes(info.raw[_RECURSION_MISSES_AT:][:8], sys.byteorder)

@@ -10,9 +10,10 @@ import sys
 import time
 from collections.abc import Sequence
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from tcpstuck_bpf import netns
-from tcpstuck_bpf.app import Analysis, Live, Output, Source, run_replay, write_ready_file
+from tcpstuck_bpf.app import Analysis, Live, Output, run_replay, write_ready_file
 from tcpstuck_bpf.errors import (
     EXIT_CANNOT_TRACE,
     EXIT_INTERRUPTED,
@@ -29,6 +30,12 @@ from tcpstuck_bpf.probes import WITHOUT_VARIABLE, AttachRequest, left_out
 from tcpstuck_bpf.render import TableRenderer, watching
 from tcpstuck_bpf.replay import Header, Recorder, Replay
 from tcpstuck_bpf.report import Summary, WallClock
+from tcpstuck_bpf.rescue import RescuePolicy, Rescuer
+from tcpstuck_bpf.rescuing import Rescuing
+from tcpstuck_bpf.resend import Resender
+
+if TYPE_CHECKING:
+    from tcpstuck_bpf.source import BccSource
 
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 WIDTH_OF_A_PIPE = 200
@@ -134,17 +141,40 @@ def _attach_request(options: argparse.Namespace) -> AttachRequest:
 
         types = types_of_running_kernel(options.vmlinux)
     without = left_out(os.environ.get(WITHOUT_VARIABLE, ""))
-    return AttachRequest(types, options.strict, without)
+    return AttachRequest(types, options.strict, without, rescue=options.rescue is not None)
 
 
-def _open_source(settings: TraceSettings, request: AttachRequest) -> Source:
+def _open_source(settings: TraceSettings, request: AttachRequest) -> BccSource:
     from tcpstuck_bpf.source import open_source
 
     return open_source(settings, request)
 
 
+def _rescuing(options: argparse.Namespace, source: BccSource) -> Rescuing:
+    policy = RescuePolicy(
+        include_unknown="all" in options.rescue,
+        rate=options.rescue_rate,
+        excluded=options.rescue_exclude,
+        after_expiry=options.rescue_late,
+    )
+    dry_run = "dry-run" in options.rescue
+    return Rescuing(Rescuer(policy), source, Resender(), time.monotonic_ns, dry_run=dry_run)
+
+
+def _refuse_without_rescue(options: argparse.Namespace) -> None:
+    for name in ("rescue_exclude", "rescue_rate", "rescue_late"):
+        default = build_parser().get_default(name)
+        if options.rescue is None and getattr(options, name) != default:
+            raise UsageError(
+                f"--{name.replace('_', '-')} has no meaning without --rescue",
+                "nothing is sent to anybody",
+                "add --rescue, or leave it out",
+            )
+
+
 def _trace(options: argparse.Namespace) -> int:
     interrupts = _Interrupts()
+    _refuse_without_rescue(options)
     settings = _settings(options)
     watched = _watched(options, settings.trace_filter)
     source = _open_source(settings, _attach_request(options))
@@ -162,9 +192,13 @@ def _trace(options: argparse.Namespace) -> int:
             print(watching(watched, source.coverage.mode), file=sys.stderr, flush=True)
         live = Live(source, Analysis(header), output, recorder, netns.read_counters)
         interrupts.live = live
+        if options.rescue is not None:
+            live.rescuing = _rescuing(options, source)
         try:
             summary = live.run(options.duration, options.ready_file)
         finally:
+            if live.rescuing is not None:
+                live.rescuing.close()
             if recorder is not None:
                 recorder.close()
     finally:

@@ -14,6 +14,7 @@ Times are CLOCK_MONOTONIC nanoseconds.
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -33,7 +34,7 @@ from tcpstuck_bpf.flow import (
     is_remarkable,
     is_torn,
 )
-from tcpstuck_bpf.model import Ending, Event, FourTuple, Handshake, HandshakeId, Sweep
+from tcpstuck_bpf.model import Ending, Event, FourTuple, Handshake, HandshakeId, Rescue, Sweep
 from tcpstuck_bpf.timeline import build_timeline
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
 
 DEFAULT_ROW_LIFE_NS = 15 * 60 * SECOND_NS
 
+_DEADLINE_STEP_NS = SECOND_NS // 10
 # Flows that left the kernel's table are remembered for as long as an observation of them may come
 # late: a sweep's batch read before the end, or an event behind others in the ring buffer.
 _REMEMBERED_NS = 60 * SECOND_NS
@@ -56,7 +58,13 @@ _REMEMBERED_NS = 60 * SECOND_NS
 _EVICTED_AT_ONCE = 16
 
 _CONNECTED_STATES = frozenset({State.COMPLETED, State.TAKEN_OVER})
-_ALWAYS_TOLD = STUCK_STATES | {State.RECOVERED, State.REJECTED, State.RESET, State.REPEATING}
+_ALWAYS_TOLD = STUCK_STATES | {
+    State.RECOVERED,
+    State.RESCUED,
+    State.REJECTED,
+    State.RESET,
+    State.REPEATING,
+}
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,7 @@ class Correlator:
         self._row_life_ns = row_life_ns
         self._flows: dict[FourTuple, Flow] = {}
         self._touched: set[FourTuple] = set()
+        self._deadlines: list[int] = []
         self._ready: deque[FlowReport] = deque(maxlen=self._max_flows)
         self._evicted_rows: deque[HandshakeId] = deque(maxlen=self._max_flows)
         self._sweep_ns = 0
@@ -142,6 +151,7 @@ class Correlator:
         if sweep.time_ns > self._sweep_ns:
             self._sweep_ns = sweep.time_ns
             self._young_in_sweep = 0
+            del self._deadlines[: bisect.bisect_right(self._deadlines, sweep.time_ns)]
         newest_due_ns = sweep.time_ns - self._timeout_ns
         young = 0
         for four_tuple, handshake in sweep.rows:
@@ -163,6 +173,23 @@ class Correlator:
                 self._touched.add(four_tuple)
         if sweep.time_ns == self._sweep_ns:
             self._young_in_sweep += young
+
+    def note_rescue(self, rescue: Rescue) -> None:
+        """Take in what the rescuer did; of flows that are forgotten it counts nothing."""
+        for attempt in rescue.attempts:
+            flow = self._flow_named(attempt.handshake)
+            if flow is not None:
+                flow.attempts.append(attempt)
+        for handshake in rescue.unanswered:
+            flow = self._flow_named(handshake)
+            if flow is not None:
+                flow.unanswered = True
+                self._touched.add(handshake.four_tuple)
+
+    def _flow_named(self, handshake: HandshakeId) -> Flow | None:
+        flow = self._flows.get(handshake.four_tuple)
+        known = flow is not None and flow.handshake.first_syn_ns == handshake.first_syn_ns
+        return flow if known else None
 
     def _flow_of(self, four_tuple: FourTuple, handshake: Handshake) -> Flow | None:
         """The flow that an observation belongs to; None where it is about an older handshake."""
@@ -235,13 +262,16 @@ class Correlator:
         decision = decide(flow.handshake, flow.told, self._timeout_ns)
         state = decision.state
         if state in _CONNECTED_STATES and flow.ever_stuck:
-            state = State.RECOVERED
+            state = State.RESCUED if flow.drawn_by_attempt() else State.RECOVERED
+        elif state is State.SILENT and flow.unanswered:
+            state = State.UNANSWERED
         elif state is State.TAKEN_OVER and flow.told is not None:
             state = State.COMPLETED
         flow.unsettled = state is not flow.state
         if not flow.unsettled:
             return None
         if not decision.at_once and decision.due_ns > min(now_ns, flow.open_as_of_ns):
+            self._note_deadline(decision.due_ns)
             return None
         flow.unsettled = False
         wants_completed = self._tell_healthy or flow.told is not None
@@ -254,6 +284,17 @@ class Correlator:
         flow.told = state
         flow.told_drop_counters = flow.handshake.drop_counters
         return report
+
+    def _note_deadline(self, due_ns: int) -> None:
+        due_ns = -(-due_ns // _DEADLINE_STEP_NS) * _DEADLINE_STEP_NS
+        place = bisect.bisect_left(self._deadlines, due_ns)
+        if place == len(self._deadlines) or self._deadlines[place] != due_ns:
+            self._deadlines.insert(place, due_ns)
+
+    @property
+    def next_deadline_ns(self) -> int | None:
+        """When a sweep would decide a flow that events told of; up to 100 ms late."""
+        return self._deadlines[0] if self._deadlines else None
 
     def _count_change(self, flow: Flow, state: State, tell: bool) -> None:
         if flow.state is not None:
@@ -326,8 +367,9 @@ class Correlator:
 def _report(four_tuple: FourTuple, flow: Flow, state: State, decided_ns: int) -> FlowReport:
     entry = flow.handshake
     segments = tuple(flow.segments)
-    timeline, omitted = build_timeline(entry, segments, flow.segments_omitted)
-    connected = state in (State.COMPLETED, State.RECOVERED)
+    attempts = tuple(flow.attempts)
+    timeline, omitted = build_timeline(entry, segments, flow.segments_omitted, attempts)
+    connected = state in (State.COMPLETED, State.RECOVERED, State.RESCUED)
     return FlowReport(
         four_tuple=four_tuple,
         state=state,
@@ -340,4 +382,6 @@ def _report(four_tuple: FourTuple, flow: Flow, state: State, decided_ns: int) ->
         timeline=timeline,
         timeline_omitted=omitted,
         flags=flow.flags,
+        segments_omitted=flow.segments_omitted,
+        attempts=attempts,
     )

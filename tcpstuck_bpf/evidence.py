@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from tcpstuck_bpf.flow import SECOND_NS, FlowFlags, FlowReport, Segment, State
+from tcpstuck_bpf.flow import SECOND_NS, STUCK_STATES, FlowFlags, FlowReport, Segment, State
 from tcpstuck_bpf.model import Ending, EventKind, Handshake, Moved
 from tcpstuck_bpf.timeline import (
     counters_text,
@@ -120,13 +120,26 @@ def _silence(report: FlowReport) -> Iterator[str]:
     )
 
 
+def _attempt_sentences(report: FlowReport) -> Iterator[str]:
+    sent = [attempt for attempt in report.attempts if attempt.sent]
+    if not sent:
+        return
+    repeated = (
+        f"our SYN-ACK repeated {_times(len(sent))}, last at {_offset(report, sent[-1].time_ns)}"
+    )
+    if report.state is State.UNANSWERED:
+        yield f"{repeated}: no answer, a client that is there would have sent a challenge ACK"
+    else:
+        yield repeated
+
+
 def _repeats(report: FlowReport) -> Iterator[str]:
     entry = report.handshake
     yield from _syn_sentences(report)
     answered = max(0, entry.syn_count - entry.syns_dropped)
     age = duration_text(report.age_ns)
     yield f"no ACK and no RST seen in answer to {answered} SYN-ACKs in {age}"
-    if report.previous in (State.SILENT, State.ACK_DROPPED):
+    if report.previous in STUCK_STATES:
         yield "it goes on repeating its SYN: it knows that it is not connected"
 
 
@@ -217,7 +230,9 @@ _SENTENCES: Mapping[State, Callable[[FlowReport], Iterator[str]]] = {
     State.COMPLETED: _connection,
     State.RECOVERED: _connection,
     State.ACK_DROPPED: _acked_handshake,
+    State.RESCUED: _connection,
     State.SILENT: _silence,
+    State.UNANSWERED: _silence,
     State.REPEATING: _repeats,
     State.REJECTED: _rejection,
     State.RESET: _reset,
@@ -229,4 +244,4 @@ def evidence(report: FlowReport) -> tuple[str, ...]:
 
     Raises KeyError for a state that has none (taken over, superseded).
     """
-    return tuple(_SENTENCES[report.state](report))
+    return (*_SENTENCES[report.state](report), *_attempt_sentences(report))

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
-from tcpstuck_bpf.report import Reconciled, Summary, WallClock
+from tcpstuck_bpf.model import Attempt
+from tcpstuck_bpf.report import Reconciled, RescueTotals, Summary, WallClock
 from tcpstuck_bpf.verdict import Finding
 
 FORMAT = 1
@@ -59,6 +60,7 @@ def verdict_line(finding: Finding, clock: WallClock) -> str:
             "evidence": list(finding.evidence),
             "cannot_prove": finding.cannot_prove,
             "advice": finding.advice,
+            "rescue_tries": finding.rescue_tries,
             "timeline": [
                 {
                     "time_ms": _milliseconds(entry.time_ns - finding.first_syn_ns),
@@ -70,6 +72,39 @@ def verdict_line(finding: Finding, clock: WallClock) -> str:
             "timeline_omitted": finding.timeline_omitted,
         }
     )
+
+
+def attempt_line(attempt: Attempt, clock: WallClock) -> str:
+    """One repeated SYN-ACK as a JSON object on one line, without the newline."""
+    who = attempt.handshake.four_tuple
+    return _line(
+        {
+            "type": "rescue",
+            "format": FORMAT,
+            "outcome": attempt.outcome,
+            "try": attempt.number,
+            "client_ip": who.client_ip,
+            "client_port": who.client_port,
+            "server_ip": who.server_ip,
+            "server_port": who.server_port,
+            "family": who.family,
+            "netns": who.netns,
+            "syn_time": _utc(clock.realtime(attempt.handshake.first_syn_ns)),
+            "time": _utc(clock.realtime(attempt.time_ns)),
+        }
+    )
+
+
+def _rescue(totals: RescueTotals | None) -> dict[str, Any] | None:
+    if totals is None:
+        return None
+    return {
+        "sent": totals.sent,
+        "would_send": totals.not_sent,
+        "failed": dict(totals.failed),
+        "rescued": totals.rescued,
+        "left_alone": dict(totals.left_alone),
+    }
 
 
 def _reconciled(row: Reconciled) -> dict[str, Any]:
@@ -109,6 +144,7 @@ def summary_line(summary: Summary, clock: WallClock) -> str:
             "untracked": summary.untracked,
             "unseen_syn": summary.unseen_syn,
             "losses": dict(summary.losses),
+            "rescue": _rescue(summary.rescue),
             "coverage_gaps": [gap.__dict__ for gap in summary.gaps],
             "reconciliation": [_reconciled(row) for row in summary.reconciliation],
             "notes": list(summary.notes),

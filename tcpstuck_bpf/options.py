@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import ipaddress
 import math
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, Union
 
 from tcpstuck_bpf import __version__
 from tcpstuck_bpf.errors import EXIT_USAGE
 from tcpstuck_bpf.model import address_bytes
 from tcpstuck_bpf.verdict import RESERVED, RULES, VERDICT_NAMES
 
+IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
 EPILOG = """\
 examples:
   tcpstuck-trace -p 3311              watch one port until Ctrl-C, then sum up
   tcpstuck-trace -p 3306,3311 -v      with each connection's timeline and advice
   tcpstuck-trace --json -d 60         every port for a minute, JSON Lines
+  tcpstuck-trace -p 3311 --rescue     mend what can be mended without risk
   tcpstuck-trace -p 25 --record r.tcpstuck ; tcpstuck-trace --replay r.tcpstuck
 
 exit status:
@@ -86,6 +90,33 @@ def verdict_names(text: str) -> list[str]:
     return text.split(",")
 
 
+def rescue_mode(text: str) -> frozenset[str]:
+    """Whom to rescue, `known` or `all`, with `dry-run` as another word or alone."""
+    words = frozenset(text.split(","))
+    if not words <= {"known", "all", "dry-run"} or {"known", "all"} <= words:
+        raise argparse.ArgumentTypeError(f"{text!r} is not known, all, dry-run or all,dry-run")
+    return words
+
+
+def networks(text: str) -> tuple[IPNetwork, ...]:
+    """IPv4 or IPv6 addresses or networks, separated by commas."""
+    try:
+        return tuple(ipaddress.ip_network(word.strip("[]")) for word in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def packet_rate(text: str) -> int:
+    """Packets per second."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if not 1 <= value <= 100_000:
+        raise argparse.ArgumentTypeError(f"{value} is not between 1 and 100000")
+    return value
+
+
 def verdict_to_explain(text: str) -> str:
     """A verdict's name, also one that is only reserved; empty: all of them."""
     if text and text not in VERDICT_NAMES:
@@ -123,6 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_selection(parser)
     _add_output(parser)
     _add_running(parser)
+    _add_rescue(parser)
     _add_kernel(parser)
     return parser
 
@@ -204,6 +236,39 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--dry-run", action="store_true", help="compile, load, attach, and end")
     run.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+
+
+def _add_rescue(parser: argparse.ArgumentParser) -> None:
+    rescue = parser.add_argument_group("mending stuck clients (off by default)")
+    rescue.add_argument(
+        "--rescue",
+        metavar="known|all|dry-run",
+        nargs="?",
+        const=rescue_mode("known"),
+        type=rescue_mode,
+        help="repeat the SYN-ACK to a stuck client: one whose ACK was thrown away, or whose "
+        "address completed a handshake here before (known), or every one (all); dry-run says "
+        "what would be done",
+    )
+    rescue.add_argument(
+        "--rescue-exclude",
+        metavar="NET[,NET]",
+        type=networks,
+        default=(),
+        help="never to these addresses",
+    )
+    rescue.add_argument(
+        "--rescue-rate",
+        metavar="N",
+        type=packet_rate,
+        default=100,
+        help="SYN-ACKs per second, all together (default: 100)",
+    )
+    rescue.add_argument(
+        "--rescue-late",
+        action="store_true",
+        help="also after a minute, when the client may get an RST: an error instead of a hang",
+    )
 
 
 def _add_kernel(parser: argparse.ArgumentParser) -> None:

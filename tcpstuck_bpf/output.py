@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TextIO
 
-from tcpstuck_bpf.export import summary_line, verdict_line
+from tcpstuck_bpf.export import attempt_line, summary_line, verdict_line
+from tcpstuck_bpf.model import Attempt
 from tcpstuck_bpf.render import TableRenderer
 from tcpstuck_bpf.report import Status, Summary, WallClock
 from tcpstuck_bpf.verdict import Finding
@@ -18,11 +19,11 @@ class Selection:
 
     def __init__(self, only: Collection[str], nothing: bool) -> None:
         self._only = frozenset(only)
-        self._nothing = nothing
+        self.nothing = nothing
 
     def of(self, findings: list[Finding]) -> list[Finding]:
         """The findings to be shown, in their order."""
-        if self._nothing:
+        if self.nothing:
             return []
         return [f for f in findings if not self._only or f.verdict in self._only]
 
@@ -49,6 +50,16 @@ class TableOutput:
             return
         self._clear()
         for line in self._renderer.findings(shown):
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def attempts(self, attempts: Sequence[Attempt]) -> None:
+        """What was done for stuck clients, where that is asked for."""
+        lines = list(self._renderer.attempts(attempts))
+        if not lines or self._selection.nothing:
+            return
+        self._clear()
+        for line in lines:
             self._stream.write(line + "\n")
         self._stream.flush()
 
@@ -80,6 +91,13 @@ class JsonOutput:
         for finding in self._selection.of(findings):
             self._stream.write(verdict_line(finding, self._clock) + "\n")
         self._stream.flush()
+
+    def attempts(self, attempts: Sequence[Attempt]) -> None:
+        """One line each."""
+        if not self._selection.nothing:
+            for attempt in attempts:
+                self._stream.write(attempt_line(attempt, self._clock) + "\n")
+            self._stream.flush()
 
     def status(self, status: Status) -> None:
         """Nothing: a program waits for lines, not for reassurance."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -23,7 +23,7 @@ class Probe:
 
     function: str
     kprobe_entry: str | None
-    kprobe_return: str
+    kprobe_return: str | None
     fentry: bool
     fexit: bool
     parameters: int | None
@@ -31,8 +31,13 @@ class Probe:
     required: bool
     lost: str
 
+    def serves(self, mode: str) -> bool:
+        """Whether it has a program in a mode, `fentry` or `kprobe`."""
+        return self.fexit if mode == "fentry" else self.kprobe_return is not None
+
 
 _SOCKET_AND_PACKET = MappingProxyType({0: "struct sock", 1: "struct sk_buff"})
+_NONE_READ: Mapping[int, str] = MappingProxyType({})
 _PACKET_AND_MSS = MappingProxyType({0: "struct sk_buff", 1: ""})
 """The second points to a number, whose type's name may change without harm."""
 
@@ -104,17 +109,56 @@ PROBES = (
         lost="accept-queue overflows of ordinary handshakes are not counted",
     ),
     Probe(
+        "tcp_rcv_state_process",
+        None,
+        None,
+        fentry=False,
+        fexit=True,
+        parameters=2,
+        arguments=_SOCKET_AND_PACKET,
+        required=False,
+        lost="whether a new child socket reached ESTABLISHED is not counted by fentry",
+    ),
+    # tcp_rcv_state_process also runs in process context; see the program text why that is no
+    # place for a kprobe. This is its caller for new children alone, with bottom halves off.
+    Probe(
         "tcp_child_process",
         "tcp_child_process_entry",
         "tcp_child_process_return",
         fentry=False,
-        fexit=True,
+        fexit=False,
         parameters=3,
         arguments=MappingProxyType({1: "struct sock"}),
         required=False,
-        lost="whether a new child socket reached ESTABLISHED is not counted",
+        lost="whether a new child socket reached ESTABLISHED is not counted by kprobe",
     ),
 )
+
+RESCUE_PROBES = (
+    Probe(
+        "tcp_make_synack",
+        None,
+        "tcp_make_synack_return",
+        fentry=False,
+        fexit=True,
+        parameters=6,
+        arguments=_NONE_READ,
+        required=True,
+        lost="no SYN-ACK can be repeated as it was",
+    ),
+    Probe(
+        "inet_csk_complete_hashdance",
+        None,
+        "inet_csk_complete_hashdance_return",
+        fentry=False,
+        fexit=True,
+        parameters=4,
+        arguments=_NONE_READ,
+        required=False,
+        lost="clients whose only handshakes were ordinary ones do not count as known",
+    ),
+)
+"""What --rescue needs besides."""
 
 _IPV6_PROBES = frozenset({"cookie_v6_init_sequence", "cookie_v6_check"})
 
@@ -138,6 +182,13 @@ class AttachRequest:
     """Whether a coverage gap is fatal."""
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Optional probes that are not to be attached, and why."""
+    rescue: bool = False
+    """Whether SYN-ACKs are to be repeated, for which more has to be seen."""
+
+    @property
+    def probes(self) -> tuple[Probe, ...]:
+        """What is to be attached."""
+        return (*PROBES, *RESCUE_PROBES) if self.rescue else PROBES
 
 
 ATTACH_ALL = AttachRequest()
@@ -168,7 +219,9 @@ def left_out(text: str) -> dict[str, str]:
 
 
 def plan(
-    symbols: Collection[str], refused: Mapping[str, str] = _NO_REFUSALS
+    symbols: Collection[str],
+    refused: Mapping[str, str] = _NO_REFUSALS,
+    wanted: Sequence[Probe] = PROBES,
 ) -> tuple[tuple[Probe, ...], tuple[CoverageGap, ...]]:
     """The probes this kernel has functions for, and the gaps that the others leave.
 
@@ -178,15 +231,21 @@ def plan(
     """
     why = {
         probe.function: refused.get(probe.function, "the kernel has no such function")
-        for probe in PROBES
+        for probe in wanted
         if probe.function not in symbols or probe.function in refused
     }
-    for probe in PROBES:
+    for probe in wanted:
         if probe.required and probe.function in symbols and probe.function in refused:
             raise CannotTraceError(
                 f"this kernel's {probe.function} is not as the programs need it",
                 f"{refused[probe.function]}; without it {probe.lost}",
                 "report it, with the kernel's version; a newer tcpstuck-trace may know it",
+            )
+        if probe in RESCUE_PROBES and probe.required and probe.function in why:
+            raise CannotTraceError(
+                f"this kernel has no function {probe.function} to probe",
+                f"without it {probe.lost}",
+                "leave out --rescue",
             )
         if probe.required and probe.function in why:
             raise CannotTraceError(
@@ -199,10 +258,10 @@ def plan(
             why[other] = f"of no use without {function}"
     gaps = tuple(
         CoverageGap(probe.function, why[probe.function], probe.lost)
-        for probe in PROBES
+        for probe in wanted
         if probe.function in why
     )
-    return tuple(probe for probe in PROBES if probe.function not in why), gaps
+    return tuple(probe for probe in wanted if probe.function not in why), gaps
 
 
 def counter_gap(why: str) -> CoverageGap:
@@ -222,10 +281,11 @@ def attach(
     attach (ProbeRefusedError) becomes a gap, and the rest is tried again. Raises what `plan` and
     `start` raise, and CannotTraceError for any gap where the request is strict.
     """
-    refused = {**misread(request.types), **request.left_out}
+    refused = {**misread(request.types, request.probes), **request.left_out}
+    required = {probe.function for probe in request.probes if probe.required}
     unseen = refused.get(KERNEL_COUNTERS, "__per_cpu_offset or LINUX_MIB_* is not to be seen")
     while True:
-        probes, gaps = plan(symbols, refused)
+        probes, gaps = plan(symbols, refused, request.probes)
         if not has_counters:
             gaps = (*gaps, counter_gap(unseen))
         if request.strict and gaps:
@@ -235,11 +295,20 @@ def attach(
                 "leave out --strict, and the verdicts will say what they do not know",
             )
         try:
-            return start(probes), probes, gaps
+            mode = start(probes)
         except ProbeRefusedError as error:
-            if error.function not in OPTIONAL:
+            if error.function in required:
                 raise
             refused[error.function] = error.why
+            continue
+        unused = {probe.function for probe in request.probes if not probe.serves(mode)}
+        gaps = tuple(gap for gap in gaps if gap.probe not in unused)
+        return mode, of_mode(probes, mode), gaps
+
+
+def of_mode(wanted: Sequence[Probe], mode: str) -> tuple[Probe, ...]:
+    """Those that have a program in a mode, `fentry` or `kprobe`."""
+    return tuple(probe for probe in wanted if probe.serves(mode))
 
 
 def misread_argument(probe: Probe, prototype: Prototype) -> str | None:
@@ -257,14 +326,14 @@ def misread_argument(probe: Probe, prototype: Prototype) -> str | None:
     return None
 
 
-def misread(types: KernelTypes | None) -> dict[str, str]:
+def misread(types: KernelTypes | None, wanted: Sequence[Probe] = PROBES) -> dict[str, str]:
     """Functions whose arguments the programs would misread, and why.
 
     One whose prototype is not described is believed to be as ever. Raises CannotTraceError where
     the types are damaged.
     """
     found: dict[str, str] = {}
-    for probe in PROBES:
+    for probe in wanted:
         prototype = None if types is None else types.prototype(probe.function)
         why = None if prototype is None else misread_argument(probe, prototype)
         if why is not None:
@@ -277,7 +346,7 @@ def fentry_obstacle(types: KernelTypes, probes: Collection[Probe]) -> str | None
 
     The described prototype counts, not the version: a parameter more shifts fexit's return value.
     """
-    for probe in probes:
+    for probe in of_mode(tuple(probes), "fentry"):
         count = types.parameter_count(probe.function)
         if count is None:
             return f"{probe.function} is not in the kernel's type information"

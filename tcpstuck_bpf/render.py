@@ -14,7 +14,9 @@ from datetime import datetime
 from tabulate import tabulate
 
 from tcpstuck_bpf.evidence import duration_text
-from tcpstuck_bpf.report import Status, Summary, WallClock
+from tcpstuck_bpf.model import Attempt
+from tcpstuck_bpf.report import RescueTotals, Status, Summary, WallClock
+from tcpstuck_bpf.timeline import attempt_text
 from tcpstuck_bpf.verdict import RULES, Finding
 
 SHOWN_AT_ONCE = 1000
@@ -32,6 +34,7 @@ _STUCK = {rule.name: rule.stuck for rule in RULES}
 _LOSSES = {
     "namespaces_uncounted": "segments in more network namespaces than are counted: not traced",
     "cookies_unmatched": "cookies chosen outside tcp_conn_request: not traced",
+    "programs_not_run": "times a program did not run, another one being at work on that CPU",
     "undecodable_events": "events that could not be decoded",
     "flows_evicted": "flows forgotten for want of room",
     "entries_let_go": "open table entries given up for age or want of room",
@@ -187,6 +190,18 @@ class TableRenderer:
         yield from self._wrapped(finding.advice, f"{INDENT}advice: ")
         yield ""
 
+    def attempts(self, attempts: Sequence[Attempt]) -> Iterator[str]:
+        """Those that did not send; with -v all, elsewhere verdicts and summary say enough."""
+        for attempt in attempts:
+            if attempt.sent and not self._verbose:
+                continue
+            who = attempt.handshake.four_tuple
+            moment = self._clock.realtime(attempt.time_ns) // 1_000_000_000
+            yield from self._wrapped(
+                f"rescue: {endpoint(who.client_ip, who.client_port)}: {attempt_text(attempt)}",
+                datetime.fromtimestamp(moment).strftime("%H:%M:%S  "),
+            )
+
     def status(self, status: Status) -> str:
         """One line, cut to the width."""
         stuck = f"{_grouped(status.still_stuck)} STUCK" if status.still_stuck else "nothing stuck"
@@ -215,10 +230,19 @@ class TableRenderer:
         )
         yield from table.splitlines()
         yield ""
+        if summary.rescue is not None:
+            yield from self._rescue(summary.rescue)
         yield from self._losses(summary)
         yield from self._reconciliation(summary)
         for note in summary.notes:
             yield from self._wrapped(f"note: {note}", "")
+
+    @staticmethod
+    def _no_longer(summary: Summary) -> Iterator[str]:
+        if summary.rescue is not None and summary.rescue.rescued:
+            yield f"{_grouped(summary.rescue.rescued)} rescued"
+        if summary.recovered:
+            yield f"{_grouped(summary.recovered)} recovered"
 
     def _answer(self, summary: Summary) -> Iterator[str]:
         seen = (
@@ -228,14 +252,26 @@ class TableRenderer:
         if summary.still_stuck:
             plural = "connection is" if summary.still_stuck == 1 else "connections are"
             line = f"{_grouped(summary.still_stuck)} {plural} stuck"
-            if summary.recovered:
-                line += f", {_grouped(summary.recovered)} recovered"
+            line += "".join(f", {ended}" for ended in self._no_longer(summary))
             yield f"{_RED}{line}{_PLAIN}" if self._colour else line
         elif summary.ever_stuck:
-            yield f"nothing is stuck any more: {_grouped(summary.recovered)} recovered"
+            ended = ", ".join(self._no_longer(summary)) or "their clients gave up"
+            yield f"nothing is stuck any more: {ended}"
         else:
             yield "nothing stuck"
         yield from self._wrapped(seen, "")
+
+    def _rescue(self, totals: RescueTotals) -> Iterator[str]:
+        if totals.not_sent:
+            done = f"{_grouped(totals.not_sent)} SYN-ACKs would have been repeated (dry run)"
+        else:
+            done = f"{_grouped(totals.sent)} SYN-ACKs repeated, {_grouped(totals.rescued)} rescued"
+        yield from self._wrapped(f"rescue: {done}", "")
+        for why, number in sorted(totals.failed.items()):
+            yield from self._wrapped(f"{_grouped(number)} SYN-ACKs not sent: {why}", INDENT)
+        for why, number in sorted(totals.left_alone.items()):
+            yield from self._wrapped(f"{_grouped(number)} left alone: {why}", INDENT)
+        yield ""
 
     def _losses(self, summary: Summary) -> Iterator[str]:
         told = [

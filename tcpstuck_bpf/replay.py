@@ -17,12 +17,15 @@ from typing import Any, NamedTuple, TextIO, Union
 from tcpstuck_bpf import __version__, wire
 from tcpstuck_bpf.errors import RecordingError
 from tcpstuck_bpf.model import (
+    Attempt,
     Coverage,
     CoverageGap,
     Event,
     FourTuple,
     Handshake,
+    HandshakeId,
     NetnsCount,
+    Rescue,
     Row,
     Sweep,
     Tally,
@@ -73,6 +76,12 @@ class TallyTaken(NamedTuple):
     tally: Tally
 
 
+class Rescued(NamedTuple):
+    """SYN-ACKs were repeated, or it became known who is not to be rescued."""
+
+    rescue: Rescue
+
+
 class Ended(NamedTuple):
     """The run ended."""
 
@@ -81,7 +90,7 @@ class Ended(NamedTuple):
     notes: tuple[str, ...]
 
 
-Step = Union[Observed, Swept, Advanced, TallyTaken, Ended]
+Step = Union[Observed, Swept, Advanced, TallyTaken, Rescued, Ended]
 
 
 class Recorder:
@@ -132,6 +141,8 @@ class Recorder:
             return {"advance": step.now_ns}
         if isinstance(step, TallyTaken):
             return {"tally": _tally_values(step.tally)}
+        if isinstance(step, Rescued):
+            return {"rescue": _rescue_values(step.rescue)}
         return {"end": step.now_ns, "losses": dict(step.losses), "notes": list(step.notes)}
 
     def _sweep_values(self, sweep: Sweep) -> dict[str, Any]:
@@ -177,6 +188,21 @@ def _tally_values(tally: Tally) -> dict[str, Any]:
             for netns, counts in tally.traced.items()
         },
         "kernel_after": tally.kernel_after,
+    }
+
+
+def _identity_values(handshake: HandshakeId) -> list[Any]:
+    return [wire.encode_key(handshake.four_tuple).hex(), handshake.first_syn_ns]
+
+
+def _rescue_values(rescue: Rescue) -> dict[str, Any]:
+    return {
+        "attempts": [
+            [*_identity_values(attempt.handshake), attempt.time_ns, attempt.number, attempt.outcome]
+            for attempt in rescue.attempts
+        ],
+        "unanswered": [_identity_values(handshake) for handshake in rescue.unanswered],
+        "left_alone": dict(rescue.left_alone),
     }
 
 
@@ -263,6 +289,8 @@ class Replay:
             return Advanced(_integer(values["advance"]))
         if "tally" in values:
             return TallyTaken(_tally(values["tally"]))
+        if "rescue" in values:
+            return Rescued(_rescue(values["rescue"]))
         losses = {str(name): _integer(number) for name, number in values["losses"].items()}
         return Ended(_integer(values["end"]), losses, tuple(map(str, values["notes"])))
 
@@ -302,6 +330,24 @@ def _event(values: list[Any]) -> Event:
     key, handshake, *segment = values
     numbers = _integers(segment, _EVENT_NUMBERS)
     return Event(_four_tuple(key), _handshake(handshake), *numbers)
+
+
+def _identity(values: list[Any]) -> HandshakeId:
+    key, first_syn_ns = values
+    return HandshakeId(_four_tuple(key), _integer(first_syn_ns))
+
+
+def _attempt(values: list[Any]) -> Attempt:
+    *identity, time_ns, number, outcome = values
+    return Attempt(_identity(identity), _integer(time_ns), _integer(number), str(outcome))
+
+
+def _rescue(values: Mapping[str, Any]) -> Rescue:
+    return Rescue(
+        tuple(map(_attempt, values["attempts"])),
+        tuple(map(_identity, values["unanswered"])),
+        {str(why): _integer(number) for why, number in values["left_alone"].items()},
+    )
 
 
 def _counters(values: Mapping[str, Mapping[str, int]]) -> dict[int, dict[str, int]]:

@@ -58,6 +58,21 @@ class Status:
 
 
 @dataclass(frozen=True)
+class RescueTotals:
+    """What --rescue did in a run, or would have done."""
+
+    sent: int
+    """SYN-ACKs repeated, all tries together."""
+    not_sent: int
+    """Of a dry run: those that would have been."""
+    failed: Mapping[str, int]
+    """Those that could not be sent, by what the kernel said."""
+    rescued: int
+    left_alone: Mapping[str, int]
+    """Stuck clients that were not to be rescued, by reason."""
+
+
+@dataclass(frozen=True)
 class Summary:
     """The end of a run."""
 
@@ -85,3 +100,5 @@ class Summary:
     filtered: bool
     """Whether a filter was set, so that the kernel's counters cover more than was traced."""
     notes: tuple[str, ...] = ()
+    rescue: RescueTotals | None = None
+    """None where nothing was to be rescued."""

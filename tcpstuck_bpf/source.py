@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from tcpstuck_bpf import features, probes, wire
+from tcpstuck_bpf.bpf_trial import RefusedError, missed_runs
 from tcpstuck_bpf.btf import read_running_kernel
 from tcpstuck_bpf.errors import CannotTraceError
 from tcpstuck_bpf.kernel_types import KernelTypes
@@ -22,6 +23,8 @@ from tcpstuck_bpf.layout import PER_CPU_OFFSET_SYMBOL, find_layout, header_text
 from tcpstuck_bpf.model import (
     Coverage,
     Event,
+    FourTuple,
+    Handshake,
     HandshakeId,
     NetnsCount,
     Row,
@@ -32,6 +35,7 @@ from tcpstuck_bpf.probes import ATTACH_ALL, AttachRequest, Probe, ProbeRefusedEr
 
 EVENT_PAGES = 256
 MAX_NAMESPACES = 1024
+MAX_KNOWN_CLIENTS = 65_536
 LOSSES = ("namespaces_uncounted", "cookies_unmatched")
 SWEEP_BATCH = 4096
 
@@ -137,6 +141,7 @@ def compile_programs(
             f"-DMAX_HANDSHAKES={capacity}",
             f"-DMAX_NAMESPACES={MAX_NAMESPACES}",
             f"-DEVENT_PAGES={EVENT_PAGES}",
+            f"-DMAX_KNOWN_CLIENTS={MAX_KNOWN_CLIENTS}",
             *probes.compiler_flags(wanted),
         ]
         if mode == "fentry":
@@ -154,6 +159,7 @@ class BccSource:
         self.timings: dict[str, float] = {}
         self.table_capacity = settings.max_handshakes
         self._settings = settings
+        self._rescue = request.rescue
         self._events: list[Event] = []
         self._undecodable = 0
         features.require_privileges()
@@ -162,7 +168,7 @@ class BccSource:
         with self._timed("layout"):
             types = request.types or read_running_kernel()
             symbols, table = features.read_symbols(
-                [probe.function for probe in probes.PROBES], PER_CPU_OFFSET_SYMBOL
+                [probe.function for probe in request.probes], PER_CPU_OFFSET_SYMBOL
             )
             wants_counters = probes.KERNEL_COUNTERS not in request.left_out
             layout = find_layout(types, table if wants_counters else None)
@@ -229,14 +235,14 @@ class BccSource:
         with self._timed("load"):
             self._load_programs(mode)
         with self._timed("attach"):
-            for probe in self._probes:
+            for probe in probes.of_mode(self._probes, mode):
                 self._at_work_on = probe
                 self._attach(probe, mode)
         self._at_work_on = None
-        self._bpf["events"].open_ring_buffer(self._on_event)
+        self._bpf[b"events"].open_ring_buffer(self._on_event)
 
     def _load_programs(self, mode: str) -> None:
-        for probe in self._probes:
+        for probe in probes.of_mode(self._probes, mode):
             self._at_work_on = probe
             if mode == "fentry":
                 names = [self._tracing_program("kfunc", probe)] if probe.fentry else []
@@ -269,18 +275,24 @@ class BccSource:
         # Without maxactive, for which BCC would go through tracefs: what is made there stays when
         # the process is killed. The kernel's own number is enough, since all probed functions
         # run with bottom halves off.
-        self._bpf.attach_kretprobe(event=name, fn_name=probe.kprobe_return.encode())
+        returned = str(probe.kprobe_return).encode()
+        self._bpf.attach_kretprobe(event=name, fn_name=returned)
         if probe.kprobe_entry:
             self._bpf.attach_kprobe(event=name, fn_name=probe.kprobe_entry.encode())
 
     def _check_sizes(self) -> None:
-        table, counts = self._bpf["awaiting_ack"], self._bpf["counts"]
-        sizes = (
+        table, counts = self._bpf[b"awaiting_ack"], self._bpf[b"counts"]
+        sizes = [
             (ctypes.sizeof(table.Key), wire.KEY.size),
             (ctypes.sizeof(table.Leaf), wire.HANDSHAKE.size),
-            (ctypes.sizeof(self._bpf["config"].Leaf), wire.CONFIG.size),
+            (ctypes.sizeof(self._bpf[b"config"].Leaf), wire.CONFIG.size),
             (ctypes.sizeof(counts.sLeaf), wire.COUNTS.size),
-        )
+        ]
+        if self._rescue:
+            sizes += [
+                (ctypes.sizeof(self._bpf[b"synacks"].Leaf), wire.SYNACK.size),
+                (ctypes.sizeof(self._bpf[b"known_clients"].Key), wire.KNOWN_CLIENT.size),
+            ]
         if any(kernel != ours for kernel, ours in sizes):
             raise CannotTraceError(
                 "the BPF text and the Python code do not belong together",
@@ -289,10 +301,10 @@ class BccSource:
             )
 
     def _configure(self) -> None:
-        config = self._bpf["config"]
+        config = self._bpf[b"config"]
         config[0] = config.Leaf.from_buffer_copy(wire.encode_config(self._settings))
         for index, bits in wire.port_bits(self._settings.trace_filter.ports).items():
-            self._bpf["wanted_ports"][index] = ctypes.c_ulonglong(bits)
+            self._bpf[b"wanted_ports"][index] = ctypes.c_ulonglong(bits)
 
     def _on_event(self, _context: Any, data: int, size: int) -> None:
         # An exception must not travel through ctypes: it would be printed and lost.
@@ -313,7 +325,7 @@ class BccSource:
         return Sweep(begun, tuple(self._rows()))
 
     def _rows(self) -> Iterator[Row]:
-        table = self._bpf["awaiting_ack"]
+        table = self._bpf[b"awaiting_ack"]
         lookup = getattr(self._bcc.libbcc.lib, "bpf_lookup_batch", None)
         # While it looks a batch up, which takes a walk over all empty buckets, the kernel runs no
         # kprobe program on that CPU (bpf_disable_instrumentation): packets that an interrupt
@@ -368,17 +380,47 @@ class BccSource:
 
     def forget(self, handshakes: Iterable[HandshakeId]) -> None:
         """Remove entries, where they are still of that handshake; one that is gone is no error."""
-        table = self._bpf["awaiting_ack"]
+        table = self._bpf[b"awaiting_ack"]
         for four_tuple, first_syn_ns in handshakes:
             key = table.Key.from_buffer_copy(wire.encode_key(four_tuple))
             with contextlib.suppress(KeyError):
                 if table[key].first_syn_ns == first_syn_ns:
                     del table[key]
+                    if self._rescue:
+                        del self._bpf[b"synacks"][key]
+
+    def handshake(self, four_tuple: FourTuple) -> Handshake | None:
+        """The entry of one 4-tuple in the awaiting-ACK table, as it is now."""
+        table = self._bpf[b"awaiting_ack"]
+        key = wire.encode_key(four_tuple)
+        try:
+            entry = bytes(table[table.Key.from_buffer_copy(key)])
+        except KeyError:
+            return None
+        return next(wire.decode_rows(key, entry)).handshake
+
+    def synack(self, four_tuple: FourTuple) -> bytes | None:
+        """The TCP segment of the last SYN-ACK with a cookie; see struct synack of the header."""
+        table = self._bpf[b"synacks"]
+        try:
+            return bytes(table[table.Key.from_buffer_copy(wire.encode_key(four_tuple))])
+        except KeyError:
+            return None
+
+    def last_completion_ns(self, four_tuple: FourTuple) -> int | None:
+        """When a client of that address last completed a handshake with that listener, if ever."""
+        table = self._bpf[b"known_clients"]
+        try:
+            return int(
+                table[table.Key.from_buffer_copy(wire.encode_known_client(four_tuple))].value
+            )
+        except KeyError:
+            return None
 
     def counts(self) -> Mapping[int, Mapping[NetnsCount, int]]:
         """What the programs counted since they were attached, all CPUs together."""
         totals: dict[int, dict[NetnsCount, int]] = {}
-        for netns, per_cpu in self._bpf["counts"].items():
+        for netns, per_cpu in self._bpf[b"counts"].items():
             total = dict.fromkeys(NetnsCount, 0)
             for one in per_cpu:
                 for which, value in wire.decode_counts(bytes(one)).items():
@@ -388,9 +430,13 @@ class BccSource:
 
     def losses(self) -> Mapping[str, int]:
         """Losses that belong to no namespace, by name."""
-        table = self._bpf["losses"]
+        table = self._bpf[b"losses"]
         named = {name: int(sum(table[index])) for index, name in enumerate(LOSSES)}
-        return {**named, "undecodable_events": self._undecodable}
+        missed = 0
+        for function in self._bpf.funcs.values():
+            with contextlib.suppress(RefusedError):
+                missed += missed_runs(function.fd)
+        return {**named, "undecodable_events": self._undecodable, "programs_not_run": missed}
 
     def close(self) -> None:
         """Detach and unload. The kernel does the same when the process dies."""

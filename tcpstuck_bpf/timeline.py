@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from tcpstuck_bpf.flow import Segment, TimelineEntry
-from tcpstuck_bpf.model import Ending, EventKind, Handshake, Moved
+from tcpstuck_bpf.model import ATTEMPT_NOT_SENT, Attempt, Ending, EventKind, Handshake, Moved
 
 MAX_ENTRIES = 24
 
@@ -72,6 +72,15 @@ def isn_text(sequence: int, client_isn: int) -> str:
     return f"ISN{relative_sequence(sequence, client_isn):+d}"
 
 
+def attempt_text(attempt: Attempt) -> str:
+    """What was done for a stuck client: `SYN-ACK repeated by us, try 1`."""
+    if attempt.sent:
+        return f"SYN-ACK repeated by us, try {attempt.number}"
+    if attempt.outcome == ATTEMPT_NOT_SENT:
+        return f"SYN-ACK would be repeated, try {attempt.number} (dry run)"
+    return f"SYN-ACK to be repeated, try {attempt.number}: {attempt.outcome}"
+
+
 def _segment_detail(segment: Segment, entry: Handshake) -> str:
     parts = [flags_text(segment.tcp_flags)]
     if segment.kind not in (EventKind.SYN_REPEATED, EventKind.SYN_DROPPED):
@@ -106,7 +115,10 @@ def _remembered(entry: Handshake) -> Iterator[tuple[int, frozenset[EventKind], s
 
 
 def build_timeline(
-    entry: Handshake, segments: Sequence[Segment], already_omitted: int
+    entry: Handshake,
+    segments: Sequence[Segment],
+    already_omitted: int,
+    attempts: Sequence[Attempt] = (),
 ) -> tuple[tuple[TimelineEntry, ...], int]:
     """A flow's history, oldest first, and how many entries are missing from its middle.
 
@@ -130,6 +142,9 @@ def build_timeline(
             _segment_detail(segment, entry),
         )
         for segment in segments
+    ]
+    entries += [
+        TimelineEntry(attempt.time_ns, "rescue", attempt_text(attempt)) for attempt in attempts
     ]
     entries.sort()
     whole = (TimelineEntry(entry.first_syn_ns, "SYN", detail), *entries)

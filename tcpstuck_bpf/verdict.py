@@ -72,6 +72,8 @@ class Finding:
     """How many entries of the timeline's middle were left out."""
     updates: str | None
     """The verdict on the same flow that this one replaces."""
+    rescue_tries: int = 0
+    """How often the SYN-ACK was repeated for it."""
 
 
 def _accept_queue_was_full(report: FlowReport) -> bool:
@@ -120,10 +122,20 @@ RULES: tuple[Rule, ...] = (
         advice="nothing to do for this one; the cause is in the verdict it had before",
     ),
     Rule(
+        name="rescued",
+        stuck=False,
+        certainty="certain",
+        condition=_is(State.RESCUED),
+        meaning="was stuck; our repeated SYN-ACK connected it",
+        proves="the server knows the connection now, by the bare ACK that came after our SYN-ACK",
+        cannot_prove="whether the client's application still waits for it",
+        advice="nothing to do for this one; the cause is in the verdict it had before",
+    ),
+    Rule(
         name="ack-missing",
         stuck=True,
         certainty="likely",
-        condition=_is(State.SILENT),
+        condition=lambda report: report.state in (State.SILENT, State.UNANSWERED),
         meaning="no ACK got here; client likely thinks it is connected",
         proves="no ACK, RST or further SYN of this client reached TCP on this host in time",
         cannot_prove=(
@@ -206,7 +218,6 @@ RULES: tuple[Rule, ...] = (
 
 RESERVED: Mapping[str, str] = MappingProxyType(
     {
-        "rescued": "that a repeated SYN-ACK of ours drew the ACK",
         "ack-filtered": "where on this host the ACK was dropped before TCP",
         "data-lost": "that the cookie validated with a sequence number other than ISN + 1",
     }
@@ -246,7 +257,7 @@ def _gap_sentences(missing: tuple[str, ...], coverage: Coverage) -> Iterator[str
 
 def _certainty(rule: Rule, report: FlowReport, missing: tuple[str, ...]) -> Certainty:
     gave_up_maybe = report.state is State.SILENT and report.handshake.syn_count > 1
-    if missing or gave_up_maybe:
+    if missing or gave_up_maybe or report.state is State.UNANSWERED:
         return "possible"
     if report.handshake.ending == Ending.TAKEN_OVER:
         # Nobody has seen the end of the ordinary handshake that took over.
@@ -284,4 +295,5 @@ def judge(report: FlowReport, coverage: Coverage) -> Finding | None:
         timeline=report.timeline,
         timeline_omitted=report.timeline_omitted,
         updates=_replaced(report),
+        rescue_tries=sum(attempt.sent for attempt in report.attempts),
     )

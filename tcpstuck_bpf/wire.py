@@ -20,6 +20,8 @@ HANDSHAKE = struct.Struct("=" + HANDSHAKE_FORMAT)
 ROW = struct.Struct("=" + KEY_FORMAT + HANDSHAKE_FORMAT)
 EVENT = struct.Struct("=" + KEY_FORMAT + HANDSHAKE_FORMAT + SEGMENT_FORMAT)
 COUNTS = struct.Struct(f"={len(NetnsCount)}Q")
+SYNACK = struct.Struct("=60s")
+KNOWN_CLIENT = struct.Struct("=16s16sI2s2x")
 CONFIG = struct.Struct("=QI4B16s")
 
 _KEY_FIELDS = 5
@@ -45,6 +47,16 @@ def encode_key(four_tuple: FourTuple) -> bytes:
         four_tuple.client_port.to_bytes(2, "big"),
         four_tuple.server_port.to_bytes(2, "big"),
         four_tuple.netns,
+    )
+
+
+def encode_known_client(four_tuple: FourTuple) -> bytes:
+    """The struct known_client of a 4-tuple."""
+    return KNOWN_CLIENT.pack(
+        four_tuple.client_address,
+        four_tuple.server_address,
+        four_tuple.netns,
+        four_tuple.server_port.to_bytes(2, "big"),
     )
 
 

@@ -34,6 +34,9 @@ PROTOTYPES = {
         "struct sock *tcp_check_req(struct sock *sk, struct sk_buff *skb, "
         "void (*done)(struct sock *, int), bool *stolen)"
     ),
+    "tcp_rcv_state_process": (
+        "enum skb_drop_reason tcp_rcv_state_process(struct sock *sk, struct sk_buff *skb)"
+    ),
     "tcp_child_process": (
         "enum skb_drop_reason tcp_child_process(struct sock *parent, struct sock *child, "
         "struct sk_buff *skb)"

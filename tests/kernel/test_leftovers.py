@@ -137,7 +137,8 @@ def types_of_lines(output: str) -> list[str]:
 def test_however_it_ends_nothing_is_left(mode: str) -> None:
     """Four runs at the same time, each of which ends in its own way."""
     objects_before, probed_before = objects_of_kernel(), probed_functions()
-    processes = [started(mode, *options) for options in (("--dry-run",), ("-d", "1"), (), ())]
+    runs = (("--dry-run",), ("-d", "1"), (), ("--rescue",))
+    processes = [started(mode, *options) for options in runs]
     dry, timed, interrupted, killed = processes
     try:
         await_attached(interrupted)

@@ -13,10 +13,30 @@ from hypothesis import strategies as st
 
 from tcpstuck_bpf.app import run_replay
 from tcpstuck_bpf.errors import RecordingError
-from tcpstuck_bpf.model import EventKind, Handshake, NetnsCount, Row, Sweep, Tally
+from tcpstuck_bpf.model import Attempt, EventKind, Handshake, NetnsCount, Rescue, Row, Sweep, Tally
 from tcpstuck_bpf.output import JsonOutput, Selection
-from tcpstuck_bpf.replay import Advanced, Ended, Observed, Recorder, Replay, Step, Swept, TallyTaken
-from tests.builders import ack_dropped, at, event, four_tuple, handshake, header, sweep, tally
+from tcpstuck_bpf.replay import (
+    Advanced,
+    Ended,
+    Observed,
+    Recorder,
+    Replay,
+    Rescued,
+    Step,
+    Swept,
+    TallyTaken,
+)
+from tests.builders import (
+    ack_dropped,
+    at,
+    event,
+    four_tuple,
+    handshake,
+    header,
+    identity,
+    sweep,
+    tally,
+)
 
 END = Ended(at(9), {"undecodable_events": 0}, ("a note",))
 STEPS: tuple[Step, ...] = (
@@ -26,6 +46,17 @@ STEPS: tuple[Step, ...] = (
     Advanced(at(1)),
     Swept(sweep(at(4), handshake())),
     Advanced(at(4)),
+    Rescued(
+        Rescue(
+            (
+                Attempt(identity(handshake()), at(4.1), 1, "sent"),
+                Attempt(identity(handshake(), four_tuple(1)), at(4.2), 2, "failed: EPERM"),
+            ),
+            (identity(handshake(), four_tuple(1)),),
+            {"not known": 3},
+        )
+    ),
+    Advanced(at(5)),
     TallyTaken(tally(at(9), kernel=2, traced=2)),
     END,
 )
@@ -98,7 +129,16 @@ def complete(path: Path) -> str:
 
 def test_a_replay_judges(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in complete(recorded(tmp_path / "run")).splitlines()]
-    assert [line.get("verdict") for line in lines] == ["accept-queue-full", None]
+    told = [(line["type"], line.get("verdict"), line.get("outcome")) for line in lines]
+    assert told == [
+        ("verdict", "accept-queue-full", None),
+        ("rescue", None, "sent"),
+        ("rescue", None, "failed: EPERM"),
+        ("summary", None, None),
+    ]
+    rescue = lines[-1]["rescue"]
+    assert (rescue["sent"], rescue["failed"]) == (1, {"failed: EPERM": 1})
+    assert rescue["left_alone"] == {"not known": 3}
     assert lines[-1]["type"] == "summary"
     assert lines[-1]["notes"] == ["a note"]
 

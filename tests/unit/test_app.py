@@ -27,6 +27,8 @@ from tcpstuck_bpf.model import (
 )
 from tcpstuck_bpf.output import JsonOutput, Selection
 from tcpstuck_bpf.replay import Recorder, Replay
+from tcpstuck_bpf.rescue import RescuePolicy, Rescuer
+from tcpstuck_bpf.rescuing import Rescuing
 from tcpstuck_bpf.verdict import Finding
 from tests.builders import (
     SECOND_NS,
@@ -39,6 +41,7 @@ from tests.builders import (
     header,
     repeated,
 )
+from tests.unit import test_rescuing
 
 
 class FakeKernel:
@@ -250,3 +253,54 @@ def test_the_ready_file_holds_our_process_number_or_is_refused(tmp_path: Path) -
     assert int((tmp_path / "ready").read_text("ascii")) > 0
     with pytest.raises(UsageError, match="ready file"):
         run.run(SECOND_NS, str(tmp_path / "missing" / "ready"))
+
+
+def test_a_rescue_is_told_recorded_and_played_back(tmp_path: Path) -> None:
+    kernel = FakeKernel()
+    tables = test_rescuing.Kernel()
+    entry = handshake()
+    tables.entries = {four_tuple(): entry}
+    rescuing = Rescuing(
+        Rescuer(RescuePolicy()), tables, tables, lambda: kernel.now_ns, dry_run=False
+    )
+    done = ended(entry, Ending.COMPLETED, at(4), 1)
+    kernel.at(at(0), entry)
+    kernel.at(at(4), None, event(EventKind.COMPLETED, done, at(4)))
+    path = tmp_path / "run"
+    lines = live(kernel, 8, record=str(path), rescuing=rescuing)
+    told = [(line["type"], line.get("verdict"), line.get("outcome")) for line in lines]
+    assert told == [
+        ("verdict", "ack-missing", None),
+        ("rescue", None, "sent"),
+        ("verdict", "rescued", None),
+        ("summary", None, None),
+    ]
+    assert [who for who, _ in tables.sent] == [four_tuple()]
+    assert lines[-1]["verdicts"] == {"completed": 0, "rescued": 1}
+    assert (lines[-1]["stuck"], lines[-1]["recovered"]) == (0, 0)
+    assert lines[-1]["rescue"]["rescued"] == 1
+    stream = io.StringIO()
+    replay = Replay(str(path))
+    run_replay(replay, JsonOutput(stream, replay.header.clock, Selection([], nothing=False)))
+    assert [json.loads(line) for line in stream.getvalue().splitlines()] == lines
+
+
+def test_who_may_be_mended_is_judged_at_the_deadline_and_not_at_the_next_regular_sweep() -> None:
+    """The kernel told of the dropped ACK, so it is known when the verdict is due."""
+    dropped = ack_dropped(handshake(), at(0.45))
+    due = at(0.45) + header().settings.timeout_ns
+
+    def sweep_after_it(*, mending: bool) -> int:
+        kernel = FakeKernel()
+        kernel.at(at(0), handshake())
+        kernel.at(at(0.45), dropped, event(EventKind.ACK_DROPPED, dropped, at(0.45)))
+        tables = test_rescuing.Kernel()
+        tables.entries = {four_tuple(): dropped}
+        rescuing = Rescuing(
+            Rescuer(RescuePolicy()), tables, tables, lambda: kernel.now_ns, dry_run=False
+        )
+        live(kernel, 5, rescuing=rescuing if mending else None)
+        return min(time_ns for time_ns in kernel.sweeps if time_ns >= due)
+
+    assert sweep_after_it(mending=True) - due <= SECOND_NS // 10
+    assert sweep_after_it(mending=True) < sweep_after_it(mending=False)

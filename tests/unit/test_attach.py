@@ -25,11 +25,20 @@ OPTIONAL_FUNCTIONS = sorted(set(OPTIONAL) - {KERNEL_COUNTERS})
 REFUSAL = CannotTraceError("the kernel refused the BPF programs", "no such place", "none")
 
 
+MODES = pytest.mark.parametrize("mode", ["fentry", "kprobe"])
+
+
+def served(mode: str) -> set[str]:
+    """The functions that have a program in a mode."""
+    return {probe.function for probe in PROBES if probe.serves(mode)}
+
+
 class Kernel:
     """One that attaches everything but what it refuses."""
 
-    def __init__(self, *refuses: str) -> None:
+    def __init__(self, *refuses: str, mode: str = "kprobe") -> None:
         self.refuses = refuses
+        self.mode = mode
         self.attempts = 0
 
     def start(self, wanted: tuple[Probe, ...]) -> str:
@@ -37,25 +46,29 @@ class Kernel:
         for probe in wanted:
             if probe.function in self.refuses:
                 raise ProbeRefusedError(probe.function, REFUSAL)
-        return "kprobe"
+        return self.mode
 
 
 def functions(probes: tuple[Probe, ...]) -> set[str]:
     return {probe.function for probe in probes}
 
 
-def test_nothing_in_the_way_leaves_no_gap() -> None:
-    kernel = Kernel()
-    assert attach(ALL, AttachRequest(strict=True), True, kernel.start) == ("kprobe", PROBES, ())
+@MODES
+def test_nothing_in_the_way_leaves_no_gap(mode: str) -> None:
+    kernel = Kernel(mode=mode)
+    chosen, attached, gaps = attach(ALL, AttachRequest(strict=True), True, kernel.start)
+    assert (chosen, functions(attached), gaps) == (mode, served(mode), ())
     assert kernel.attempts == 1
 
 
+@MODES
 @pytest.mark.parametrize("function", OPTIONAL_FUNCTIONS)
-def test_an_optional_probe_that_is_refused_becomes_a_gap(function: str) -> None:
-    _, attached, gaps = attach(ALL, AttachRequest(), True, Kernel(function).start)
+def test_an_optional_probe_that_is_refused_becomes_a_gap(function: str, mode: str) -> None:
+    kernel = Kernel(function, mode=mode)
+    _, attached, gaps = attach(ALL, AttachRequest(), True, kernel.start)
     assert function not in functions(attached)
-    assert {gap.probe for gap in gaps} | functions(attached) == ALL
-    assert REFUSAL.why in {gap.why for gap in gaps if gap.probe == function}
+    assert {gap.probe for gap in gaps} | functions(attached) == served(mode)
+    assert all(gap.why == REFUSAL.why for gap in gaps if gap.probe == function)
 
 
 @pytest.mark.parametrize("function", sorted(ALL - set(OPTIONAL)))
@@ -85,7 +98,7 @@ def test_strict_holds_for_what_only_the_attempt_shows(function: str) -> None:
 def test_counters_out_of_sight_are_a_gap() -> None:
     _, attached, (gap,) = attach(ALL, AttachRequest(), False, Kernel().start)
     assert gap.probe == KERNEL_COUNTERS
-    assert functions(attached) == ALL
+    assert functions(attached) == served("kprobe")
 
 
 def test_arguments_elsewhere_than_the_programs_read_them_are_not_attached_to() -> None:
@@ -95,7 +108,7 @@ def test_arguments_elsewhere_than_the_programs_read_them_are_not_attached_to() -
     kernel = Kernel()
     optional = AttachRequest(types=types("tcp_check_req"))
     _, attached, (gap,) = attach(ALL, optional, True, kernel.start)
-    assert functions(attached) == ALL - {"tcp_check_req"}
+    assert functions(attached) == served("kprobe") - {"tcp_check_req"}
     assert (gap.probe, "struct sk_buff" in gap.why) == ("tcp_check_req", True)
     with pytest.raises(CannotTraceError, match="cookie_v4_check") as raised:
         attach(ALL, AttachRequest(types=types("cookie_v4_check")), True, kernel.start)

@@ -15,6 +15,7 @@ from tcpstuck_bpf.model import (
     FourTuple,
     Handshake,
     Moved,
+    Rescue,
     Row,
     Sweep,
 )
@@ -37,6 +38,7 @@ from tests.builders import (
     PSH,
     ack_dropped,
     at,
+    attempt,
     correlator,
     ended,
     event,
@@ -46,6 +48,7 @@ from tests.builders import (
     reports,
     seconds,
     sweep,
+    time_of,
 )
 
 EVERY_PROBE = Coverage(
@@ -57,7 +60,7 @@ EVERY_PROBE = Coverage(
             "cookie_v6_init_sequence",
             "cookie_v4_check",
             "cookie_v6_check",
-            "tcp_child_process",
+            "tcp_rcv_state_process",
             "tcp_check_req",
         }
     ),
@@ -71,13 +74,15 @@ def without(*probes: str, gaps: tuple[CoverageGap, ...] = ()) -> Coverage:
 
 
 def finding_of(
-    *observations: Event | Sweep, coverage: Coverage = EVERY_PROBE, tell_healthy: bool = False
+    *observations: Event | Sweep | Rescue,
+    coverage: Coverage = EVERY_PROBE,
+    tell_healthy: bool = False,
 ) -> Finding:
     """The verdict on the last report of these observations, each advanced to its time."""
     watching = correlator(tell_healthy=tell_healthy)
     told: list[FlowReport] = []
     for observation in observations:
-        told += reports([observation], observation.time_ns, watching)
+        told += reports([observation], time_of(observation), watching)
     finding = judge(told[-1], coverage)
     assert finding is not None
     return finding
@@ -92,13 +97,18 @@ def swept(entry: Handshake, after_s: float = 60) -> Sweep:
 
 
 DROPPED = ack_dropped(SYN_ONCE, at(0.0121))
-CASES: dict[str, list[Event | Sweep]] = {
+CASES: dict[str, list[Event | Sweep | Rescue]] = {
     "completed": [
         event(EventKind.COMPLETED, ended(SYN_ONCE, Ending.COMPLETED, at(0.5), 1), at(0.5))
     ],
     "recovered": [
         swept(SYN_ONCE, 3),
         event(EventKind.COMPLETED, ended(SYN_ONCE, Ending.COMPLETED, at(9), 1), at(9)),
+    ],
+    "rescued": [
+        swept(SYN_ONCE, 3),
+        attempt(SYN_ONCE, at(3.1)),
+        event(EventKind.COMPLETED, ended(SYN_ONCE, Ending.COMPLETED, at(3.2), 1), at(3.2)),
     ],
     "ack-missing": [swept(SYN_ONCE)],
     "accept-queue-full": [swept(DROPPED)],
@@ -122,7 +132,7 @@ def test_verdicts_are_the_ones_of_the_design(name: str) -> None:
     assert finding.certainty == ("likely" if name == "ack-missing" else "certain")
     assert (finding.client_isn, finding.first_syn_ns) == (CLIENT_ISN, SYN_ONCE.first_syn_ns)
     assert finding.verdict_ns == finding.first_syn_ns + finding.age_ns
-    assert (finding.delay_ns is not None) == (name in ("completed", "recovered"))
+    assert (finding.delay_ns is not None) == (name in ("completed", "recovered", "rescued"))
     assert f"cookie SYN-ACK {finding.cookie_isn:#010x}" in text_of(finding)
     assert f"MSS {MSS}" in text_of(finding)
 
@@ -130,7 +140,7 @@ def test_verdicts_are_the_ones_of_the_design(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_stuck_for_the_correlator_is_stuck_for_the_rule(name: str) -> None:
     watching = correlator(tell_healthy=True)
-    told = [r for o in CASES[name] for r in reports([o], o.time_ns, watching)]
+    told = [r for o in CASES[name] for r in reports([o], time_of(o), watching)]
     assert RULE[name].stuck == (told[-1].state in STUCK_STATES)
 
 
@@ -146,7 +156,7 @@ def test_rules_are_fit_to_print(rule: Rule) -> None:
 
 def test_names_are_unique_and_the_reserved_ones_have_no_rule_yet() -> None:
     assert len(set(VERDICT_NAMES)) == len(VERDICT_NAMES) == len(RULES) + len(RESERVED)
-    assert set(RESERVED) == {"rescued", "ack-filtered", "data-lost"}
+    assert set(RESERVED) == {"ack-filtered", "data-lost"}
 
 
 @pytest.mark.parametrize("state", [State.TAKEN_OVER, State.SUPERSEDED])

@@ -51,6 +51,8 @@ FORMATS = {
     "event": wire.EVENT.format,
     "netns_counts": wire.COUNTS.format,
     "trace_config": wire.CONFIG.format,
+    "synack": wire.SYNACK.format,
+    "known_client": wire.KNOWN_CLIENT.format,
 }
 ENUMS: dict[str, type[enum.IntEnum] | type[enum.IntFlag]] = {
     "COUNT_": NetnsCount,

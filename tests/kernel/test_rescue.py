@@ -1,0 +1,263 @@
+"""Stuck clients are mended, nobody else is written to; the clients' sockets and the wire tell."""
+
+from __future__ import annotations
+
+import math
+import socket
+import time
+from datetime import datetime, timedelta
+
+import pytest
+
+from lab.faults import ack_rule, dropping
+from lab.patience import COMMAND_S, patient
+from lab.records import FourTuple, reported_verdicts
+from lab.scenarios import LARGE_BACKLOG, SMALL_BACKLOG, connect_in_one_batch
+from lab.scene import PORT, Scene, Settings
+from lab.servers import MariaDb
+from lab.syns import make_syns, send_in_bursts, send_syns
+from lab.topology import SERVER_ADDRESS, SILENT_SOURCES
+from lab.tracer import Tracer
+from lab.watch import Watch
+from tcpstuck_bpf.candidate import DRY_RUN, NOT_KNOWN
+from tests.kernel.conftest import be_greeted, summary_of
+from tests.kernel.rescue import attempts, cookie_server, rescuing, silenced
+
+pytestmark = pytest.mark.kernel
+
+SPOOFED = 100_000
+WITHIN_NS = 2_000_000_000
+
+
+def stuck_while_paused(scene: Scene) -> frozenset[FourTuple]:
+    """The clients that the server knows nothing of, not even in its SYN queue."""
+    rows = scene.topology.server.sockets("syn-recv", f"sport = :{PORT}")
+    asked = {FourTuple(row.peer_ip, row.peer_port, row.local_ip, row.local_port) for row in rows}
+    return scene.known_to_client() - scene.known_to_server() - asked
+
+
+@pytest.mark.parametrize(
+    ("mode", "family"),
+    [
+        ("fentry", "4"),
+        ("kprobe", "6"),
+        pytest.param("fentry", "mapped", marks=pytest.mark.slow),
+        pytest.param("kprobe", "4", marks=pytest.mark.slow),
+    ],
+)
+def test_clients_whose_ack_was_dropped_are_greeted(mode: str, family: str) -> None:
+    with rescuing("--rescue", "--probe-mode", mode) as tracer:
+        settings = Settings(100, family)
+        with Scene("overflow", settings, syncookies=1) as scene:
+            server = scene.greeter(SMALL_BACKLOG)
+            scene.ready()
+            connect_in_one_batch(scene)
+            stuck = stuck_while_paused(scene)
+            assert stuck
+            netns = scene.topology.server.inode
+            assert tracer.await_reported(dict.fromkeys(stuck, "accept-queue-full"), netns)
+            server.resume()
+            scene.clients.await_counts(greeted=settings.clients)
+            rescued = dict.fromkeys(stuck, "rescued")
+            assert tracer.await_reported(rescued, netns)
+            tracer.stop()
+            told = reported_verdicts(tracer.lines, netns)
+            assert {who for who, verdict in told.items() if verdict == "rescued"} == stuck
+            assert set(attempts(tracer)) == stuck
+            scene.watch.take_in()
+            wire = [scene.watch.records[who] for who in stuck]
+            # The kernel sends a cookie's SYN-ACK once for each SYN; the others are ours.
+            assert sum(one.synacks - one.syns for one in wire) == len(attempts(tracer))
+            summary = summary_of(tracer)
+            assert summary["verdicts"]["rescued"] == len(stuck)
+            assert summary["stuck"] == summary["recovered"] == 0
+            assert summary["rescue"]["rescued"] == len(stuck)
+            assert all(row["agrees"] for row in summary["reconciliation"] if row["netns"] == netns)
+
+
+def test_who_is_not_known_gets_no_packet_and_can_be_asked_for() -> None:
+    with cookie_server() as (topology, listener), rescuing("--rescue") as tracer:
+        with Watch(topology.client, PORT) as watch, silenced(topology, 4) as client:
+            spoofed = send_syns(
+                topology.client, watch, SILENT_SOURCES[4], SERVER_ADDRESS[4], PORT, 100
+            )
+            silent = {client.four_tuple, *spoofed}
+            netns = topology.server.inode
+            assert tracer.await_reported(dict.fromkeys(silent, "ack-missing"), netns)
+            # One that was told after them gets its SYN-ACK: so would have they by now.
+            be_greeted(topology, listener, SERVER_ADDRESS[6])
+            with silenced(topology, 6) as known:
+                assert tracer.await_reported({known.four_tuple: "ack-missing"}, netns)
+            with listener.accept()[0], known.socket:
+                assert tracer.await_reported({known.four_tuple: "rescued"}, netns)
+            tracer.stop()
+            watch.take_in()
+            assert {watch.records[who].synacks for who in silent} == {1}
+        assert set(attempts(tracer)) == {known.four_tuple}
+        assert summary_of(tracer)["rescue"]["left_alone"] == {NOT_KNOWN: len(silent)}
+        client.socket.close()
+
+
+def test_all_asks_for_every_silent_client() -> None:
+    with cookie_server() as (topology, listener), rescuing("--rescue=all") as tracer:
+        with silenced(topology, 4) as client:
+            named = {client.four_tuple: "ack-missing"}
+            assert tracer.await_reported(named, topology.server.inode)
+        with listener.accept()[0], client.socket:
+            assert tracer.await_reported({client.four_tuple: "rescued"}, topology.server.inode)
+
+
+def test_a_dry_run_sends_nothing() -> None:
+    with cookie_server() as (topology, _), rescuing("--rescue=all,dry-run") as tracer:
+        with Watch(topology.client, PORT) as watch, silenced(topology, 4) as client:
+            named = {client.four_tuple: "ack-missing"}
+            assert tracer.await_reported(named, topology.server.inode)
+            watch.until(lambda: bool(attempts(tracer, "would send")), "an attempt to be told")
+            tracer.stop()
+            watch.take_in()
+            assert watch.records[client.four_tuple].synacks == 1
+        assert attempts(tracer) == []
+        totals = summary_of(tracer)["rescue"]
+        assert totals["left_alone"] == {DRY_RUN: 1}
+        assert totals["sent"] == totals["rescued"] == 0
+        assert totals["would_send"] == len(attempts(tracer, "would send"))
+        client.socket.close()
+
+
+def test_a_client_that_sends_data_is_not_touched_and_not_harmed() -> None:
+    """It speaks first; its ACK and its data meet a full accept queue."""
+    with rescuing("--rescue=all", "-t", "5") as tracer:
+        settings = Settings(100)
+        with Scene("overflow", settings, syncookies=1) as scene:
+            server = scene.greeter(SMALL_BACKLOG)
+            scene.ready()
+            connect_in_one_batch(scene)
+            stuck = stuck_while_paused(scene)
+            assert stuck
+            scene.clients.send(b"EHLO lab\r\n")
+            netns = scene.topology.server.inode
+            assert tracer.await_reported(dict.fromkeys(stuck, "accept-queue-full"), netns)
+            server.resume()
+            scene.clients.await_counts(greeted=settings.clients)
+            assert tracer.await_reported(dict.fromkeys(stuck, "recovered"), netns)
+            tracer.stop()
+            scene.watch.take_in()
+            wire = [scene.watch.records[who] for who in stuck]
+            assert [one.synacks - one.syns for one in wire] == [0] * len(stuck)
+            assert sum(record.server_resets for record in scene.watch.records.values()) == 0
+            assert [record.error for record in scene.clients.records() if record.error] == []
+    assert attempts(tracer) == []
+    assert summary_of(tracer)["rescue"]["left_alone"] == {}
+
+
+@pytest.mark.slow
+def test_equal_addresses_in_two_namespaces_are_two_clients() -> None:
+    with (
+        rescuing("--rescue") as tracer,
+        cookie_server() as (one, listener),
+        cookie_server() as (other, other_listener),
+    ):
+        be_greeted(one, listener, SERVER_ADDRESS[4])
+        with silenced(one, 4) as client:
+            port = client.four_tuple.client_port
+            with dropping(other.server, ack_rule(PORT), 4):
+                twin = other.client.run(
+                    socket.create_connection,
+                    (SERVER_ADDRESS[4], PORT),
+                    patient(COMMAND_S),
+                    source_address=("", port),
+                )
+                named = {client.four_tuple: "ack-missing"}
+                assert tracer.await_reported(named, one.server.inode)
+                assert tracer.await_reported(named, other.server.inode)
+        with listener.accept()[0], client.socket:
+            rescued = {client.four_tuple: "rescued"}
+            assert tracer.await_reported(rescued, one.server.inode)
+        with Watch(other.client, PORT):
+            other_listener.settimeout(0.0)
+            with pytest.raises(BlockingIOError):
+                other_listener.accept()
+        twin.close()
+        tracer.stop()
+        sent_to = {line["netns"] for line in tracer.lines if line["type"] == "rescue"}
+        assert sent_to == {one.server.inode}
+
+
+def verdict_times_ns(tracer: Tracer, verdict: str) -> dict[FourTuple, int]:
+    """When each client came to have a verdict, on the clock of the clients' own records."""
+    monotonic_minus_real_ns = time.monotonic_ns() - time.time_ns()
+    found = {}
+    for line in tracer.lines:
+        if line["type"] == "verdict" and line["verdict"] == verdict:
+            moment = datetime.strptime(line["verdict_time"], "%Y-%m-%dT%H:%M:%S.%fZ")
+            elapsed = moment - datetime(1970, 1, 1)
+            who = FourTuple(
+                line["client_ip"], line["client_port"], line["server_ip"], line["server_port"]
+            )
+            found[who] = elapsed // timedelta(microseconds=1) * 1_000 + monotonic_minus_real_ns
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", range(20))
+def test_the_clients_of_a_stalled_mariadb_get_their_greeting(run: int) -> None:
+    """The article's scenario; without rescue all these clients wait for ever (test_scenarios)."""
+    mode = ("fentry", "kprobe")[run % 2]
+    settings = Settings(200)
+    with (
+        rescuing("--rescue", "-t", "3", "--probe-mode", mode) as tracer,
+        Scene("mariadb-stall", settings, syncookies=1) as scene,
+        MariaDb(scene.topology.server, scene.listen_ip, PORT, backlog=SMALL_BACKLOG) as server,
+    ):
+        server.pause()
+        scene.ready()
+        connect_in_one_batch(scene)
+        server.resume()
+        scene.clients.await_counts(greeted=settings.clients)
+        rescued = dict.fromkeys(set(attempts(tracer)), "rescued")
+        assert tracer.await_reported(rescued, scene.topology.server.inode)
+        tracer.stop()
+        greeted_ns = {r.four_tuple: r.greeted_ns for r in scene.clients.records()}
+    told_ns = verdict_times_ns(tracer, "accept-queue-full")
+    assert told_ns.keys() == rescued.keys()
+    assert len(told_ns) >= settings.clients // 2
+    delays_ns = [(greeted_ns[who] or math.inf) - when_ns for who, when_ns in told_ns.items()]
+    in_time = sum(delay_ns <= WITHIN_NS for delay_ns in delays_ns)
+    print(f"{in_time} of {len(delays_ns)}, the last after {max(delays_ns) / 1e9:.2f} s")
+    assert in_time >= 0.99 * len(delays_ns)
+
+
+@pytest.mark.slow
+def test_real_clients_in_a_flood_are_mended_and_spoofed_addresses_left_alone() -> None:
+    """100 000 spoofed SYNs, and 50 clients of a known address that the firewall silenced."""
+    settings = Settings(50)
+    with (
+        rescuing("--rescue", "-t", "5") as tracer,
+        Scene("flood", settings, syncookies=2) as scene,
+    ):
+        server = scene.greeter(LARGE_BACKLOG)
+        server.resume()
+        scene.ready()
+        scene.clients.connect(1, scene.server_ip, PORT)
+        scene.clients.await_counts(greeted=1)
+        syns = list(make_syns(SILENT_SOURCES[4], scene.server_ip, PORT, SPOOFED))
+        send_in_bursts(scene.topology.client, scene.watch, syns[: SPOOFED // 2])
+        with dropping(scene.topology.server, ack_rule(PORT), 4):
+            scene.connect()
+            scene.clients.await_counts(settled=1 + settings.clients)
+            stuck = scene.verified_stuck()
+        assert len(stuck) == settings.clients
+        send_in_bursts(scene.topology.client, scene.watch, syns[SPOOFED // 2 :])
+        scene.clients.await_counts(greeted=1 + settings.clients)
+        netns = scene.topology.server.inode
+        assert tracer.await_reported(dict.fromkeys(stuck, "rescued"), netns)
+        expected = {syn.four_tuple: "ack-missing" for syn in syns}
+        assert tracer.await_reported(expected, netns)
+        tracer.stop()
+        scene.watch.take_in()
+        # More than one SYN-ACK to one of these addresses could only be ours.
+        assert {scene.watch.records[syn.four_tuple].synacks for syn in syns} == {1}
+    assert set(attempts(tracer)) == stuck
+    summary = summary_of(tracer)
+    assert summary["rescue"]["left_alone"] == {NOT_KNOWN: SPOOFED}
+    assert (summary["untracked"], summary["lost_events"]) == (0, 0)
