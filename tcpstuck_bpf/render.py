@@ -263,9 +263,9 @@ class TableRenderer:
 
     def _rescue(self, totals: RescueTotals) -> Iterator[str]:
         if totals.not_sent:
-            done = f"{_grouped(totals.not_sent)} SYN-ACKs would have been repeated (dry run)"
+            done = f"{_grouped(totals.not_sent)} times a SYN-ACK would have been sent (dry run)"
         else:
-            done = f"{_grouped(totals.sent)} SYN-ACKs repeated, {_grouped(totals.rescued)} rescued"
+            done = f"SYN-ACKs sent: {_grouped(totals.sent)}, rescued: {_grouped(totals.rescued)}"
         yield from self._wrapped(f"rescue: {done}", "")
         for why, number in sorted(totals.failed.items()):
             yield from self._wrapped(f"{_grouped(number)} SYN-ACKs not sent: {why}", INDENT)
