@@ -12,7 +12,7 @@ PATIENCE_VARIABLE = "TCPSTUCK_LAB_PATIENCE"
 
 COMMAND_S = 60.0
 """For one external command or one request to a lab process."""
-START_S = 120.0
+START_S = 300.0
 """For a server or client process to be ready; an emulated guest needs 20 times a host's time."""
 SETTLE_S = 120.0
 """For a handful of connections to reach the state a scenario needs, SYN repetitions included."""
