@@ -38,7 +38,10 @@ def test_without_one_probe_no_verdict_is_wrong(
     assert gaps == expected - {probe.function for probe in PROBES if not probe.serves(mode)}
     assert run.comparison.agrees, run.comparison
     if left_out == KERNEL_COUNTERS:
-        assert {line["certainty"] for line in run.verdicts} == {"likely"}
+        # Any other verdict is none on why an ACK was dropped, such as of a client that recovered.
+        told = {(line["verdict"], line["certainty"]) for line in run.verdicts}
+        assert ("accept-queue-full", "likely") in told
+        assert not told & {("accept-queue-full", "certain"), ("ack-failed", "certain")}
     assert not [row for row in run.summary["reconciliation"] if row["agrees"] is False]
 
 
