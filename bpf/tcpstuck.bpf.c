@@ -96,6 +96,7 @@ BPF_RINGBUF_OUTPUT(events, EVENT_PAGES);
 #ifdef PROBE_tcp_make_synack
 BPF_TABLE("hash", struct handshake_key, struct synack, synacks, MAX_HANDSHAKES);
 BPF_TABLE("lru_hash", struct known_client, u64, known_clients, MAX_KNOWN_CLIENTS);
+BPF_TABLE("hash", struct handshake_key, u8, chosen, MAX_CHOSEN);
 #endif
 BPF_ARRAY(config, struct trace_config, 1);
 BPF_ARRAY(wanted_ports, u64, 1024); /* one bit per port; BCC is slow with arrays in a value */
@@ -345,6 +346,49 @@ static __always_inline void replaced(struct netns_counts *counted, struct segmen
 	tell(counted, EVENT_REPLACED, segment, entry, now, 0);
 }
 
+#ifdef PROBE_tcp_make_synack
+static __always_inline struct known_client client_of(const struct handshake_key *key)
+{
+	struct known_client client = {};
+
+	__builtin_memcpy(client.client_address, key->client_address, 16);
+	__builtin_memcpy(client.server_address, key->server_address, 16);
+	client.netns = key->netns;
+	client.server_port = key->server_port;
+	return client;
+}
+
+static __always_inline void remember_client(const struct handshake_key *key, u64 now)
+{
+	struct known_client client = client_of(key);
+
+	known_clients.update(&client, &now);
+}
+
+/*
+ * Of handshakes that may be worth mending user space reads a table of their own, because in a
+ * flood to read all takes longer than a cookie lives. Where it is full, they wait for that.
+ */
+static __always_inline void choose(struct handshake_key *key)
+{
+	u8 yes = 1;
+
+	chosen.insert(key, &yes);
+}
+
+static __always_inline void choose_if_known(struct handshake_key *key)
+{
+	struct known_client client = client_of(key);
+
+	if (known_clients.lookup(&client))
+		choose(key);
+}
+#else
+#define remember_client(key, now)
+#define choose(key)
+#define choose_if_known(key)
+#endif
+
 /*
  * cookie_vX_init_sequence, return: a cookie was chosen and its SYN-ACK is about to leave. An
  * entry found here is changed in place; RSS keeps one 4-tuple on one CPU, so that nothing else
@@ -379,6 +423,8 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 	fresh.mss = mss;
 	failed = awaiting_ack.insert(&segment->key, &fresh);
 	scratch->handshake_tracked = !failed || failed == -EEXIST;
+	if (scratch->handshake_tracked)
+		choose_if_known(&segment->key);
 	if (!failed)
 		return 0;
 	entry = failed == -EEXIST ? awaiting_ack.lookup(&segment->key) : 0;
@@ -461,19 +507,7 @@ static __always_inline void forget(struct handshake_key *key)
 	awaiting_ack.delete(key);
 #ifdef PROBE_tcp_make_synack
 	synacks.delete(key);
-#endif
-}
-
-static __always_inline void remember_client(const struct handshake_key *key, u64 now)
-{
-#ifdef PROBE_tcp_make_synack
-	struct known_client client = {};
-
-	__builtin_memcpy(client.client_address, key->client_address, 16);
-	__builtin_memcpy(client.server_address, key->server_address, 16);
-	client.netns = key->netns;
-	client.server_port = key->server_port;
-	known_clients.update(&client, &now);
+	chosen.delete(key);
 #endif
 }
 
@@ -547,8 +581,8 @@ static __always_inline u8 ack_completed(struct netns_counts *counted, struct seg
 	return EVENT_COMPLETED;
 }
 
-static __always_inline u8 ack_dropped(struct netns_counts *counted, struct handshake *entry,
-				      u64 now, u8 moved)
+static __always_inline u8 ack_dropped(struct netns_counts *counted, struct segment *segment,
+				      struct handshake *entry, u64 now, u8 moved)
 {
 	counted->count[COUNT_ACKS_DROPPED] += 1;
 	if (!entry) {
@@ -560,6 +594,7 @@ static __always_inline u8 ack_dropped(struct netns_counts *counted, struct hands
 	entry->last_ack_dropped_ns = now;
 	entry->acks_dropped += 1;
 	entry->drop_counters |= moved;
+	choose(&segment->key);
 	return EVENT_ACK_DROPPED;
 }
 
@@ -625,7 +660,7 @@ static __always_inline int ack_judged(u64 result)
 	if (result == listener) {
 		kind = segment_refused(counted, segment, entry, now, moved);
 	} else if (!result) {
-		kind = ack_dropped(counted, entry, now, moved);
+		kind = ack_dropped(counted, segment, entry, now, moved);
 	} else {
 		scratch->child = result;
 		kind = ack_completed(counted, segment, entry, now, moved);
@@ -639,10 +674,10 @@ static __always_inline int ack_judged(u64 result)
 }
 
 /*
- * tcp_rcv_state_process (by kprobe its caller), return, for the child that cookie_vX_check has just made on this CPU: the
- * true completion is SYN_RECV to ESTABLISHED. A child that accept() has handed out and that is in
- * use on another CPU is left in SYN_RECV without an error, to be processed there; it stays
- * uncounted. An error is answered by RST.
+ * tcp_rcv_state_process (by kprobe its caller), return, for the child that cookie_vX_check has just
+ * made on this CPU: the true completion is SYN_RECV to ESTABLISHED. A child that accept() has
+ * handed out and that is in use on another CPU is left in SYN_RECV without an error, to be
+ * processed there; it stays uncounted. An error is answered by RST.
  */
 static __always_inline int child_processed(struct scratch *scratch, struct sock *child, u32 error)
 {

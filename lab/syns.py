@@ -71,10 +71,10 @@ def send_in_bursts(namespace: Namespace, watch: Watch, syns: Iterable[Syn]) -> N
     """
     sent = 0
     watch.take_in()
-    before = _synacks(watch)
+    before = watch.synacks
 
     def all_answered() -> bool:
-        return _synacks(watch) - before >= sent
+        return watch.synacks - before >= sent
 
     waiting = iter(syns)
     while burst := list(itertools.islice(waiting, BURST)):
@@ -96,10 +96,6 @@ def send_syns(
     syns = list(make_syns(prefix, server_ip, server_port, count))
     send_in_bursts(namespace, watch, syns)
     return {syn.four_tuple for syn in syns}
-
-
-def _synacks(watch: Watch) -> int:
-    return sum(record.synacks for record in watch.records.values())
 
 
 def _raw_socket(ipv6: bool) -> socket.socket:

@@ -107,6 +107,11 @@ class Tracer:
         with self._news:
             return self._news.wait_for(reported, patient(REPORT_S))
 
+    def await_lines(self, count: int, limit_s: float = REPORT_S) -> bool:
+        """Wait until the tracer has printed so many decoded lines; False where it does not."""
+        with self._news:
+            return self._news.wait_for(lambda: len(self.lines) >= count, patient(limit_s))
+
     def names(self, key: FourTuple) -> bool:
         """Whether the undecoded output so far contains a client's address and port."""
         return re.search(rf"{re.escape(endpoint(key))}(?!\d)", self._text) is not None

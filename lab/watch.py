@@ -36,6 +36,8 @@ class Watch:
 
     def __init__(self, namespace: Namespace, server_port: int) -> None:
         self.records: dict[FourTuple, WireRecord] = {}
+        self.synacks = 0
+        """All together."""
         self._port = server_port
         self._socket = namespace.run(_packet_socket)
 
@@ -136,6 +138,7 @@ class Watch:
             record.server_resets += 1
         elif segment.flags & SYN:
             record.synacks += 1
+            self.synacks += 1
             record.cookie_isn = segment.sequence
 
 

@@ -1,41 +1,34 @@
 """The run: from a source of observations to findings and the summary, live or replayed.
 
-`Analysis` is the part both have in common; it sees steps in order and nothing else, which is why
-a replay gives what the live run gave. `run_live` adds the clock, the sweeps and the signals.
+`analysis` is the part both have in common; `Live` adds the clock, the sweeps and the rescue.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from tcpstuck_bpf.correlate import Correlator
+from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.errors import RecordingError, UsageError
-from tcpstuck_bpf.flow import FlowReport, State
+from tcpstuck_bpf.flow import FlowReport
 from tcpstuck_bpf.model import (
-    ATTEMPT_NOT_SENT,
-    ATTEMPT_SENT,
     Attempt,
     Coverage,
-    Ending,
     Event,
     HandshakeId,
     KernelCounters,
-    NetnsCount,
     NetnsCounts,
     Sweep,
+    SweepPart,
     Tally,
 )
-from tcpstuck_bpf.reconcile import count_difference, reconcile
 from tcpstuck_bpf.replay import (
     Advanced,
     Ended,
-    Header,
     Observed,
     Recorder,
     Replay,
@@ -44,9 +37,9 @@ from tcpstuck_bpf.replay import (
     Swept,
     TallyTaken,
 )
-from tcpstuck_bpf.report import RescueTotals, Status, Summary
+from tcpstuck_bpf.report import Status, Summary
 from tcpstuck_bpf.rescuing import Rescuing
-from tcpstuck_bpf.verdict import Finding, judge
+from tcpstuck_bpf.verdict import Finding
 
 SECOND_NS = 1_000_000_000
 LONGEST_POLL_NS = SECOND_NS // 5
@@ -73,8 +66,11 @@ class Source(Protocol):
     def poll(self, timeout_ns: int) -> list[Event]:
         """Events that came, waiting at most that long for the first."""
 
-    def sweep(self) -> Sweep:
-        """The whole table; its time is from before the first entry was read."""
+    def sweep(self) -> Iterator[Sweep]:
+        """The whole table in batches; their time is from before the first entry was read."""
+
+    def chosen(self) -> Sweep:
+        """The entries that the rescue may be for, however many others there are."""
 
     def forget(self, handshakes: Iterable[HandshakeId]) -> None:
         """Remove entries from the table, where they are still of that handshake."""
@@ -105,150 +101,6 @@ class Output(Protocol):
         """The end."""
 
 
-class Analysis:
-    """Steps in, findings and at the end a summary out."""
-
-    def __init__(self, header: Header) -> None:
-        self.header = header
-        self.correlator = Correlator(
-            header.settings.timeout_ns,
-            header.settings.tell_healthy,
-            max_flows=header.table_capacity,
-        )
-        self.leaving: list[HandshakeId] = []
-        """Entries of the kernel's table that are needed no more, after the latest step."""
-        self.reports: list[FlowReport] = []
-        """The flows that came into another state at the latest Advanced."""
-        self.told = 0
-        self._verdicts: Counter[str] = Counter()
-        self._taken_over = 0
-        self._rows: int | None = None
-        self._tallies: list[Tally] = []
-        self._attempts: Counter[str] = Counter()
-        self._left_alone: Mapping[str, int] | None = None
-
-    def take(self, step: Step) -> list[Finding]:
-        """Findings that a step brings; only Advanced brings any."""
-        self.leaving = []
-        if isinstance(step, Observed):
-            for event in step.events:
-                self.correlator.observe(event)
-        elif isinstance(step, Swept):
-            self.correlator.observe(step.sweep)
-            self._rows = len(step.sweep.rows)
-        elif isinstance(step, Rescued):
-            self.correlator.note_rescue(step.rescue)
-            self._attempts.update(attempt.outcome for attempt in step.rescue.attempts)
-            self._left_alone = step.rescue.left_alone
-        elif isinstance(step, TallyTaken):
-            self._tallies = [*self._tallies[:1], step.tally]
-        elif isinstance(step, Advanced):
-            return self._advance(step.now_ns)
-        return []
-
-    def _advance(self, now_ns: int) -> list[Finding]:
-        reports = self.reports = self.correlator.advance(now_ns)
-        judged = (judge(report, self.header.coverage) for report in reports)
-        findings = [finding for finding in judged if finding is not None]
-        self._taken_over += sum(
-            report.handshake.ending == Ending.TAKEN_OVER and report.delay_ns is not None
-            for report in reports
-        )
-        for finding in findings:
-            self._verdicts[finding.verdict] += 1
-            if finding.updates is not None:
-                self._verdicts[finding.updates] -= 1
-        self.told += len(findings)
-        if self._rows is not None:
-            capacity = self.header.table_capacity
-            self.leaving = self.correlator.expired(now_ns, self._rows, capacity)
-            self._rows = None
-        return findings
-
-    @property
-    def tallied(self) -> bool:
-        """Whether there was a tally, without which there is no summary."""
-        return bool(self._tallies)
-
-    def status(self, counts: NetnsCounts, now_ns: int) -> Status:
-        """What there is to say while nothing new is."""
-        counted = _total(self._tallies[0].traced, counts)
-        stats = self.correlator.stats()
-        return Status(
-            watched=self.header.watched,
-            cookies_sent=counted[NetnsCount.COOKIES_SENT],
-            completed=counted[NetnsCount.COMPLETED],
-            waiting=stats.pending,
-            still_stuck=stats.still_stuck,
-            running_ns=now_ns - self._tallies[0].time_ns,
-        )
-
-    def summary(self, ended: Ended) -> Summary:
-        """The end of the run, from all steps taken; a tally was among them."""
-        start, end = self._tallies[0], self._tallies[-1]
-        stats = self.correlator.stats()
-        counted = _total(start.traced, end.traced)
-        recovered = stats.told_now.get(State.RECOVERED, 0)
-        told = {name: number for name, number in self._verdicts.items() if number > 0}
-        # Those that an ordinary handshake took over were connected without a cookie's ACK.
-        connected = counted[NetnsCount.COMPLETED] + self._taken_over
-        rescued = stats.told_now.get(State.RESCUED, 0)
-        told["completed"] = max(0, connected - recovered - rescued)
-        losses = {
-            **ended.losses,
-            "flows_evicted": stats.evicted,
-            "entries_let_go": stats.let_go,
-            "flows_unresolved": stats.unresolved,
-            "children_stillborn": counted[NetnsCount.STILLBORN],
-        }
-        wanted = self.header.settings.trace_filter
-        return Summary(
-            watched=self.header.watched,
-            mode=self.header.coverage.mode,
-            duration_ns=ended.now_ns - start.time_ns,
-            verdicts=dict(sorted(told.items())),
-            ever_stuck=stats.ever_stuck,
-            still_stuck=stats.still_stuck,
-            recovered=recovered,
-            pending=stats.pending,
-            superseded=stats.superseded,
-            cookies_sent=counted[NetnsCount.COOKIES_SENT],
-            lost_events=counted[NetnsCount.EVENTS_LOST],
-            untracked=counted[NetnsCount.TABLE_FULL],
-            unseen_syn=counted[NetnsCount.COMPLETED_UNTRACKED]
-            + counted[NetnsCount.ACKS_DROPPED_UNTRACKED],
-            losses=losses,
-            gaps=self.header.coverage.gaps,
-            reconciliation=reconcile(start, end, self.header.coverage),
-            filtered=bool(wanted.ports or wanted.family or wanted.listener_address),
-            notes=ended.notes,
-            rescue=self._rescue_totals(rescued),
-        )
-
-    def _rescue_totals(self, rescued: int) -> RescueTotals | None:
-        if self._left_alone is None:
-            return None
-        failed = {
-            outcome: number
-            for outcome, number in self._attempts.items()
-            if outcome not in (ATTEMPT_SENT, ATTEMPT_NOT_SENT)
-        }
-        return RescueTotals(
-            sent=self._attempts[ATTEMPT_SENT],
-            not_sent=self._attempts[ATTEMPT_NOT_SENT],
-            failed=failed,
-            rescued=rescued,
-            left_alone=self._left_alone,
-        )
-
-
-def _total(start: NetnsCounts, end: NetnsCounts) -> Counter[NetnsCount]:
-    counted: Counter[NetnsCount] = Counter()
-    for counts in count_difference(start, end).values():
-        counted.update(counts)
-    return counted
-
-
 @dataclass
 class Live:
     """A live run. `stop` is set by a signal handler and ends it with the summary."""
@@ -261,6 +113,12 @@ class Live:
     clock_ns: Callable[[], int] = time.monotonic_ns
     stop: bool = False
     rescuing: Rescuing | None = None
+    _soonest_choice_ns: int = field(default=0, init=False)
+    _regular_choice_ns: int = field(default=0, init=False)
+
+    @property
+    def _interval_ns(self) -> int:
+        return min(SECOND_NS, self.analysis.header.settings.timeout_ns // 3)
 
     def run(self, duration_ns: int | None, ready_file: str | None) -> Summary:
         """Trace until `duration_ns` (None: for ever) has passed or `stop` is set."""
@@ -268,31 +126,43 @@ class Live:
         if ready_file is not None:
             write_ready_file(ready_file)
         end_ns = None if duration_ns is None else begun + duration_ns
-        interval_ns = min(SECOND_NS, self.analysis.header.settings.timeout_ns // 3)
-        next_sweep_ns = regular_ns = soonest_ns = begun
+        self._soonest_choice_ns = self._regular_choice_ns = next_sweep_ns = begun
         while not self.stop:
             now_ns = self.clock_ns()
             if end_ns is not None and now_ns >= end_ns:
                 break
             until_ns = min(next_sweep_ns, end_ns or next_sweep_ns, now_ns + LONGEST_POLL_NS)
-            if self.rescuing is not None and self.rescuing.due_ns is not None:
-                until_ns = min(until_ns, self.rescuing.due_ns)
-            self._observe_events(max(0, until_ns - now_ns))
+            self._watch(until_ns)
             if self.clock_ns() >= next_sweep_ns:
                 cost_ns = self._sweep()
                 done_ns = self.clock_ns()
-                soonest_ns = done_ns + SWEEP_SHARE * cost_ns
-                regular_ns = max(done_ns + interval_ns, soonest_ns)
+                next_sweep_ns = done_ns + max(self._interval_ns, SWEEP_SHARE * cost_ns)
                 self.output.status(self.analysis.status(self.source.counts(), done_ns))
-            next_sweep_ns = self._next_sweep(regular_ns, soonest_ns)
         return self._finish()
 
-    def _next_sweep(self, regular_ns: int, soonest_ns: int) -> int:
-        """Where clients are to be mended, a verdict is not to wait for the regular sweep."""
+    def _watch(self, until_ns: int) -> None:
+        """Take in what events tell, and where clients are to be mended, do so in time."""
+        if self.rescuing is not None:
+            until_ns = min(until_ns, self._next_choice_ns(), self.rescuing.due_ns or until_ns)
+        self._observe_events(max(0, until_ns - self.clock_ns()))
+        if self.rescuing is not None and self.clock_ns() >= self._next_choice_ns():
+            self._look_at_chosen()
+
+    def _next_choice_ns(self) -> int:
+        """Where clients are to be mended, a verdict is not to wait for a whole sweep."""
         deadline_ns = self.analysis.correlator.next_deadline_ns
-        if self.rescuing is None or deadline_ns is None:
-            return regular_ns
-        return min(regular_ns, max(deadline_ns, soonest_ns))
+        if deadline_ns is None:
+            return self._regular_choice_ns
+        return min(self._regular_choice_ns, max(deadline_ns, self._soonest_choice_ns))
+
+    def _look_at_chosen(self) -> None:
+        begun_ns = self.clock_ns()
+        self._step(Swept(self.source.chosen()))
+        done_ns = self.clock_ns()
+        self._soonest_choice_ns = done_ns + SWEEP_SHARE * (done_ns - begun_ns)
+        self._regular_choice_ns = max(done_ns + self._interval_ns, self._soonest_choice_ns)
+        self._step(Advanced(done_ns))
+        self._rescue((), self.analysis.reports)
 
     def _step(self, step: Step) -> None:
         findings = self.analysis.take(step)
@@ -306,11 +176,10 @@ class Live:
         if events:
             self._step(Observed(events))
             self._step(Advanced(self.clock_ns()))
-        if not self.stop:
-            self._rescue(events, self.analysis.reports if events else ())
+        self._rescue(events, self.analysis.reports if events else ())
 
     def _rescue(self, events: Sequence[Event], reports: Sequence[FlowReport]) -> None:
-        if self.rescuing is None:
+        if self.rescuing is None or self.stop:
             return
         self.rescuing.take_in(events, reports)
         rescue = self.rescuing.act()
@@ -320,13 +189,19 @@ class Live:
 
     def _sweep(self) -> int:
         """Read, judge, tell; returns the ns that reading and correlating took."""
-        begun_ns = self.clock_ns()
-        self._step(Swept(self.source.sweep()))
-        cost_ns = self.clock_ns() - begun_ns
-        self._step(Advanced(self.clock_ns()))
-        self.source.forget(self.analysis.leaving)
-        if not self.stop:
+        cost_ns = 0
+        batches = self.source.sweep()
+        while True:
+            begun_ns = self.clock_ns()
+            batch = next(batches)
+            self._step(Swept(batch))
+            cost_ns += self.clock_ns() - begun_ns
+            self._step(Advanced(self.clock_ns()))
             self._rescue((), self.analysis.reports)
+            if batch.part is SweepPart.LAST:
+                break
+            self._watch(begun_ns)
+        self.source.forget(self.analysis.leaving)
         return cost_ns
 
     def _tally(self) -> int:

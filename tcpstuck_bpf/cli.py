@@ -13,7 +13,8 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from tcpstuck_bpf import netns
-from tcpstuck_bpf.app import Analysis, Live, Output, run_replay, write_ready_file
+from tcpstuck_bpf.analysis import Analysis
+from tcpstuck_bpf.app import Live, Output, run_replay, write_ready_file
 from tcpstuck_bpf.errors import (
     EXIT_CANNOT_TRACE,
     EXIT_INTERRUPTED,
@@ -158,7 +159,7 @@ def _rescuing(options: argparse.Namespace, source: BccSource) -> Rescuing:
         after_expiry=options.rescue_late,
     )
     dry_run = "dry-run" in options.rescue
-    return Rescuing(Rescuer(policy), source, Resender(), time.monotonic_ns, dry_run=dry_run)
+    return Rescuing(Rescuer(policy), source.tables, Resender(), time.monotonic_ns, dry_run=dry_run)
 
 
 def _refuse_without_rescue(options: argparse.Namespace) -> None:

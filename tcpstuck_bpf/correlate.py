@@ -34,7 +34,16 @@ from tcpstuck_bpf.flow import (
     is_remarkable,
     is_torn,
 )
-from tcpstuck_bpf.model import Ending, Event, FourTuple, Handshake, HandshakeId, Rescue, Sweep
+from tcpstuck_bpf.model import (
+    Ending,
+    Event,
+    FourTuple,
+    Handshake,
+    HandshakeId,
+    Rescue,
+    Sweep,
+    SweepPart,
+)
 from tcpstuck_bpf.timeline import build_timeline
 
 __all__ = [
@@ -148,10 +157,10 @@ class Correlator:
         self._touched.add(event.four_tuple)
 
     def _observe_sweep(self, sweep: Sweep) -> None:
-        if sweep.time_ns > self._sweep_ns:
+        chosen = sweep.part is SweepPart.CHOSEN
+        if not chosen and sweep.time_ns > self._sweep_ns:
             self._sweep_ns = sweep.time_ns
             self._young_in_sweep = 0
-            del self._deadlines[: bisect.bisect_right(self._deadlines, sweep.time_ns)]
         newest_due_ns = sweep.time_ns - self._timeout_ns
         young = 0
         for four_tuple, handshake in sweep.rows:
@@ -161,6 +170,8 @@ class Correlator:
                 and not is_remarkable(handshake)
             ):
                 young += 1
+                if chosen:
+                    self._note_deadline(handshake.first_syn_ns + self._timeout_ns)
                 continue
             if is_torn(handshake):
                 self._counts["torn"] += 1
@@ -171,8 +182,10 @@ class Correlator:
             flow.in_table = True
             if flow.note(handshake, sweep.time_ns) or flow.unsettled:
                 self._touched.add(four_tuple)
-        if sweep.time_ns == self._sweep_ns:
+        if sweep.time_ns == self._sweep_ns and not chosen:
             self._young_in_sweep += young
+        if sweep.part is not SweepPart.MORE:
+            del self._deadlines[: bisect.bisect_right(self._deadlines, sweep.time_ns)]
 
     def note_rescue(self, rescue: Rescue) -> None:
         """Take in what the rescuer did; of flows that are forgotten it counts nothing."""
@@ -293,7 +306,10 @@ class Correlator:
 
     @property
     def next_deadline_ns(self) -> int | None:
-        """When a sweep would decide a flow that events told of; up to 100 ms late."""
+        """When a sweep would decide a flow that events, or a choice of rows, told of.
+
+        Up to 100 ms late.
+        """
         return self._deadlines[0] if self._deadlines else None
 
     def _count_change(self, flow: Flow, state: State, tell: bool) -> None:

@@ -176,8 +176,19 @@ class Row(NamedTuple):
     handshake: Handshake
 
 
+class SweepPart(enum.IntEnum):
+    """What a batch of rows is a part of."""
+
+    MORE = 0
+    """A whole sweep of the table, of which more is to come."""
+    LAST = 1
+    """A whole sweep, which ends with it."""
+    CHOSEN = 2
+    """Rows that were asked for by their keys: nothing is known of any other."""
+
+
 class Sweep(NamedTuple):
-    """The whole awaiting-ACK table, or one batch of it, read at `time_ns`.
+    """A batch of rows of the awaiting-ACK table, as of `time_ns`.
 
     Every row of a sweep carries the time the sweep *began*: a handshake cannot look older than
     the kernel's view of it.
@@ -185,6 +196,7 @@ class Sweep(NamedTuple):
 
     time_ns: int
     rows: tuple[Row, ...]
+    part: SweepPart = SweepPart.LAST
 
 
 class NetnsCount(enum.IntEnum):

@@ -2,8 +2,8 @@
 
 The first line is a header, the last one says that the run ended; what lies between is what the
 correlator was given, in order, so that a replay gives the identical verdicts. A sweep is written
-as its difference from the one before: a quiet table costs nothing. Numbers stay integers; keys and
-addresses are hexadecimal.
+as its difference from the one before (`recorded_table`): a quiet table costs nothing. Numbers stay
+integers; keys and addresses are hexadecimal.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ from tcpstuck_bpf.model import (
     Coverage,
     CoverageGap,
     Event,
-    FourTuple,
-    Handshake,
     HandshakeId,
     NetnsCount,
     Rescue,
-    Row,
     Sweep,
     Tally,
     TraceFilter,
     TraceSettings,
+)
+from tcpstuck_bpf.recorded_table import (
+    RecordedTable,
+    four_tuple_of,
+    handshake_of,
+    integer,
+    integers,
 )
 from tcpstuck_bpf.report import WallClock
 
@@ -38,7 +42,6 @@ FORMAT = "tcpstuck-recording"
 VERSION = 1
 
 _EVENT_NUMBERS = len(Event._fields) - 2
-_HANDSHAKE_NUMBERS = len(Handshake._fields)
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Recorder:
     def __init__(self, path: str, header: Header) -> None:
         self.failure: str | None = None
         """Why the recording is incomplete; None while it is not."""
-        self._table: dict[str, Handshake] = {}
+        self._table = RecordedTable()
         try:
             self._file: TextIO = Path(path).open("w", encoding="ascii")  # noqa: SIM115  (close())
         except OSError as error:
@@ -136,7 +139,7 @@ class Recorder:
         if isinstance(step, Observed):
             return {"events": [_event_values(event) for event in step.events]}
         if isinstance(step, Swept):
-            return self._sweep_values(step.sweep)
+            return self._table.values_of(step.sweep)
         if isinstance(step, Advanced):
             return {"advance": step.now_ns}
         if isinstance(step, TallyTaken):
@@ -144,17 +147,6 @@ class Recorder:
         if isinstance(step, Rescued):
             return {"rescue": _rescue_values(step.rescue)}
         return {"end": step.now_ns, "losses": dict(step.losses), "notes": list(step.notes)}
-
-    def _sweep_values(self, sweep: Sweep) -> dict[str, Any]:
-        table = {wire.encode_key(row.four_tuple).hex(): row.handshake for row in sweep.rows}
-        changed = [
-            [key, list(handshake)]
-            for key, handshake in table.items()
-            if self._table.get(key) != handshake
-        ]
-        gone = [key for key in self._table if key not in table]
-        self._table = table
-        return {"sweep": sweep.time_ns, "rows": changed, "gone": gone}
 
 
 def _header_values(header: Header) -> dict[str, Any]:
@@ -220,7 +212,7 @@ class Replay:
                 str(error.strerror),
                 "name a file that --record has written",
             ) from error
-        self._table: dict[str, Handshake] = {}
+        self._table = RecordedTable()
         values = self._decoded(0) if self._looks_like_one() else None
         if values is None or values.get("format") != FORMAT:
             raise RecordingError(
@@ -284,82 +276,51 @@ class Replay:
         if "events" in values:
             return Observed(tuple(_event(event) for event in values["events"]))
         if "sweep" in values:
-            return Swept(self._sweep(values))
+            return Swept(self._table.sweep_of(values))
         if "advance" in values:
-            return Advanced(_integer(values["advance"]))
+            return Advanced(integer(values["advance"]))
         if "tally" in values:
             return TallyTaken(_tally(values["tally"]))
         if "rescue" in values:
             return Rescued(_rescue(values["rescue"]))
-        losses = {str(name): _integer(number) for name, number in values["losses"].items()}
-        return Ended(_integer(values["end"]), losses, tuple(map(str, values["notes"])))
-
-    def _sweep(self, values: dict[str, Any]) -> Sweep:
-        for key in values["gone"]:
-            del self._table[key]
-        for key, handshake in values["rows"]:
-            self._table[key] = _handshake(handshake)
-        rows = tuple(Row(_four_tuple(key), entry) for key, entry in self._table.items())
-        return Sweep(_integer(values["sweep"]), rows)
-
-
-def _integer(value: object) -> int:
-    if type(value) is not int or not 0 <= value < 1 << 64:
-        raise ValueError(f"{value!r} is not an unsigned 64-bit integer")
-    return value
-
-
-def _integers(values: object, count: int) -> list[int]:
-    if not isinstance(values, list) or len(values) != count:
-        raise ValueError(f"not a list of {count} integers")
-    return [_integer(value) for value in values]
-
-
-def _four_tuple(key: str) -> FourTuple:
-    data = bytes.fromhex(key)
-    if len(data) != wire.KEY.size:
-        raise ValueError("not a struct handshake_key")
-    return wire.decode_key(data)
-
-
-def _handshake(values: object) -> Handshake:
-    return Handshake._make(_integers(values, _HANDSHAKE_NUMBERS))
+        losses = {str(name): integer(number) for name, number in values["losses"].items()}
+        return Ended(integer(values["end"]), losses, tuple(map(str, values["notes"])))
 
 
 def _event(values: list[Any]) -> Event:
     key, handshake, *segment = values
-    numbers = _integers(segment, _EVENT_NUMBERS)
-    return Event(_four_tuple(key), _handshake(handshake), *numbers)
+    numbers = integers(segment, _EVENT_NUMBERS)
+    return Event(four_tuple_of(key), handshake_of(handshake), *numbers)
 
 
 def _identity(values: list[Any]) -> HandshakeId:
     key, first_syn_ns = values
-    return HandshakeId(_four_tuple(key), _integer(first_syn_ns))
+    return HandshakeId(four_tuple_of(key), integer(first_syn_ns))
 
 
 def _attempt(values: list[Any]) -> Attempt:
     *identity, time_ns, number, outcome = values
-    return Attempt(_identity(identity), _integer(time_ns), _integer(number), str(outcome))
+    return Attempt(_identity(identity), integer(time_ns), integer(number), str(outcome))
 
 
 def _rescue(values: Mapping[str, Any]) -> Rescue:
     return Rescue(
         tuple(map(_attempt, values["attempts"])),
         tuple(map(_identity, values["unanswered"])),
-        {str(why): _integer(number) for why, number in values["left_alone"].items()},
+        {str(why): integer(number) for why, number in values["left_alone"].items()},
     )
 
 
 def _counters(values: Mapping[str, Mapping[str, int]]) -> dict[int, dict[str, int]]:
     return {
-        int(netns): {str(name): _integer(number) for name, number in counts.items()}
+        int(netns): {str(name): integer(number) for name, number in counts.items()}
         for netns, counts in values.items()
     }
 
 
 def _tally(values: dict[str, Any]) -> Tally:
     return Tally(
-        _integer(values["time_ns"]),
+        integer(values["time_ns"]),
         _counters(values["kernel_before"]),
         {
             netns: {NetnsCount[name]: number for name, number in counts.items()}
@@ -374,7 +335,7 @@ def _header(values: dict[str, Any]) -> Header:
     wanted = dict(settings.pop("trace_filter"))
     address = wanted.pop("listener_address")
     trace_filter = TraceFilter(
-        ports=tuple(map(_integer, wanted.pop("ports"))),
+        ports=tuple(map(integer, wanted.pop("ports"))),
         listener_address=None if address is None else bytes.fromhex(address),
         **wanted,
     )
@@ -383,8 +344,8 @@ def _header(values: dict[str, Any]) -> Header:
     return Header(
         settings=TraceSettings(
             trace_filter=trace_filter,
-            timeout_ns=_integer(settings.pop("timeout_ns")),
-            max_handshakes=_integer(settings.pop("max_handshakes")),
+            timeout_ns=integer(settings.pop("timeout_ns")),
+            max_handshakes=integer(settings.pop("max_handshakes")),
             **settings,
         ),
         coverage=Coverage(
@@ -395,7 +356,7 @@ def _header(values: dict[str, Any]) -> Header:
                 for gap in coverage["gaps"]
             ),
         ),
-        clock=WallClock(_integer(clock["monotonic_ns"]), _integer(clock["realtime_ns"])),
+        clock=WallClock(integer(clock["monotonic_ns"]), integer(clock["realtime_ns"])),
         watched=str(values["watched"]),
-        table_capacity=_integer(values["table_capacity"]),
+        table_capacity=integer(values["table_capacity"]),
     )

@@ -23,28 +23,23 @@ from tcpstuck_bpf.layout import PER_CPU_OFFSET_SYMBOL, find_layout, header_text
 from tcpstuck_bpf.model import (
     Coverage,
     Event,
-    FourTuple,
-    Handshake,
     HandshakeId,
-    NetnsCount,
-    Row,
+    NetnsCounts,
     Sweep,
     TraceSettings,
 )
 from tcpstuck_bpf.probes import ATTACH_ALL, AttachRequest, Probe, ProbeRefusedError
+from tcpstuck_bpf.tables import Tables
 
 EVENT_PAGES = 256
 MAX_NAMESPACES = 1024
 MAX_KNOWN_CLIENTS = 65_536
+MAX_CHOSEN = 4096
 LOSSES = ("namespaces_uncounted", "cookies_unmatched")
-SWEEP_BATCH = 4096
 
 # BCC optimizes what clang hands it, so clang need not do the same before; and nobody debugs the
 # programs by their debugging information. A third of the compilation's time, the same code.
 _FASTER_COMPILATION = ("-Xclang", "-disable-llvm-passes", "-g0")
-
-_ENOENT = 2
-_ENOSPC = 28
 
 
 def program_directory() -> Path:
@@ -142,6 +137,7 @@ def compile_programs(
             f"-DMAX_NAMESPACES={MAX_NAMESPACES}",
             f"-DEVENT_PAGES={EVENT_PAGES}",
             f"-DMAX_KNOWN_CLIENTS={MAX_KNOWN_CLIENTS}",
+            f"-DMAX_CHOSEN={MAX_CHOSEN}",
             *probes.compiler_flags(wanted),
         ]
         if mode == "fentry":
@@ -239,6 +235,16 @@ class BccSource:
                 self._at_work_on = probe
                 self._attach(probe, mode)
         self._at_work_on = None
+        lookup_batch = getattr(self._bcc.libbcc.lib, "bpf_lookup_batch", None)
+        # While it looks a batch up, which takes a walk over all empty buckets, the kernel runs no
+        # kprobe program on that CPU (bpf_disable_instrumentation): packets that an interrupt
+        # brings meanwhile would pass unseen. To find the next key it does not.
+        self.tables = Tables(
+            self._bpf,
+            lookup_batch if mode == "fentry" else None,
+            self.table_capacity,
+            rescue=self._rescue,
+        )
         self._bpf[b"events"].open_ring_buffer(self._on_event)
 
     def _load_programs(self, mode: str) -> None:
@@ -319,114 +325,21 @@ class BccSource:
         events, self._events = self._events, []
         return events
 
-    def sweep(self) -> Sweep:
-        """The whole awaiting-ACK table; its time is from before the first entry was read."""
-        begun = time.monotonic_ns()
-        return Sweep(begun, tuple(self._rows()))
+    def sweep(self) -> Iterator[Sweep]:
+        """The whole awaiting-ACK table in batches; all have the time of the sweep's begin."""
+        return self.tables.sweep()
 
-    def _rows(self) -> Iterator[Row]:
-        table = self._bpf[b"awaiting_ack"]
-        lookup = getattr(self._bcc.libbcc.lib, "bpf_lookup_batch", None)
-        # While it looks a batch up, which takes a walk over all empty buckets, the kernel runs no
-        # kprobe program on that CPU (bpf_disable_instrumentation): packets that an interrupt
-        # brings meanwhile would pass unseen. To find the next key it does not.
-        if lookup is None or self.coverage.mode == "kprobe":
-            yield from self._rows_one_by_one(table)
-            return
-        keys = ctypes.create_string_buffer(SWEEP_BATCH * wire.KEY.size)
-        values = ctypes.create_string_buffer(SWEEP_BATCH * wire.HANDSHAKE.size)
-        # The cursors are separate objects, and the count is set anew for each call: BCC's own
-        # wrapper shares them, which cuts reads of more than one batch short (bcc issue 5273).
-        last = None
-        cursor = ctypes.c_uint32()
-        while True:
-            count = ctypes.c_uint32(SWEEP_BATCH)
-            failed = lookup(
-                table.map_fd,
-                ctypes.byref(last) if last is not None else None,
-                ctypes.byref(cursor),
-                keys,
-                values,
-                ctypes.byref(count),
-            )
-            error = ctypes.get_errno() if failed else 0
-            if error not in (0, _ENOENT):
-                raise CannotTraceError(
-                    "the table of handshakes cannot be read",
-                    f"bpf_map_lookup_batch: {os.strerror(error)}",
-                    "report it, with the kernel's version",
-                )
-            yield from wire.decode_rows(
-                keys.raw[: count.value * wire.KEY.size],
-                values.raw[: count.value * wire.HANDSHAKE.size],
-            )
-            if error == _ENOENT:
-                return
-            last = ctypes.c_uint32(cursor.value)
-
-    def _rows_one_by_one(self, table: Any) -> Iterator[Row]:
-        keys: dict[bytes, Any] = {}
-        key = None
-        # Behind a key that has gone the kernel begins anew; the limit ends what could go on so.
-        for _ in range(2 * self.table_capacity):
-            try:
-                key = table.next(key)
-            except StopIteration:
-                break
-            keys[bytes(key)] = key
-        for packed, key in keys.items():
-            with contextlib.suppress(KeyError):
-                yield from wire.decode_rows(packed, bytes(table[key]))
+    def chosen(self) -> Sweep:
+        """The entries that the rescue may be for; see `Tables.chosen`."""
+        return self.tables.chosen()
 
     def forget(self, handshakes: Iterable[HandshakeId]) -> None:
         """Remove entries, where they are still of that handshake; one that is gone is no error."""
-        table = self._bpf[b"awaiting_ack"]
-        for four_tuple, first_syn_ns in handshakes:
-            key = table.Key.from_buffer_copy(wire.encode_key(four_tuple))
-            with contextlib.suppress(KeyError):
-                if table[key].first_syn_ns == first_syn_ns:
-                    del table[key]
-                    if self._rescue:
-                        del self._bpf[b"synacks"][key]
+        self.tables.forget(handshakes)
 
-    def handshake(self, four_tuple: FourTuple) -> Handshake | None:
-        """The entry of one 4-tuple in the awaiting-ACK table, as it is now."""
-        table = self._bpf[b"awaiting_ack"]
-        key = wire.encode_key(four_tuple)
-        try:
-            entry = bytes(table[table.Key.from_buffer_copy(key)])
-        except KeyError:
-            return None
-        return next(wire.decode_rows(key, entry)).handshake
-
-    def synack(self, four_tuple: FourTuple) -> bytes | None:
-        """The TCP segment of the last SYN-ACK with a cookie; see struct synack of the header."""
-        table = self._bpf[b"synacks"]
-        try:
-            return bytes(table[table.Key.from_buffer_copy(wire.encode_key(four_tuple))])
-        except KeyError:
-            return None
-
-    def last_completion_ns(self, four_tuple: FourTuple) -> int | None:
-        """When a client of that address last completed a handshake with that listener, if ever."""
-        table = self._bpf[b"known_clients"]
-        try:
-            return int(
-                table[table.Key.from_buffer_copy(wire.encode_known_client(four_tuple))].value
-            )
-        except KeyError:
-            return None
-
-    def counts(self) -> Mapping[int, Mapping[NetnsCount, int]]:
+    def counts(self) -> NetnsCounts:
         """What the programs counted since they were attached, all CPUs together."""
-        totals: dict[int, dict[NetnsCount, int]] = {}
-        for netns, per_cpu in self._bpf[b"counts"].items():
-            total = dict.fromkeys(NetnsCount, 0)
-            for one in per_cpu:
-                for which, value in wire.decode_counts(bytes(one)).items():
-                    total[which] += value
-            totals[netns.value] = total
-        return totals
+        return self.tables.counts()
 
     def losses(self) -> Mapping[str, int]:
         """Losses that belong to no namespace, by name."""

@@ -82,7 +82,7 @@ class Beside:
             self.watch = building.enter_context(Watch(self.topology.client, PORT))
             self._cleanup = building.pop_all()
         self.source.poll(0)
-        self.source.forget(map(identity, self.source.sweep().rows))
+        self.source.forget(map(identity, self.all_rows()))
         self._before = self._counts()
         self._kernel_before = self.topology.server.counters()
         return self
@@ -105,8 +105,11 @@ class Beside:
     def send(self, *syns: Syn) -> None:
         send_in_bursts(self.topology.client, self.watch, syns)
 
+    def all_rows(self) -> list[Row]:
+        return [row for batch in self.source.sweep() for row in batch.rows]
+
     def rows(self) -> list[Row]:
-        return [row for row in self.source.sweep().rows if row.four_tuple.netns == self.netns]
+        return [row for row in self.all_rows() if row.four_tuple.netns == self.netns]
 
     def row(self, four_tuple: FourTuple) -> model.Handshake:
         (found,) = (row for row in self.rows() if lab_name(row.four_tuple) == four_tuple)
@@ -189,7 +192,7 @@ def test_reading_the_table_hides_no_packets(mode: str) -> None:
 
     def read_all_the_time() -> None:
         while not done.is_set():
-            opened.sweep()
+            list(opened.sweep())
 
     try:
         with Beside(opened) as beside, ThreadPoolExecutor(1) as threads:

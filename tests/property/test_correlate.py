@@ -9,8 +9,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tcpstuck_bpf.correlate import Correlator, FlowReport, State
-from tcpstuck_bpf.flow import STUCK_STATES, is_remarkable, merge
-from tcpstuck_bpf.model import Coverage, Ending, Event, EventKind, Handshake, Row, Sweep
+from tcpstuck_bpf.flow import ENDED_STATES, STUCK_STATES, is_remarkable, merge
+from tcpstuck_bpf.model import (
+    Coverage,
+    Ending,
+    Event,
+    EventKind,
+    Handshake,
+    HandshakeId,
+    Row,
+    Sweep,
+)
 from tcpstuck_bpf.verdict import RULES, judge
 from tests.builders import SECOND_NS, TIMEOUT_NS, Table, correlator, four_tuple, handshake, seconds
 from tests.property.world import CLIENTS, World
@@ -148,6 +157,7 @@ def _watched(
 @example([(0, "syn", 1), (0, "syn", seconds(1)), (0, "ack", 1), "advance"], [False, True], False)
 @example([(0, "syn", 1), (0, "ack dropped", 1), "drain", (0, "ack", 1), "advance"], [], False)
 @example([(0, "syn", 1), (0, "reset", 1), "tidy", (0, "new syn", 1)], [], False)
+@example([(0, "syn", 1), (0, "ack rejected", 1), "tidy", "drain", (0, "ack", 1)], [], False)
 def test_verdicts_are_what_truly_happened(
     steps: list[tuple[int, str, int] | str], lost: list[bool], tell_healthy: bool
 ) -> None:
@@ -180,12 +190,9 @@ def _assert_last_handshake_is_judged_right(world: World, client: int) -> None:
     if truth.first_syn_ns == 0:
         assert not told
     elif truth.over in ("ack", "syn taken"):
-        if was_stuck:
-            assert last is State.RECOVERED
-        elif told:
-            assert last is State.COMPLETED
-        else:
-            assert last not in STUCK_STATES
+        gone = HandshakeId(key, truth.first_syn_ns) in world.let_go
+        connected = {State.RECOVERED} if was_stuck else {State.COMPLETED}
+        assert last in connected | (ENDED_STATES if gone else set()) or not told
     elif truth.over == "replaced":
         assert State.RECOVERED not in told
     elif truth.over == "reset":

@@ -28,6 +28,8 @@ class World:
         self.told: list[FlowReport] = []
         self.late_sweep: Sweep | None = None
         self.leaving: list[HandshakeId] = []
+        self.let_go: set[HandshakeId] = set()
+        """What is gone from the table: nobody can know what becomes of it."""
 
     def play(self, client: int, segment: str, gap_ns: int) -> None:
         self.now_ns += gap_ns
@@ -48,6 +50,7 @@ class World:
 
     def watch(self, what: str) -> None:
         self.table.forget(self.leaving)
+        self.let_go.update(self.leaving)
         self.leaving = []
         if what in ("drain", "tidy"):
             for event in self.table.ring:

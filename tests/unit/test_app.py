@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tcpstuck_bpf.app import Analysis, Live, run_replay
+from tcpstuck_bpf.analysis import Analysis
+from tcpstuck_bpf.app import Live, run_replay
 from tcpstuck_bpf.errors import UsageError
 from tcpstuck_bpf.model import (
     Coverage,
@@ -24,6 +26,7 @@ from tcpstuck_bpf.model import (
     NetnsCounts,
     Row,
     Sweep,
+    SweepPart,
 )
 from tcpstuck_bpf.output import JsonOutput, Selection
 from tcpstuck_bpf.replay import Recorder, Replay
@@ -58,7 +61,10 @@ class FakeKernel:
         self.now_ns = at(0)
         self.table: dict[FourTuple, Handshake] = {}
         self.script: list[tuple[int, FourTuple, Handshake | None, Event | None]] = []
+        self.crowd: list[Row] = []
+        """Entries of others that come first in a sweep, each in a batch of its own."""
         self.sweeps: list[int] = []
+        self.choices: list[int] = []
         self.sweep_cost_ns = 0
         self.forgotten: list[FourTuple] = []
         self.closed = False
@@ -79,11 +85,20 @@ class FakeKernel:
                 events.append(told)
         return events
 
-    def sweep(self) -> Sweep:
+    def sweep(self) -> Iterator[Sweep]:
         begun = self.now_ns
         self.sweeps.append(begun)
+        for row in self.crowd:
+            self.now_ns += self.sweep_cost_ns
+            yield Sweep(begun, (row,), SweepPart.MORE)
         self.now_ns += self.sweep_cost_ns
-        return Sweep(begun, tuple(Row(*item) for item in self.table.items()))
+        yield Sweep(begun, tuple(Row(*item) for item in self.table.items()))
+
+    def chosen(self) -> Sweep:
+        self.choices.append(self.now_ns)
+        return Sweep(
+            self.now_ns, tuple(Row(*item) for item in self.table.items()), SweepPart.CHOSEN
+        )
 
     def forget(self, handshakes: Iterable[HandshakeId]) -> None:
         for who, first_syn_ns in handshakes:
@@ -260,9 +275,7 @@ def test_a_rescue_is_told_recorded_and_played_back(tmp_path: Path) -> None:
     tables = test_rescuing.Kernel()
     entry = handshake()
     tables.entries = {four_tuple(): entry}
-    rescuing = Rescuing(
-        Rescuer(RescuePolicy()), tables, tables, lambda: kernel.now_ns, dry_run=False
-    )
+    rescuing = rescuer_beside(kernel, tables)
     done = ended(entry, Ending.COMPLETED, at(4), 1)
     kernel.at(at(0), entry)
     kernel.at(at(4), None, event(EventKind.COMPLETED, done, at(4)))
@@ -296,11 +309,49 @@ def test_who_may_be_mended_is_judged_at_the_deadline_and_not_at_the_next_regular
         kernel.at(at(0.45), dropped, event(EventKind.ACK_DROPPED, dropped, at(0.45)))
         tables = test_rescuing.Kernel()
         tables.entries = {four_tuple(): dropped}
-        rescuing = Rescuing(
-            Rescuer(RescuePolicy()), tables, tables, lambda: kernel.now_ns, dry_run=False
-        )
+        rescuing = rescuer_beside(kernel, tables)
         live(kernel, 5, rescuing=rescuing if mending else None)
-        return min(time_ns for time_ns in kernel.sweeps if time_ns >= due)
+        looks = kernel.choices if mending else kernel.sweeps
+        return min(time_ns for time_ns in looks if time_ns >= due)
 
     assert sweep_after_it(mending=True) - due <= SECOND_NS // 10
     assert sweep_after_it(mending=True) < sweep_after_it(mending=False)
+
+
+def rescuer_beside(kernel: FakeKernel, tables: test_rescuing.Kernel) -> Rescuing:
+    """The rescue with its defaults, on the fake kernel's clock."""
+    return Rescuing(Rescuer(RescuePolicy()), tables, tables, lambda: kernel.now_ns, dry_run=False)
+
+
+def test_a_flood_does_not_hold_up_the_rescue(tmp_path: Path) -> None:
+    """Reading and judging the whole table takes longer than a cookie lives."""
+    kernel = FakeKernel()
+    kernel.at(at(0), handshake())
+    kernel.crowd = [Row(four_tuple(number), handshake()) for number in range(1, 201)]
+    kernel.sweep_cost_ns = SECOND_NS
+    tables = test_rescuing.Kernel()
+    tables.entries = {four_tuple(): handshake()}
+    path = str(tmp_path / "run")
+    lines = live(kernel, 8, record=path, rescuing=rescuer_beside(kernel, tables))
+    assert tables.sent[0][0] == four_tuple()
+    first = next(line for line in lines if line["type"] in ("verdict", "rescue"))
+    assert first["verdict"] == "ack-missing"
+    sent = next(line for line in lines if line["type"] == "rescue")
+    moment = datetime.strptime(sent["time"], "%Y-%m-%dT%H:%M:%S.%f%z")
+    told = datetime.strptime(first["verdict_time"], "%Y-%m-%dT%H:%M:%S.%f%z")
+    assert moment - told <= timedelta(seconds=2)
+    replay = Replay(path)
+    stream = io.StringIO()
+    run_replay(replay, JsonOutput(stream, replay.header.clock, Selection([], nothing=False)))
+    assert [json.loads(line) for line in stream.getvalue().splitlines()] == lines
+
+
+def test_who_is_chosen_and_connects_is_neither_pending_nor_unresolved() -> None:
+    kernel = FakeKernel()
+    kernel.at(at(0), handshake())
+    kernel.at(at(0.9), None)
+    tables = test_rescuing.Kernel()
+    summary = live(kernel, 200, rescuing=rescuer_beside(kernel, tables))[-1]
+    assert kernel.choices
+    assert summary["pending"] == 0
+    assert summary["losses"]["flows_unresolved"] == 0

@@ -1,0 +1,188 @@
+"""What steps come to: findings as they come, and at the end the summary.
+
+The part that a live run and its replay have in common. It sees steps in order and nothing else,
+which is why a replay gives what the live run gave.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from tcpstuck_bpf.correlate import Correlator
+from tcpstuck_bpf.flow import FlowReport, State
+from tcpstuck_bpf.model import (
+    ATTEMPT_NOT_SENT,
+    ATTEMPT_SENT,
+    Ending,
+    HandshakeId,
+    NetnsCount,
+    NetnsCounts,
+    Sweep,
+    SweepPart,
+    Tally,
+)
+from tcpstuck_bpf.reconcile import count_difference, reconcile
+from tcpstuck_bpf.replay import (
+    Advanced,
+    Ended,
+    Header,
+    Observed,
+    Rescued,
+    Step,
+    Swept,
+    TallyTaken,
+)
+from tcpstuck_bpf.report import RescueTotals, Status, Summary
+from tcpstuck_bpf.verdict import Finding, judge
+
+
+class Analysis:
+    """Steps in, findings and at the end a summary out."""
+
+    def __init__(self, header: Header) -> None:
+        self.header = header
+        self.correlator = Correlator(
+            header.settings.timeout_ns,
+            header.settings.tell_healthy,
+            max_flows=header.table_capacity,
+        )
+        self.leaving: list[HandshakeId] = []
+        """Entries of the kernel's table that are needed no more, after the latest step."""
+        self.reports: list[FlowReport] = []
+        """The flows that came into another state at the latest Advanced."""
+        self.told = 0
+        self._verdicts: Counter[str] = Counter()
+        self._taken_over = 0
+        self._rows = 0
+        self._table_seen = False
+        self._tallies: list[Tally] = []
+        self._attempts: Counter[str] = Counter()
+        self._left_alone: Mapping[str, int] | None = None
+
+    def take(self, step: Step) -> list[Finding]:
+        """Findings that a step brings; only Advanced brings any."""
+        self.leaving = []
+        if isinstance(step, Observed):
+            for event in step.events:
+                self.correlator.observe(event)
+        elif isinstance(step, Swept):
+            self._sweep(step.sweep)
+        elif isinstance(step, Rescued):
+            self.correlator.note_rescue(step.rescue)
+            self._attempts.update(attempt.outcome for attempt in step.rescue.attempts)
+            self._left_alone = step.rescue.left_alone
+        elif isinstance(step, TallyTaken):
+            self._tallies = [*self._tallies[:1], step.tally]
+        elif isinstance(step, Advanced):
+            return self._advance(step.now_ns)
+        return []
+
+    def _sweep(self, sweep: Sweep) -> None:
+        self.correlator.observe(sweep)
+        if sweep.part is not SweepPart.CHOSEN:
+            self._rows += len(sweep.rows)
+            self._table_seen = sweep.part is SweepPart.LAST
+
+    def _advance(self, now_ns: int) -> list[Finding]:
+        reports = self.reports = self.correlator.advance(now_ns)
+        judged = (judge(report, self.header.coverage) for report in reports)
+        findings = [finding for finding in judged if finding is not None]
+        self._taken_over += sum(
+            report.handshake.ending == Ending.TAKEN_OVER and report.delay_ns is not None
+            for report in reports
+        )
+        for finding in findings:
+            self._verdicts[finding.verdict] += 1
+            if finding.updates is not None:
+                self._verdicts[finding.updates] -= 1
+        self.told += len(findings)
+        if self._table_seen:
+            capacity = self.header.table_capacity
+            self.leaving = self.correlator.expired(now_ns, self._rows, capacity)
+            self._rows = 0
+            self._table_seen = False
+        return findings
+
+    @property
+    def tallied(self) -> bool:
+        """Whether there was a tally, without which there is no summary."""
+        return bool(self._tallies)
+
+    def status(self, counts: NetnsCounts, now_ns: int) -> Status:
+        """What there is to say while nothing new is."""
+        counted = _total(self._tallies[0].traced, counts)
+        stats = self.correlator.stats()
+        return Status(
+            watched=self.header.watched,
+            cookies_sent=counted[NetnsCount.COOKIES_SENT],
+            completed=counted[NetnsCount.COMPLETED],
+            waiting=stats.pending,
+            still_stuck=stats.still_stuck,
+            running_ns=now_ns - self._tallies[0].time_ns,
+        )
+
+    def summary(self, ended: Ended) -> Summary:
+        """The end of the run, from all steps taken; a tally was among them."""
+        start, end = self._tallies[0], self._tallies[-1]
+        stats = self.correlator.stats()
+        counted = _total(start.traced, end.traced)
+        recovered = stats.told_now.get(State.RECOVERED, 0)
+        told = {name: number for name, number in self._verdicts.items() if number > 0}
+        # Those that an ordinary handshake took over were connected without a cookie's ACK.
+        connected = counted[NetnsCount.COMPLETED] + self._taken_over
+        rescued = stats.told_now.get(State.RESCUED, 0)
+        told["completed"] = max(0, connected - recovered - rescued)
+        losses = {
+            **ended.losses,
+            "flows_evicted": stats.evicted,
+            "entries_let_go": stats.let_go,
+            "flows_unresolved": stats.unresolved,
+            "children_stillborn": counted[NetnsCount.STILLBORN],
+        }
+        wanted = self.header.settings.trace_filter
+        return Summary(
+            watched=self.header.watched,
+            mode=self.header.coverage.mode,
+            duration_ns=ended.now_ns - start.time_ns,
+            verdicts=dict(sorted(told.items())),
+            ever_stuck=stats.ever_stuck,
+            still_stuck=stats.still_stuck,
+            recovered=recovered,
+            pending=stats.pending,
+            superseded=stats.superseded,
+            cookies_sent=counted[NetnsCount.COOKIES_SENT],
+            lost_events=counted[NetnsCount.EVENTS_LOST],
+            untracked=counted[NetnsCount.TABLE_FULL],
+            unseen_syn=counted[NetnsCount.COMPLETED_UNTRACKED]
+            + counted[NetnsCount.ACKS_DROPPED_UNTRACKED],
+            losses=losses,
+            gaps=self.header.coverage.gaps,
+            reconciliation=reconcile(start, end, self.header.coverage),
+            filtered=bool(wanted.ports or wanted.family or wanted.listener_address),
+            notes=ended.notes,
+            rescue=self._rescue_totals(rescued),
+        )
+
+    def _rescue_totals(self, rescued: int) -> RescueTotals | None:
+        if self._left_alone is None:
+            return None
+        failed = {
+            outcome: number
+            for outcome, number in self._attempts.items()
+            if outcome not in (ATTEMPT_SENT, ATTEMPT_NOT_SENT)
+        }
+        return RescueTotals(
+            sent=self._attempts[ATTEMPT_SENT],
+            not_sent=self._attempts[ATTEMPT_NOT_SENT],
+            failed=failed,
+            rescued=rescued,
+            left_alone=self._left_alone,
+        )
+
+
+def _total(start: NetnsCounts, end: NetnsCounts) -> Counter[NetnsCount]:
+    counted: Counter[NetnsCount] = Counter()
+    for counts in count_difference(start, end).values():
+        counted.update(counts)
+    return counted

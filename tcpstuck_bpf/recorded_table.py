@@ -1,0 +1,121 @@
+"""The awaiting-ACK table as a recording has it: each batch of rows as what is new in it.
+
+Every key gets a number when it is first written. Of a batch are written the rows that differ from
+what was written of their keys before, and the numbers of the others, as runs; at the end of a
+whole sweep, the keys that were not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from tcpstuck_bpf import wire
+from tcpstuck_bpf.model import FourTuple, Handshake, Row, Sweep, SweepPart
+
+_HANDSHAKE_NUMBERS = len(Handshake._fields)
+
+
+def integer(value: object) -> int:
+    """An unsigned 64-bit integer. Raises ValueError where it is anything else."""
+    if type(value) is not int or not 0 <= value < 1 << 64:
+        raise ValueError(f"{value!r} is not an unsigned 64-bit integer")
+    return value
+
+
+def integers(values: object, count: int) -> list[int]:
+    """As many of them. Raises ValueError where it is anything else."""
+    if not isinstance(values, list) or len(values) != count:
+        raise ValueError(f"not a list of {count} integers")
+    return [integer(value) for value in values]
+
+
+def four_tuple_of(key: str) -> FourTuple:
+    """A struct handshake_key in hexadecimal. Raises ValueError where it is none."""
+    data = bytes.fromhex(key)
+    if len(data) != wire.KEY.size:
+        raise ValueError("not a struct handshake_key")
+    return wire.decode_key(data)
+
+
+def handshake_of(values: object) -> Handshake:
+    """A struct handshake as a list. Raises ValueError where it is none."""
+    return Handshake._make(integers(values, _HANDSHAKE_NUMBERS))
+
+
+def _runs(numbers: Iterable[int]) -> Iterator[list[int]]:
+    """First and last of each run of consecutive numbers, which are in ascending order."""
+    first = last = None
+    for number in numbers:
+        if first is None or last is None or number != last + 1:
+            if first is not None and last is not None:
+                yield [first, last]
+            first = number
+        last = number
+    if first is not None and last is not None:
+        yield [first, last]
+
+
+class RecordedTable:
+    """What a recording has told of the table so far; the writer's and the reader's are the same."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[FourTuple, int] = {}
+        self._rows: dict[int, Row] = {}
+        self._next = 0
+        self._swept: set[int] = set()
+
+    def _put(self, row: Row) -> int:
+        number = self._numbers.get(row.four_tuple)
+        if number is None:
+            number = self._numbers[row.four_tuple] = self._next
+            self._next += 1
+        self._rows[number] = row
+        return number
+
+    def _end(self, part: SweepPart, numbers: Iterable[int]) -> list[int]:
+        """Note what a batch held; the numbers that a sweep which ends did not hold are let go."""
+        if part is SweepPart.CHOSEN:
+            return []
+        self._swept.update(numbers)
+        if part is SweepPart.MORE:
+            return []
+        gone = sorted(self._rows.keys() - self._swept)
+        for number in gone:
+            del self._numbers[self._rows.pop(number).four_tuple]
+        self._swept.clear()
+        return gone
+
+    def values_of(self, sweep: Sweep) -> dict[str, Any]:
+        """What is to be written of a batch of rows."""
+        changed, kept, held = [], [], []
+        for row in sweep.rows:
+            number = self._numbers.get(row.four_tuple)
+            if number is not None and self._rows[number] == row:
+                kept.append(number)
+            else:
+                changed.append([wire.encode_key(row.four_tuple).hex(), list(row.handshake)])
+                held.append(self._put(row))
+        self._end(sweep.part, [*kept, *held])
+        return {
+            "sweep": sweep.time_ns,
+            "part": sweep.part.name.lower(),
+            "rows": changed,
+            "kept": list(_runs(sorted(kept))),
+        }
+
+    def sweep_of(self, values: dict[str, Any]) -> Sweep:
+        """The batch of rows that was written so; the kept ones come first.
+
+        Raises KeyError, TypeError or ValueError where the values are damaged.
+        """
+        part = SweepPart[str(values["part"]).upper()]
+        kept = [
+            number
+            for first, last in values["kept"]
+            for number in range(integer(first), min(integer(last) + 1, self._next))
+        ]
+        rows = [self._rows[number] for number in kept]
+        changed = [Row(four_tuple_of(key), handshake_of(entry)) for key, entry in values["rows"]]
+        self._end(part, [*kept, *(self._put(row) for row in changed)])
+        return Sweep(integer(values["sweep"]), (*rows, *changed), part)
