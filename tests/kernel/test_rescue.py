@@ -232,7 +232,7 @@ def test_the_clients_of_a_stalled_mariadb_get_their_greeting(run: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(FLOOD_LIMIT_S)
 def test_real_clients_in_a_flood_are_mended_and_spoofed_addresses_left_alone() -> None:
-    """A hundred thousand spoofed SYNs, and 50 clients of a known address that the firewall silenced."""
+    """Amid spoofed SYNs, 50 clients of a known address that the firewall silenced."""
     settings = Settings(50)
     with (
         rescuing("--rescue", "-t", "5") as tracer,
