@@ -18,7 +18,7 @@ from tcpstuck_bpf.kernel_report import KernelReport, describe
 from tcpstuck_bpf.kernel_types import KernelTypes
 from tcpstuck_bpf.layout import PER_CPU_OFFSET_SYMBOL
 from tcpstuck_bpf.model import CoverageGap, TraceSettings
-from tcpstuck_bpf.probes import PROBES
+from tcpstuck_bpf.probes import EVERY_PROBE
 
 OK, NOTE, NO = "ok", "note", "NO"
 MODES = ("fentry", "kprobe")
@@ -83,7 +83,7 @@ def examine(open_source: OpenSource, bcc_version: Callable[[], str]) -> MachineR
     """Look at this machine. Raises nothing for what it lacks: that is what it reports."""
     types, types_check = _types()
     trials = {mode: _try(open_source, mode) for mode in MODES}
-    names = features.function_symbols([probe.function for probe in PROBES]) or None
+    names = features.function_symbols([probe.function for probe in EVERY_PROBE]) or None
     source = f"{RUNNING_KERNEL} (BTF)" if types is not None else "no type information"
     return MachineReport(
         kernel=describe(os.uname().release, source, types, names),

@@ -16,6 +16,7 @@ from tcpstuck_bpf.doctor import SYNCOOKIES, MachineReport
 from tcpstuck_bpf.export import FORMAT
 from tcpstuck_bpf.kernel_report import Change, KernelReport, place_text
 from tcpstuck_bpf.netns import QUEUE_SETTINGS
+from tcpstuck_bpf.probes import RESCUE_PROBES, Probe
 
 NARROWEST_COLUMN = 10
 COLUMN_GAP = 2
@@ -95,10 +96,10 @@ def _kernel_tables(
     functions = []
     for fact in kernel.functions:
         state = fact.trouble or "ok"
-        if machine is not None:
+        if machine is not None and fact.probe not in RESCUE_PROBES:
             modes = [m for m, t in machine.trials.items() if fact.probe.function in t.attached]
             state += f"; attaches by {', '.join(modes) or 'neither mode'}"
-        functions.append((_need(fact.probe.required), fact.declaration, fact.symbol, state))
+        functions.append((_need(fact.probe), fact.declaration, fact.symbol, state))
     yield from _table(("needed", "function", "symbol", "state"), functions, width)
     if machine is None or verbose:
         members = [(m.name, place_text(m.place), m.trouble or "ok") for m in kernel.members]
@@ -113,8 +114,9 @@ def _kernel_tables(
         yield f"{len(reasons)} drop reasons" + (": -v or --json lists them" if reasons else "")
 
 
-def _need(required: bool) -> str:
-    return "required" if required else "optional"
+def _need(probe: Probe) -> str:
+    need = "required" if probe.required else "optional"
+    return f"{need} for --rescue" if probe in RESCUE_PROBES else need
 
 
 def kernel_lines(report: KernelReport, width: int, verbose: bool) -> Iterator[str]:
@@ -152,6 +154,7 @@ def _kernel_json(kernel: KernelReport) -> Iterator[str]:
             {
                 "function": fact.probe.function,
                 "required": fact.probe.required,
+                "for_rescue": fact.probe in RESCUE_PROBES,
                 "prototype": None if fact.prototype is None else fact.declaration,
                 "parameters": None if fact.prototype is None else len(fact.prototype.parameters),
                 "expected_parameters": fact.probe.parameters,

@@ -21,7 +21,7 @@ from tcpstuck_bpf.layout import (
     obstacle,
 )
 from tcpstuck_bpf.model import CoverageGap
-from tcpstuck_bpf.probes import PROBES, Probe
+from tcpstuck_bpf.probes import EVERY_PROBE, Probe
 
 ANY_ADDRESS = 1
 """Of the per-CPU offsets: where they are is known of a running kernel only."""
@@ -127,7 +127,7 @@ def describe(
             None if types is None else types.prototype(probe.function),
             _symbol(probe.function, names),
         )
-        for probe in PROBES
+        for probe in EVERY_PROBE
     )
     gaps: tuple[CoverageGap, ...] = ()
     trouble = "" if types is not None else "it does not describe its types"

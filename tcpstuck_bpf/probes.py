@@ -159,6 +159,7 @@ RESCUE_PROBES = (
     ),
 )
 """What --rescue needs besides."""
+EVERY_PROBE = (*PROBES, *RESCUE_PROBES)
 
 _IPV6_PROBES = frozenset({"cookie_v6_init_sequence", "cookie_v6_check"})
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tcpstuck_bpf.btf import Btf
 from tcpstuck_bpf.layout import COUNTER_MEMBER, COUNTERS, REQUIRED_MEMBERS, Member
-from tcpstuck_bpf.probes import PROBES
+from tcpstuck_bpf.probes import EVERY_PROBE
 
 INT, POINTER, STRUCT, UNION, ENUM, TYPEDEF, FUNC, FUNC_PROTO = 1, 2, 4, 5, 6, 8, 12, 13
 
@@ -106,7 +106,7 @@ def with_functions(types: Types, changed: Mapping[str, Sequence[str]] | None = N
         pointed[f"struct {kind}"] = types.struct(kind)
     numbers = {name: types.add(POINTER, "", kind) for name, kind in pointed.items()}
     numbers["int"] = word
-    for probe in PROBES:
+    for probe in EVERY_PROBE:
         count = probe.parameters or 4
         expected = [probe.arguments.get(place, "struct request_sock_ops") for place in range(count)]
         parameters = (changed or {}).get(probe.function, expected)

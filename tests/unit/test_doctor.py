@@ -20,11 +20,11 @@ from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE, EXIT_USAGE, CannotTraceError
 from tcpstuck_bpf.kernel_report import KernelReport, changes, describe
 from tcpstuck_bpf.layout import COUNTER_MEMBER, REQUIRED_MEMBERS
 from tcpstuck_bpf.model import Coverage, TraceSettings
-from tcpstuck_bpf.probes import KERNEL_COUNTERS, PROBES, Probe
+from tcpstuck_bpf.probes import EVERY_PROBE, KERNEL_COUNTERS, PROBES, RESCUE_PROBES, Probe
 from tests import fake_kernel
 from tests.btf_writer import ENUM, Types, expected_offset, kernel, with_functions
 
-FUNCTIONS = frozenset(probe.function for probe in PROBES)
+FUNCTIONS = frozenset(probe.function for probe in EVERY_PROBE)
 EPERM = "EPERM: Operation not permitted"
 
 
@@ -55,6 +55,17 @@ def test_a_function_that_is_gone_or_changed_is_told(probe: Any, left: str) -> No
     assert (".isra.0" in trouble(found)[probe.function]) == bool(left)
     assert bool(found.trouble) == probe.required
     assert probe.required or probe.function in {gap.probe for gap in found.gaps}
+
+
+@pytest.mark.parametrize("probe", RESCUE_PROBES, ids=lambda probe: probe.function)
+def test_what_only_the_rescue_needs_is_told_and_is_not_in_the_way(probe: Probe) -> None:
+    found = report(with_functions(kernel()), FUNCTIONS - {probe.function})
+    assert probe.lost in trouble(found)[probe.function]
+    assert (found.gaps, found.trouble) == ((), "")
+    need = "required" if probe.required else "optional"
+    lines = list(kernel_lines(found, 1000, False))
+    (line,) = (line for line in lines if probe.lost in line)
+    assert f"{need} for --rescue" in line
 
 
 def test_a_shifted_return_value_is_told() -> None:
