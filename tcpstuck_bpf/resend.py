@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 import time
 from collections import OrderedDict
@@ -14,6 +15,7 @@ from tcpstuck_bpf.model import FourTuple
 
 MAX_SOCKETS = 64
 IDLE_NS = 2_000_000_000
+_LINK_LOCAL = ipaddress.IPv6Network("fe80::/10")
 
 
 def _raw_socket(family: socket.AddressFamily) -> socket.socket:
@@ -53,8 +55,11 @@ class Resender:
         """Send a packet, IP header included, to the client of a 4-tuple, in its namespace.
 
         The calling thread stays in its own namespace. Raises OSError where the namespace is gone
-        or cannot be entered, or the kernel refuses the packet.
+        or cannot be entered, the kernel refuses the packet, or the address means nothing without
+        an interface (RFC 4007), which nobody has noted.
         """
+        if ipaddress.IPv6Address(four_tuple.client_address) in _LINK_LOCAL:
+            raise OSError(errno.EINVAL, "a link-local address, and its interface is not known")
         try:
             self._socket(four_tuple).sendto(packet, (four_tuple.client_ip, 0))
         except BlockingIOError as error:

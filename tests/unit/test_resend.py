@@ -137,3 +137,9 @@ def test_what_a_function_raises_inside_reaches_the_caller(namespace: Namespace) 
     with pytest.raises(ValueError, match=str(namespace.inode)):
         netns.run_in(namespace.inode, fail)
     assert str(namespace.inode) not in own_place()
+
+
+def test_a_link_local_client_is_not_guessed_at() -> None:
+    client, server = address_bytes("fe80::2"), address_bytes("fe80::1")
+    with Resender() as resender, pytest.raises(OSError, match="link-local"):
+        resender.send(FourTuple(client, server, 40_000, 3311, NO_NAMESPACE), b"")
