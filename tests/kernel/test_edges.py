@@ -29,7 +29,8 @@ from tcpstuck_bpf import model, wire
 from tcpstuck_bpf import source as source_module
 from tcpstuck_bpf.model import Ending, Event, EventKind, NetnsCount, Row
 from tcpstuck_bpf.probes import PROBES
-from tcpstuck_bpf.source import EVENT_PAGES, SWEEP_BATCH, BccSource, open_source
+from tcpstuck_bpf.source import EVENT_PAGES, BccSource, open_source
+from tcpstuck_bpf.tables import READ_AT_ONCE
 from tests.kernel.conftest import listening
 
 pytestmark = pytest.mark.kernel
@@ -150,14 +151,14 @@ def test_the_programs_load_without_kernel_headers(source: BccSource) -> None:
 def test_a_sweep_of_several_batches_is_exactly_what_was_sent(
     beside: Beside, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    number = SWEEP_BATCH * 5 // 4
+    number = READ_AT_ONCE * 5 // 4
     syns = list(make_syns(SILENT_SOURCES[4], SERVER_IP, PORT, number))
     beside.send(*syns)
     wire_records = beside.watch.records
     expected = {s.four_tuple: (s.isn, wire_records[s.four_tuple].cookie_isn, 1) for s in syns}
     assert len(expected) == number == beside.moved("SyncookiesSent")
-    for batch in (SWEEP_BATCH, SWEEP_BATCH // 8):
-        monkeypatch.setattr(source_module, "SWEEP_BATCH", batch)
+    for batch in (READ_AT_ONCE, READ_AT_ONCE // 8):
+        monkeypatch.setattr(source_module, "READ_AT_ONCE", batch)
         rows = beside.rows()
         assert len(rows) == number
         found = {

@@ -22,7 +22,7 @@ from lab.syns import Syn, make_syn, make_syns, send_in_bursts
 from lab.topology import CLIENT_ADDRESS, SERVER_ADDRESS, SILENT_SOURCES, Topology
 from lab.tracer import Tracer
 from lab.watch import Watch
-from tcpstuck_bpf.source import SWEEP_BATCH
+from tcpstuck_bpf.tables import READ_AT_ONCE
 from tests.kernel.conftest import be_greeted, listening, summary_of, told_by, tracing
 
 pytestmark = pytest.mark.kernel
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.kernel
 EXIT_STUCK = 1
 SERVER_IP = SERVER_ADDRESS[4]
 SILENT = "ack-missing"
-MORE_THAN_A_BATCH = SWEEP_BATCH * 17 // 16
+MORE_THAN_A_BATCH = READ_AT_ONCE * 17 // 16
 CAPACITY = 64
 MORE_THAN_FIT = 3 * CAPACITY
 GREETED = 5
