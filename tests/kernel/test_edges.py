@@ -25,8 +25,7 @@ from lab.scene import PORT
 from lab.syns import BURST, Syn, make_syn, make_syns, send_in_bursts
 from lab.topology import LOCAL_SOURCES, SERVER_ADDRESS, SILENT_SOURCES, Topology, source_addresses
 from lab.watch import Watch
-from tcpstuck_bpf import model, wire
-from tcpstuck_bpf import source as source_module
+from tcpstuck_bpf import model, tables, wire
 from tcpstuck_bpf.model import Ending, Event, EventKind, NetnsCount, Row
 from tcpstuck_bpf.probes import PROBES
 from tcpstuck_bpf.source import EVENT_PAGES, BccSource, open_source
@@ -158,7 +157,7 @@ def test_a_sweep_of_several_batches_is_exactly_what_was_sent(
     expected = {s.four_tuple: (s.isn, wire_records[s.four_tuple].cookie_isn, 1) for s in syns}
     assert len(expected) == number == beside.moved("SyncookiesSent")
     for batch in (READ_AT_ONCE, READ_AT_ONCE // 8):
-        monkeypatch.setattr(source_module, "READ_AT_ONCE", batch)
+        monkeypatch.setattr(tables, "READ_AT_ONCE", batch)
         rows = beside.rows()
         assert len(rows) == number
         found = {
