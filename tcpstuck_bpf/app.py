@@ -197,11 +197,12 @@ class Live:
             self._step(Swept(batch))
             cost_ns += self.clock_ns() - begun_ns
             self._step(Advanced(self.clock_ns()))
+            leaving = self.analysis.leaving
             self._rescue((), self.analysis.reports)
             if batch.part is SweepPart.LAST:
                 break
             self._watch(begun_ns)
-        self.source.forget(self.analysis.leaving)
+        self.source.forget(leaving)
         return cost_ns
 
     def _tally(self) -> int:

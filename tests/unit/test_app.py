@@ -355,3 +355,30 @@ def test_who_is_chosen_and_connects_is_neither_pending_nor_unresolved() -> None:
     assert kernel.choices
     assert summary["pending"] == 0
     assert summary["losses"]["flows_unresolved"] == 0
+
+
+def test_what_the_rescue_tells_does_not_keep_ended_entries_in_the_table() -> None:
+    """One client ends, and the sweep that shows it shows another one to be mended."""
+    kernel = FakeKernel()
+    stuck = handshake()
+    kernel.at(at(0), handshake())
+    kernel.at(at(2.5), ended(handshake(), Ending.RESET, at(2.5)))
+    kernel.table[four_tuple(1)] = stuck
+    tables = test_rescuing.Kernel()
+    tables.entries = {four_tuple(1): stuck}
+    tables.completed_ns = {four_tuple(1): at(-60)}
+
+    class NothingChosen(FakeKernel):
+        def chosen(self) -> Sweep:
+            return Sweep(self.now_ns, (), SweepPart.CHOSEN)
+
+        def forget(self, handshakes: Iterable[HandshakeId]) -> None:
+            super().forget(handshakes)
+            if self.forgotten:
+                forgotten_by.setdefault("sweep", self.sweeps[-1])
+
+    forgotten_by: dict[str, int] = {}
+    kernel.__class__ = NothingChosen
+    lines = live(kernel, 8, rescuing=rescuer_beside(kernel, tables))
+    assert "rescue" in {line["type"] for line in lines}
+    assert forgotten_by["sweep"] == min(when for when in kernel.sweeps if when >= at(2.5))
