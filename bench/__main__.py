@@ -20,6 +20,8 @@ LIMIT_S = 2400.0
 BARS = {
     ("spoofed SYN", "ours fentry"): 1.02,
     ("spoofed SYN", "ours kprobe"): 1.03,
+    ("drop elsewhere", "why fentry"): 1.02,
+    ("drop elsewhere", "why kprobe"): 1.02,
     ("unrelated segment", "ours fentry"): 1.002,
     ("unrelated segment", "ours kprobe"): 1.002,
 }

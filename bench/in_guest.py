@@ -23,9 +23,11 @@ VARIANTS = (
     ("empty", "fentry"),
     ("insert", "fentry"),
     ("ours", "fentry"),
+    ("why", "fentry"),
     ("empty", "kprobe"),
     ("insert", "kprobe"),
     ("ours", "kprobe"),
+    ("why", "kprobe"),
 )
 ROUNDS = 5
 START_LIMIT_S = 300

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from bench.tracer import PORT
+from lab.records import FourTuple
+from lab.segments import segment_packet
 from lab.syns import make_syns
 from lab.topology import CLIENT_ADDRESS, SERVER_ADDRESS, SILENT_SOURCES, Namespace, Topology
 
@@ -20,6 +22,8 @@ UNRELATED_PORT = 9999
 SYNS = 8000
 HANDSHAKES = 1500
 SEGMENTS = 4000
+DROPPED_PORT = 9998
+DROPPED = 8000
 CONNECTIONS = 6
 
 Load = Callable[[], float]
@@ -51,6 +55,17 @@ def _spoofed_syns(raw: socket.socket) -> float:
     for packet in packets:
         raw.sendto(packet, (server, 0))
     return (time.process_time_ns() - begun) / SYNS
+
+
+def _dropped_elsewhere(raw: socket.socket) -> float:
+    """ACKs of no connection to another port, which a rule drops."""
+    server = SERVER_ADDRESS[4]
+    flow = FourTuple(CLIENT_ADDRESS[4], 1024, server, DROPPED_PORT)
+    packets = [segment_packet(flow, number, number) for number in range(DROPPED)]
+    begun = time.process_time_ns()
+    for packet in packets:
+        raw.sendto(packet, (server, 0))
+    return (time.process_time_ns() - begun) / DROPPED
 
 
 def _healthy_handshakes(inside: Namespace, listener: socket.socket) -> float:
@@ -93,6 +108,12 @@ def all_loads() -> Iterator[dict[str, Load]]:
     """The loads by name, over one topology with syncookies=2."""
     with Topology() as topology:
         topology.server.pin({"net/ipv4/tcp_syncookies": "2"})
+        topology.server.command(
+            "nft",
+            "add table inet storm; "
+            "add chain inet storm drops { type filter hook input priority 0; }; "
+            f"add rule inet storm drops tcp dport {DROPPED_PORT} drop",
+        )
         listener = topology.server.run(_listener, PORT)
         unrelated = topology.server.run(_listener, UNRELATED_PORT)
         raw = topology.client.run(_raw)
@@ -100,5 +121,6 @@ def all_loads() -> Iterator[dict[str, Load]]:
             yield {
                 "spoofed SYN": lambda: _spoofed_syns(raw),
                 "healthy handshake": lambda: _healthy_handshakes(topology.client, listener),
+                "drop elsewhere": lambda: _dropped_elsewhere(raw),
                 "unrelated segment": lambda: _unrelated_segments(topology.client, unrelated),
             }

@@ -1,7 +1,7 @@
 """One traced state, held until standard input ends: `python -m bench.tracer WHAT MODE`.
 
-WHAT is `ours`, `empty` (programs that do nothing) or `insert` (that, and one hash insert per
-cookie). The process says on standard output what its start cost, as JSON, and
+WHAT is `ours`, `why` (that with --why), `empty` (programs that do nothing) or `insert` (that, and
+one hash insert per cookie). The process says on standard output what its start cost, as JSON, and
 then waits without running, so that only the kernel's work is measured beside it.
 """
 
@@ -29,9 +29,9 @@ def memory_kib() -> dict[str, int]:
     }
 
 
-def _ours(mode: str) -> Any:
+def _ours(mode: str, *, why: bool) -> Any:
     settings = TraceSettings(trace_filter=TraceFilter(ports=(PORT,)), probe_mode=mode)
-    return source.open_source(settings)
+    return source.open_source(settings, probes.AttachRequest(why=why))
 
 
 def _floor(what: str, mode: str) -> Any:
@@ -53,7 +53,8 @@ def _floor(what: str, mode: str) -> Any:
 
 def main(what: str, mode: str) -> None:
     """Attach, report, and wait for the end of standard input."""
-    held = _ours(mode) if what == "ours" else _floor(what, mode)
+    tool = what in ("ours", "why")
+    held = _ours(mode, why=what == "why") if tool else _floor(what, mode)
     timings = dict(getattr(held, "timings", {}))
     print(json.dumps({"timings": timings, "memory": memory_kib()}), flush=True)
     sys.stdin.read()

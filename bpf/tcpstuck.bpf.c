@@ -21,13 +21,18 @@
 #include "kernel_layout.h"
 #include "tcpstuck.h"
 
-#define EEXIST		       17
-#define ETH_P_IP_NETWORK_ORDER 0x0008
-#define TCP_STATE_SYN_RECV     3
-#define TCP_FLAG_RST	       0x04
-#define TCP_FLAG_ACK	       0x10
+#define EEXIST			 17
+#define ETH_P_IP_NETWORK_ORDER	 0x0008
+#define ETH_P_IPV6_NETWORK_ORDER 0xdd86
+#define IPPROTO_TCP		 6
+#define TCP_STATE_SYN_RECV	 3
+#define TCP_FLAG_SYN		 0x02
+#define TCP_FLAG_RST		 0x04
+#define TCP_FLAG_ACK		 0x10
 /* How far from its ISN a segment may be and still be believed to belong to the handshake. */
 #define NEAR_ISN (1 << 20)
+/* The highest index into msstab[] of net/ipv4/syncookies.c and net/ipv6/syncookies.c. */
+#define HIGHEST_MSS_INDEX 3
 
 /* BTF-typed arguments of fentry programs are read by plain loads, kprobe arguments are not. */
 #ifdef TCPSTUCK_FENTRY
@@ -74,7 +79,11 @@ struct scratch {
 	struct counters_before before;
 	u64 syn; /* the SYN that tcp_conn_request is at work on */
 	u64 mss_place; /* kprobe only: where cookie_vX_init_sequence will write the MSS */
+	u64 listening; /* socket that tcp_conn_request or tcp_check_req is at work for */
 	u64 listener; /* that cookie_vX_check is at work for */
+	u64 checked; /* its packet, as long as it may still be dropped on its behalf */
+	u64 drop_place; /* where it was dropped within cookie_vX_check */
+	u32 drop_reason;
 	u64 child; /* made by cookie_vX_check, on its way to tcp_rcv_state_process */
 	u64 child_entered; /* kprobe only */
 	u32 syn_queue;
@@ -82,21 +91,34 @@ struct scratch {
 	u32 handshake_tracked; /* the SYN's cookie handshake has an entry */
 	u32 request_checked; /* tcp_check_req is at work */
 	struct netns_counts none; /* zeros, for a namespace's first */
+	struct listener_key listener_key;
+	struct listener_facts no_facts; /* zeros, for a listener's first */
+};
+
+#define STACK_FRAMES 24
+
+struct stack {
+	u64 frames[STACK_FRAMES];
 };
 
 enum loss {
 	LOSS_NAMESPACES_UNCOUNTED,
 	LOSS_COOKIES_UNMATCHED, /* a cookie was chosen outside tcp_conn_request */
+	LOSS_LISTENERS_UNKNOWN, /* SYNs and ACKs of listeners there was no room for */
 	LOSS_MAX,
 };
 
 BPF_TABLE("hash", struct handshake_key, struct handshake, awaiting_ack, MAX_HANDSHAKES);
 BPF_TABLE("percpu_hash", u32, struct netns_counts, counts, MAX_NAMESPACES);
+BPF_TABLE("hash", struct listener_key, struct listener_facts, listeners, MAX_LISTENERS);
 BPF_RINGBUF_OUTPUT(events, EVENT_PAGES);
 #ifdef PROBE_tcp_make_synack
 BPF_TABLE("hash", struct handshake_key, struct synack, synacks, MAX_HANDSHAKES);
 BPF_TABLE("lru_hash", struct known_client, u64, known_clients, MAX_KNOWN_CLIENTS);
 BPF_TABLE("hash", struct handshake_key, u8, chosen, MAX_CHOSEN);
+#endif
+#ifdef PROBE_kfree_skb
+BPF_TABLE("stacktrace", u32, struct stack, stacks, MAX_STACKS);
 #endif
 BPF_ARRAY(config, struct trace_config, 1);
 BPF_ARRAY(wanted_ports, u64, 1024); /* one bit per port; BCC is slow with arrays in a value */
@@ -278,6 +300,97 @@ static __always_inline u8 cookie_counters_moved(const struct counters_before *be
 #define cookie_counters_moved(before) MOVED_UNKNOWN
 #endif
 
+/* The facts of the listener that the segment came to, looked up once per segment. */
+static __always_inline struct listener_facts *facts_of(struct scratch *scratch)
+{
+	struct listener_key *key = &scratch->listener_key;
+	struct listener_facts *facts;
+
+	__builtin_memcpy(key->server_address, scratch->segment.key.server_address, 16);
+	key->netns = scratch->segment.key.netns;
+	key->server_port = scratch->segment.key.server_port;
+	facts = listeners.lookup(key);
+	if (!facts) {
+		listeners.insert(key, &scratch->no_facts);
+		facts = listeners.lookup(key);
+	}
+	if (!facts)
+		lose(LOSS_LISTENERS_UNKNOWN);
+	return facts;
+}
+
+#define RAISE(place, value)                \
+	do {                               \
+		if ((place) < (value))     \
+			(place) = (value); \
+	} while (0)
+
+static __always_inline u32 syn_queue_of(struct sock *listener)
+{
+	u32 length = 0;
+
+	bpf_probe_read_kernel(&length, sizeof(length), &listener->icsk_accept_queue_qlen);
+	return length;
+}
+
+/* Read by address: the pointer was kept as a number since the function's entry. */
+static __always_inline u32 accept_queue_of(struct sock *listener)
+{
+	u32 length = 0;
+
+	bpf_probe_read_kernel(&length, sizeof(length), &listener->sk_ack_backlog);
+	return length;
+}
+
+/*
+ * What a segment found. While the accept queue holds anyone, the server serves no faster with a
+ * longer one: who was turned away meanwhile waits for it together with those who were not.
+ */
+static __always_inline void note_segment(struct listener_facts *facts,
+					 const struct segment *segment)
+{
+	facts->limit = segment->accept_queue_limit;
+	RAISE(facts->peak_accept_queue, segment->accept_queue);
+	if (!segment->accept_queue && facts->turned_away)
+		facts->turned_away = 0;
+}
+
+static __always_inline void note_accept_need(struct listener_facts *facts, u32 accept_queue,
+					     u32 syn_queue)
+{
+	u32 need = accept_queue + facts->turned_away + syn_queue;
+
+	if (need <= facts->accept_need_accept_queue + facts->accept_need_turned_away +
+			    facts->accept_need_syn_queue)
+		return;
+	facts->accept_need_accept_queue = accept_queue;
+	facts->accept_need_turned_away = facts->turned_away;
+	facts->accept_need_syn_queue = syn_queue;
+}
+
+/* `owes`: the SYN made an entry, or brought an ended one back to life. */
+static __always_inline void note_cookie(struct listener_facts *facts, u32 syn_queue, bool owes,
+					u64 now)
+{
+	if (!facts->cookies_sent || facts->lowest_cookie_syn_queue > syn_queue)
+		facts->lowest_cookie_syn_queue = syn_queue;
+	__sync_fetch_and_add(&facts->cookies_sent, 1);
+	if (owes)
+		__sync_fetch_and_add(&facts->owed, 1);
+	if (syn_queue + facts->owed <= facts->syn_need_syn_queue + facts->syn_need_owed)
+		return;
+	facts->syn_need_syn_queue = syn_queue;
+	facts->syn_need_owed = facts->owed;
+	facts->syn_need_ns = now;
+}
+
+/* An entry that was owed an ACK until now is not any more. */
+static __always_inline void note_answer(struct listener_facts *facts, const struct handshake *entry)
+{
+	if (facts && facts->owed && entry->ending == ENDING_NONE && !entry->acks_dropped)
+		__sync_fetch_and_add(&facts->owed, -1);
+}
+
 /* Every *_OUTSIDE count follows its counterpart inside the filters. */
 #define FILTERED(which, segment) ((which) + ((segment)->outside ? 1 : 0))
 
@@ -323,8 +436,8 @@ static __always_inline int syn_arrived(struct sock *listener, struct sk_buff *sk
 	scratch->cookie_sent = 0;
 	scratch->handshake_tracked = 0;
 	read_segment(&scratch->segment, listener, skb);
-	bpf_probe_read_kernel(&scratch->syn_queue, sizeof(scratch->syn_queue),
-			      &listener->icsk_accept_queue_qlen);
+	scratch->listening = (u64)listener;
+	scratch->syn_queue = syn_queue_of(listener);
 	read_listen_counters(&scratch->before, listener);
 	return 0;
 }
@@ -399,8 +512,10 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 	struct scratch *scratch = this_cpu_scratch();
 	struct handshake fresh = {};
 	struct netns_counts *counted;
+	struct listener_facts *facts;
 	struct handshake *entry;
 	struct segment *segment;
+	bool begins;
 	int failed;
 
 	if (!scratch)
@@ -425,9 +540,19 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 	scratch->handshake_tracked = !failed || failed == -EEXIST;
 	if (scratch->handshake_tracked)
 		choose_if_known(&segment->key);
+	entry = failed == -EEXIST ? awaiting_ack.lookup(&segment->key) : 0;
+	begins = !failed ||
+		 (entry && (entry->ending != ENDING_NONE ||
+			    (entry->acks_dropped && entry->client_isn != fresh.client_isn)));
+	facts = facts_of(scratch);
+	if (facts) {
+		__sync_fetch_and_add(&facts->syns, 1);
+		note_segment(facts, segment);
+		RAISE(facts->peak_syn_queue, scratch->syn_queue);
+		note_cookie(facts, scratch->syn_queue, begins, fresh.first_syn_ns);
+	}
 	if (!failed)
 		return 0;
-	entry = failed == -EEXIST ? awaiting_ack.lookup(&segment->key) : 0;
 	if (!entry) {
 		counted->count[COUNT_TABLE_FULL] += 1;
 		return 0;
@@ -459,6 +584,7 @@ static __always_inline int syn_handled(void)
 {
 	struct scratch *scratch = this_cpu_scratch();
 	struct netns_counts *counted;
+	struct listener_facts *facts;
 	struct handshake *entry;
 	struct segment *segment;
 	u8 kind, moved;
@@ -480,10 +606,20 @@ static __always_inline int syn_handled(void)
 		return 0;
 	if (moved & MOVED_LISTEN_DROPS)
 		counted->count[COUNT_SYNS_DROPPED] += 1;
+	facts = facts_of(scratch);
+	if (facts) {
+		__sync_fetch_and_add(&facts->syns, 1);
+		if (moved & MOVED_LISTEN_OVERFLOWS)
+			__sync_fetch_and_add(&facts->syns_refused, 1);
+		note_segment(facts, segment);
+		RAISE(facts->peak_syn_queue, syn_queue_of((struct sock *)scratch->listening));
+	}
 	entry = awaiting_ack.lookup(&segment->key);
 	if (!entry || entry->ending != ENDING_NONE)
 		return 0;
 	now = bpf_ktime_get_ns();
+	if (!(moved & MOVED_LISTEN_DROPS) || entry->client_isn != segment->sequence)
+		note_answer(facts, entry);
 	if (entry->client_isn != segment->sequence) {
 		counted->count[COUNT_REPLACED] += 1;
 		end(entry, ENDING_REPLACED, now, moved);
@@ -551,11 +687,34 @@ static __always_inline int ack_arrived(struct sock *listener, struct sk_buff *sk
 	if (!scratch)
 		return 0;
 	scratch->listener = (u64)listener;
+	scratch->checked = (u64)skb;
+	scratch->drop_place = 0;
+	scratch->drop_reason = 0;
 	scratch->child = 0;
 	read_segment(&scratch->segment, listener, skb);
 	read_listen_counters(&scratch->before, listener);
 	read_cookie_counters(&scratch->before);
 	return 0;
+}
+
+/*
+ * How many bytes of the client's the server's new socket will never see. secure_tcp_syn_cookie
+ * adds the client's sequence number to the hash that holds the MSS index, so a segment that is n
+ * bytes late validates too, as if the index were n less, and the socket begins with that segment.
+ * One from before the first byte (a keep-alive probe) validates as if the index were more: the
+ * socket waits for bytes that are never sent. An ACK for another SYN-ACK than the only one of this
+ * entry belongs to another ISN.
+ */
+static __always_inline u32 bytes_missed(const struct segment *segment,
+					const struct handshake *entry)
+{
+	u32 missed = segment->sequence - (entry->client_isn + 1);
+
+	if (missed + HIGHEST_MSS_INDEX > 2 * HIGHEST_MSS_INDEX)
+		return 0;
+	if (entry->syn_count == 1 && segment->acknowledgement != entry->cookie_isn + 1)
+		return 0;
+	return missed;
 }
 
 /* What an ACK's fate is to be told as, 0: not at all. */
@@ -572,16 +731,19 @@ static __always_inline u8 ack_completed(struct netns_counts *counted, struct seg
 		return 0;
 	}
 	if (entry->ending == ENDING_NONE && entry->syn_count == 1 && !entry->acks_dropped &&
-	    segment->sequence == entry->client_isn + 1 &&
+	    !entry->acks_filtered && segment->sequence == entry->client_isn + 1 &&
 	    now - entry->first_syn_ns < wanted->tell_completed_after_ns) {
 		forget(&segment->key);
 		return 0;
 	}
+	/* Of an entry kept for want of room in the ring buffer the first completion counts. */
+	if (entry->ending != ENDING_COMPLETED)
+		entry->bytes_missed = bytes_missed(segment, entry);
 	end(entry, ENDING_COMPLETED, now, moved);
 	return EVENT_COMPLETED;
 }
 
-static __always_inline u8 ack_dropped(struct netns_counts *counted, struct segment *segment,
+static __always_inline u8 ack_dropped(struct scratch *scratch, struct netns_counts *counted,
 				      struct handshake *entry, u64 now, u8 moved)
 {
 	counted->count[COUNT_ACKS_DROPPED] += 1;
@@ -594,7 +756,9 @@ static __always_inline u8 ack_dropped(struct netns_counts *counted, struct segme
 	entry->last_ack_dropped_ns = now;
 	entry->acks_dropped += 1;
 	entry->drop_counters |= moved;
-	choose(&segment->key);
+	entry->drop_reason = scratch->drop_reason;
+	entry->drop_place = scratch->drop_place;
+	choose(&scratch->segment.key);
 	return EVENT_ACK_DROPPED;
 }
 
@@ -628,11 +792,42 @@ static __always_inline u8 segment_refused(struct netns_counts *counted, struct s
 	return reset ? EVENT_RESET : EVENT_ACK_REJECTED;
 }
 
+/* What the fate of an ACK means for the queues; a refused one may be a stray that ends nothing. */
+static __always_inline struct listener_facts *ack_noted(struct scratch *scratch,
+							struct sock *listener,
+							const struct handshake *entry, u64 result,
+							u8 moved)
+{
+	struct listener_facts *facts = facts_of(scratch);
+	u32 accept_queue;
+
+	if (!facts)
+		return 0;
+	note_segment(facts, &scratch->segment);
+	if (result == (u64)listener)
+		return facts;
+	if (entry)
+		note_answer(facts, entry);
+	if (result) {
+		accept_queue = accept_queue_of(listener);
+		RAISE(facts->peak_accept_queue, accept_queue);
+		return facts;
+	}
+	if (!(moved & MOVED_LISTEN_OVERFLOWS))
+		return facts;
+	__sync_fetch_and_add(&facts->acks_refused, 1);
+	if (entry && !entry->acks_dropped)
+		__sync_fetch_and_add(&facts->turned_away, 1);
+	note_accept_need(facts, scratch->segment.accept_queue, syn_queue_of(listener));
+	return facts;
+}
+
 /* cookie_vX_check, return: the listener (refused), NULL (dropped) or the child. */
 static __always_inline int ack_judged(u64 result)
 {
 	struct scratch *scratch = this_cpu_scratch();
 	struct netns_counts *counted;
+	struct listener_facts *facts;
 	struct handshake *entry;
 	struct segment *segment;
 	u64 now, listener;
@@ -642,6 +837,9 @@ static __always_inline int ack_judged(u64 result)
 		return 0;
 	listener = scratch->listener;
 	scratch->listener = 0;
+	/* Before 6.9 not cookie_vX_check drops it, but its caller, right after. */
+	if (result || scratch->drop_place)
+		scratch->checked = 0;
 	segment = &scratch->segment;
 	counted = counts_of(scratch);
 	if (!counted)
@@ -657,10 +855,11 @@ static __always_inline int ack_judged(u64 result)
 		return 0;
 	now = bpf_ktime_get_ns();
 	entry = awaiting_ack.lookup(&segment->key);
+	facts = ack_noted(scratch, (struct sock *)listener, entry, result, moved);
 	if (result == listener) {
 		kind = segment_refused(counted, segment, entry, now, moved);
 	} else if (!result) {
-		kind = ack_dropped(counted, segment, entry, now, moved);
+		kind = ack_dropped(scratch, counted, entry, now, moved);
 	} else {
 		scratch->child = result;
 		kind = ack_completed(counted, segment, entry, now, moved);
@@ -668,6 +867,8 @@ static __always_inline int ack_judged(u64 result)
 	/* The second condition is for the verifier: a kind comes with an entry. */
 	if (!kind || !entry)
 		return 0;
+	if (facts && result == listener && facts->owed && !entry->acks_dropped)
+		__sync_fetch_and_add(&facts->owed, -1);
 	if (tell(counted, kind, segment, entry, now, moved) && kind == EVENT_COMPLETED)
 		forget(&segment->key);
 	return 0;
@@ -702,6 +903,8 @@ static __always_inline int request_arrived(struct sock *listener, struct sk_buff
 		return 0;
 	read_segment(&scratch->segment, listener, skb);
 	read_listen_counters(&scratch->before, listener);
+	scratch->listening = (u64)listener;
+	scratch->syn_queue = syn_queue_of(listener);
 	scratch->request_checked = 1;
 	return 0;
 }
@@ -710,17 +913,209 @@ static __always_inline int request_handled(void)
 {
 	struct scratch *scratch = this_cpu_scratch();
 	struct netns_counts *counted;
+	struct listener_facts *facts;
+	u32 accept_queue;
 
-	if (!scratch)
+	if (!scratch || !scratch->request_checked)
 		return 0;
 	scratch->request_checked = 0;
+	facts = scratch->segment.outside ? 0 : facts_of(scratch);
+	if (facts) {
+		note_segment(facts, &scratch->segment);
+		accept_queue = accept_queue_of((struct sock *)scratch->listening);
+		RAISE(facts->peak_accept_queue, accept_queue);
+	}
 	if (!(listen_counters_moved(&scratch->before) & MOVED_LISTEN_OVERFLOWS))
 		return 0;
 	counted = counts_of(scratch);
 	if (counted)
 		counted->count[FILTERED(COUNT_LISTEN_OVERFLOWS, &scratch->segment)] += 1;
+	if (!facts)
+		return 0;
+	__sync_fetch_and_add(&facts->acks_refused, 1);
+	note_accept_need(facts, scratch->segment.accept_queue, scratch->syn_queue);
 	return 0;
 }
+
+#ifdef PROBE_kfree_skb
+
+/*
+ * Reasons of this kernel's that leave nobody waiting: where nothing listens an RST goes out, and
+ * a capture whose buffer is full loses a copy while the packet goes on.
+ */
+#if defined(REASON_NO_SOCKET) && defined(REASON_PACKET_SOCK_ERROR)
+#define IS_NO_LOSS(reason) ((reason) == REASON_NO_SOCKET || (reason) == REASON_PACKET_SOCK_ERROR)
+#elif defined(REASON_NO_SOCKET)
+#define IS_NO_LOSS(reason) ((reason) == REASON_NO_SOCKET)
+#else
+#define IS_NO_LOSS(reason) false
+#endif
+
+/* IPv6's header and TCP's without options, which is longer than IPv4's and that. */
+#define HEADERS_BYTES 60
+
+struct headers {
+	u8 bytes[64]; /* IP's, as far as they are of fixed length */
+	u8 tcp[24];
+};
+
+/*
+ * The IP and TCP headers of a packet that may have come any way from the driver to TCP, in its
+ * linear part. Its transport header cannot be relied on, nor, before IP, its network header.
+ */
+static __always_inline bool read_headers(struct headers *headers, const struct packet_span *packet)
+{
+	u64 head = (u64)packet->head, at = head + packet->network_header;
+	bool ipv4 = packet->protocol == ETH_P_IP_NETWORK_ORDER;
+	u32 length = ipv4 ? 20 : 40;
+	u8 version = ipv4 ? 4 : 6;
+
+	bpf_probe_read_kernel(headers->bytes, HEADERS_BYTES, (void *)at);
+	if (headers->bytes[0] >> 4 != version) {
+		at = (u64)packet->data;
+		bpf_probe_read_kernel(headers->bytes, HEADERS_BYTES, (void *)at);
+		if (headers->bytes[0] >> 4 != version)
+			return false;
+	}
+	if ((ipv4 ? headers->bytes[9] : headers->bytes[6]) != IPPROTO_TCP)
+		return false;
+	if (ipv4 && (headers->bytes[0] & 0xf) != 5)
+		length = (headers->bytes[0] & 0xf) * 4;
+	if (at + length + 20 > head + packet->tail)
+		return false;
+	if (!ipv4)
+		__builtin_memcpy(headers->tcp, headers->bytes + 40, 20);
+	else if (length == 20)
+		__builtin_memcpy(headers->tcp, headers->bytes + 20, 20);
+	else
+		bpf_probe_read_kernel(headers->tcp, 20, (void *)(at + length));
+	/* Of a fragment only the first has TCP's header. */
+	return !ipv4 || (!(headers->bytes[6] & 0x1f) && !headers->bytes[7]);
+}
+
+/* Of a packet for a wanted port: its key and its numbers; false where it is not to be seen. */
+static __always_inline bool read_freed(struct segment *segment, const struct headers *headers,
+				       u64 skb, bool ipv4)
+{
+	u32 *client = (u32 *)segment->key.client_address;
+	u32 *server = (u32 *)segment->key.server_address;
+	struct net_device *device = 0;
+	struct net *net = 0;
+	u16 length;
+
+	bpf_probe_read_kernel(&device, sizeof(device), &((struct sk_buff *)skb)->dev);
+	if (!device)
+		return false;
+	bpf_probe_read_kernel(&net, sizeof(net), &device->nd_net);
+	bpf_probe_read_kernel(&segment->key.netns, sizeof(u32), &net->inum);
+	if (ipv4) {
+		client[2] = server[2] = 0xffff0000;
+		client[3] = *(u32 *)&headers->bytes[12];
+		server[3] = *(u32 *)&headers->bytes[16];
+		length = swap16(*(u16 *)&headers->bytes[2]) - (headers->bytes[0] & 0xf) * 4;
+	} else {
+		__builtin_memcpy(segment->key.client_address, headers->bytes + 8, 32);
+		length = swap16(*(u16 *)&headers->bytes[4]);
+	}
+	segment->key.client_port = *(u16 *)&headers->tcp[0];
+	segment->key.server_port = *(u16 *)&headers->tcp[2];
+	segment->sequence = swap32(*(u32 *)&headers->tcp[4]);
+	segment->acknowledgement = swap32(*(u32 *)&headers->tcp[8]);
+	segment->tcp_flags = headers->tcp[13];
+	segment->payload_length = length - (headers->tcp[12] >> 4) * 4;
+	return !outside_filters(&segment->key, ipv4 ? 4 : 6);
+}
+
+/* Whether it is this handshake's ACK, by what segment_refused asks of one. */
+static __always_inline bool answers(const struct segment *segment, const struct handshake *entry)
+{
+	if (entry->ending != ENDING_NONE || segment->sequence - entry->client_isn > NEAR_ISN)
+		return false;
+	return entry->syn_count > 1 || segment->acknowledgement == entry->cookie_isn + 1;
+}
+
+/* Whether the packet is the one that cookie_vX_check drops, or has just let its caller drop. */
+static __always_inline bool dropped_by_check(u64 skb, u64 place, u32 reason,
+					     struct handshake *entry)
+{
+	struct scratch *scratch = this_cpu_scratch();
+
+	if (!scratch || scratch->checked != skb)
+		return false;
+	if (scratch->listener) {
+		scratch->drop_place = place;
+		scratch->drop_reason = reason;
+		return true;
+	}
+	scratch->checked = 0;
+	entry->drop_place = place;
+	entry->drop_reason = reason;
+	return true;
+}
+
+/*
+ * skb:kfree_skb. It comes for every packet that is dropped anywhere on this host, half a million
+ * a second if need be: what most of them are not is asked first. It nests in the other programs'
+ * functions, and in itself, so that everything it needs is on its own stack.
+ */
+static __always_inline int packet_dropped(void *ctx, u64 skb, u64 place, u32 reason)
+{
+	struct netns_counts *counted;
+	struct packet_span packet;
+	struct headers headers;
+	struct segment segment = {};
+	struct trace_config *wanted;
+	struct handshake *entry;
+	u32 zero = 0;
+	int stack;
+	bool ipv4;
+	u64 now;
+
+	bpf_probe_read_kernel(&packet, sizeof(packet), (void *)(skb + PACKET_SPAN_AT));
+	ipv4 = packet.protocol == ETH_P_IP_NETWORK_ORDER;
+	if (!ipv4 && packet.protocol != ETH_P_IPV6_NETWORK_ORDER)
+		return 0;
+	if (!read_headers(&headers, &packet))
+		return 0;
+	if ((headers.tcp[13] & (TCP_FLAG_ACK | TCP_FLAG_SYN | TCP_FLAG_RST)) != TCP_FLAG_ACK)
+		return 0;
+	wanted = config.lookup(&zero);
+	if (!wanted || (wanted->match_ports && !port_wanted(swap16(*(u16 *)&headers.tcp[2]))))
+		return 0;
+	if (!read_freed(&segment, &headers, skb, ipv4))
+		return 0;
+	entry = awaiting_ack.lookup(&segment.key);
+	if (!entry || !answers(&segment, entry) || dropped_by_check(skb, place, reason, entry))
+		return 0;
+	if (IS_NO_LOSS(reason))
+		return 0;
+	counted = counts.lookup(&segment.key.netns);
+	if (!counted)
+		return 0;
+	now = bpf_ktime_get_ns();
+	if (!entry->acks_filtered)
+		entry->first_ack_filtered_ns = now;
+	entry->last_ack_filtered_ns = now;
+	entry->acks_filtered += 1;
+	entry->filter_place = place;
+	entry->filter_reason = reason;
+	stack = stacks.get_stackid(ctx, 0);
+	entry->filter_stack = stack < 0 ? 0 : stack + 1;
+	counted->count[COUNT_ACKS_FILTERED] += 1;
+	tell(counted, EVENT_ACK_FILTERED, &segment, entry, now, 0);
+	return 0;
+}
+
+int packet_freed(struct bpf_raw_tracepoint_args *ctx)
+{
+#ifdef KFREE_SKB_HAS_REASON
+	return packet_dropped(ctx, ctx->args[0], ctx->args[1], (u32)ctx->args[2]);
+#else
+	return packet_dropped(ctx, ctx->args[0], ctx->args[1], 0);
+#endif
+}
+
+#endif
 
 #ifdef TCPSTUCK_FENTRY
 

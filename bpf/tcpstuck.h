@@ -48,20 +48,29 @@ struct handshake {
 	__u64 last_syn_ns;
 	__u64 first_ack_dropped_ns; /* 0: none was */
 	__u64 last_ack_dropped_ns;
+	__u64 first_ack_filtered_ns; /* 0: none was */
+	__u64 last_ack_filtered_ns;
+	__u64 filter_place; /* kernel address that the last one was dropped at */
+	__u64 drop_place; /* the same of the last ACK that cookie_vX_check dropped; 0: not seen */
 	__u64 ended_ns;
 	__u32 client_isn;
 	__u32 cookie_isn; /* of the last SYN-ACK; the ACK that answers it carries this + 1 */
 	__u32 syn_count; /* SYNs seen with this ISN, answered or not */
 	__u32 syns_dropped; /* of these, dropped by tcp_conn_request (full accept queue, ...) */
 	__u32 acks_dropped; /* cookie_vX_check returned NULL */
+	__u32 acks_filtered; /* dropped before cookie_vX_check */
+	__u32 filter_reason; /* enum skb_drop_reason of the last; 0 where the kernel has none */
+	__u32 drop_reason; /* the same of the last ACK that cookie_vX_check dropped */
+	__u32 filter_stack; /* its number + 1 in the table of stacks; 0: not seen */
 	__u32 accept_queue; /* entries and limit at the last SYN */
 	__u32 accept_queue_limit;
 	__u32 syn_queue;
+	__u32 bytes_missed; /* from ISN + 1 to the segment that completed it; may be below 0 */
 	__u16 mss; /* bytes, as encoded in the last cookie; 0: could not be read */
 	__u8 ending;
 	__u8 drop_counters; /* enum counter_moved, all dropped ACKs together */
 	__u8 end_counters; /* enum counter_moved, at the segment that ended it */
-	__u8 padding[3];
+	__u8 padding[7];
 };
 
 enum event_kind {
@@ -73,6 +82,7 @@ enum event_kind {
 	EVENT_COMPLETED = 6,
 	EVENT_TAKEN_OVER = 7,
 	EVENT_REPLACED = 8,
+	EVENT_ACK_FILTERED = 9,
 };
 
 /*
@@ -111,6 +121,39 @@ struct known_client {
 	__u8 padding[2];
 };
 
+/* A server address and port that SYNs came for, in one network namespace. */
+struct listener_key {
+	__u8 server_address[16];
+	__u32 netns;
+	__u16 server_port;
+	__u8 padding[2];
+};
+
+/*
+ * How a listener's two queues fared. One entry for all CPUs: what is owed and who was turned away
+ * only means something as one number, and their CPUs need not be the ones that SYNs came to.
+ * Peaks are raised without a lock: of two raised at the same instant one may be missed by one.
+ */
+struct listener_facts {
+	__u64 syns;
+	__u64 cookies_sent;
+	__u64 syns_refused; /* dropped for a full accept queue */
+	__u64 acks_refused; /* the same, of cookies' ACKs and ordinary ones */
+	__u64 syn_need_ns; /* when the need of SYN queue was last raised */
+	__u32 limit; /* sk_max_ack_backlog at the last segment */
+	__u32 peak_accept_queue;
+	__u32 peak_syn_queue;
+	__u32 lowest_cookie_syn_queue; /* entries when a cookie was sent; means nothing without one */
+	__u32 owed; /* handshakes of the table that no ACK has come for */
+	__u32 turned_away; /* clients whose ACK was dropped, since the accept queue was seen empty */
+	__u32 syn_need_syn_queue; /* when the sum of these two was highest */
+	__u32 syn_need_owed;
+	__u32 accept_need_accept_queue; /* when the sum of these three was highest */
+	__u32 accept_need_turned_away;
+	__u32 accept_need_syn_queue; /* waits with its ACK sent already, or is yet to send it */
+	__u32 padding;
+};
+
 /*
  * Counted per network namespace. *_OUTSIDE are segments that the filters (port, family, address)
  * leave out: they are not traced, but without them the kernel's own counters could not be
@@ -140,6 +183,7 @@ enum netns_count {
 	COUNT_TAKEN_OVER,
 	COUNT_REPLACED, /* entries whose client began anew: same 4-tuple, another ISN */
 	COUNT_TABLE_FULL, /* cookie handshakes not tracked for want of room */
+	COUNT_ACKS_FILTERED, /* of table entries, dropped before cookie_vX_check */
 	COUNT_EVENTS_LOST, /* ring buffer full; the entry keeps the fact */
 	NETNS_COUNT_MAX,
 };

@@ -26,14 +26,19 @@ def synack_rule(port: int) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def dropping(namespace: Namespace, rule: tuple[str, ...], family: int) -> Iterator[None]:
-    """Drop what arrives in the namespace and matches an iptables rule, while the context lasts."""
+def dropping(
+    namespace: Namespace, rule: tuple[str, ...], family: int, chain: str = "INPUT"
+) -> Iterator[None]:
+    """Drop what arrives in the namespace and matches an iptables rule, while the context lasts.
+
+    With the chain OUTPUT what the namespace sends: nobody else ever sees it.
+    """
     program = "iptables" if family == 4 else "ip6tables"
-    namespace.command(program, "-w", "-A", "INPUT", *rule, "-j", "DROP")
+    namespace.command(program, "-w", "-A", chain, *rule, "-j", "DROP")
     try:
         yield
     finally:
-        namespace.command(program, "-w", "-D", "INPUT", *rule, "-j", "DROP")
+        namespace.command(program, "-w", "-D", chain, *rule, "-j", "DROP")
 
 
 @contextlib.contextmanager

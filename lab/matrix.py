@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 MODES = ("fentry", "kprobe")
 ANY_MODE = "any"
 """For tests whose id names no mode: the tool chooses, or it does not matter."""
-CORE = ("overflow", "ack-dropped", "client-reset", "healthy", "mss")
+CORE = ("overflow", "ack-dropped", "ack-lost", "client-reset", "healthy", "mss")
 """The scenarios that are played where there is no time for all."""
 ROW_LIMIT_S = 3600.0
 """For one guest: a slow machine is not a failure."""

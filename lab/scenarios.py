@@ -82,6 +82,23 @@ def ack_dropped(settings: Settings) -> Outcome:
         return scene.done(expected, accepted=scene.accepted_by(server))
 
 
+def ack_lost(settings: Settings) -> Outcome:
+    """As `ack-dropped`, but no ACK gets as far as the server's host: it is lost on the way.
+
+    The client's own rule stands for the network: the server cannot tell the one from the other.
+    """
+    with Scene("ack-lost", settings, syncookies=2) as scene:
+        server = scene.greeter(LARGE_BACKLOG)
+        server.resume()
+        scene.ready()
+        rule = ack_rule(settings.port)
+        with dropping(scene.topology.client, rule, scene.ip_version, "OUTPUT"):
+            scene.connect()
+            scene.clients.await_counts(settled=settings.clients)
+            expected = dict.fromkeys(scene.verified_stuck(), "ack-missing")
+        return scene.done(expected, accepted=scene.accepted_by(server))
+
+
 def late_fin(settings: Settings) -> Outcome:
     """As `ack-dropped`; then the stuck applications lose patience and close.
 
@@ -206,6 +223,7 @@ SCENARIOS: Mapping[str, Scenario] = {
     "mariadb-stall": Scenario(mariadb_stall, 200, families=("4", "6")),
     "overflow": Scenario(overflow, 200),
     "ack-dropped": Scenario(ack_dropped, 50),
+    "ack-lost": Scenario(ack_lost, 50),
     "late-fin": Scenario(late_fin, 50),
     "healthy": Scenario(healthy, 5000),
     "spoofed": Scenario(spoofed, 1000),
@@ -277,7 +295,7 @@ def _connect_without_acks(scene: Scene) -> dict[FourTuple, str]:
             lambda: scene.watch.count(lambda record: record.acks > 0) == clients,
             "the ACK of each client",
         )
-    return dict.fromkeys(scene.verified_stuck(), "ack-missing")
+    return dict.fromkeys(scene.verified_stuck(), "ack-filtered")
 
 
 def _send_syns_from(scene: Scene, prefixes: Mapping[int, str]) -> set[FourTuple]:

@@ -9,7 +9,7 @@ import ipaddress
 import struct
 from typing import NamedTuple
 
-SYN, RST, ACK = 0x02, 0x04, 0x10
+SYN, RST, PSH, ACK = 0x02, 0x04, 0x08, 0x10
 IPPROTO_TCP = 6
 MSS = {4: 1460, 6: 1440}
 TIMESTAMP_OF_SYN = 100_000
@@ -68,13 +68,13 @@ class SynTemplate:
     """SYNs to one server that differ in source address, source port and ISN only.
 
     Everything else, and its part of the checksum, is made once: thousands of SYNs then cost
-    little more than their system calls.
+    little more than their system calls. `mss` is in bytes, by default that of Ethernet.
     """
 
-    def __init__(self, server_ip: str, server_port: int) -> None:
+    def __init__(self, server_ip: str, server_port: int, mss: int | None = None) -> None:
         self._server = ipaddress.ip_address(server_ip).packed
         self.family = 4 if len(self._server) == 4 else 6
-        options = struct.pack("!BBH", 2, 4, MSS[self.family])
+        options = struct.pack("!BBH", 2, 4, mss or MSS[self.family])
         # SACK permitted, timestamps, no-operation, window scale 7: as Linux sends them.
         options += struct.pack("!BBBBIIBBBB", 4, 2, 8, 10, TIMESTAMP_OF_SYN, 0, 1, 3, 3, 7)
         length = 20 + len(options)
@@ -103,3 +103,30 @@ class SynTemplate:
         header = self._ip_header + (b"\0\0" if self.family == 4 else b"") + source + self._server
         tcp = ports_and_isn + self._after_isn + struct.pack("!H", checksum(total))
         return header + tcp + self._after_checksum
+
+
+def segment_packet(
+    ends: tuple[str, int, str, int],
+    sequence: int,
+    acknowledgement: int,
+    payload: bytes = b"",
+    wrong_by: int = 0,
+) -> bytes:
+    """A whole IP packet from a client to a server: ACK, with PSH where there is data, no options.
+
+    `ends` is source address and port, then destination address and port. A `wrong_by` other than
+    a multiple of 65535 spoils TCP's checksum. The IPv4 header checksum is the kernel's to fill in.
+    """
+    source, destination = (ipaddress.ip_address(ends[which]).packed for which in (0, 2))
+    flags = ACK | (PSH if payload else 0)
+    numbers = (sequence % 2**32, acknowledgement % 2**32)
+    tcp = struct.pack("!HHIIBBHHH", ends[1], ends[3], *numbers, 5 << 4, flags, 64240, 0, 0)
+    tcp += payload
+    total = ones_complement_sum(source + destination + tcp) + len(tcp) + IPPROTO_TCP
+    spoilt = (checksum(total) + wrong_by) % 0xFFFF
+    tcp = tcp[:16] + struct.pack("!H", spoilt) + tcp[18:]
+    if len(source) == 4:
+        ip = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(tcp), 0, 0x4000, 64, IPPROTO_TCP, 0)
+    else:
+        ip = struct.pack("!IHBB", 6 << 28, len(tcp), IPPROTO_TCP, 64)
+    return ip + source + destination + tcp

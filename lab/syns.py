@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lab.patience import LOAD_S
 from lab.records import FourTuple
-from lab.segments import SynTemplate
+from lab.segments import SynTemplate, segment_packet
 from lab.topology import source_addresses
 
 if TYPE_CHECKING:
@@ -56,10 +56,13 @@ def make_syns(prefix: str, server_ip: str, server_port: int, count: int) -> Iter
         )
 
 
-def make_syn(four_tuple: FourTuple, isn: int) -> Syn:
-    """The SYN of one 4-tuple; the same one with the same ISN is what a client would repeat."""
+def make_syn(four_tuple: FourTuple, isn: int, mss: int | None = None) -> Syn:
+    """The SYN of one 4-tuple; the same one with the same ISN is what a client would repeat.
+
+    `mss` is in bytes, by default that of Ethernet.
+    """
     source = ipaddress.ip_address(four_tuple.client_ip).packed
-    template = SynTemplate(four_tuple.server_ip, four_tuple.server_port)
+    template = SynTemplate(four_tuple.server_ip, four_tuple.server_port, mss)
     return Syn(four_tuple, isn, template.packet(source, four_tuple.client_port, isn))
 
 
@@ -96,6 +99,28 @@ def send_syns(
     syns = list(make_syns(prefix, server_ip, server_port, count))
     send_in_bursts(namespace, watch, syns)
     return {syn.four_tuple for syn in syns}
+
+
+def send_segment(
+    namespace: Namespace,
+    four_tuple: FourTuple,
+    sequence: int,
+    acknowledgement: int,
+    payload: bytes = b"",
+    wrong_by: int = 0,
+) -> None:
+    """Send an ACK of the 4-tuple's client, or data; `lab.segments.segment_packet` has the words."""
+    packet = segment_packet(four_tuple, sequence, acknowledgement, payload, wrong_by)
+    with namespace.run(_raw_socket, ":" in four_tuple.server_ip) as raw:
+        raw.sendto(packet, (four_tuple.server_ip, 0))
+
+
+def flood(namespace: Namespace, four_tuple: FourTuple, packets: int) -> None:
+    """Send ACKs that belong to no connection, as fast as they can be sent."""
+    packet = segment_packet(four_tuple, 1, 1)
+    with namespace.run(_raw_socket, ":" in four_tuple.server_ip) as raw:
+        for _ in range(packets):
+            raw.sendto(packet, (four_tuple.server_ip, 0))
 
 
 def _raw_socket(ipv6: bool) -> socket.socket:

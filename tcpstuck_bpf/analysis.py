@@ -11,11 +11,13 @@ from collections.abc import Mapping
 
 from tcpstuck_bpf.correlate import Correlator
 from tcpstuck_bpf.flow import FlowReport, State
+from tcpstuck_bpf.listener_history import ListenerHistory
 from tcpstuck_bpf.model import (
     ATTEMPT_NOT_SENT,
     ATTEMPT_SENT,
     Ending,
     HandshakeId,
+    KernelNames,
     NetnsCount,
     NetnsCounts,
     Sweep,
@@ -27,6 +29,8 @@ from tcpstuck_bpf.replay import (
     Advanced,
     Ended,
     Header,
+    Listened,
+    Named,
     Observed,
     Rescued,
     Step,
@@ -54,6 +58,8 @@ class Analysis:
         self.told = 0
         self._verdicts: Counter[str] = Counter()
         self._taken_over = 0
+        self._names = KernelNames({}, {}, {}, {})
+        self._listeners = ListenerHistory()
         self._rows = 0
         self._table_seen = False
         self._tallies: list[Tally] = []
@@ -72,6 +78,10 @@ class Analysis:
             self.correlator.note_rescue(step.rescue)
             self._attempts.update(attempt.outcome for attempt in step.rescue.attempts)
             self._left_alone = step.rescue.left_alone
+        elif isinstance(step, Named):
+            self._names = self._names.with_more(step.names)
+        elif isinstance(step, Listened):
+            self._listeners.take_listeners(step.listeners)
         elif isinstance(step, TallyTaken):
             self._tallies = [*self._tallies[:1], step.tally]
         elif isinstance(step, Advanced):
@@ -80,13 +90,14 @@ class Analysis:
 
     def _sweep(self, sweep: Sweep) -> None:
         self.correlator.observe(sweep)
+        self._listeners.take_sweep(sweep)
         if sweep.part is not SweepPart.CHOSEN:
             self._rows += len(sweep.rows)
             self._table_seen = sweep.part is SweepPart.LAST
 
     def _advance(self, now_ns: int) -> list[Finding]:
         reports = self.reports = self.correlator.advance(now_ns)
-        judged = (judge(report, self.header.coverage) for report in reports)
+        judged = (judge(report, self.header.coverage, self._names) for report in reports)
         findings = [finding for finding in judged if finding is not None]
         self._taken_over += sum(
             report.handshake.ending == Ending.TAKEN_OVER and report.delay_ns is not None
@@ -100,6 +111,7 @@ class Analysis:
         if self._table_seen:
             capacity = self.header.table_capacity
             self.leaving = self.correlator.expired(now_ns, self._rows, capacity)
+            self._listeners.take_leaving(self.leaving)
             self._rows = 0
             self._table_seen = False
         return findings
@@ -132,7 +144,8 @@ class Analysis:
         # Those that an ordinary handshake took over were connected without a cookie's ACK.
         connected = counted[NetnsCount.COMPLETED] + self._taken_over
         rescued = stats.told_now.get(State.RESCUED, 0)
-        told["completed"] = max(0, connected - recovered - rescued)
+        data_lost = stats.told_now.get(State.DATA_LOST, 0)
+        told["completed"] = max(0, connected - recovered - rescued - data_lost)
         losses = {
             **ended.losses,
             "flows_evicted": stats.evicted,
@@ -149,6 +162,7 @@ class Analysis:
             ever_stuck=stats.ever_stuck,
             still_stuck=stats.still_stuck,
             recovered=recovered,
+            data_lost=data_lost,
             pending=stats.pending,
             superseded=stats.superseded,
             cookies_sent=counted[NetnsCount.COOKIES_SENT],
@@ -162,6 +176,7 @@ class Analysis:
             filtered=bool(wanted.ports or wanted.family or wanted.listener_address),
             notes=ended.notes,
             rescue=self._rescue_totals(rescued),
+            listeners=self._listeners.reports(),
         )
 
     def _rescue_totals(self, rescued: int) -> RescueTotals | None:

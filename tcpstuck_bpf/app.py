@@ -21,7 +21,11 @@ from tcpstuck_bpf.model import (
     Event,
     HandshakeId,
     KernelCounters,
+    KernelNames,
+    ListenerFacts,
+    ListenerSeen,
     NetnsCounts,
+    Row,
     Sweep,
     SweepPart,
     Tally,
@@ -29,6 +33,8 @@ from tcpstuck_bpf.model import (
 from tcpstuck_bpf.replay import (
     Advanced,
     Ended,
+    Listened,
+    Named,
     Observed,
     Recorder,
     Replay,
@@ -78,6 +84,9 @@ class Source(Protocol):
     def counts(self) -> NetnsCounts:
         """What the programs counted since they were attached."""
 
+    def listeners(self) -> tuple[ListenerFacts, ...]:
+        """How the queues of each listener fared."""
+
     def losses(self) -> Mapping[str, int]:
         """Losses that belong to no namespace, by name."""
 
@@ -113,6 +122,10 @@ class Live:
     clock_ns: Callable[[], int] = time.monotonic_ns
     stop: bool = False
     rescuing: Rescuing | None = None
+    name: Callable[[Iterable[Row]], KernelNames | None] | None = None
+    """Says what numbers in entries mean that it has not said yet; None: nothing new."""
+    describe: Callable[[Iterable[ListenerFacts]], tuple[ListenerSeen, ...]] | None = None
+    """Says whose the listeners are, of those that have changed; None: they are of no interest."""
     _soonest_choice_ns: int = field(default=0, init=False)
     _regular_choice_ns: int = field(default=0, init=False)
 
@@ -157,7 +170,7 @@ class Live:
 
     def _look_at_chosen(self) -> None:
         begun_ns = self.clock_ns()
-        self._step(Swept(self.source.chosen()))
+        self._take_in(self.source.chosen())
         done_ns = self.clock_ns()
         self._soonest_choice_ns = done_ns + SWEEP_SHARE * (done_ns - begun_ns)
         self._regular_choice_ns = max(done_ns + self._interval_ns, self._soonest_choice_ns)
@@ -174,9 +187,20 @@ class Live:
     def _observe_events(self, timeout_ns: int) -> None:
         events = tuple(self.source.poll(timeout_ns))
         if events:
+            self._name(Row(event.four_tuple, event.handshake) for event in events)
             self._step(Observed(events))
             self._step(Advanced(self.clock_ns()))
         self._rescue(events, self.analysis.reports if events else ())
+
+    def _name(self, rows: Iterable[Row]) -> None:
+        """Names come before what they are needed for, so that a replay has them as well."""
+        names = None if self.name is None else self.name(rows)
+        if names is not None:
+            self._step(Named(names))
+
+    def _take_in(self, sweep: Sweep) -> None:
+        self._name(sweep.rows)
+        self._step(Swept(sweep))
 
     def _rescue(self, events: Sequence[Event], reports: Sequence[FlowReport]) -> None:
         if self.rescuing is None or self.stop:
@@ -194,7 +218,7 @@ class Live:
         while True:
             begun_ns = self.clock_ns()
             batch = next(batches)
-            self._step(Swept(batch))
+            self._take_in(batch)
             cost_ns += self.clock_ns() - begun_ns
             self._step(Advanced(self.clock_ns()))
             leaving = self.analysis.leaving
@@ -203,6 +227,9 @@ class Live:
                 break
             self._watch(begun_ns)
         self.source.forget(leaving)
+        changed = self.describe(self.source.listeners()) if self.describe is not None else ()
+        if changed:
+            self._step(Listened(changed))
         return cost_ns
 
     def _tally(self) -> int:

@@ -23,9 +23,14 @@ _WORD = struct.Struct("=I")
 _TRIPLE = struct.Struct("=III")
 _PAIR = struct.Struct("=II")
 
-_INT, _ARRAY, _STRUCT, _UNION, _ENUM = 1, 3, 4, 5, 6
+_INT, _ARRAY, _STRUCT, _UNION, _ENUM, _TYPEDEF = 1, 3, 4, 5, 6, 8
 _FUNC, _FUNC_PROTO, _ENUM64 = 12, 13, 19
 
+_NAMED = {
+    kernel_types.STRUCT: _STRUCT,
+    kernel_types.TYPEDEF: _TYPEDEF,
+    kernel_types.FUNCTION: _FUNC,
+}
 _KINDS = {
     1: kernel_types.NUMBER,
     2: kernel_types.POINTER,
@@ -108,7 +113,7 @@ class Btf(TypeGraph[int]):
             tail = _TAIL.get(kind)
             if tail is None:
                 raise self._unreadable(f"type {len(self._places)} is of the unknown kind {kind}")
-            if kind in (_STRUCT, _FUNC):
+            if kind in (_STRUCT, _FUNC, _TYPEDEF):
                 self._by_name.setdefault((kind, name), len(self._places))
             elif kind in (_ENUM, _ENUM64):
                 self._enums.append(len(self._places))
@@ -135,12 +140,12 @@ class Btf(TypeGraph[int]):
         return name, info, size_or_type, place + _TYPE.size
 
     def _named(self, kind: str, name: str) -> int | None:
-        wanted = _STRUCT if kind == kernel_types.STRUCT else _FUNC
+        wanted = _NAMED[kind]
         for offset in self._string_offsets(name.encode() + b"\0"):
             number = self._by_name.get((wanted, offset))
             if number is not None:
                 # A function's parameters are those of its prototype, another type.
-                return number if wanted == _STRUCT else self._type(number)[2]
+                return self._type(number)[2] if wanted == _FUNC else number
         return None
 
     def _shape(self, node: int) -> Shape[int]:

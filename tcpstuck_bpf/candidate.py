@@ -32,6 +32,8 @@ NOT_SENT = "sending failed"
 """None of the tries left this host."""
 DRY_RUN = "dry run"
 
+ACK_KINDS = frozenset({EventKind.ACK_DROPPED, EventKind.ACK_FILTERED})
+"""Events of an ACK that this host dropped."""
 _SYN_KINDS = frozenset({EventKind.SYN_REPEATED, EventKind.SYN_DROPPED})
 
 
@@ -127,7 +129,10 @@ class Candidate:
 
     @property
     def silent(self) -> bool:
-        """Whether none of its ACKs was seen: it may be spoofed, or gone."""
+        """Whether no ACK of it was validated: it may be spoofed, or gone.
+
+        One that was dropped before TCP proves nothing here: nobody has looked at its cookie.
+        """
         return self.handshake.acks_dropped == 0
 
     @property
@@ -148,7 +153,7 @@ class Candidate:
         self.handshake = merge(self.handshake, report.handshake)
         self.sent_data |= bool(report.flags & FlowFlags.CLIENT_SENT_DATA)
         self.closed |= bool(report.flags & FlowFlags.CLIENT_SENT_FIN)
-        dropped = [s for s in report.segments if s.kind == EventKind.ACK_DROPPED]
+        dropped = [s for s in report.segments if s.kind in ACK_KINDS]
         self.acks_seen = max(self.acks_seen, len(dropped) + report.segments_omitted)
         for segment in dropped:
             self._note_ack(segment.sequence, segment.acknowledgement)
@@ -159,7 +164,7 @@ class Candidate:
         if event.kind not in _SYN_KINDS:
             self.sent_data |= event.payload_length > 0
             self.closed |= bool(event.tcp_flags & TCP_FLAG_FIN)
-        if event.kind == EventKind.ACK_DROPPED:
+        if event.kind in ACK_KINDS:
             self.acks_seen += 1
             self._note_ack(event.sequence, event.acknowledgement)
 
@@ -191,7 +196,7 @@ class Candidate:
             (self.sent_data, SENT_DATA),
             (self.closed, CLOSED),
             (repeated, REPEATED_SYN),
-            (entry.acks_dropped > self.acks_seen, EVENTS_LOST),
+            (entry.acks_dropped + entry.acks_filtered > self.acks_seen, EVENTS_LOST),
             (self.would_send, DRY_RUN),
             (self.tries >= MAX_TRIES and self.place is not Place.UNDER_WAY, self._spent()),
         )

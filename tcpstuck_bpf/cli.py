@@ -24,9 +24,11 @@ from tcpstuck_bpf.errors import (
     UsageError,
 )
 from tcpstuck_bpf.explain import explanation, verdict_list
+from tcpstuck_bpf.listener_owner import ListenerWatch
 from tcpstuck_bpf.model import TraceFilter, TraceSettings, address_text
 from tcpstuck_bpf.options import build_parser
 from tcpstuck_bpf.output import JsonOutput, Selection, TableOutput
+from tcpstuck_bpf.places import Namer
 from tcpstuck_bpf.probes import WITHOUT_VARIABLE, AttachRequest, left_out
 from tcpstuck_bpf.render import TableRenderer, watching
 from tcpstuck_bpf.replay import Header, Recorder, Replay
@@ -34,6 +36,7 @@ from tcpstuck_bpf.report import Summary, WallClock
 from tcpstuck_bpf.rescue import RescuePolicy, Rescuer
 from tcpstuck_bpf.rescuing import Rescuing
 from tcpstuck_bpf.resend import Resender
+from tcpstuck_bpf.ruleset_reader import read_ruleset
 
 if TYPE_CHECKING:
     from tcpstuck_bpf.source import BccSource
@@ -142,7 +145,9 @@ def _attach_request(options: argparse.Namespace) -> AttachRequest:
 
         types = types_of_running_kernel(options.vmlinux)
     without = left_out(os.environ.get(WITHOUT_VARIABLE, ""))
-    return AttachRequest(types, options.strict, without, rescue=options.rescue is not None)
+    return AttachRequest(
+        types, options.strict, without, rescue=options.rescue is not None, why=options.why
+    )
 
 
 def _open_source(settings: TraceSettings, request: AttachRequest) -> BccSource:
@@ -192,6 +197,8 @@ def _trace(options: argparse.Namespace) -> int:
         if not sys.stdout.isatty():
             print(watching(watched, source.coverage.mode), file=sys.stderr, flush=True)
         live = Live(source, Analysis(header), output, recorder, netns.read_counters)
+        live.name = Namer(source.drop_reasons, source.stack, read_ruleset, time.monotonic_ns)
+        live.describe = ListenerWatch().changed
         interrupts.live = live
         if options.rescue is not None:
             live.rescuing = _rescuing(options, source)
@@ -256,7 +263,8 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _exit_status(summary: Summary) -> int:
-    return EXIT_STUCK if summary.ever_stuck else EXIT_NOTHING_STUCK
+    wrong = summary.ever_stuck or summary.data_lost
+    return EXIT_STUCK if wrong else EXIT_NOTHING_STUCK
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -67,9 +67,11 @@ _REMEMBERED_NS = 60 * SECOND_NS
 _EVICTED_AT_ONCE = 16
 
 _CONNECTED_STATES = frozenset({State.COMPLETED, State.TAKEN_OVER})
+_CONNECTED_AT_LAST = frozenset({State.COMPLETED, State.RECOVERED, State.RESCUED, State.DATA_LOST})
 _ALWAYS_TOLD = STUCK_STATES | {
     State.RECOVERED,
     State.RESCUED,
+    State.DATA_LOST,
     State.REJECTED,
     State.RESET,
     State.REPEATING,
@@ -385,7 +387,7 @@ def _report(four_tuple: FourTuple, flow: Flow, state: State, decided_ns: int) ->
     segments = tuple(flow.segments)
     attempts = tuple(flow.attempts)
     timeline, omitted = build_timeline(entry, segments, flow.segments_omitted, attempts)
-    connected = state in (State.COMPLETED, State.RECOVERED, State.RESCUED)
+    connected = state in _CONNECTED_AT_LAST
     return FlowReport(
         four_tuple=four_tuple,
         state=state,

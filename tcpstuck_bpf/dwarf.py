@@ -86,7 +86,7 @@ class Dwarf(TypeGraph[DIE]):
                 continue
             if kind == kernel_types.ENUM:
                 self._enums.append(die)
-            elif kind in (kernel_types.STRUCT, kernel_types.FUNCTION):
+            elif kind in (kernel_types.STRUCT, kernel_types.FUNCTION, kernel_types.TYPEDEF):
                 self._by_name.setdefault((kind, _text(die, "DW_AT_name")), die)
         return True
 

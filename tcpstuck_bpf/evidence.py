@@ -7,8 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from tcpstuck_bpf.flow import SECOND_NS, STUCK_STATES, FlowFlags, FlowReport, Segment, State
+from tcpstuck_bpf.drops import Drop
+from tcpstuck_bpf.flow import (
+    SECOND_NS,
+    STUCK_STATES,
+    FlowFlags,
+    FlowReport,
+    Segment,
+    State,
+    bytes_missed,
+)
 from tcpstuck_bpf.model import Ending, EventKind, Handshake, Moved
+from tcpstuck_bpf.netfilter import rule_text
 from tcpstuck_bpf.timeline import (
     counters_text,
     flags_text,
@@ -18,6 +28,7 @@ from tcpstuck_bpf.timeline import (
 )
 
 MILLISECOND_NS = 1_000_000
+_SUSPECTS_NAMED = 4
 
 # A cookie holds the minute it was made in, and is valid in that minute and the next:
 # MAX_SYNCOOKIE_AGE in the kernel's include/net/tcp.h.
@@ -29,6 +40,10 @@ def duration_text(nanoseconds: int) -> str:
     if nanoseconds < SECOND_NS:
         return f"{nanoseconds / MILLISECOND_NS:.1f} ms"
     return f"{nanoseconds / SECOND_NS:.1f} s"
+
+
+def _bytes_text(number: int) -> str:
+    return "the byte" if number == 1 else f"the {number} bytes"
 
 
 def _times(number: int) -> str:
@@ -85,25 +100,58 @@ def _drop_sentences(report: FlowReport) -> Iterator[str]:
         yield "the kernel's counters could not be read here: judged by the accept queue's length"
     else:
         yield f"kernel counters that moved: {counters_text(entry.drop_counters)}"
-        yield from _drop_cause(entry.drop_counters)
     yield from _sent_data_sentence(report)
 
 
-def _drop_cause(counters: int) -> Iterator[str]:
-    if counters & Moved.LISTEN_OVERFLOWS:
-        return
-    if counters & Moved.LISTEN_DROPS:
-        yield "the accept queue had room; making or binding the child socket failed (memory)"
-    elif counters & Moved.SYNCOOKIES_RECV:
+def _refusal_sentences(drop: Drop) -> Iterator[str]:
+    if drop.place is not None:
+        yield f"dropped {_kernel_words(drop)}"
+    if drop.refusal is not None:
+        yield f"what dropped it: {drop.refusal.words}"
+    elif drop.counter is not None:
         yield (
-            "the cookie was valid and the accept queue had room; memory for the request, a "
-            "security module, the route back or MPTCP refused it"
+            "the cookie was valid and the accept queue had room; which of memory for the request, "
+            "a security module, the route back or MPTCP refused it cannot be told from here on "
+            "this kernel"
         )
 
 
 def _acked_handshake(report: FlowReport) -> Iterator[str]:
     yield from _syn_sentences(report)
     yield from _drop_sentences(report)
+
+
+def _filter_sentences(report: FlowReport, drop: Drop) -> Iterator[str]:
+    entry = report.handshake
+    first = _offset(report, entry.first_ack_filtered_ns)
+    when = f"once at {first}"
+    if entry.acks_filtered > 1:
+        last = _offset(report, entry.last_ack_filtered_ns)
+        when = f"{entry.acks_filtered} times, first at {first}, last at {last}"
+    yield f"ACK dropped on this host before TCP {when}, {_kernel_words(drop)}"
+    if drop.cause is None:
+        return
+    hook = f", at its hook {drop.hook}" if drop.hook else ""
+    yield f"what dropped it: {drop.cause.words}{hook}"
+    suspects = drop.netfilter.suspects
+    if len(suspects) == 1:
+        yield f"by {rule_text(suspects[0])}: no other rule that was there then can have done it"
+    elif suspects:
+        named = "; ".join(map(rule_text, suspects[:_SUSPECTS_NAMED]))
+        yield f"which of {len(suspects)} rules dropped it cannot be told from here: {named}"
+    yield from drop.netfilter.notes
+    if not drop.sure:
+        yield "the kernel gives no reason here: judged by the place alone"
+
+
+def _kernel_words(drop: Drop) -> str:
+    reason = f"reason {drop.reason}" if drop.reason else "no reason"
+    return f"by the kernel's own account: {reason}, at {drop.place}"
+
+
+def _filtered(report: FlowReport) -> Iterator[str]:
+    yield from _syn_sentences(report)
+    yield from _sent_data_sentence(report)
 
 
 def _silence(report: FlowReport) -> Iterator[str]:
@@ -158,10 +206,17 @@ def _connection(report: FlowReport) -> Iterator[str]:
         last = segments[-1]
         by_what = f"{flags_text(last.tcp_flags)} with {last.payload_length} bytes of data"
     yield f"connected at {when} by {by_what}, {duration_text(report.delay_ns or 0)} after the SYN"
-    if segments and relative_sequence(segments[-1].sequence, entry.client_isn) > 1:
+    missed = bytes_missed(entry)
+    if missed > 0:
         yield (
-            f"that segment has seq {isn_text(segments[-1].sequence, entry.client_isn)}: the bytes "
-            "before it are lost"
+            f"that segment has seq ISN{missed + 1:+d}: the server's socket begins there, and will "
+            f"never see {_bytes_text(missed)} before it"
+        )
+    elif missed < 0:
+        yield (
+            f"that segment has seq ISN{missed + 1:+d}, as a keep-alive probe has: the server's "
+            f"socket waits for {_bytes_text(-missed)} before ISN+1, which the client never sends, "
+            "and will not read what it does send"
         )
 
 
@@ -231,17 +286,24 @@ _SENTENCES: Mapping[State, Callable[[FlowReport], Iterator[str]]] = {
     State.RECOVERED: _connection,
     State.ACK_DROPPED: _acked_handshake,
     State.RESCUED: _connection,
+    State.DATA_LOST: _connection,
     State.SILENT: _silence,
     State.UNANSWERED: _silence,
+    State.ACK_FILTERED: _filtered,
     State.REPEATING: _repeats,
     State.REJECTED: _rejection,
     State.RESET: _reset,
 }
 
 
-def evidence(report: FlowReport) -> tuple[str, ...]:
+def evidence(report: FlowReport, drop: Drop | None = None) -> tuple[str, ...]:
     """What is known of a flow that has a verdict, one complete sentence each.
 
     Raises KeyError for a state that has none (taken over, superseded).
     """
-    return (*_SENTENCES[report.state](report), *_attempt_sentences(report))
+    sentences = [*_SENTENCES[report.state](report)]
+    if drop is not None and drop.cause is not None:
+        sentences += _filter_sentences(report, drop)
+    elif drop is not None:
+        sentences += _refusal_sentences(drop)
+    return (*sentences, *_attempt_sentences(report))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tcpstuck_bpf.errors import TcpstuckError
-from tcpstuck_bpf.verdict import RESERVED, RULES, VERDICT_NAMES
+from tcpstuck_bpf.verdict import RULES, VERDICT_NAMES
 
 FILE_NAME = "verdicts.md"
 WIDEST = 100
@@ -120,7 +120,6 @@ def verdict_list(width: int) -> Iterator[str]:
     """Every verdict's name and what it means, one line each where `width` allows."""
     column = 1 + max(map(len, VERDICT_NAMES)) + len(_INDENT)
     meanings = {f"{'!' if rule.stuck else ' '}{rule.name}": rule.meaning for rule in RULES}
-    meanings.update({f" {name}": "not told by this version" for name in RESERVED})
     for name, meaning in meanings.items():
         yield from _wrapped(f"{name:{column}}{meaning}", _readable(width), " " * column)
     yield ""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
+from tcpstuck_bpf.listener import MAX_SYN_BACKLOG, SOMAXCONN, SYNCOOKIES, ListenerReport
 from tcpstuck_bpf.model import Attempt
 from tcpstuck_bpf.report import Reconciled, RescueTotals, Summary, WallClock
 from tcpstuck_bpf.verdict import Finding
@@ -56,10 +57,12 @@ def verdict_line(finding: Finding, clock: WallClock) -> str:
             "verdict_time": _utc(clock.realtime(finding.verdict_ns)),
             "age_ms": _milliseconds(finding.age_ns),
             "delay_ms": _milliseconds(finding.delay_ns),
+            "bytes_missed": finding.bytes_missed,
             "meaning": finding.meaning,
             "evidence": list(finding.evidence),
             "cannot_prove": finding.cannot_prove,
             "advice": finding.advice,
+            "drop": None if finding.drop is None else finding.drop.values(),
             "rescue_tries": finding.rescue_tries,
             "timeline": [
                 {
@@ -91,6 +94,40 @@ def attempt_line(attempt: Attempt, clock: WallClock) -> str:
             "netns": who.netns,
             "syn_time": _utc(clock.realtime(attempt.handshake.first_syn_ns)),
             "time": _utc(clock.realtime(attempt.time_ns)),
+        }
+    )
+
+
+def listener_line(listener: ListenerReport) -> str:
+    """One listener as a JSON object on one line, without the newline. Queues are in entries."""
+    facts, settings = listener.facts, listener.settings
+    return _line(
+        {
+            "type": "listener",
+            "format": FORMAT,
+            "netns": listener.netns,
+            "addresses": list(listener.addresses),
+            "port": listener.port,
+            "owners": list(listener.owners),
+            "sockets": listener.sockets or None,
+            "limit": facts.limit,
+            "limit_is_somaxconn": listener.is_capped,
+            "somaxconn": settings.get(SOMAXCONN),
+            "tcp_syncookies": settings.get(SYNCOOKIES),
+            "tcp_max_syn_backlog": settings.get(MAX_SYN_BACKLOG),
+            "syns": facts.syns,
+            "cookies_sent": facts.cookies_sent,
+            "cookie_reason": listener.cookie_reason,
+            "syns_refused": facts.syns_refused,
+            "acks_refused": facts.acks_refused,
+            "peak_accept_queue": facts.peak_accept_queue,
+            "peak_syn_queue": facts.peak_syn_queue,
+            "accept_queue_needed": listener.accept_queue_needed,
+            "syn_queue_needed": listener.syn_queue_needed,
+            "silent_clients": listener.silent,
+            "advised_backlog": listener.advised_backlog,
+            "working": list(listener.working),
+            "advice": list(listener.advice),
         }
     )
 
@@ -136,6 +173,7 @@ def summary_line(summary: Summary, clock: WallClock) -> str:
             "verdicts": dict(summary.verdicts),
             "stuck": summary.still_stuck,
             "ever_stuck": summary.ever_stuck,
+            "data_lost": summary.data_lost,
             "recovered": summary.recovered,
             "pending": summary.pending,
             "superseded": summary.superseded,

@@ -31,6 +31,8 @@ class State(enum.Enum):
     """Its ACK was validated (cookie_vX_check made the child socket)."""
     RECOVERED = "recovered"
     """Told as stuck once, and connected since."""
+    DATA_LOST = "data lost"
+    """Its ACK was validated with a later sequence number: the first bytes are lost."""
     REJECTED = "rejected"
     """Its ACK was given back to the listener, which answers by RST."""
     RESET = "reset"
@@ -41,6 +43,8 @@ class State(enum.Enum):
     """A repeated SYN got a place in the SYN queue; the normal handshake has it now."""
     ACK_DROPPED = "ACK dropped"
     """Its ACK was dropped (cookie_vX_check returned NULL) and no later one got through."""
+    ACK_FILTERED = "ACK filtered"
+    """Its ACK was dropped on this host before TCP, and no later one got through."""
     REPEATING = "repeating"
     """The client repeats its SYN and never sends an ACK."""
     SILENT = "silent"
@@ -51,12 +55,13 @@ class State(enum.Enum):
     """Given up by its client, which uses the 4-tuple for a new handshake."""
 
 
-STUCK_STATES = frozenset({State.SILENT, State.UNANSWERED, State.ACK_DROPPED})
+STUCK_STATES = frozenset({State.SILENT, State.UNANSWERED, State.ACK_DROPPED, State.ACK_FILTERED})
 ENDED_STATES = frozenset(
     {
         State.COMPLETED,
         State.RECOVERED,
         State.RESCUED,
+        State.DATA_LOST,
         State.REJECTED,
         State.RESET,
         State.TAKEN_OVER,
@@ -269,6 +274,19 @@ def _last_syn(entry: Handshake) -> tuple[int, ...]:
     )
 
 
+def _last_drop(entry: Handshake) -> tuple[int, ...]:
+    return (entry.last_ack_dropped_ns, entry.drop_place, entry.drop_reason)
+
+
+def _filtered(entry: Handshake) -> tuple[int, ...]:
+    return (
+        entry.last_ack_filtered_ns,
+        entry.filter_place,
+        entry.filter_reason,
+        entry.filter_stack,
+    )
+
+
 def _end(entry: Handshake) -> tuple[int, ...]:
     rank = _RANK_OF_ENDING.get(entry.ending, 0)
     return (rank, entry.ended_ns, entry.end_counters, entry.ending)
@@ -282,18 +300,37 @@ def merge(one: Handshake, other: Handshake) -> Handshake:
     """
     syn = one if _last_syn(one) >= _last_syn(other) else other
     end = one if _end(one) >= _end(other) else other
+    drop, filtered = max(_last_drop(one), _last_drop(other)), max(_filtered(one), _filtered(other))
+    filters = [t for t in (one.first_ack_filtered_ns, other.first_ack_filtered_ns) if t]
     drops = [t for t in (one.first_ack_dropped_ns, other.first_ack_dropped_ns) if t]
     return syn._replace(
         first_syn_ns=one.first_syn_ns,
         first_ack_dropped_ns=min(drops, default=0),
-        last_ack_dropped_ns=max(one.last_ack_dropped_ns, other.last_ack_dropped_ns),
+        last_ack_dropped_ns=drop[0],
+        drop_place=drop[1],
+        drop_reason=drop[2],
+        first_ack_filtered_ns=min(filters, default=0),
+        last_ack_filtered_ns=filtered[0],
+        filter_place=filtered[1],
+        filter_reason=filtered[2],
+        filter_stack=filtered[3],
+        acks_filtered=max(one.acks_filtered, other.acks_filtered),
         acks_dropped=max(one.acks_dropped, other.acks_dropped),
         drop_counters=one.drop_counters | other.drop_counters,
         syns_dropped=max(one.syns_dropped, other.syns_dropped),
+        bytes_missed=max(one.bytes_missed, other.bytes_missed),
         ended_ns=end.ended_ns,
         ending=end.ending,
         end_counters=end.end_counters,
     )
+
+
+def bytes_missed(entry: Handshake) -> int:
+    """How many of the client's first bytes the server will never see.
+
+    Below 0: it waits for so many before the first, which the client never sends.
+    """
+    return (entry.bytes_missed + 2**31) % 2**32 - 2**31
 
 
 def is_remarkable(entry: Handshake) -> bool:
@@ -302,6 +339,7 @@ def is_remarkable(entry: Handshake) -> bool:
         entry.ending != Ending.NONE
         or entry.syn_count > 1
         or entry.acks_dropped > 0
+        or entry.acks_filtered > 0
         or entry.syns_dropped > 0
     )
 
@@ -317,8 +355,23 @@ def is_torn(entry: Handshake) -> bool:
         entry.last_syn_ns < first_syn_ns
         or (entry.syn_count > 1) != (entry.last_syn_ns > first_syn_ns)
         or (entry.acks_dropped > 0 and entry.first_ack_dropped_ns < first_syn_ns)
+        or (entry.acks_filtered > 0 and entry.first_ack_filtered_ns < first_syn_ns)
         or (entry.ending != Ending.NONE and entry.ended_ns < first_syn_ns)
     )
+
+
+def _ack_lost_here(
+    entry: Handshake, told: State | None, last_syn_ns: int, timeout_ns: int
+) -> Decision:
+    """An ACK that got as far as TCP says more than one that did not."""
+    if entry.acks_dropped > 0:
+        state, first_ns = State.ACK_DROPPED, entry.first_ack_dropped_ns
+    else:
+        state, first_ns = State.ACK_FILTERED, entry.first_ack_filtered_ns
+    since_ns = max(last_syn_ns, first_ns)
+    if told in STUCK_STATES and told is not state:
+        return Decision(state, True, since_ns, since_ns)
+    return Decision(state, False, since_ns + timeout_ns, since_ns + timeout_ns)
 
 
 def decide(entry: Handshake, told: State | None, timeout_ns: int) -> Decision:
@@ -329,16 +382,14 @@ def decide(entry: Handshake, told: State | None, timeout_ns: int) -> Decision:
     by then. (Linux from 6.5 repeats linearly first, see tcp_syn_linear_timeouts, i.e. earlier.)
     """
     ended = _STATE_OF_ENDING.get(entry.ending)
+    if ended is State.COMPLETED and entry.bytes_missed:
+        ended = State.DATA_LOST
     if ended is not None:
         decided_ns = max(entry.ended_ns, entry.first_syn_ns)
         return Decision(ended, True, decided_ns, decided_ns)
     last_syn_ns = max(entry.last_syn_ns, entry.first_syn_ns)
-    if entry.acks_dropped > 0:
-        since_ns = max(last_syn_ns, entry.first_ack_dropped_ns)
-        if told in (State.SILENT, State.UNANSWERED):
-            return Decision(State.ACK_DROPPED, True, since_ns, since_ns)
-        due_ns = since_ns + timeout_ns
-        return Decision(State.ACK_DROPPED, False, due_ns, due_ns)
+    if entry.acks_dropped > 0 or entry.acks_filtered > 0:
+        return _ack_lost_here(entry, told, last_syn_ns, timeout_ns)
     if entry.syn_count >= SYNS_OF_A_REPEATING_CLIENT:
         due_ns = entry.first_syn_ns + timeout_ns
         return Decision(State.REPEATING, False, due_ns, max(due_ns, last_syn_ns))

@@ -71,6 +71,9 @@ class KernelTypes(Protocol):
     def prototype(self, function: str) -> Prototype | None:
         """A function's type; None where no such function is described."""
 
+    def tracepoint_arguments(self, tracepoint: str) -> int | None:
+        """How many arguments a tracepoint hands to a raw tracepoint program; None if not known."""
+
     def enumerators(self, prefix: str) -> dict[str, int]:
         """Values of every enumerator whose name begins with `prefix`."""
 
@@ -111,7 +114,7 @@ class TypeGraph(ABC, Generic[Node]):
 
     @abstractmethod
     def _named(self, kind: str, name: str) -> Node | None:
-        """The struct, or the function, of this name."""
+        """The struct, the typedef, or the function, of this name."""
 
     @abstractmethod
     def _shape(self, node: Node) -> Shape[Node]:
@@ -168,6 +171,22 @@ class TypeGraph(ABC, Generic[Node]):
                 return None
             parameters = (self._declared(f.node, f.name) for f in self._fields(node))
             return Prototype(self._declared(self._shape(node).inner, ""), tuple(parameters))
+
+    def tracepoint_arguments(self, tracepoint: str) -> int | None:
+        """See KernelTypes.
+
+        By typedef btf_trace_NAME of include/trace/bpf_probe.h, a pointer to a function whose
+        first parameter is not the tracepoint's.
+        """
+        with self._reading():
+            node = self._named(TYPEDEF, f"btf_trace_{tracepoint}")
+            resolved = None if node is None else self._resolved(node)
+            if resolved is None or resolved[1].kind != POINTER or resolved[1].inner is None:
+                return None
+            function = self._resolved(resolved[1].inner)
+            if function is None or function[1].kind != FUNCTION:
+                return None
+            return sum(1 for _ in self._fields(function[0])) - 1
 
     def enumerators(self, prefix: str) -> dict[str, int]:
         """See KernelTypes."""

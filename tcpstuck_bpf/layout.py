@@ -53,6 +53,24 @@ REQUIRED_MEMBERS = (
 )
 COUNTER_MEMBER = Member("net", "net_statistics", "void *", "net", "mib.net_statistics")
 
+PACKET_SPAN = "packet_span"
+"""The C struct that one read of struct sk_buff gets: every member of it that is looked at first."""
+SPAN_MEMBERS = (
+    Member(PACKET_SPAN, "protocol", "u16", "sk_buff", "protocol"),
+    Member(PACKET_SPAN, "network_header", "u16", "sk_buff", "network_header"),
+    Member(PACKET_SPAN, "tail", "u32", "sk_buff", "tail"),
+    Member(PACKET_SPAN, "head", "u8 *", "sk_buff", "head"),
+    Member(PACKET_SPAN, "data", "u8 *", "sk_buff", "data"),
+)
+DROP_MEMBERS = (
+    *SPAN_MEMBERS,
+    Member("sk_buff", "dev", "struct net_device *", "sk_buff", "dev"),
+    Member("net_device", "nd_net", "struct net *", "net_device", "nd_net.net"),
+)
+"""Of packets that are dropped before TCP; without them only those drops are not seen."""
+LONGEST_SPAN = 64
+"""Bytes; more of them on a program's stack leave too little room for the rest."""
+
 COUNTERS = ("SYNCOOKIESRECV", "SYNCOOKIESFAILED", "LISTENOVERFLOWS", "LISTENDROPS")
 """Of enum LINUX_MIB_*. The programs read the first two at once, and the last two."""
 PER_CPU_OFFSET_SYMBOL = "__per_cpu_offset"
@@ -65,6 +83,16 @@ class Layout:
     offsets: Mapping[Member, int]
     counters: Mapping[str, int]
     per_cpu_offset_table: int | None
+    drop_obstacle: str | None = None
+    """Why dropped packets cannot be read, None where they can."""
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Where in struct sk_buff struct packet_span begins, a multiple of 8, and its bytes."""
+        places = {member: self.offsets[member] for member in SPAN_MEMBERS if member in self.offsets}
+        begin = min(places.values(), default=0) // POINTER_BYTES * POINTER_BYTES
+        end = max((offset + member.size for member, offset in places.items()), default=0)
+        return begin, -(-(end - begin) // POINTER_BYTES) * POINTER_BYTES
 
     @property
     def has_counters(self) -> bool:
@@ -107,6 +135,7 @@ def find_layout(types: KernelTypes, per_cpu_offset_table: int | None) -> Layout:
                 "report it, with the kernel's version; a newer tcpstuck-trace may know it",
             )
         offsets[member] = place.offset
+    drop_obstacle = find_drop_members(types, offsets)
     enumerators = types.enumerators("LINUX_MIB_")
     counters = {
         name: enumerators[f"LINUX_MIB_{name}"]
@@ -119,9 +148,25 @@ def find_layout(types: KernelTypes, per_cpu_offset_table: int | None) -> Layout:
         or obstacle(COUNTER_MEMBER, statistics) is not None
         or not _readable_in_pairs(counters)
     ):
-        return Layout(offsets, {}, None)
+        return Layout(offsets, {}, None, drop_obstacle)
     offsets[COUNTER_MEMBER] = statistics.offset
-    return Layout(offsets, counters, per_cpu_offset_table)
+    return Layout(offsets, counters, per_cpu_offset_table, drop_obstacle)
+
+
+def find_drop_members(types: KernelTypes, offsets: dict[Member, int]) -> str | None:
+    """Add the offsets of DROP_MEMBERS, all or none of them; why none."""
+    found: dict[Member, int] = {}
+    for member in DROP_MEMBERS:
+        place = types.place(member.kernel_struct, member.path)
+        why = obstacle(member, place)
+        if why is not None or place is None:
+            return why
+        found[member] = place.offset
+    length = Layout(found, {}, None).span[1]
+    if length > LONGEST_SPAN:
+        return f"struct sk_buff's members are {length} bytes apart, more than {LONGEST_SPAN}"
+    offsets.update(found)
+    return None
 
 
 def _readable_in_pairs(counters: Mapping[str, int]) -> bool:
@@ -135,7 +180,9 @@ def header_text(layout: Layout) -> str:
     """The generated header, kernel_layout.h."""
     structs: dict[str, list[str]] = {}
     checks: list[str] = []
+    begin, length = layout.span
     for member, offset in sorted(layout.offsets.items(), key=lambda item: item[1]):
+        offset -= begin if member.struct == PACKET_SPAN else 0
         space = "" if member.c_type.endswith("*") else " "
         padding = f"u8 before_{member.name}[{offset}]; " if offset else ""
         structs.setdefault(member.struct, []).append(
@@ -148,9 +195,13 @@ def header_text(layout: Layout) -> str:
     lines = [
         "/* Generated from this kernel's type information by tcpstuck_bpf/layout.py. */",
         "struct net;",
+        "struct net_device;",
     ]
     for name, members in structs.items():
         lines += [f"struct {name} {{", "\tunion {", *members, "\t};", "};"]
+    if length:
+        lines.append(f"#define PACKET_SPAN_AT {begin}")
+        checks.append(f'_Static_assert(sizeof(struct {PACKET_SPAN}) == {length}, "padded");')
     if layout.has_counters:
         lines.append("#define HAVE_MIB_COUNTERS")
         lines.append(f"#define PER_CPU_OFFSET_TABLE {layout.per_cpu_offset_table:#x}ULL")

@@ -92,6 +92,7 @@ class EventKind(enum.IntEnum):
     COMPLETED = 6
     TAKEN_OVER = 7
     REPLACED = 8
+    ACK_FILTERED = 9
 
 
 class Handshake(NamedTuple):
@@ -101,15 +102,25 @@ class Handshake(NamedTuple):
     last_syn_ns: int
     first_ack_dropped_ns: int
     last_ack_dropped_ns: int
+    first_ack_filtered_ns: int
+    last_ack_filtered_ns: int
+    filter_place: int
+    drop_place: int
     ended_ns: int
     client_isn: int
     cookie_isn: int
     syn_count: int
     syns_dropped: int
     acks_dropped: int
+    acks_filtered: int
+    filter_reason: int
+    drop_reason: int
+    filter_stack: int
     accept_queue: int
     accept_queue_limit: int
     syn_queue: int
+    bytes_missed: int
+    """By the server, as C has it (flow.bytes_missed): from ISN + 1 to what completed it."""
     mss: int
     ending: int
     drop_counters: int
@@ -169,6 +180,51 @@ class Rescue(NamedTuple):
     """Stuck clients by the reason they are not to be rescued for."""
 
 
+class DropRule(NamedTuple):
+    """A firewall rule, or a chain's policy, that can drop what comes by a hook."""
+
+    family: str
+    """nftables' name: ip, ip6, inet, netdev ...; ip or ip6 for iptables."""
+    table: str
+    chain: str
+    hook: str
+    kind: str
+    """What its number is: `handle` (nftables), `number` (iptables, from 1), or `policy`."""
+    number: int
+    conditions: tuple[tuple[str, str], ...]
+    """Some of its matches, all of which have to hold: protocol, sport, saddr ... and the value."""
+
+
+class Ruleset(NamedTuple):
+    """The dropping rules of a network namespace, as they were right after a drop."""
+
+    rules: tuple[DropRule, ...]
+    problems: tuple[str, ...]
+    """Complete sentences: what could not be read."""
+
+
+class KernelNames(NamedTuple):
+    """What numbers of the traced kernel mean, as far as they came to be asked for."""
+
+    places: Mapping[int, str]
+    """`symbol+0x1f` by kernel address."""
+    reasons: Mapping[int, str | None]
+    """enum skb_drop_reason by number, without prefix; None where the kernel has no reasons."""
+    stacks: Mapping[int, tuple[str, ...]]
+    """Functions by a stack's number, the one that dropped first and then its callers."""
+    rulesets: Mapping[int, Ruleset]
+    """By network namespace (inode number)."""
+
+    def with_more(self, others: KernelNames) -> KernelNames:
+        """These names and others."""
+        return KernelNames(
+            {**self.places, **others.places},
+            {**self.reasons, **others.reasons},
+            {**self.stacks, **others.stacks},
+            {**self.rulesets, **others.rulesets},
+        )
+
+
 class Row(NamedTuple):
     """One entry of the awaiting-ACK table as a sweep saw it."""
 
@@ -225,7 +281,54 @@ class NetnsCount(enum.IntEnum):
     TAKEN_OVER = 20
     REPLACED = 21
     TABLE_FULL = 22
-    EVENTS_LOST = 23
+    ACKS_FILTERED = 23
+    EVENTS_LOST = 24
+
+
+class ListenerFacts(NamedTuple):
+    """How the queues of one server address and port fared: struct listener_facts, in its order.
+
+    Queue lengths are entries. `peak_...` are each on its own, `..._need_...` belong together: what
+    was there when their sum was highest.
+    """
+
+    netns: int
+    """Inode number of the network namespace."""
+    server_address: bytes
+    server_port: int
+    syns: int
+    cookies_sent: int
+    syns_refused: int
+    """Dropped for a full accept queue, repetitions included."""
+    acks_refused: int
+    """Of cookies and of ordinary handshakes, repetitions included."""
+    syn_need_ns: int
+    limit: int
+    """sk_max_ack_backlog, which is what listen() was given or net.core.somaxconn if less."""
+    peak_accept_queue: int
+    peak_syn_queue: int
+    lowest_cookie_syn_queue: int
+    owed: int
+    turned_away: int
+    syn_need_syn_queue: int
+    syn_need_owed: int
+    """Handshakes under cookies that no ACK had come for."""
+    accept_need_accept_queue: int
+    accept_need_turned_away: int
+    """Clients whose ACK had been dropped since the accept queue was last seen empty."""
+    accept_need_syn_queue: int
+
+
+class ListenerSeen(NamedTuple):
+    """A listener's facts, and what user space knows of it."""
+
+    facts: ListenerFacts
+    owners: tuple[str, ...]
+    """`name (pid N)` of each process that has the listening socket open; empty if unknown."""
+    sockets: int
+    """Listening sockets on that port that would get its SYNs; 0 if unknown."""
+    settings: Mapping[str, int]
+    """Of the namespace: netns.QUEUE_SETTINGS, as far as they could be read."""
 
 
 NetnsCounts = Mapping[int, Mapping[NetnsCount, int]]

@@ -13,7 +13,7 @@ from typing import NoReturn, Union
 from tcpstuck_bpf import __version__
 from tcpstuck_bpf.errors import EXIT_USAGE
 from tcpstuck_bpf.model import address_bytes
-from tcpstuck_bpf.verdict import RESERVED, RULES, VERDICT_NAMES
+from tcpstuck_bpf.verdict import RULES, VERDICT_NAMES
 
 IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
@@ -26,8 +26,9 @@ examples:
   tcpstuck-trace -p 25 --record r.tcpstuck ; tcpstuck-trace --replay r.tcpstuck
 
 exit status:
-  0  ran, nothing stuck      1  ran, something was stuck    2  wrong use
-  3  cannot trace here       130  Ctrl-C before any verdict
+  0  ran, nothing stuck      1  ran, something was stuck or lost data
+  2  wrong use               3  cannot trace here
+  130  Ctrl-C before any verdict
 """
 
 
@@ -83,8 +84,6 @@ def verdict_names(text: str) -> list[str]:
     """Verdicts, separated by commas."""
     known = [rule.name for rule in RULES]
     for name in text.split(","):
-        if name in RESERVED:
-            raise argparse.ArgumentTypeError(f"{name!r} is not judged by this version")
         if name not in known:
             raise _no_verdict(name, known)
     return text.split(",")
@@ -118,7 +117,7 @@ def packet_rate(text: str) -> int:
 
 
 def verdict_to_explain(text: str) -> str:
-    """A verdict's name, also one that is only reserved; empty: all of them."""
+    """A verdict's name; empty: all of them."""
     if text and text not in VERDICT_NAMES:
         raise _no_verdict(text, VERDICT_NAMES)
     return text
@@ -234,6 +233,13 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         default=131_072,
         help="entries of the kernel's table (default: 131072, about 20 MB)",
     )
+    why = run.add_mutually_exclusive_group()
+    why.add_argument(
+        "--why",
+        action="store_true",
+        help="look where on this host an ACK is dropped before TCP; every drop here pays for it",
+    )
+    why.add_argument("--no-why", dest="why", action="store_false", help="do not (default)")
     run.add_argument("--dry-run", action="store_true", help="compile, load, attach, and end")
     run.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TextIO
 
-from tcpstuck_bpf.export import attempt_line, summary_line, verdict_line
+from tcpstuck_bpf.export import attempt_line, listener_line, summary_line, verdict_line
 from tcpstuck_bpf.model import Attempt
 from tcpstuck_bpf.render import TableRenderer
 from tcpstuck_bpf.report import Status, Summary, WallClock
@@ -103,6 +103,8 @@ class JsonOutput:
         """Nothing: a program waits for lines, not for reassurance."""
 
     def summary(self, summary: Summary) -> None:
-        """The last line."""
+        """The listeners, then the last line."""
+        for listener in summary.listeners:
+            self._stream.write(listener_line(listener) + "\n")
         self._stream.write(summary_line(summary, self._clock) + "\n")
         self._stream.flush()

@@ -30,9 +30,18 @@ class Probe:
     arguments: Mapping[int, str]
     required: bool
     lost: str
+    raw_tracepoint: str | None = None
+    """The program where it is no function but a tracepoint; the same in every mode."""
+
+    @property
+    def symbol(self) -> str:
+        """What /proc/kallsyms has where the kernel has it."""
+        return f"__tracepoint_{self.function}" if self.raw_tracepoint else self.function
 
     def serves(self, mode: str) -> bool:
         """Whether it has a program in a mode, `fentry` or `kprobe`."""
+        if self.raw_tracepoint is not None:
+            return True
         return self.fexit if mode == "fentry" else self.kprobe_return is not None
 
 
@@ -161,12 +170,32 @@ RESCUE_PROBES = (
 """What --rescue needs besides."""
 EVERY_PROBE = (*PROBES, *RESCUE_PROBES)
 
+KFREE_SKB = "kfree_skb"
+WHY_PROBES = (
+    Probe(
+        KFREE_SKB,
+        None,
+        None,
+        fentry=False,
+        fexit=False,
+        parameters=None,
+        arguments=_NONE_READ,
+        required=False,
+        lost="whether this host drops an ACK before TCP, and where, is not seen",
+        raw_tracepoint="packet_freed",
+    ),
+)
+"""What tells where an ACK died; with --why."""
+
 _IPV6_PROBES = frozenset({"cookie_v6_init_sequence", "cookie_v6_check"})
 
 
 KERNEL_COUNTERS = "kernel counters"
 """Not a probe, but as optional as one: the programs' sight of LINUX_MIB_*."""
-OPTIONAL = (*(probe.function for probe in PROBES if not probe.required), KERNEL_COUNTERS)
+OPTIONAL = (
+    *(probe.function for probe in (*PROBES, *WHY_PROBES) if not probe.required),
+    KERNEL_COUNTERS,
+)
 WITHOUT_VARIABLE = "TCPSTUCK_WITHOUT_PROBE"
 """A test switch: optional probes to leave out, to see that only a declared gap comes of it."""
 
@@ -186,10 +215,14 @@ class AttachRequest:
     rescue: bool = False
     """Whether SYN-ACKs are to be repeated, for which more has to be seen."""
 
+    why: bool = True
+    """Whether packets that are dropped before TCP are looked at."""
+
     @property
     def probes(self) -> tuple[Probe, ...]:
         """What is to be attached."""
-        return (*PROBES, *RESCUE_PROBES) if self.rescue else PROBES
+        rescue = RESCUE_PROBES if self.rescue else ()
+        return (*PROBES, *rescue, *(WHY_PROBES if self.why else ()))
 
 
 ATTACH_ALL = AttachRequest()
@@ -233,7 +266,7 @@ def plan(
     why = {
         probe.function: refused.get(probe.function, "the kernel has no such function")
         for probe in wanted
-        if probe.function not in symbols or probe.function in refused
+        if probe.symbol not in symbols or probe.function in refused
     }
     for probe in wanted:
         if probe.required and probe.function in symbols and probe.function in refused:
@@ -335,7 +368,8 @@ def misread(types: KernelTypes | None, wanted: Sequence[Probe] = PROBES) -> dict
     """
     found: dict[str, str] = {}
     for probe in wanted:
-        prototype = None if types is None else types.prototype(probe.function)
+        described = types is not None and probe.raw_tracepoint is None
+        prototype = types.prototype(probe.function) if described and types is not None else None
         why = None if prototype is None else misread_argument(probe, prototype)
         if why is not None:
             found[probe.function] = why
@@ -348,6 +382,8 @@ def fentry_obstacle(types: KernelTypes, probes: Collection[Probe]) -> str | None
     The described prototype counts, not the version: a parameter more shifts fexit's return value.
     """
     for probe in of_mode(tuple(probes), "fentry"):
+        if probe.raw_tracepoint is not None:
+            continue
         count = types.parameter_count(probe.function)
         if count is None:
             return f"{probe.function} is not in the kernel's type information"

@@ -34,6 +34,7 @@ _STUCK = {rule.name: rule.stuck for rule in RULES}
 _LOSSES = {
     "namespaces_uncounted": "segments in more network namespaces than are counted: not traced",
     "cookies_unmatched": "cookies chosen outside tcp_conn_request: not traced",
+    "listeners_unknown": "segments of listeners there was no room for: missing in their figures",
     "programs_not_run": "times a program did not run, another one being at work on that CPU",
     "undecodable_events": "events that could not be decoded",
     "flows_evicted": "flows forgotten for want of room",
@@ -232,6 +233,7 @@ class TableRenderer:
         yield ""
         if summary.rescue is not None:
             yield from self._rescue(summary.rescue)
+        yield from self._listeners(summary)
         yield from self._losses(summary)
         yield from self._reconciliation(summary)
         for note in summary.notes:
@@ -243,6 +245,8 @@ class TableRenderer:
             yield f"{_grouped(summary.rescue.rescued)} rescued"
         if summary.recovered:
             yield f"{_grouped(summary.recovered)} recovered"
+        if summary.data_lost:
+            yield f"{_grouped(summary.data_lost)} connected with data lost"
 
     def _answer(self, summary: Summary) -> Iterator[str]:
         seen = (
@@ -253,6 +257,9 @@ class TableRenderer:
             plural = "connection is" if summary.still_stuck == 1 else "connections are"
             line = f"{_grouped(summary.still_stuck)} {plural} stuck"
             line += "".join(f", {ended}" for ended in self._no_longer(summary))
+            yield f"{_RED}{line}{_PLAIN}" if self._colour else line
+        elif summary.data_lost and not summary.ever_stuck:
+            line = f"nothing stuck, {', '.join(self._no_longer(summary))}"
             yield f"{_RED}{line}{_PLAIN}" if self._colour else line
         elif summary.ever_stuck:
             ended = ", ".join(self._no_longer(summary)) or "their clients gave up"
@@ -272,6 +279,37 @@ class TableRenderer:
         for why, number in sorted(totals.left_alone.items()):
             yield from self._wrapped(f"{_grouped(number)} left alone: {why}", INDENT)
         yield ""
+
+    def _listeners(self, summary: Summary) -> Iterator[str]:
+        """Only those whose queues were too short for anyone, or that sent cookies."""
+        for listener in summary.listeners:
+            if not listener.suffered:
+                continue
+            facts = listener.facts
+            where = ", ".join(endpoint(address, listener.port) for address in listener.addresses)
+            owners = f" of {', '.join(listener.owners)}" if listener.owners else ""
+            yield from self._wrapped(
+                f"listener {where}{owners} in {self._netns(listener.netns)}: "
+                f"limit {_grouped(facts.limit)}, at most {_grouped(facts.peak_syn_queue)} in the "
+                f"SYN queue and {_grouped(facts.peak_accept_queue)} in the accept queue",
+                "",
+            )
+            if listener.sockets > 1:
+                yield from self._wrapped(
+                    f"{listener.sockets} sockets share this address (SO_REUSEPORT)", INDENT
+                )
+            if facts.cookies_sent:
+                why = listener.cookie_reason
+                yield f"{INDENT}{_grouped(facts.cookies_sent)} cookies sent: {why}"
+            if facts.syns_refused or facts.acks_refused:
+                yield from self._wrapped(
+                    f"dropped for a full accept queue: {_grouped(facts.syns_refused)} SYNs, "
+                    f"{_grouped(facts.acks_refused)} ACKs",
+                    INDENT,
+                )
+            for sentence in (*listener.working, *listener.advice):
+                yield from self._wrapped(sentence, INDENT)
+            yield ""
 
     def _losses(self, summary: Summary) -> Iterator[str]:
         told = [

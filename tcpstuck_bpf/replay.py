@@ -20,15 +20,20 @@ from tcpstuck_bpf.model import (
     Attempt,
     Coverage,
     CoverageGap,
+    DropRule,
     Event,
     HandshakeId,
+    KernelNames,
+    ListenerSeen,
     NetnsCount,
     Rescue,
+    Ruleset,
     Sweep,
     Tally,
     TraceFilter,
     TraceSettings,
 )
+from tcpstuck_bpf.recorded_listener import listener_of, listener_values
 from tcpstuck_bpf.recorded_table import (
     RecordedTable,
     four_tuple_of,
@@ -79,10 +84,22 @@ class TallyTaken(NamedTuple):
     tally: Tally
 
 
+class Named(NamedTuple):
+    """It became known what numbers of the kernel mean, of facts that come next."""
+
+    names: KernelNames
+
+
 class Rescued(NamedTuple):
     """SYN-ACKs were repeated, or it became known who is not to be rescued."""
 
     rescue: Rescue
+
+
+class Listened(NamedTuple):
+    """The listeners were looked at; those that had changed."""
+
+    listeners: tuple[ListenerSeen, ...]
 
 
 class Ended(NamedTuple):
@@ -93,7 +110,7 @@ class Ended(NamedTuple):
     notes: tuple[str, ...]
 
 
-Step = Union[Observed, Swept, Advanced, TallyTaken, Rescued, Ended]
+Step = Union[Observed, Swept, Advanced, TallyTaken, Rescued, Named, Listened, Ended]
 
 
 class Recorder:
@@ -146,6 +163,10 @@ class Recorder:
             return {"tally": _tally_values(step.tally)}
         if isinstance(step, Rescued):
             return {"rescue": _rescue_values(step.rescue)}
+        if isinstance(step, Named):
+            return {"names": step.names._asdict()}
+        if isinstance(step, Listened):
+            return {"listeners": [listener_values(one) for one in step.listeners]}
         return {"end": step.now_ns, "losses": dict(step.losses), "notes": list(step.notes)}
 
 
@@ -283,6 +304,10 @@ class Replay:
             return TallyTaken(_tally(values["tally"]))
         if "rescue" in values:
             return Rescued(_rescue(values["rescue"]))
+        if "names" in values:
+            return Named(_names(values["names"]))
+        if "listeners" in values:
+            return Listened(tuple(map(listener_of, values["listeners"])))
         losses = {str(name): integer(number) for name, number in values["losses"].items()}
         return Ended(integer(values["end"]), losses, tuple(map(str, values["notes"])))
 
@@ -301,6 +326,30 @@ def _identity(values: list[Any]) -> HandshakeId:
 def _attempt(values: list[Any]) -> Attempt:
     *identity, time_ns, number, outcome = values
     return Attempt(_identity(identity), integer(time_ns), integer(number), str(outcome))
+
+
+def _ruleset(values: list[Any]) -> Ruleset:
+    rules, problems = values
+    return Ruleset(tuple(map(_drop_rule, rules)), tuple(map(str, problems)))
+
+
+def _drop_rule(values: list[Any]) -> DropRule:
+    *words, number, conditions = values
+    family, table, chain, hook, kind = map(str, words)
+    pairs = tuple((str(name), str(value)) for name, value in conditions)
+    return DropRule(family, table, chain, hook, kind, integer(number), pairs)
+
+
+def _names(values: Mapping[str, Any]) -> KernelNames:
+    return KernelNames(
+        {int(place): str(name) for place, name in values["places"].items()},
+        {
+            int(number): None if name is None else str(name)
+            for number, name in values["reasons"].items()
+        },
+        {int(number): tuple(map(str, frames)) for number, frames in values["stacks"].items()},
+        {int(netns): _ruleset(rules) for netns, rules in values["rulesets"].items()},
+    )
 
 
 def _rescue(values: Mapping[str, Any]) -> Rescue:

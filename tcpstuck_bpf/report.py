@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tcpstuck_bpf.listener import ListenerReport
 from tcpstuck_bpf.model import CoverageGap
 
 
@@ -84,6 +85,8 @@ class Summary:
     ever_stuck: int
     still_stuck: int
     recovered: int
+    data_lost: int
+    """Connections whose server missed the client's first bytes."""
     pending: int
     """Handshakes too young for a verdict when the run ended."""
     superseded: int
@@ -102,3 +105,4 @@ class Summary:
     notes: tuple[str, ...] = ()
     rescue: RescueTotals | None = None
     """None where nothing was to be rescued."""
+    listeners: tuple[ListenerReport, ...] = ()

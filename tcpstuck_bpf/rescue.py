@@ -22,7 +22,7 @@ from typing import NamedTuple, Union
 from tcpstuck_bpf import candidate as why_not
 from tcpstuck_bpf.accept_room import ANSWER_NS, Listeners
 from tcpstuck_bpf.address_pace import AddressPace
-from tcpstuck_bpf.candidate import COOKIE_LIFE_NS, Candidate, Place, overflowed
+from tcpstuck_bpf.candidate import ACK_KINDS, COOKIE_LIFE_NS, Candidate, Place, overflowed
 from tcpstuck_bpf.flow import SECOND_NS, STUCK_STATES, FlowReport
 from tcpstuck_bpf.model import (
     ATTEMPT_NOT_SENT,
@@ -169,7 +169,7 @@ class Rescuer:
         is_answer = False
         if client is not None:
             client.note(event)
-            if event.kind == EventKind.ACK_DROPPED:
+            if event.kind in ACK_KINDS:
                 is_answer = client.note_answer(event)
         if event.kind == EventKind.ACK_DROPPED and overflowed(event):
             self._listeners.note_overflow(event, is_answer)

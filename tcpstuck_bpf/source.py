@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tcpstuck_bpf import features, probes, wire
+from tcpstuck_bpf import features, places, probes, wire
 from tcpstuck_bpf.bpf_trial import RefusedError, missed_runs
 from tcpstuck_bpf.btf import read_running_kernel
 from tcpstuck_bpf.errors import CannotTraceError
@@ -24,6 +24,7 @@ from tcpstuck_bpf.model import (
     Coverage,
     Event,
     HandshakeId,
+    ListenerFacts,
     NetnsCounts,
     Sweep,
     TraceSettings,
@@ -34,12 +35,18 @@ from tcpstuck_bpf.tables import Tables
 EVENT_PAGES = 256
 MAX_NAMESPACES = 1024
 MAX_KNOWN_CLIENTS = 65_536
+MAX_LISTENERS = 4096
 MAX_CHOSEN = 4096
-LOSSES = ("namespaces_uncounted", "cookies_unmatched")
+MAX_STACKS = 1024
+LOSSES = ("namespaces_uncounted", "cookies_unmatched", "listeners_unknown")
 
 # BCC optimizes what clang hands it, so clang need not do the same before; and nobody debugs the
 # programs by their debugging information. A third of the compilation's time, the same code.
 _FASTER_COMPILATION = ("-Xclang", "-disable-llvm-passes", "-g0")
+
+
+_REASON_ARGUMENT = 2
+"""Of skb:kfree_skb's arguments, counted from 0."""
 
 
 def program_directory() -> Path:
@@ -137,7 +144,9 @@ def compile_programs(
             f"-DMAX_NAMESPACES={MAX_NAMESPACES}",
             f"-DEVENT_PAGES={EVENT_PAGES}",
             f"-DMAX_KNOWN_CLIENTS={MAX_KNOWN_CLIENTS}",
+            f"-DMAX_LISTENERS={MAX_LISTENERS}",
             f"-DMAX_CHOSEN={MAX_CHOSEN}",
+            f"-DMAX_STACKS={MAX_STACKS}",
             *probes.compiler_flags(wanted),
         ]
         if mode == "fentry":
@@ -164,14 +173,20 @@ class BccSource:
         with self._timed("layout"):
             types = request.types or read_running_kernel()
             symbols, table = features.read_symbols(
-                [probe.function for probe in request.probes], PER_CPU_OFFSET_SYMBOL
+                [probe.symbol for probe in request.probes], PER_CPU_OFFSET_SYMBOL
             )
             wants_counters = probes.KERNEL_COUNTERS not in request.left_out
             layout = find_layout(types, table if wants_counters else None)
         self._header = header_text(layout)
+        has_reasons = (types.tracepoint_arguments(probes.KFREE_SKB) or 0) > _REASON_ARGUMENT
+        self.drop_reasons = places.reason_names(types) if has_reasons else {}
+        self._reason_defines = places.reason_defines(self.drop_reasons)
+        left_out = dict(request.left_out)
+        if layout.drop_obstacle is not None:
+            left_out.setdefault(probes.KFREE_SKB, layout.drop_obstacle)
         mode, attached, gaps = probes.attach(
             symbols,
-            dataclasses.replace(request, types=types),
+            dataclasses.replace(request, types=types, left_out=left_out),
             layout.has_counters,
             lambda wanted: self._start(types, wanted),
         )
@@ -225,7 +240,9 @@ class BccSource:
         self._at_work_on: Probe | None = None
         _allow_locked_memory()
         with self._timed("compile"):
-            self._bpf = compile_programs(self._header, self._probes, mode, self.table_capacity)
+            header = self._header
+            header += self._reason_defines
+            self._bpf = compile_programs(header, self._probes, mode, self.table_capacity)
         self._check_sizes()
         self._configure()
         with self._timed("load"):
@@ -250,7 +267,10 @@ class BccSource:
     def _load_programs(self, mode: str) -> None:
         for probe in probes.of_mode(self._probes, mode):
             self._at_work_on = probe
-            if mode == "fentry":
+            if probe.raw_tracepoint is not None:
+                names = [probe.raw_tracepoint.encode()]
+                kind = self._bcc.BPF.RAW_TRACEPOINT
+            elif mode == "fentry":
                 names = [self._tracing_program("kfunc", probe)] if probe.fentry else []
                 names += [self._tracing_program("kretfunc", probe)]
                 kind = self._bcc.BPF.TRACING
@@ -271,6 +291,11 @@ class BccSource:
         return next((name.encode() for name in names if name.encode() in known), names[-1].encode())
 
     def _attach(self, probe: Probe, mode: str) -> None:
+        if probe.raw_tracepoint is not None:
+            self._bpf.attach_raw_tracepoint(
+                tp=probe.function.encode(), fn_name=probe.raw_tracepoint.encode()
+            )
+            return
         if mode == "fentry":
             # The return first: until its entry runs, it finds an empty scratch and does nothing.
             self._bpf.attach_kretfunc(fn_name=self._tracing_program("kretfunc", probe))
@@ -293,6 +318,7 @@ class BccSource:
             (ctypes.sizeof(table.Leaf), wire.HANDSHAKE.size),
             (ctypes.sizeof(self._bpf[b"config"].Leaf), wire.CONFIG.size),
             (ctypes.sizeof(counts.sLeaf), wire.COUNTS.size),
+            (ctypes.sizeof(self._bpf[b"listeners"].Leaf), wire.LISTENER_FACTS.size),
         ]
         if self._rescue:
             sizes += [
@@ -337,9 +363,17 @@ class BccSource:
         """Remove entries, where they are still of that handshake; one that is gone is no error."""
         self.tables.forget(handshakes)
 
+    def stack(self, number: int) -> tuple[int, ...]:
+        """The addresses of an entry's `filter_stack`, the innermost first; empty if unknown."""
+        return self.tables.stack(number)
+
     def counts(self) -> NetnsCounts:
         """What the programs counted since they were attached, all CPUs together."""
         return self.tables.counts()
+
+    def listeners(self) -> tuple[ListenerFacts, ...]:
+        """How the queues of each listener fared since the programs were attached."""
+        return self.tables.listeners()
 
     def losses(self) -> Mapping[str, int]:
         """Losses that belong to no namespace, by name."""

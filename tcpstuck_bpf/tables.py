@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import struct
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from tcpstuck_bpf.model import (
     FourTuple,
     Handshake,
     HandshakeId,
+    ListenerFacts,
     NetnsCount,
     NetnsCounts,
     Row,
@@ -164,6 +166,15 @@ class Tables:
         except KeyError:
             return None
 
+    def stack(self, number: int) -> tuple[int, ...]:
+        """The addresses of an entry's `filter_stack`, the innermost first; empty if unknown."""
+        table = self._bpf[b"stacks"]
+        try:
+            data = bytes(table[table.Key(number - 1)])
+        except KeyError:
+            return ()
+        return tuple(address for (address,) in struct.iter_unpack("=Q", data) if address)
+
     def counts(self) -> NetnsCounts:
         """What the programs counted since they were attached, all CPUs together."""
         totals: dict[int, dict[NetnsCount, int]] = {}
@@ -174,6 +185,14 @@ class Tables:
                     total[which] += value
             totals[netns.value] = total
         return totals
+
+    def listeners(self) -> tuple[ListenerFacts, ...]:
+        """What is known of the queues of each address and port that SYNs came for, in order."""
+        facts = (
+            wire.decode_listener(bytes(key), bytes(value))
+            for key, value in self._bpf[b"listeners"].items()
+        )
+        return tuple(sorted(facts))
 
 
 def _keys(table: Any, capacity: int) -> list[bytes]:

@@ -20,6 +20,7 @@ _KIND_TEXT: dict[int, str] = {
     EventKind.SYN_REPEATED: "SYN repeated",
     EventKind.SYN_DROPPED: "SYN dropped",
     EventKind.ACK_DROPPED: "ACK dropped",
+    EventKind.ACK_FILTERED: "ACK filtered",
     EventKind.ACK_REJECTED: "ACK rejected",
     EventKind.RESET: "RST from client",
     EventKind.COMPLETED: "connected",
@@ -88,7 +89,10 @@ def _segment_detail(segment: Segment, entry: Handshake) -> str:
         parts.append(f"ack {segment.acknowledgement:#010x}")
     if segment.payload_length:
         parts.append(f"{segment.payload_length} bytes of data")
-    parts.append(f"accept queue {segment.accept_queue} of {segment.accept_queue_limit}")
+    if segment.kind == EventKind.ACK_FILTERED:
+        parts.append("dropped before TCP, see the evidence")
+    else:
+        parts.append(f"accept queue {segment.accept_queue} of {segment.accept_queue_limit}")
     if segment.kind in (EventKind.ACK_DROPPED, EventKind.ACK_REJECTED):
         parts.append(f"counters moved: {counters_text(segment.counters)}")
     return ", ".join(parts)
@@ -109,6 +113,13 @@ def _remembered(entry: Handshake) -> Iterator[tuple[int, frozenset[EventKind], s
         if entry.acks_dropped > 1:
             detail = f"the last of {entry.acks_dropped}; {counters}"
             yield entry.last_ack_dropped_ns, drops, what, detail
+    if entry.acks_filtered > 0:
+        filters = frozenset({EventKind.ACK_FILTERED})
+        what = _KIND_TEXT[EventKind.ACK_FILTERED]
+        yield entry.first_ack_filtered_ns, filters, what, "the first, dropped before TCP"
+        if entry.acks_filtered > 1:
+            detail = f"the last of {entry.acks_filtered}, dropped before TCP"
+            yield entry.last_ack_filtered_ns, filters, what, detail
     kind = _KIND_OF_ENDING.get(entry.ending)
     if kind is not None:
         yield entry.ended_ns, frozenset({kind}), _KIND_TEXT[kind], "the entry's end"

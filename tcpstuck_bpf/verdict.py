@@ -7,17 +7,18 @@ a fact unknown, never absent, and the finding says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Literal
 
+from tcpstuck_bpf.drops import NO_NAMES, Drop, drop_of
 from tcpstuck_bpf.evidence import evidence
-from tcpstuck_bpf.flow import FlowReport, State, TimelineEntry
-from tcpstuck_bpf.model import Coverage, Ending, EventKind, FourTuple, Moved
+from tcpstuck_bpf.flow import FlowReport, State, TimelineEntry, bytes_missed
+from tcpstuck_bpf.model import Coverage, Ending, EventKind, FourTuple, KernelNames, Moved
 
 Certainty = Literal["certain", "likely", "possible"]
 
+KFREE_SKB = "kfree_skb"
 COOKIE_CHECKS = frozenset({"cookie_v4_check", "cookie_v6_check"})
 # ACKs and RSTs that reach a listener go through cookie_vX_check, repeated SYNs that are dropped
 # end in tcp_conn_request: silence is known only where both are watched.
@@ -72,8 +73,12 @@ class Finding:
     """How many entries of the timeline's middle were left out."""
     updates: str | None
     """The verdict on the same flow that this one replaces."""
+    bytes_missed: int = 0
+    """Of the client's, by the server's application."""
     rescue_tries: int = 0
     """How often the SYN-ACK was repeated for it."""
+    drop: Drop | None = None
+    """Where and why this host dropped its ACK."""
 
 
 def _accept_queue_was_full(report: FlowReport) -> bool:
@@ -140,14 +145,25 @@ RULES: tuple[Rule, ...] = (
         proves="no ACK, RST or further SYN of this client reached TCP on this host in time",
         cannot_prove=(
             "that the client is real: a spoofed or vanished source is as silent; nor where its "
-            "ACK was lost"
+            "ACK was lost: native XDP, the network before this host and the client's own stack "
+            "cannot be told from here"
         ),
         advice=(
-            "look for what drops ACKs before TCP: iptables/nft rules, rp_filter, conntrack, a "
-            "firewall that sees one direction only. "
+            "look for what drops ACKs on the way here: a firewall that sees one direction only, "
+            "native XDP on this host, the client's own outgoing rules. "
             "Many from one unknown source: a SYN flood, nothing to mend"
         ),
         needs=_SILENCE_PROBES,
+    ),
+    Rule(
+        name="ack-filtered",
+        stuck=True,
+        certainty="certain",
+        condition=_is(State.ACK_FILTERED),
+        meaning="ACK came to this host, dropped before TCP",
+        proves="an ACK of this handshake came to this host and was dropped before TCP",
+        cannot_prove="whether the client's application still waits",
+        advice="look at what is named, with the kernel's word for it",
     ),
     Rule(
         name="accept-queue-full",
@@ -214,17 +230,26 @@ RULES: tuple[Rule, ...] = (
         ),
         needs=COOKIE_CHECKS,
     ),
+    Rule(
+        name="data-lost",
+        stuck=False,
+        certainty="certain",
+        condition=_is(State.DATA_LOST),
+        meaning="connected, but the server missed the first bytes",
+        proves=(
+            "the cookie was validated by a segment that is not the client's first: the server's "
+            "socket begins elsewhere in its stream, and neither end gets an error"
+        ),
+        cannot_prove="what the bytes were; the last of them may have been a FIN and no data",
+        advice=(
+            "close that connection on the server: what it reads lacks its beginning, and neither "
+            "end gets an error. Then find out what drops the client's first segments: ACKs before "
+            "TCP, or a full accept queue"
+        ),
+    ),
 )
 
-RESERVED: Mapping[str, str] = MappingProxyType(
-    {
-        "ack-filtered": "where on this host the ACK was dropped before TCP",
-        "data-lost": "that the cookie validated with a sequence number other than ISN + 1",
-    }
-)
-"""Verdicts whose name is taken and which no rule gives yet: the fact each of them needs."""
-
-VERDICT_NAMES: tuple[str, ...] = (*(rule.name for rule in RULES), *RESERVED)
+VERDICT_NAMES: tuple[str, ...] = tuple(rule.name for rule in RULES)
 """Every name that may stand where a verdict is asked for."""
 
 
@@ -255,6 +280,26 @@ def _gap_sentences(missing: tuple[str, ...], coverage: Coverage) -> Iterator[str
         yield f"no probe on {probe}{why}: {lost}"
 
 
+def _of_cause(rule: Rule, drop: Drop | None) -> tuple[str, str]:
+    """Meaning and advice, as far as the cause of the drop is known that of the cause."""
+    if drop is not None and drop.cause is not None:
+        return f"ACK dropped here before TCP: {drop.cause.what}", drop.cause.advice
+    if drop is not None and drop.refusal is not None and drop.refusal.advice:
+        return f"ACK came, dropped by this host: {drop.refusal.what}", drop.refusal.advice
+    return rule.meaning, rule.advice
+
+
+def _sight_of_drops(rule: Rule, coverage: Coverage) -> Iterator[str]:
+    """What silence does not say of this host's own drops, where nobody looks at them."""
+    if rule.name != "ack-missing" or KFREE_SKB in coverage.probes:
+        return
+    gap = next((gap for gap in coverage.gaps if gap.probe == KFREE_SKB), None)
+    if gap is not None:
+        yield f"no probe on {KFREE_SKB} ({gap.why}): {gap.lost}"
+    else:
+        yield "whether this host dropped its ACK was not looked at: --why does"
+
+
 def _certainty(rule: Rule, report: FlowReport, missing: tuple[str, ...]) -> Certainty:
     gave_up_maybe = report.state is State.SILENT and report.handshake.syn_count > 1
     if missing or gave_up_maybe or report.state is State.UNANSWERED:
@@ -266,7 +311,7 @@ def _certainty(rule: Rule, report: FlowReport, missing: tuple[str, ...]) -> Cert
     return "likely" if report.state is State.ACK_DROPPED and cause_unsure else rule.certainty
 
 
-def judge(report: FlowReport, coverage: Coverage) -> Finding | None:
+def judge(report: FlowReport, coverage: Coverage, names: KernelNames = NO_NAMES) -> Finding | None:
     """The verdict on a flow, weakened by what the missing probes leave unknown.
 
     None where the flow's state has no verdict.
@@ -275,11 +320,15 @@ def judge(report: FlowReport, coverage: Coverage) -> Finding | None:
     if rule is None:
         return None
     entry = report.handshake
+    drop = drop_of(report, names)
+    meaning, advice = _of_cause(rule, drop)
     missing = missing_probes(rule, report.four_tuple.family, coverage)
     return Finding(
         verdict=rule.name,
         stuck=rule.stuck,
-        certainty=_certainty(rule, report, missing),
+        certainty="likely"
+        if drop is not None and drop.maybe_answered
+        else _certainty(rule, report, missing),
         four_tuple=report.four_tuple,
         syn_count=entry.syn_count,
         cookie_isn=entry.cookie_isn,
@@ -288,12 +337,18 @@ def judge(report: FlowReport, coverage: Coverage) -> Finding | None:
         verdict_ns=report.decided_ns,
         age_ns=report.age_ns,
         delay_ns=report.delay_ns,
-        meaning=rule.meaning,
-        evidence=(*evidence(report), *_gap_sentences(missing, coverage)),
+        meaning=meaning,
+        evidence=(
+            *evidence(report, drop),
+            *_sight_of_drops(rule, coverage),
+            *_gap_sentences(missing, coverage),
+        ),
         cannot_prove=rule.cannot_prove,
-        advice=rule.advice,
+        advice=advice,
         timeline=report.timeline,
         timeline_omitted=report.timeline_omitted,
         updates=_replaced(report),
+        bytes_missed=bytes_missed(entry),
         rescue_tries=sum(attempt.sent for attempt in report.attempts),
+        drop=drop,
     )

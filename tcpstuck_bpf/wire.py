@@ -9,10 +9,18 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator
 
-from tcpstuck_bpf.model import Event, FourTuple, Handshake, NetnsCount, Row, TraceSettings
+from tcpstuck_bpf.model import (
+    Event,
+    FourTuple,
+    Handshake,
+    ListenerFacts,
+    NetnsCount,
+    Row,
+    TraceSettings,
+)
 
 KEY_FORMAT = "16s16s2s2sI"
-HANDSHAKE_FORMAT = "5Q8IH3B3x"
+HANDSHAKE_FORMAT = "9Q13IH3B7x"
 SEGMENT_FORMAT = "Q4IH3B3x"
 
 KEY = struct.Struct("=" + KEY_FORMAT)
@@ -22,6 +30,8 @@ EVENT = struct.Struct("=" + KEY_FORMAT + HANDSHAKE_FORMAT + SEGMENT_FORMAT)
 COUNTS = struct.Struct(f"={len(NetnsCount)}Q")
 SYNACK = struct.Struct("=60s")
 KNOWN_CLIENT = struct.Struct("=16s16sI2s2x")
+LISTENER_KEY = struct.Struct("=16sI2s2x")
+LISTENER_FACTS = struct.Struct("=5Q11I4x")
 CONFIG = struct.Struct("=QI4B16s")
 
 _KEY_FIELDS = 5
@@ -111,3 +121,9 @@ def port_bits(ports: Iterable[int]) -> dict[int, int]:
 def decode_counts(data: bytes) -> dict[NetnsCount, int]:
     """A struct netns_counts of one CPU."""
     return dict(zip(NetnsCount, COUNTS.unpack(data)))
+
+
+def decode_listener(key: bytes, value: bytes) -> ListenerFacts:
+    """A struct listener_key and its struct listener_facts."""
+    address, netns, port = LISTENER_KEY.unpack(key)
+    return ListenerFacts(netns, address, int.from_bytes(port, "big"), *LISTENER_FACTS.unpack(value))

@@ -19,6 +19,7 @@ from tcpstuck_bpf.model import (
     FourTuple,
     Handshake,
     HandshakeId,
+    KernelNames,
     Moved,
     NetnsCount,
     Rescue,
@@ -29,7 +30,7 @@ from tcpstuck_bpf.model import (
     TraceSettings,
     address_bytes,
 )
-from tcpstuck_bpf.probes import PROBES
+from tcpstuck_bpf.probes import PROBES, WHY_PROBES
 from tcpstuck_bpf.replay import Header
 from tcpstuck_bpf.report import WallClock
 
@@ -42,6 +43,15 @@ COOKIE_ISN = 0x1A2B3C4D
 MSS = 1460
 OVERFLOW = Moved.SYNCOOKIES_RECV | Moved.LISTEN_OVERFLOWS | Moved.LISTEN_DROPS
 
+# Numbers such as a kernel has, and what they mean there.
+NF_PLACE, NF_STACK, NF_REASON = 0xFFFFFFFF81A2B3C4, 17, 8
+NAMES = KernelNames(
+    places={NF_PLACE: "nf_hook_slow+0xa2"},
+    reasons={NF_REASON: "NETFILTER_DROP"},
+    stacks={NF_STACK: ("nf_hook_slow+0xa2", "ip_local_deliver+0xc1")},
+    rulesets={},
+)
+
 FIN, SYN, RST, PSH, ACK = 0x01, 0x02, 0x04, 0x08, 0x10
 FLAGS = {
     EventKind.SYN_REPEATED: SYN,
@@ -50,6 +60,7 @@ FLAGS = {
     EventKind.REPLACED: SYN,
     EventKind.ACK_DROPPED: ACK,
     EventKind.ACK_REJECTED: ACK,
+    EventKind.ACK_FILTERED: ACK,
     EventKind.COMPLETED: ACK,
     EventKind.RESET: RST,
 }
@@ -81,15 +92,24 @@ def handshake(first_syn_ns: int = START_NS, **changes: Any) -> Handshake:
         last_syn_ns=first_syn_ns,
         first_ack_dropped_ns=0,
         last_ack_dropped_ns=0,
+        first_ack_filtered_ns=0,
+        last_ack_filtered_ns=0,
+        filter_place=0,
+        drop_place=0,
         ended_ns=0,
         client_isn=CLIENT_ISN,
         cookie_isn=COOKIE_ISN,
         syn_count=1,
         syns_dropped=0,
         acks_dropped=0,
+        acks_filtered=0,
+        filter_reason=0,
+        drop_reason=0,
+        filter_stack=0,
         accept_queue=51,
         accept_queue_limit=50,
         syn_queue=0,
+        bytes_missed=0,
         mss=MSS,
         ending=Ending.NONE,
         drop_counters=0,
@@ -114,6 +134,17 @@ def ack_dropped(entry: Handshake, time_ns: int, counters: int = OVERFLOW) -> Han
         last_ack_dropped_ns=time_ns,
         acks_dropped=entry.acks_dropped + 1,
         drop_counters=entry.drop_counters | counters,
+    )
+
+
+def ack_filtered(entry: Handshake, time_ns: int, **changes: Any) -> Handshake:
+    """The entry after a further ACK was dropped before TCP, by default at netfilter's input."""
+    facts = {"filter_place": NF_PLACE, "filter_stack": NF_STACK, "filter_reason": NF_REASON}
+    return entry._replace(
+        first_ack_filtered_ns=entry.first_ack_filtered_ns or time_ns,
+        last_ack_filtered_ns=time_ns,
+        acks_filtered=entry.acks_filtered + 1,
+        **{**facts, **changes},
     )
 
 
@@ -256,12 +287,26 @@ class Table:
             self.entries[key] = ack_dropped(entry, now_ns, counters)
             self._tell(EventKind.ACK_DROPPED, key, now_ns)
 
-    def ack(self, key: FourTuple, now_ns: int) -> None:
+    def ack_filtered(self, key: FourTuple, now_ns: int) -> None:
+        """An ACK that something drops before TCP."""
+        entry = self.entries.get(key)
+        if entry is not None and not entry.ending:
+            self.entries[key] = ack_filtered(entry, now_ns)
+            self._tell(EventKind.ACK_FILTERED, key, now_ns)
+
+    def ack_too_late(self, key: FourTuple, now_ns: int) -> None:
+        """A segment that makes the connection, two bytes beyond what the server has seen."""
+        self.ack(key, now_ns, missed=2)
+
+    def ack(self, key: FourTuple, now_ns: int, missed: int = 0) -> None:
         """An ACK that makes the connection."""
         entry = self.entries.get(key)
         if entry is None:
             return
-        remarkable = entry.ending or entry.syn_count > 1 or entry.acks_dropped
+        if entry.ending != Ending.COMPLETED:
+            entry = entry._replace(bytes_missed=missed)
+        dropped = entry.acks_dropped or entry.acks_filtered
+        remarkable = entry.ending or entry.syn_count > 1 or dropped or missed
         if remarkable or now_ns - entry.first_syn_ns >= self._tell_after_ns:
             self.entries[key] = ended(entry, Ending.COMPLETED, now_ns, Moved.SYNCOOKIES_RECV)
             if not self._tell(EventKind.COMPLETED, key, now_ns):
@@ -283,7 +328,9 @@ def header(**changes: Any) -> Header:
     """The header of a run with the tests' time-out and every probe attached."""
     values: dict[str, Any] = {
         "settings": TraceSettings(TraceFilter(ports=(3311,)), timeout_ns=TIMEOUT_NS),
-        "coverage": Coverage("fentry", frozenset(probe.function for probe in PROBES)),
+        "coverage": Coverage(
+            "fentry", frozenset(probe.function for probe in (*PROBES, *WHY_PROBES))
+        ),
         "clock": WallClock(START_NS, 1_700_000_000_123_456_789),
         "watched": "port 3311",
         "table_capacity": 1024,

@@ -30,6 +30,7 @@ ROUND_TRIP_NS = 1_000_000
 OF_MEMORY = Moved.SYNCOOKIES_RECV
 BACKLOG = 50
 COMPLETES, OVERFLOWS, OUT_OF_MEMORY, SILENT = "completes", "overflows", "out of memory", "silent"
+FILTERED = "filtered"
 
 
 def client(number: int, server_port: int = 3311) -> FourTuple:
@@ -110,6 +111,13 @@ class RescueWorld:
                 payload_length=data, tcp_flags=flags, counters=counters
             )
 
+    def filter(self, who: FourTuple, data: int = 0) -> None:
+        """A segment of a client is dropped before TCP; after a try it counts as the answer."""
+        told = len(self.table.ring)
+        self.table.ack_filtered(who, self.now_ns)
+        for event in self.table.ring[told:]:
+            self.table.ring[-1] = event._replace(payload_length=data)
+
     def complete(self, who: FourTuple, accept_queue: int) -> None:
         """A client's ACK makes the connection; so many were in the accept queue before."""
         told = len(self.table.ring)
@@ -176,6 +184,8 @@ class RescueWorld:
             self.drop(who)
         elif answer == OUT_OF_MEMORY:
             self.drop(who, OF_MEMORY)
+        elif answer == FILTERED:
+            self.filter(who)
 
     def run_until(self, until_ns: int) -> None:
         """Let time pass: answers arrive, the tool sweeps each second and wakes when it is due."""

@@ -26,7 +26,7 @@ from lab.tracer import READY_PLACEHOLDER, Tracer
 from lab.trial import tracing_refusal
 
 FORCE = "TCPSTUCK_FORCE_KERNEL_TESTS"
-TOOL = (sys.executable, "-m", "tcpstuck_bpf", "-p", "3311", "--json")
+TOOL = (sys.executable, "-m", "tcpstuck_bpf", "-p", "3311", "--json", "--why")
 COUNTERS = ("SyncookiesSent", "SyncookiesRecv", "SyncookiesFailed", "ListenOverflows")
 
 
@@ -46,6 +46,7 @@ class Traced:
     outcome: Outcome
     comparison: Comparison
     verdicts: list[dict[str, Any]]
+    listeners: list[dict[str, Any]]
     summary: dict[str, Any]
     exit_status: int | None
 
@@ -65,18 +66,30 @@ class Traced:
         assert found == expected
 
 
+@contextlib.contextmanager
+def sharing(mode: str) -> Iterator[Tracer]:
+    """A run of the tool in a mode, for a whole module."""
+    with Tracer([*TOOL, "--probe-mode", mode, "--ready-file", READY_PLACEHOLDER]) as tracer:
+        tracer.start()
+        yield tracer
+        tracer.stop()
+
+
 @pytest.fixture(scope="module", params=["fentry", "kprobe"])
 def shared_tracer(request: pytest.FixtureRequest) -> Iterator[Tracer]:
     """One run of the tool per mode, beside many scenarios: starting it is what takes long.
 
     Each scenario has its own network namespaces, by which its verdicts are told apart.
     """
-    with Tracer(
-        [*TOOL, "--probe-mode", request.param, "--ready-file", READY_PLACEHOLDER]
-    ) as tracer:
-        tracer.start()
+    with sharing(request.param) as tracer:
         yield tracer
-        tracer.stop()
+
+
+@pytest.fixture(scope="module", params=["fentry", pytest.param("kprobe", marks=pytest.mark.slow)])
+def either_tracer(request: pytest.FixtureRequest) -> Iterator[Tracer]:
+    """The same, where the program that is tested does not depend on the mode."""
+    with sharing(request.param) as tracer:
+        yield tracer
 
 
 @pytest.fixture
@@ -105,8 +118,10 @@ def traced() -> Callable[..., Traced]:
             outcome = play(name, clients=clients, family=family, after=tracer.after)
         lines = [dict(line) for line in tracer.lines]
         verdicts = [line for line in lines if line["type"] == "verdict"]
+        listeners = [line for line in lines if line["type"] == "listener"]
         (summary,) = (line for line in lines if line["type"] == "summary")
-        return Traced(outcome, compare(outcome, lines), verdicts, summary, tracer.exit_status)
+        compared = compare(outcome, lines)
+        return Traced(outcome, compared, verdicts, listeners, summary, tracer.exit_status)
 
     return run
 

@@ -49,19 +49,21 @@ def attempts(tracer: Tracer, outcome: str = "sent") -> list[FourTuple]:
 
 @dataclass
 class Silenced:
-    """A client that is connected at its end only: the firewall has dropped its ACK."""
+    """A client that is connected at its end only: its ACK was lost on the way."""
 
     socket: socket.socket
     four_tuple: FourTuple
 
 
 @contextlib.contextmanager
-def silenced(topology: Topology, family: int, source: str = "") -> Iterator[Silenced]:
-    """While the context lasts, so does the firewall's rule."""
+def silenced(
+    topology: Topology, family: int, source: str = "", port: int = 0
+) -> Iterator[Silenced]:
+    """While the context lasts, none of its bare ACKs leaves the client."""
     server = (SERVER_ADDRESS[family], PORT)
-    with dropping(topology.server, ack_rule(PORT), family):
+    with dropping(topology.client, ack_rule(PORT), family, "OUTPUT"):
         client = topology.client.run(
-            socket.create_connection, server, patient(COMMAND_S), source_address=(source, 0)
+            socket.create_connection, server, patient(COMMAND_S), source_address=(source, port)
         )
         client_ip, client_port = client.getsockname()[:2]
         yield Silenced(client, FourTuple(client_ip, client_port, *server))

@@ -28,7 +28,7 @@ def assert_recovered_when_the_clients_closed(run: Traced) -> None:
         assert closed_ns is not None
         waited_ms = (closed_ns - records[who].opened_ns) / 1_000_000
         assert line["delay_ms"] == pytest.approx(waited_ms, abs=1500)
-        assert line["updates"] == "ack-missing"
+        assert line["updates"] == "ack-filtered"
 
 
 def test_a_recording_replays_identically(traced: Callable[..., Traced], tmp_path: Path) -> None:
@@ -47,6 +47,7 @@ def test_a_recording_replays_identically(traced: Callable[..., Traced], tmp_path
     assert again.stderr == ""
     assert [json.loads(line) for line in again.stdout.splitlines()] == [
         *live.verdicts,
+        *live.listeners,
         live.summary,
     ]
     assert again.returncode == live.exit_status

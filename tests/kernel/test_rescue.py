@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import socket
 import time
 from datetime import datetime, timedelta
 
 import pytest
 
 from lab.faults import ack_rule, dropping
-from lab.patience import COMMAND_S, patient
 from lab.records import FourTuple, reported_verdicts
 from lab.scenarios import LARGE_BACKLOG, SMALL_BACKLOG, connect_in_one_batch
 from lab.scene import PORT, Scene, Settings
@@ -159,26 +157,20 @@ def test_equal_addresses_in_two_namespaces_are_two_clients() -> None:
         cookie_server() as (other, other_listener),
     ):
         be_greeted(one, listener, SERVER_ADDRESS[4])
-        with silenced(one, 4) as client:
-            port = client.four_tuple.client_port
-            with dropping(other.server, ack_rule(PORT), 4):
-                twin = other.client.run(
-                    socket.create_connection,
-                    (SERVER_ADDRESS[4], PORT),
-                    patient(COMMAND_S),
-                    source_address=("", port),
-                )
-                named = {client.four_tuple: "ack-missing"}
+        with silenced(other, 4) as twin:
+            named = {twin.four_tuple: "ack-missing"}
+            assert tracer.await_reported(named, other.server.inode)
+            with silenced(one, 4, port=twin.four_tuple.client_port) as client:
+                assert client.four_tuple == twin.four_tuple
                 assert tracer.await_reported(named, one.server.inode)
-                assert tracer.await_reported(named, other.server.inode)
-        with listener.accept()[0], client.socket:
-            rescued = {client.four_tuple: "rescued"}
-            assert tracer.await_reported(rescued, one.server.inode)
+            with listener.accept()[0], client.socket:
+                rescued = {client.four_tuple: "rescued"}
+                assert tracer.await_reported(rescued, one.server.inode)
         with Watch(other.client, PORT):
             other_listener.settimeout(0.0)
             with pytest.raises(BlockingIOError):
                 other_listener.accept()
-        twin.close()
+        twin.socket.close()
         tracer.stop()
         sent_to = {line["netns"] for line in tracer.lines if line["type"] == "rescue"}
         assert sent_to == {one.server.inode}
@@ -232,7 +224,7 @@ def test_the_clients_of_a_stalled_mariadb_get_their_greeting(run: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(FLOOD_LIMIT_S)
 def test_real_clients_in_a_flood_are_mended_and_spoofed_addresses_left_alone() -> None:
-    """Amid spoofed SYNs, 50 clients of a known address that the firewall silenced."""
+    """Amid spoofed SYNs, 50 clients of a known address whose ACKs are lost."""
     settings = Settings(50)
     with (
         rescuing("--rescue", "-t", "5") as tracer,
@@ -245,7 +237,7 @@ def test_real_clients_in_a_flood_are_mended_and_spoofed_addresses_left_alone() -
         scene.clients.await_counts(greeted=1)
         syns = list(make_syns(SILENT_SOURCES[4], scene.server_ip, PORT, SPOOFED))
         send_in_bursts(scene.topology.client, scene.watch, syns[: SPOOFED // 2])
-        with dropping(scene.topology.server, ack_rule(PORT), 4):
+        with dropping(scene.topology.client, ack_rule(PORT), 4, "OUTPUT"):
             scene.connect()
             scene.clients.await_counts(settled=1 + settings.clients)
             stuck = scene.verified_stuck()

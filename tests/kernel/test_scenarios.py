@@ -30,8 +30,10 @@ def assert_told(run: Traced, verdict: str) -> None:
 @pytest.mark.parametrize(
     ("scenario", "clients", "family", "verdict"),
     [
-        ("ack-dropped", 50, "4", "ack-missing"),
-        ("ack-dropped", 20, "6", "ack-missing"),
+        ("ack-dropped", 50, "4", "ack-filtered"),
+        ("ack-dropped", 20, "6", "ack-filtered"),
+        ("ack-lost", 20, "4", "ack-missing"),
+        ("ack-lost", 20, "6", "ack-missing"),
         ("client-reset", 50, "4", "client-reset"),
         ("synack-dropped", 20, "4", "synack-missing"),
         ("overflow", 120, "4", "accept-queue-full"),

@@ -22,6 +22,7 @@ class Truth:
     isn: int = 0
     syns: int = 0
     acks_dropped: int = 0
+    acks_filtered: int = 0
     over: str | None = None
     """The segment that ended it."""
 
@@ -52,17 +53,25 @@ def _after(truth: Truth, when_ns: int, segment: str, isn: int) -> Truth:
         if not owed or isn != truth.isn:
             return Truth(first_syn_ns=when_ns, isn=isn, syns=1)
         truth.syns += 1
-    elif segment == "ack":
+    elif segment in ("ack", "ack too late"):
         # A connection is a connection, whatever a stray RST or probe did before.
-        if truth.first_syn_ns:
-            truth.over = "ack"
-    elif owed:
-        if segment.startswith("syn ") and isn != truth.isn:
-            truth.over = "replaced"
-        elif segment == "syn dropped":
-            truth.syns += 1
-        elif segment == "ack dropped":
-            truth.acks_dropped += 1
-        elif segment in ENDS:
+        # The first one makes it.
+        if truth.first_syn_ns and truth.over not in ("ack", "ack too late"):
             truth.over = segment
+    elif owed:
+        _count(truth, segment, isn)
     return truth
+
+
+def _count(truth: Truth, segment: str, isn: int) -> None:
+    """What a segment does to a handshake that is owed its ACK."""
+    if segment.startswith("syn ") and isn != truth.isn:
+        truth.over = "replaced"
+    elif segment == "syn dropped":
+        truth.syns += 1
+    elif segment == "ack dropped":
+        truth.acks_dropped += 1
+    elif segment == "ack filtered":
+        truth.acks_filtered += 1
+    elif segment in ENDS:
+        truth.over = segment

@@ -13,11 +13,25 @@ from hypothesis import strategies as st
 
 from tcpstuck_bpf.app import run_replay
 from tcpstuck_bpf.errors import RecordingError
-from tcpstuck_bpf.model import Attempt, EventKind, Handshake, NetnsCount, Rescue, Row, Sweep, Tally
+from tcpstuck_bpf.model import (
+    Attempt,
+    DropRule,
+    EventKind,
+    Handshake,
+    KernelNames,
+    NetnsCount,
+    Rescue,
+    Row,
+    Ruleset,
+    Sweep,
+    Tally,
+)
 from tcpstuck_bpf.output import JsonOutput, Selection
 from tcpstuck_bpf.replay import (
     Advanced,
     Ended,
+    Listened,
+    Named,
     Observed,
     Recorder,
     Replay,
@@ -27,7 +41,9 @@ from tcpstuck_bpf.replay import (
     TallyTaken,
 )
 from tests.builders import (
+    NAMES,
     ack_dropped,
+    ack_filtered,
     at,
     event,
     four_tuple,
@@ -37,7 +53,9 @@ from tests.builders import (
     sweep,
     tally,
 )
+from tests.unit.test_listener import overflown, seen
 
+FILTERED = ack_filtered(handshake(), at(4.05))
 END = Ended(at(9), {"undecodable_events": 0}, ("a note",))
 STEPS: tuple[Step, ...] = (
     TallyTaken(tally(at(0))),
@@ -46,6 +64,22 @@ STEPS: tuple[Step, ...] = (
     Advanced(at(1)),
     Swept(sweep(at(4), handshake())),
     Advanced(at(4)),
+    Named(
+        KernelNames(
+            NAMES.places,
+            {**NAMES.reasons, 0: None},
+            NAMES.stacks,
+            {
+                four_tuple().netns: Ruleset(
+                    (DropRule("inet", "t", "c", "input", "handle", 4, (("dport", "3311"),)),),
+                    ("the rules of iptables-save cannot be read: it is not installed",),
+                )
+            },
+        )
+    ),
+    Observed((event(EventKind.ACK_FILTERED, FILTERED, at(4.05), four_tuple(2)),)),
+    Swept(sweep(at(8), handshake(), handshake(syn_count=2), FILTERED)),
+    Advanced(at(8)),
     Rescued(
         Rescue(
             (
@@ -56,6 +90,7 @@ STEPS: tuple[Step, ...] = (
             {"not known": 3},
         )
     ),
+    Listened((seen(overflown()),)),
     Advanced(at(5)),
     TallyTaken(tally(at(9), kernel=2, traced=2)),
     END,
@@ -132,8 +167,10 @@ def test_a_replay_judges(tmp_path: Path) -> None:
     told = [(line["type"], line.get("verdict"), line.get("outcome")) for line in lines]
     assert told == [
         ("verdict", "accept-queue-full", None),
+        ("verdict", "ack-filtered", None),
         ("rescue", None, "sent"),
         ("rescue", None, "failed: EPERM"),
+        ("listener", None, None),
         ("summary", None, None),
     ]
     rescue = lines[-1]["rescue"]

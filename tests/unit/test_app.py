@@ -23,6 +23,7 @@ from tcpstuck_bpf.model import (
     Handshake,
     HandshakeId,
     KernelCounters,
+    ListenerFacts,
     NetnsCounts,
     Row,
     Sweep,
@@ -108,6 +109,9 @@ class FakeKernel:
 
     def counts(self) -> NetnsCounts:
         return {}
+
+    def listeners(self) -> tuple[ListenerFacts, ...]:
+        return ()
 
     def losses(self) -> Mapping[str, int]:
         return {"undecodable_events": 0}

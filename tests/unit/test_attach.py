@@ -10,6 +10,7 @@ from tcpstuck_bpf.probes import (
     KERNEL_COUNTERS,
     OPTIONAL,
     PROBES,
+    WHY_PROBES,
     WITHOUT_VARIABLE,
     AttachRequest,
     Probe,
@@ -20,7 +21,9 @@ from tcpstuck_bpf.probes import (
 )
 from tests.btf_writer import Types, with_functions
 
-ALL = {probe.function for probe in PROBES}
+EVERY = (*PROBES, *WHY_PROBES)
+ALL = {probe.symbol for probe in EVERY}
+REQUIRED = sorted(probe.function for probe in EVERY if probe.required)
 OPTIONAL_FUNCTIONS = sorted(set(OPTIONAL) - {KERNEL_COUNTERS})
 REFUSAL = CannotTraceError("the kernel refused the BPF programs", "no such place", "none")
 
@@ -30,7 +33,7 @@ MODES = pytest.mark.parametrize("mode", ["fentry", "kprobe"])
 
 def served(mode: str) -> set[str]:
     """The functions that have a program in a mode."""
-    return {probe.function for probe in PROBES if probe.serves(mode)}
+    return {probe.function for probe in EVERY if probe.serves(mode)}
 
 
 class Kernel:
@@ -71,7 +74,7 @@ def test_an_optional_probe_that_is_refused_becomes_a_gap(function: str, mode: st
     assert all(gap.why == REFUSAL.why for gap in gaps if gap.probe == function)
 
 
-@pytest.mark.parametrize("function", sorted(ALL - set(OPTIONAL)))
+@pytest.mark.parametrize("function", REQUIRED)
 def test_a_required_probe_that_is_refused_is_fatal(function: str) -> None:
     with pytest.raises(CannotTraceError, match=function):
         attach(ALL, AttachRequest(), True, Kernel(function).start)

@@ -49,7 +49,6 @@ def child(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
         ["-t", "nan"],
         ["-d", "soon"],
         ["--only", "no-such-verdict"],
-        ["--only", "data-lost"],
         ["--rescue=some"],
         ["--rescue=known,all"],
         ["--rescue", "--rescue-rate", "0"],

@@ -26,7 +26,7 @@ from tests.builders import (
 )
 
 SYN_ONCE = handshake()
-COVERED = Coverage("fentry", frozenset({"cookie_v4_check", "tcp_conn_request"}))
+COVERED = Coverage("fentry", frozenset({"cookie_v4_check", "tcp_conn_request", "kfree_skb"}))
 
 
 def stuck() -> Correlator:

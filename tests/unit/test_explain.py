@@ -14,10 +14,10 @@ import pytest
 
 from tcpstuck_bpf.cli import main
 from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE
-from tcpstuck_bpf.explain import WIDEST, explanation, verdict_list
+from tcpstuck_bpf.explain import WIDEST, explanation
 from tcpstuck_bpf.flow import SYNS_OF_A_REPEATING_CLIENT
 from tcpstuck_bpf.probes import PROBES
-from tcpstuck_bpf.verdict import RESERVED, RULES, VERDICT_NAMES, Rule
+from tcpstuck_bpf.verdict import RULES, VERDICT_NAMES, Rule
 
 TEXT = (Path(__file__).parents[2] / "docs" / "verdicts.md").read_text("utf-8")
 INTRODUCTION, *PARTS = re.split(r"^(?=## )", TEXT, flags=re.MULTILINE)
@@ -100,16 +100,6 @@ def test_a_section_says_what_its_rule_says(rule: Rule) -> None:
 def test_whatever_a_rule_advises_to_look_at_is_in_its_section(rule: Rule) -> None:
     named = set(re.findall(r"\w+(?:[._]\w+)+|\w+\(\)|[A-Z]{2,}|\d+ to \d+ s", rule.advice))
     assert {name for name in named if name not in one_line(SECTIONS[rule.name])} == set()
-
-
-@pytest.mark.parametrize("name", RESERVED)
-def test_a_verdict_that_is_not_told_yet_is_not_promised(name: str) -> None:
-    said = one_line(SECTIONS[name])
-    assert said.startswith("**Not told by this version**")
-    assert f"It would need to know {RESERVED[name]}." in said
-    assert "not told by this version" in "\n".join(
-        line for line in verdict_list(TERMINAL) if line.strip().startswith(name)
-    )
 
 
 @each_rule

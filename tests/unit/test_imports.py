@@ -25,6 +25,8 @@ PURE = (
     "explain",
     "rescue",
     "synack",
+    "listener",
+    "listener_history",
 )
 OF_THE_KERNEL_SIDE = {
     "bpf_trial",
@@ -36,6 +38,7 @@ OF_THE_KERNEL_SIDE = {
     "kernel_types",
     "layout",
     "probes",
+    "ruleset_reader",
     "source",
     "vmlinux",
 }

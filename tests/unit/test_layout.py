@@ -14,8 +14,11 @@ from tcpstuck_bpf.errors import CannotTraceError
 from tcpstuck_bpf.kernel_types import MemberPlace
 from tcpstuck_bpf.layout import (
     COUNTER_MEMBER,
+    DROP_MEMBERS,
     REQUIRED_MEMBERS,
+    Layout,
     Member,
+    find_drop_members,
     find_layout,
     header_text,
     obstacle,
@@ -112,3 +115,45 @@ def test_typedefs_are_looked_through() -> None:
 def test_what_is_no_btf_is_said(data: bytes) -> None:
     with pytest.raises(CannotTraceError, match="type information"):
         Btf(data, "the test")
+
+
+def packet_types(**changed: int) -> Types:
+    """Types as far as a dropped packet is read; members at other places, -1 for none."""
+    types = Types()
+    numbers = {
+        size: types.add(INT, f"u{8 * size}", size, struct.pack("=I", 8 * size))
+        for size in (2, 4, 8)
+    }
+    places = {"dev": 16, "protocol": 180, "network_header": 184, "tail": 188, "head": 200}
+    places = {**places, "data": 208, **changed}
+    sizes = {"protocol": 2, "network_header": 2, "tail": 4}
+    members = [(n, numbers[sizes.get(n, 8)], at) for n, at in places.items() if at >= 0]
+    types.struct("sk_buff", *members)
+    nd_net = types.struct("possible_net_t", ("net", numbers[8], 0))
+    types.struct("net_device", ("nd_net", nd_net, 280))
+    return types
+
+
+def test_a_dropped_packet_is_read_at_once() -> None:
+    offsets: dict[Member, int] = {}
+    assert find_drop_members(packet_types().btf(), offsets) is None
+    assert set(offsets) == set(DROP_MEMBERS)
+    layout = Layout(offsets, {}, None)
+    assert layout.span == (176, 40)
+    text = header_text(layout)
+    assert "#define PACKET_SPAN_AT 176" in text
+    assert "u8 before_protocol[4]; u16 protocol;" in text
+    assert "u8 before_data[32]; u8 *data;" in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [({"tail": -1}, "no member tail"), ({"data": 8}, "bytes apart"), ({"dev": -1}, "member dev")],
+)
+def test_packets_that_cannot_be_read_at_once_are_a_reason_to_do_without(
+    changed: dict[str, int], words: str
+) -> None:
+    offsets: dict[Member, int] = {}
+    assert words in str(find_drop_members(packet_types(**changed).btf(), offsets))
+    assert offsets == {}
+    assert "PACKET_SPAN" not in header_text(Layout({}, {}, None))

@@ -9,12 +9,25 @@ from datetime import datetime, timezone
 
 import pytest
 
-from tcpstuck_bpf.export import verdict_line
+from tcpstuck_bpf.analysis import Analysis
+from tcpstuck_bpf.export import listener_line, verdict_line
 from tcpstuck_bpf.model import FourTuple, address_bytes
 from tcpstuck_bpf.render import SHOWN_AT_ONCE, TableRenderer
+from tcpstuck_bpf.replay import Ended, TallyTaken
 from tcpstuck_bpf.report import Status, WallClock
 from tcpstuck_bpf.verdict import Finding, judge
-from tests.builders import START_NS, ack_dropped, at, four_tuple, handshake, header, reports, sweep
+from tests.builders import (
+    START_NS,
+    ack_dropped,
+    at,
+    four_tuple,
+    handshake,
+    header,
+    reports,
+    sweep,
+    tally,
+)
+from tests.unit.test_listener import facts, judged, overflown
 
 CLOCK = WallClock(START_NS, 1_700_000_000_123_456_789)
 LONG_IPV4 = FourTuple(
@@ -102,3 +115,25 @@ def test_json_times_are_utc_of_the_same_moments() -> None:
         expected_us = CLOCK.realtime(moment_ns) // 1000
         assert round(parsed.timestamp() * 1_000_000) == expected_us
     assert line["age_ms"] == told.age_ns / 1_000_000
+
+
+def test_the_listeners_of_the_summary_fit_and_json_says_the_same() -> None:
+    told = judged(overflown(syns_refused=3), silent=20, owner="mariadbd (pid 12345)")
+    renderer = TableRenderer(
+        clock=CLOCK, width=80, colour=False, verbose=False, own_netns=1, netns_names={}
+    )
+    ended = Ended(at(9), {}, ())
+    analysis = Analysis(header())
+    analysis.take(TallyTaken(tally(at(0))))
+    summary = replace(analysis.summary(ended), listeners=(told, judged(facts(syns=9))))
+    shown = list(renderer.summary(summary))
+    assert max(map(len, shown)) <= 80
+    text = " ".join(" ".join(shown).split())
+    for sentence in (*told.working, *told.advice):
+        assert sentence in text
+    assert text.count("listener ") == 1
+    line = json.loads(listener_line(told))
+    assert line["type"] == "listener"
+    assert line["advised_backlog"] == told.advised_backlog
+    assert line["working"] == list(told.working)
+    assert (line["cookies_sent"], line["syns_refused"], line["silent_clients"]) == (149, 3, 20)

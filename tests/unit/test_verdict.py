@@ -20,7 +20,7 @@ from tcpstuck_bpf.model import (
     Sweep,
 )
 from tcpstuck_bpf.verdict import (
-    RESERVED,
+    KFREE_SKB,
     RULES,
     VERDICT_NAMES,
     Finding,
@@ -37,6 +37,7 @@ from tests.builders import (
     OVERFLOW,
     PSH,
     ack_dropped,
+    ack_filtered,
     at,
     attempt,
     correlator,
@@ -62,6 +63,7 @@ EVERY_PROBE = Coverage(
             "cookie_v6_check",
             "tcp_rcv_state_process",
             "tcp_check_req",
+            KFREE_SKB,
         }
     ),
 )
@@ -97,7 +99,9 @@ def swept(entry: Handshake, after_s: float = 60) -> Sweep:
 
 
 DROPPED = ack_dropped(SYN_ONCE, at(0.0121))
+FILTERED = ack_filtered(SYN_ONCE, at(0.0121))
 CASES: dict[str, list[Event | Sweep | Rescue]] = {
+    "ack-filtered": [event(EventKind.ACK_FILTERED, FILTERED, at(0.0121)), swept(FILTERED)],
     "completed": [
         event(EventKind.COMPLETED, ended(SYN_ONCE, Ending.COMPLETED, at(0.5), 1), at(0.5))
     ],
@@ -116,8 +120,9 @@ CASES: dict[str, list[Event | Sweep | Rescue]] = {
     "cookie-rejected": [swept(ended(SYN_ONCE, Ending.REJECTED, at(1)))],
     "client-reset": [swept(ended(SYN_ONCE, Ending.RESET, at(1)))],
     "synack-missing": [swept(repeated(SYN_ONCE, at(1), at(3)))],
+    "data-lost": [swept(ended(SYN_ONCE._replace(bytes_missed=2), Ending.COMPLETED, at(0.5), 1))],
 }
-STUCK = {"ack-missing", "accept-queue-full", "ack-failed"}
+STUCK = {"ack-missing", "ack-filtered", "accept-queue-full", "ack-failed"}
 
 
 def test_there_is_a_case_for_every_rule() -> None:
@@ -132,7 +137,9 @@ def test_verdicts_are_the_ones_of_the_design(name: str) -> None:
     assert finding.certainty == ("likely" if name == "ack-missing" else "certain")
     assert (finding.client_isn, finding.first_syn_ns) == (CLIENT_ISN, SYN_ONCE.first_syn_ns)
     assert finding.verdict_ns == finding.first_syn_ns + finding.age_ns
-    assert (finding.delay_ns is not None) == (name in ("completed", "recovered", "rescued"))
+    assert (finding.delay_ns is not None) == (
+        name in ("completed", "recovered", "rescued", "data-lost")
+    )
     assert f"cookie SYN-ACK {finding.cookie_isn:#010x}" in text_of(finding)
     assert f"MSS {MSS}" in text_of(finding)
 
@@ -154,9 +161,8 @@ def test_rules_are_fit_to_print(rule: Rule) -> None:
         assert text
 
 
-def test_names_are_unique_and_the_reserved_ones_have_no_rule_yet() -> None:
-    assert len(set(VERDICT_NAMES)) == len(VERDICT_NAMES) == len(RULES) + len(RESERVED)
-    assert set(RESERVED) == {"ack-filtered", "data-lost"}
+def test_names_are_unique() -> None:
+    assert len(set(VERDICT_NAMES)) == len(VERDICT_NAMES) == len(RULES)
 
 
 @pytest.mark.parametrize("state", [State.TAKEN_OVER, State.SUPERSEDED])
@@ -357,10 +363,32 @@ def test_a_recovery_tells_the_delay_and_by_what() -> None:
 
 
 def test_a_connection_that_lost_its_first_bytes_is_not_called_healthy_only() -> None:
-    entry = ended(SYN_ONCE, Ending.COMPLETED, at(1), Moved.SYNCOOKIES_RECV)
+    entry = ended(SYN_ONCE._replace(bytes_missed=2), Ending.COMPLETED, at(1), Moved.SYNCOOKIES_RECV)
     seen = event(EventKind.COMPLETED, entry, at(1), sequence=CLIENT_ISN + 3)
-    finding = finding_of(seen, tell_healthy=True)
-    assert "that segment has seq ISN+3: the bytes before it are lost" in finding.evidence
+    finding = finding_of(seen)
+    assert (finding.verdict, finding.bytes_missed) == ("data-lost", 2)
+    assert "that segment has seq ISN+3" in text_of(finding)
+    assert "the 2 bytes before it" in text_of(finding)
+
+
+@pytest.mark.parametrize("before", [SYN_ONCE, DROPPED, repeated(SYN_ONCE, at(1), at(3))])
+def test_data_that_a_stuck_client_lost_is_told_and_not_its_recovery(before: Handshake) -> None:
+    entry = ended(before._replace(bytes_missed=1), Ending.COMPLETED, at(20), 1)
+    was = finding_of(swept(before, 10)).verdict
+    for seen in (event(EventKind.COMPLETED, entry, at(20)), swept(entry, 20)):
+        finding = finding_of(swept(before, 10), seen)
+        assert (finding.verdict, finding.updates) == ("data-lost", was)
+        assert "the byte before it" in text_of(finding)
+
+
+def test_a_connection_made_by_a_keep_alive_probe_is_not_told_as_sound() -> None:
+    missed = SYN_ONCE._replace(bytes_missed=2**32 - 1)
+    entry = ended(missed, Ending.COMPLETED, at(1), Moved.SYNCOOKIES_RECV)
+    seen = event(EventKind.COMPLETED, entry, at(1), sequence=CLIENT_ISN)
+    for finding in (finding_of(seen), finding_of(swept(entry, 1))):
+        assert (finding.verdict, finding.bytes_missed) == ("data-lost", -1)
+        assert "seq ISN+0, as a keep-alive probe has" in text_of(finding)
+        assert "waits for the byte before ISN+1" in text_of(finding)
 
 
 class TestCoverage:

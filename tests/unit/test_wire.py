@@ -21,6 +21,7 @@ from tcpstuck_bpf.model import (
     EventKind,
     FourTuple,
     Handshake,
+    ListenerFacts,
     Moved,
     NetnsCount,
     TraceFilter,
@@ -53,6 +54,8 @@ FORMATS = {
     "trace_config": wire.CONFIG.format,
     "synack": wire.SYNACK.format,
     "known_client": wire.KNOWN_CLIENT.format,
+    "listener_key": wire.LISTENER_KEY.format,
+    "listener_facts": wire.LISTENER_FACTS.format,
 }
 ENUMS: dict[str, type[enum.IntEnum] | type[enum.IntFlag]] = {
     "COUNT_": NetnsCount,
@@ -121,7 +124,9 @@ def test_sizes_are_the_compilers(name: str, run_c: CProgram) -> None:
     assert struct.calcsize(FORMATS[name]) == size
 
 
-@pytest.mark.parametrize("name", ["handshake_key", "handshake", "trace_config"])
+@pytest.mark.parametrize(
+    "name", ["handshake_key", "handshake", "trace_config", "listener_key", "listener_facts"]
+)
 def test_offsets_are_the_compilers(name: str, run_c: CProgram) -> None:
     members = members_in_header(name)
     fields = [m for m in members if m != "padding" or name == "trace_config"]
@@ -136,6 +141,7 @@ def test_fields_are_named_and_ordered_as_in_the_header() -> None:
     assert list(Event._fields[2:]) == own
     assert list(FourTuple._fields) == members_in_header("handshake_key")
     assert [*Handshake._fields, "padding"] == members_in_header("handshake")
+    assert [*ListenerFacts._fields[3:], "padding"] == members_in_header("listener_facts")
 
 
 @pytest.mark.parametrize("prefix", ENUMS)

@@ -1,0 +1,138 @@
+"""Whose a listener is, and what bounds its backlog: what /proc says of it.
+
+/proc/net/tcp and tcp6 instead of sock_diag: the tool's runtime dependencies stay few, the queue's
+limit comes from the packets themselves, and these two files are read in the namespace in
+question, whoever owns the socket. The processes are found by the inode number of the socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from tcpstuck_bpf import netns
+from tcpstuck_bpf.model import (
+    IPV4_MAPPED_PREFIX,
+    ListenerFacts,
+    ListenerSeen,
+)
+
+TRIES = 3
+"""Times that an owner is looked for: a walk over every process's open files."""
+
+_LISTEN = "0A"
+
+
+class ListeningSocket(NamedTuple):
+    """A line of /proc/net/tcp or tcp6."""
+
+    address: bytes
+    """16 bytes, IPv4 mapped."""
+    port: int
+    inode: int
+
+    def serves(self, address: bytes) -> bool:
+        """Whether it may get what comes for an address: its own, or any."""
+        any_address = not any(self.address) or self.address == IPV4_MAPPED_PREFIX + bytes(4)
+        return any_address or self.address == address
+
+
+def parse_listeners(text: str) -> Iterator[ListeningSocket]:
+    """Listening sockets of a /proc/net/tcp or tcp6: addresses are 32-bit words of the host's."""
+    for line in text.splitlines()[1:]:
+        words = line.split()
+        if words[3] != _LISTEN:
+            continue
+        address, _, port = words[1].partition(":")
+        swapped = b"".join(
+            bytes.fromhex(address[at : at + 8])[::-1] for at in range(0, len(address), 8)
+        )
+        full = IPV4_MAPPED_PREFIX + swapped if len(swapped) == 4 else swapped
+        yield ListeningSocket(full, int(port, 16), int(words[9]))
+
+
+def _own_listeners() -> tuple[ListeningSocket, ...]:
+    found: list[ListeningSocket] = []
+    for name in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            text = Path("/proc/thread-self/net", name).read_text("ascii")
+            found += parse_listeners(text)
+    return tuple(found)
+
+
+def sockets_for(
+    facts: ListenerFacts, listening: Iterable[ListeningSocket]
+) -> tuple[ListeningSocket, ...]:
+    """Those that get the SYNs: of the very address, else of any (compute_score's preference)."""
+    fitting = [
+        one
+        for one in listening
+        if one.port == facts.server_port and one.serves(facts.server_address)
+    ]
+    own = [one for one in fitting if one.address == facts.server_address]
+    return tuple(own or fitting)
+
+
+def owners_of(inodes: Iterable[int]) -> dict[int, tuple[str, ...]]:
+    """`name (pid N)` of the processes that have sockets open, by inode number.
+
+    What may not be looked into, and what ends meanwhile, is left out.
+    """
+    wanted = {f"socket:[{inode}]": inode for inode in inodes}
+    found: dict[int, dict[str, None]] = {}
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            for descriptor in os.scandir(f"/proc/{entry.name}/fd"):
+                with contextlib.suppress(OSError):
+                    inode = wanted.get(str(Path(descriptor.path).readlink()))
+                    if inode is not None:
+                        name = Path(f"/proc/{entry.name}/comm").read_text("utf-8", "replace")
+                        owner = f"{name.strip()} (pid {entry.name})"
+                        found.setdefault(inode, {})[owner] = None
+    return {inode: tuple(owners) for inode, owners in found.items()}
+
+
+class ListenerWatch:
+    """Says of each listener whose it is, once it is known; see `TRIES`."""
+
+    def __init__(self) -> None:
+        self._last: dict[ListenerFacts, None] = {}
+        self._known: dict[tuple[int, bytes, int], ListenerSeen] = {}
+        self._tries: dict[tuple[int, bytes, int], int] = {}
+
+    def changed(self, facts: Iterable[ListenerFacts]) -> tuple[ListenerSeen, ...]:
+        """Those that have changed since the last call, with what is known of them."""
+        now = dict.fromkeys(facts)
+        news = [one for one in now if one not in self._last]
+        self._last = now
+        self._identify([one for one in news if self._wants(one)])
+        return tuple(
+            self._known.get(one[:3], ListenerSeen(one, (), 0, {}))._replace(facts=one)
+            for one in news
+        )
+
+    def _wants(self, facts: ListenerFacts) -> bool:
+        known = self._known.get(facts[:3])
+        return not (known and known.owners) and self._tries.get(facts[:3], 0) < TRIES
+
+    def _identify(self, facts: list[ListenerFacts]) -> None:
+        if not facts:
+            return
+        settings = netns.read_queue_settings()
+        listening: dict[int, tuple[ListeningSocket, ...]] = {}
+        for inode in {one.netns for one in facts}:
+            with contextlib.suppress(OSError):
+                listening[inode] = netns.run_in(inode, _own_listeners)
+        sockets = {one: sockets_for(one, listening.get(one.netns, ())) for one in facts}
+        owners = owners_of(socket.inode for some in sockets.values() for socket in some)
+        for one, some in sockets.items():
+            names = {name: None for socket in some for name in owners.get(socket.inode, ())}
+            self._tries[one[:3]] = self._tries.get(one[:3], 0) + 1
+            self._known[one[:3]] = ListenerSeen(
+                one, tuple(names), len(some), settings.get(one.netns, {})
+            )

@@ -1,0 +1,112 @@
+"""Which rule of a ruleset can have dropped a client's ACK. Pure.
+
+A ruleset is read after the fact, and no packet is run through it: a rule is ruled out only by a
+match that the packet surely fails (another protocol, port or address). What is left are suspects;
+only where there is one of them the rule is named.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Any, NamedTuple
+
+from tcpstuck_bpf.model import DropRule, FourTuple, Ruleset
+
+_FAMILIES = {4: frozenset({"ip", "inet", "netdev"}), 6: frozenset({"ip6", "inet", "netdev"})}
+_NFPROTO = {4: "ipv4", 6: "ipv6"}
+
+
+class Suspicion(NamedTuple):
+    """What a ruleset says of one drop."""
+
+    suspects: tuple[DropRule, ...]
+    """Every rule, or chain's policy, that can have dropped it."""
+    notes: tuple[str, ...]
+    """Complete sentences: what is not known, and why."""
+
+    def _same(self, field: str) -> str | None:
+        found = {getattr(suspect, field) for suspect in self.suspects}
+        return found.pop() if len(found) == 1 else None
+
+    @property
+    def rule(self) -> DropRule | None:
+        """The one rule that can have done it."""
+        return self.suspects[0] if len(self.suspects) == 1 else None
+
+    def values(self) -> dict[str, Any]:
+        """As JSON has it."""
+        one = self.rule
+        several = self.suspects if one is None else ()
+        return {
+            "family": self._same("family"),
+            "table": self._same("table"),
+            "chain": self._same("chain"),
+            "rule": None if one is None else rule_value(one),
+            "rule_candidates": [
+                {
+                    "family": suspect.family,
+                    "table": suspect.table,
+                    "chain": suspect.chain,
+                    "rule": rule_value(suspect),
+                }
+                for suspect in several
+            ],
+        }
+
+
+def rule_value(rule: DropRule) -> dict[str, Any]:
+    """What names a rule within its chain, as JSON has it."""
+    return {rule.kind: True if rule.kind == "policy" else rule.number}
+
+
+def rule_text(rule: DropRule) -> str:
+    """A rule in words: `ip filter INPUT, rule with handle 4`."""
+    where = f"{rule.family} {rule.table} {rule.chain}"
+    if rule.kind == "policy":
+        return f"{where}, the chain's policy"
+    return f"{where}, rule {rule.kind} {rule.number}"
+
+
+def suspicion(
+    ruleset: Ruleset | None, who: FourTuple, hook: str | None, by_nftables: bool
+) -> Suspicion:
+    """The rules that can have dropped a packet from this client at a hook (None: any hook).
+
+    `by_nftables`: the packet was dropped within nf_tables, so no rule of xtables did it.
+    """
+    if ruleset is None:
+        return Suspicion((), ("the rules were not read: which one dropped it cannot be told",))
+    # A rule that can be come to in several ways is there once for each.
+    suspects = dict.fromkeys(
+        rule._replace(conditions=())
+        for rule in ruleset.rules
+        if rule.family in _FAMILIES[who.family]
+        and hook in (None, rule.hook)
+        and not (by_nftables and rule.kind == "number")
+        and not any(_surely_fails(name, value, who) for name, value in rule.conditions)
+    )
+    notes = ruleset.problems
+    if not suspects and not notes:
+        notes = (
+            "no rule that was there right after can have dropped it: cannot be told from here",
+        )
+    return Suspicion(tuple(suspects), notes)
+
+
+def _surely_fails(name: str, value: str, who: FourTuple) -> bool:
+    """Whether a match cannot hold for a TCP segment from this client to this server."""
+    if name == "protocol":
+        return value.lower() not in ("tcp", "6", "all")
+    if name == "nfproto":
+        return value != _NFPROTO[who.family]
+    if name in ("sport", "dport"):
+        port = who.client_port if name == "sport" else who.server_port
+        low, _, high = value.partition(":")
+        if not low.isdigit() or (high and not high.isdigit()):
+            return False
+        return not int(low) <= port <= int(high or low)
+    address = who.client_ip if name == "saddr" else who.server_ip
+    try:
+        return ipaddress.ip_address(address) not in ipaddress.ip_network(value, strict=False)
+    except ValueError:
+        return False

@@ -1,0 +1,152 @@
+"""Where on its host an ACK died: one client stuck by one fault, named as whoever dropped names it.
+
+The oracle is the fault itself: its rule as nft or iptables lists it, its own packet counter, the
+server's `ss`. The ACK itself is sound: test_data_lost has the same one connect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from lab.places import PLACES, Fault, Spot, wrong_checksums
+from lab.records import FourTuple
+from lab.scene import PORT
+from lab.syns import flood
+from lab.topology import SILENT_SOURCES, source_addresses
+from lab.tracer import Tracer
+from tests.kernel.conftest import be_greeted, summary_of, told_by, tracing
+from tests.kernel.handmade import Client, Site, site, told
+
+pytestmark = pytest.mark.kernel
+
+CASES = [(name, family) for name, place in PLACES.items() for family in place.families]
+DATA = b"anyone there?"
+STORM = 4000
+STORM_PORT = 4000
+HEALTHY = 20
+
+
+@contextlib.contextmanager
+def losing_its_ack(where: Site, place: str, client: Client) -> Iterator[Fault]:
+    """A client whose SYN was answered before the fault came, and whose ACK meets it."""
+    client.connect()
+    server = where.topology.server
+    with PLACES[place].make(Spot(server, where.listener, PORT, where.family)) as fault:
+        count = fault.packets
+        assert count is None or count() == 0
+        client.send(0)
+        if count is not None:
+            where.watch.until(lambda: count() == 1, f"an ACK to die at {place}")
+        assert where.known_to_server() == set()
+        yield fault
+
+
+def assert_named(drop: dict[str, Any], fault: Fault) -> None:
+    """The drop as the one who dropped has it; a kernel before 5.17 has no reasons."""
+    assert drop["reason"] in (fault.reason, fault.vague_reason, None)
+    assert drop["what"] == fault.what
+    assert drop["place"]
+    if fault.named:
+        assert {key: drop[key] for key in fault.named} == dict(fault.named)
+        assert drop["rule"] in fault.rules
+        assert drop["rule_candidates"] == []
+
+
+@pytest.fixture(params=CASES, ids=[f"{name}-ipv{family}" for name, family in CASES])
+def place(request: pytest.FixtureRequest) -> tuple[str, int]:
+    name, family = request.param
+    return str(name), int(family)
+
+
+def test_the_place_is_named(either_tracer: Tracer, place: tuple[str, int]) -> None:
+    name, family = place
+    with site(family) as where:
+        client = Client(where)
+        with losing_its_ack(where, name, client) as fault:
+            line = told(either_tracer, where.netns, client.four_tuple, fault.verdict)
+        assert line["stuck"]
+        if fault.verdict == "ack-filtered":
+            assert_named(line["drop"], fault)
+        else:
+            assert line["drop"]["counter"] == "SyncookiesRecv"
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_wrong_checksum_is_named(either_tracer: Tracer, family: int) -> None:
+    with site(family) as where:
+        client = Client(where)
+        client.connect()
+        before = wrong_checksums(where.topology.server)
+        client.send(0, wrong_by=1)
+        where.watch.until(
+            lambda: wrong_checksums(where.topology.server) == before + 1, "the wrong checksum"
+        )
+        assert where.known_to_server() == set()
+        line = told(either_tracer, where.netns, client.four_tuple, "ack-filtered")
+        assert line["drop"]["reason"] in ("TCP_CSUM", None)
+        assert line["drop"]["what"] == ("checksum" if line["drop"]["reason"] else "tcp")
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_full_accept_queue_is_named(either_tracer: Tracer, family: int) -> None:
+    """A backlog of 0 has room for one connection."""
+    with site(family, backlog=0) as where:
+        first, second = Client(where), Client(where)
+        for client in (first, second):
+            client.connect()
+        overflows = where.topology.server.counters()["ListenOverflows"]
+        for client in (first, second):
+            client.send(0)
+        where.watch.until(
+            lambda: where.topology.server.counters()["ListenOverflows"] == overflows + 1,
+            "the overflow",
+        )
+        assert where.known_to_server() == {first.port}
+        line = told(either_tracer, where.netns, second.four_tuple, "accept-queue-full")
+        assert line["drop"]["counter"] == "ListenOverflows"
+
+
+def test_an_ack_that_was_dropped_and_made_good_is_not_accused(either_tracer: Tracer) -> None:
+    with site(4) as where:
+        mended, stuck = Client(where), Client(where)
+        with losing_its_ack(where, "nft-input", mended):
+            pass
+        mended.send(0, DATA)
+        assert mended.read_by_server(len(DATA)) == DATA
+        with losing_its_ack(where, "nft-input", stuck):
+            told(either_tracer, where.netns, stuck.four_tuple, "ack-filtered")
+        verdicts = [
+            v for _, who, v in told_by(either_tracer, where.netns) if who == mended.four_tuple
+        ]
+        # Where this machine took longer than the time-out, it was stuck for a while.
+        assert verdicts[-1:] in ([], ["recovered"])
+
+
+@pytest.mark.parametrize("mode", ["fentry", "kprobe"])
+def test_a_storm_of_drops_elsewhere_hides_and_accuses_nobody(mode: str) -> None:
+    with site(4) as where:
+        topology = where.topology
+        options = ("-p", str(PORT), "--netns", topology.server.name, "--probe-mode", mode)
+        with tracing(options) as (tracer,):
+            topology.server.command(
+                "nft",
+                "add table inet storm; "
+                "add chain inet storm drops { type filter hook input priority 0; }; "
+                f"add rule inet storm drops tcp dport {STORM_PORT} counter drop",
+            )
+            source = source_addresses(SILENT_SOURCES[4], 1)[0]
+            flow = FourTuple(source, 1024, where.server_ip, STORM_PORT)
+            for _ in range(HEALTHY):
+                flood(topology.client, flow, STORM // HEALTHY)
+                be_greeted(topology, where.listener, where.server_ip)
+            listed = topology.server.command("nft", "list", "chain", "inet", "storm", "drops")
+            assert f"counter packets {STORM} " in listed
+            tracer.stop()
+        assert told_by(tracer) == []
+        summary = summary_of(tracer)
+        assert summary["verdicts"] == {"completed": HEALTHY}
+        assert (summary["lost_events"], summary["stuck"]) == (0, 0)

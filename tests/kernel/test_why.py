@@ -1,0 +1,116 @@
+"""Which rule dropped an ACK, and where: what netfilter itself lists is what the tool says.
+
+A client meets the rule from its SYN on; the rule lets all pass but bare ACKs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from lab.faults import ack_rule
+from lab.patience import COMMAND_S, patient
+from lab.records import FourTuple
+from lab.scene import PORT
+from lab.topology import SERVER_ADDRESS, Namespace, Topology
+from lab.tracer import Tracer
+from tests.kernel.handmade import told
+from tests.kernel.rescue import cookie_server
+
+pytestmark = pytest.mark.kernel
+
+BARE_ACK = f"tcp dport {PORT} tcp flags & (fin | syn | rst | psh | ack) == ack"
+CHAIN = (
+    "add table inet guard; add chain inet guard acks {{ type filter hook {hook} priority 0; }}; "
+)
+DECOYS = (
+    "add table inet decoys; "
+    "add chain inet decoys others { type filter hook input priority 5; }; "
+    "add rule inet decoys others tcp dport 9 drop; "
+    "add rule inet decoys others ip saddr 203.0.113.0/24 drop; "
+    "add rule inet decoys others meta l4proto udp drop; "
+    "add chain inet decoys late { type filter hook postrouting priority 5; }; "
+    "add rule inet decoys late meta mark 7 drop"
+)
+
+
+def drop_told(tracer: Tracer, topology: Topology, family: int = 4) -> dict[str, Any]:
+    """What the tool says of the drop of one client's ACK."""
+    server = (SERVER_ADDRESS[family], PORT)
+    limit_s = patient(COMMAND_S)
+    with topology.client.run(socket.create_connection, server, limit_s) as client:
+        who = FourTuple(*client.getsockname()[:2], *server)
+        line = told(tracer, topology.server.inode, who, "ack-filtered")
+    assert (line["stuck"], line["certainty"]) == (True, "certain")
+    drop = dict(line["drop"])
+    assert drop["what"] == "netfilter"
+    assert drop["reason"] in ("NETFILTER_DROP", None)
+    assert "+0x" in drop["place"]
+    return drop
+
+
+def handle(server: Namespace, *chain: str) -> int:
+    """Of the last rule of a chain, as nft lists it."""
+    listed = json.loads(server.command("nft", "-j", "list", "chain", *chain))["nftables"]
+    return int([entry["rule"]["handle"] for entry in listed if "rule" in entry][-1])
+
+
+@contextlib.contextmanager
+def among_decoys() -> Iterator[Topology]:
+    with cookie_server() as (topology, _):
+        topology.server.command("nft", DECOYS)
+        yield topology
+
+
+@pytest.mark.parametrize(("hook", "family"), [("input", 4), ("input", 6), ("prerouting", 4)])
+def test_a_rule_in_a_named_chain(shared_tracer: Tracer, hook: str, family: int) -> None:
+    with among_decoys() as topology:
+        topology.server.command(
+            "nft",
+            CHAIN.format(hook=hook)
+            + "add chain inet guard inner; "
+            + f"add rule inet guard acks tcp dport {PORT} jump inner; "
+            + f"add rule inet guard inner {BARE_ACK} drop",
+        )
+        number = handle(topology.server, "inet", "guard", "inner")
+        drop = drop_told(shared_tracer, topology, family)
+    assert (drop["hook"], drop["family"], drop["table"]) == (hook, "inet", "guard")
+    assert (drop["chain"], drop["rule"], drop["rule_candidates"]) == (
+        "inner",
+        {"handle": number},
+        [],
+    )
+
+
+@pytest.mark.parametrize("backend", ["legacy", "nft"])
+def test_a_rule_of_iptables(shared_tracer: Tracer, backend: str) -> None:
+    with among_decoys() as topology:
+        for rule in (("-p", "udp", "-j", "ACCEPT"), (*ack_rule(PORT), "-j", "DROP")):
+            topology.server.command(f"iptables-{backend}", "-w", "-A", "INPUT", *rule)
+        named = {"number": 2}
+        if backend == "nft":
+            named = {"handle": handle(topology.server, "ip", "filter", "INPUT")}
+        drop = drop_told(shared_tracer, topology)
+    assert (drop["hook"], drop["family"], drop["table"]) == ("input", "ip", "filter")
+    assert (drop["chain"], drop["rule"], drop["rule_candidates"]) == ("INPUT", named, [])
+
+
+def test_two_rules_that_can_have_done_it_are_both_named(shared_tracer: Tracer) -> None:
+    with among_decoys() as topology:
+        topology.server.command(
+            "nft",
+            CHAIN.format(hook="input")
+            + f"add rule inet guard acks tcp dport {PORT} meta mark 7 drop; "
+            + f"add rule inet guard acks {BARE_ACK} drop",
+        )
+        number = handle(topology.server, "inet", "guard", "acks")
+        drop = drop_told(shared_tracer, topology)
+    assert (drop["table"], drop["chain"], drop["rule"]) == ("guard", "acks", None)
+    place = {"family": "inet", "table": "guard", "chain": "acks"}
+    assert {**place, "rule": {"handle": number}} in drop["rule_candidates"]
+    assert len(drop["rule_candidates"]) == 2

@@ -1,0 +1,259 @@
+"""What the kernel's words for a drop come to, and which rule of a ruleset it can have been."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tcpstuck_bpf.drops import function_of
+from tcpstuck_bpf.export import verdict_line
+from tcpstuck_bpf.model import (
+    Coverage,
+    CoverageGap,
+    DropRule,
+    Handshake,
+    KernelNames,
+    Moved,
+    Ruleset,
+)
+from tcpstuck_bpf.netfilter import rule_text, suspicion
+from tcpstuck_bpf.report import WallClock
+from tcpstuck_bpf.verdict import KFREE_SKB, RULES, Finding, judge
+from tests.builders import (
+    NAMES,
+    NF_PLACE,
+    NF_REASON,
+    ack_dropped,
+    ack_filtered,
+    at,
+    four_tuple,
+    handshake,
+    reports,
+    sweep,
+)
+
+WHO = four_tuple()
+RULE = DropRule("inet", "guard", "acks", "input", "handle", 4, (("dport", "3311"),))
+LEGACY = DropRule("ip", "filter", "INPUT", "input", "number", 2, (("protocol", "tcp"),))
+POLICY = DropRule("ip", "filter", "INPUT", "input", "policy", 0, ())
+VALID = Moved.SYNCOOKIES_RECV
+
+
+def judged(entry: Handshake, names: KernelNames = NAMES) -> Finding:
+    (report,) = reports([sweep(at(60), entry)], at(60))
+    finding = judge(report, Coverage("fentry"), names)
+    assert finding is not None
+    return finding
+
+
+def named(place: str, reason: str | None) -> KernelNames:
+    return KernelNames({NF_PLACE: place}, {NF_REASON: reason}, {}, {})
+
+
+def filtered(place: str, reason: str | None) -> Finding:
+    return judged(ack_filtered(handshake(), at(0.1)), named(place, reason))
+
+
+def with_rules(*rules: DropRule, problems: tuple[str, ...] = ()) -> Finding:
+    names = NAMES._replace(rulesets={WHO.netns: Ruleset(rules, problems)})
+    return judged(ack_filtered(handshake(), at(0.1)), names)
+
+
+def drop_in(finding: Finding) -> dict[str, object]:
+    line = json.loads(verdict_line(finding, WallClock(0, 0)))
+    assert isinstance(line["drop"], dict)
+    return line["drop"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "what"),
+    [
+        ("NETFILTER_DROP", "netfilter"),
+        ("IP_RPFILTER", "rp_filter"),
+        ("TC_INGRESS", "tc"),
+        ("XDP", "xdp"),
+        ("CPU_BACKLOG", "backlog"),
+        ("TCP_CSUM", "checksum"),
+        ("IP_CSUM", "checksum"),
+        ("PKT_TOO_SMALL", "malformed"),
+        ("OTHERHOST", "other-host"),
+        ("SOCKET_FILTER", "socket-filter"),
+        ("TCP_MD5UNEXPECTED", "tcp-auth"),
+        ("TCP_AOFAILURE", "tcp-auth"),
+        ("XFRM_POLICY", "xfrm"),
+        ("TCP_MINTTL", "min-ttl"),
+        ("SOMETHING_NEW", "other"),
+        ("subsystem 3 reason 7", "other"),
+    ],
+)
+def test_a_reason_says_what_it_was_wherever_it_was(reason: str, what: str) -> None:
+    finding = filtered("nf_hook_slow+0x1", reason)
+    assert finding.verdict == "ack-filtered"
+    assert (drop_in(finding)["reason"], drop_in(finding)["what"]) == (reason, what)
+    assert not any("judged by the place" in sentence for sentence in finding.evidence)
+    assert len(finding.meaning) <= 60
+
+
+@pytest.mark.parametrize("reason", [None, "NOT_SPECIFIED"])
+@pytest.mark.parametrize(
+    ("place", "what"),
+    [
+        ("nf_hook_slow+0x41", "netfilter"),
+        ("ip_rcv_finish_core.isra.0+0x1f2", "rp_filter"),
+        ("__netif_receive_skb_core.constprop.0+0x9", "tc"),
+        ("do_xdp_generic+0x3b", "xdp"),
+        ("enqueue_to_backlog+0x10", "backlog"),
+        ("tcp_v4_rcv+0x81", "tcp"),
+        ("tcp_v6_rcv+0x81", "tcp"),
+        ("somewhere+0x81", "other"),
+        ("0xffffffff00000000", "other"),
+    ],
+)
+def test_without_a_reason_the_place_has_to_do_and_it_is_said(
+    place: str, reason: str | None, what: str
+) -> None:
+    finding = filtered(place, reason)
+    assert drop_in(finding)["what"] == what
+    assert drop_in(finding)["place"] == place
+    assert finding.certainty == ("likely" if what == "tcp" else "certain")
+    assert any("judged by the place alone" in sentence for sentence in finding.evidence)
+
+
+def test_the_hook_is_that_of_the_nearest_caller_that_has_one() -> None:
+    stack = ("nft_do_chain+0x4", "nft_do_chain_ipv4+0x7", "nf_hook_slow+0x4", "ip_rcv+0x9")
+    names = NAMES._replace(stacks={17: (*stack, "__netif_receive_skb_core+0x3", "ip_output+0x7")})
+    assert drop_in(judged(ack_filtered(handshake(), at(0.1)), names))["hook"] == "prerouting"
+    unseen = ack_filtered(handshake(), at(0.1), filter_stack=0)
+    assert drop_in(judged(unseen, names))["hook"] is None
+    assert function_of("ip_rcv_finish_core.isra.0+0x1") == "ip_rcv_finish_core"
+
+
+def test_a_lone_suspect_is_named() -> None:
+    drop = drop_in(with_rules(RULE, DropRule("ip", "a", "b", "prerouting", "handle", 9, ())))
+    found = {key: drop[key] for key in ("hook", "family", "table", "chain", "rule")}
+    assert found == {
+        "hook": "input",
+        "family": "inet",
+        "table": "guard",
+        "chain": "acks",
+        "rule": {"handle": 4},
+    }
+    assert drop["rule_candidates"] == []
+    assert drop_in(with_rules(LEGACY))["rule"] == {"number": 2}
+    assert drop_in(with_rules(POLICY))["rule"] == {"policy": True}
+
+
+def test_several_suspects_are_all_named_and_none_is_accused() -> None:
+    finding = with_rules(RULE, LEGACY, POLICY)
+    drop = drop_in(finding)
+    assert drop["rule"] is drop["family"] is drop["table"] is drop["chain"] is None
+    assert drop["rule_candidates"] == [
+        {"family": "inet", "table": "guard", "chain": "acks", "rule": {"handle": 4}},
+        {"family": "ip", "table": "filter", "chain": "INPUT", "rule": {"number": 2}},
+        {"family": "ip", "table": "filter", "chain": "INPUT", "rule": {"policy": True}},
+    ]
+    (sentence,) = (s for s in finding.evidence if "cannot be told from here" in s)
+    assert all(rule_text(rule) in sentence for rule in (RULE, LEGACY, POLICY))
+
+
+def test_what_could_not_be_read_is_said() -> None:
+    problem = "the rules of nft cannot be read: it is not installed"
+    assert problem in with_rules(problems=(problem,)).evidence
+    assert any("rules were not read" in s for s in filtered("nf_hook_slow+0x1", None).evidence)
+    assert any("no rule that was there" in s for s in with_rules().evidence)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "can_be"),
+    [
+        ((), True),
+        ((("protocol", "tcp"), ("dport", "3311"), ("sport", "40000")), True),
+        ((("dport", "3000:4000"),), True),
+        ((("dport", "3312"),), False),
+        ((("dport", "1:3310"),), False),
+        ((("protocol", "udp"),), False),
+        ((("protocol", "all"),), True),
+        ((("nfproto", "ipv6"),), False),
+        ((("saddr", "10.0.0.0/8"), ("daddr", "192.0.2.1")), True),
+        ((("saddr", "10.1.0.0/16"),), False),
+        ((("saddr", "not an address"), ("dport", "http"), ("mark", "7")), True),
+    ],
+)
+def test_a_rule_is_ruled_out_only_by_what_surely_fails(
+    conditions: tuple[tuple[str, str], ...], can_be: bool
+) -> None:
+    ruleset = Ruleset((RULE._replace(conditions=conditions),), ())
+    assert bool(suspicion(ruleset, WHO, "input", False).suspects) == can_be
+    assert bool(suspicion(ruleset, WHO, None, True).suspects) == can_be
+
+
+@pytest.mark.parametrize(
+    ("rule", "family", "by_nftables", "can_be"),
+    [
+        (RULE, 6, True, True),
+        (LEGACY, 6, False, False),
+        (LEGACY, 4, True, False),
+        (LEGACY, 4, False, True),
+        (LEGACY._replace(family="bridge"), 4, False, False),
+    ],
+)
+def test_another_family_and_another_back_end_are_no_suspects(
+    rule: DropRule, family: int, by_nftables: bool, can_be: bool
+) -> None:
+    who = four_tuple(family=family)
+    assert bool(suspicion(Ruleset((rule,), ()), who, "input", by_nftables).suspects) == can_be
+
+
+@given(st.lists(st.tuples(st.text(max_size=8), st.text(max_size=20)), max_size=4))
+def test_no_match_however_strange_is_an_error(conditions: list[tuple[str, str]]) -> None:
+    rule = RULE._replace(conditions=tuple(conditions))
+    assert len(suspicion(Ruleset((rule,), ()), WHO, None, False).suspects) <= 1
+
+
+@pytest.mark.parametrize(
+    ("reason", "counters", "what", "counter"),
+    [
+        ("NO_SOCKET", VALID | Moved.LISTEN_OVERFLOWS | Moved.LISTEN_DROPS, "accept-queue", None),
+        ("NO_SOCKET", VALID | Moved.LISTEN_DROPS, "child", "ListenDrops"),
+        ("NO_SOCKET", VALID, "request", "SyncookiesRecv"),
+        ("SECURITY_HOOK", VALID, "lsm", "SyncookiesRecv"),
+        ("IP_OUTNOROUTES", VALID, "route", "SyncookiesRecv"),
+        ("NOT_SPECIFIED", VALID, None, "SyncookiesRecv"),
+        (None, VALID, None, "SyncookiesRecv"),
+        ("NO_SOCKET", Moved.UNKNOWN, None, None),
+    ],
+)
+def test_an_ack_that_tcp_itself_dropped_has_its_true_name(
+    reason: str | None, counters: Moved, what: str | None, counter: str | None
+) -> None:
+    entry = ack_dropped(handshake(), at(0.1), counters)
+    entry = entry._replace(drop_place=NF_PLACE, drop_reason=NF_REASON, accept_queue=0)
+    finding = judged(entry, named("tcp_v4_syn_recv+0x1", reason))
+    drop = drop_in(finding)
+    assert (drop["reason"], drop["place"], drop["what"]) == (reason, "tcp_v4_syn_recv+0x1", what)
+    assert drop["counter"] == (counter or ("ListenOverflows" if what else None))
+    assert (finding.verdict == "accept-queue-full") == (what == "accept-queue")
+    told = any("cannot be told from here" in sentence for sentence in finding.evidence)
+    assert told == (what is None and counter is not None)
+    assert all(len(rule.meaning) <= 60 for rule in RULES)
+
+
+@pytest.mark.parametrize(
+    ("coverage", "words"),
+    [
+        (Coverage("none"), "--why"),
+        (Coverage("none", gaps=(CoverageGap(KFREE_SKB, "refused", "drops"),)), "(refused): drops"),
+        (Coverage("none", frozenset({KFREE_SKB})), ""),
+    ],
+)
+def test_silence_says_where_nobody_looked(coverage: Coverage, words: str) -> None:
+    (report,) = reports([sweep(at(60), handshake())], at(60))
+    finding = judge(report, coverage)
+    assert finding is not None
+    assert finding.verdict == "ack-missing"
+    found = [s for s in finding.evidence if KFREE_SKB in s or "--why" in s]
+    assert len(found) == bool(words)
+    assert all(words in sentence for sentence in found)

@@ -1,0 +1,291 @@
+"""The backlog that would have been enough: the working, the knob, and what is not counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tcpstuck_bpf.listener import (
+    FORCED,
+    QUEUE_FULL,
+    SOMAXCONN,
+    SYNCOOKIES,
+    ListenerReport,
+    SynNeed,
+    cookie_reason,
+    report,
+)
+from tcpstuck_bpf.listener_history import KEPT_HEIGHTS, ListenerHistory
+from tcpstuck_bpf.model import (
+    Ending,
+    HandshakeId,
+    ListenerFacts,
+    ListenerSeen,
+    Row,
+    Sweep,
+    SweepPart,
+    address_bytes,
+)
+from tests.builders import ack_dropped, at, ended, four_tuple, handshake
+
+SERVER = four_tuple()
+SETTINGS = {SYNCOOKIES: 1, SOMAXCONN: 4096}
+
+
+def facts(**changes: Any) -> ListenerFacts:
+    """Of the server of `four_tuple()`, which nothing has come to yet, with a backlog of 50."""
+    values = dict.fromkeys(ListenerFacts._fields, 0)
+    values |= {"netns": SERVER.netns, "server_port": SERVER.server_port, "limit": 50}
+    return ListenerFacts(
+        **{**values, "server_address": SERVER.server_address, **changes}  # type: ignore[arg-type]
+    )
+
+
+def overflown(**changes: Any) -> ListenerFacts:
+    """51 accepted by nobody, 148 turned away, 149 under cookies besides 50 in the SYN queue."""
+    return facts(
+        **{
+            "syns": 199,
+            "cookies_sent": 149,
+            "acks_refused": 148,
+            "lowest_cookie_syn_queue": 50,
+            "peak_accept_queue": 51,
+            "peak_syn_queue": 50,
+            "syn_need_ns": at(1),
+            "syn_need_syn_queue": 50,
+            "syn_need_owed": 149,
+            "accept_need_accept_queue": 51,
+            "accept_need_turned_away": 148,
+            **changes,
+        }
+    )
+
+
+def seen(one: ListenerFacts, owner: str = "greeter (pid 7)", **settings: int) -> ListenerSeen:
+    return ListenerSeen(one, (owner,), 1, {**SETTINGS, **settings})
+
+
+def judged(one: ListenerFacts, silent: int = 0, **words: Any) -> ListenerReport:
+    need = SynNeed(one.syn_need_syn_queue, one.syn_need_owed - silent, silent)
+    return report([seen(one, **words)], need)
+
+
+def test_the_working_is_shown() -> None:
+    told = judged(overflown())
+    assert told.working == (
+        "51 in the accept queue + 148 turned away while it was full = 199 at once -> "
+        "backlog 198 or more (of accept queue a backlog of N holds N + 1).",
+        "50 in the SYN queue + 149 under cookies that were to answer = 199 at once -> "
+        "backlog 199 or more (of SYN queue a backlog of N holds N on this kernel).",
+    )
+    assert told.advised_backlog == 199
+    assert told.cookie_reason == QUEUE_FULL
+
+
+def test_a_kernel_whose_syn_queue_holds_one_more() -> None:
+    """`>` instead of `>=` in inet_csk_reqsk_queue_is_full: it was longer when it was full."""
+    told = judged(overflown(lowest_cookie_syn_queue=51, syn_need_syn_queue=51, syn_need_owed=148))
+    assert told.advised_backlog == 198
+
+
+@pytest.mark.parametrize(
+    ("syncookies", "lowest", "reason"),
+    [
+        (2, 50, FORCED),
+        (2, 3, FORCED),
+        (1, 50, QUEUE_FULL),
+        (1, 49, QUEUE_FULL),
+        (None, 50, QUEUE_FULL),
+        (None, 49, FORCED),
+    ],
+)
+def test_why_cookies_were_sent(syncookies: int | None, lowest: int, reason: str) -> None:
+    settings = {} if syncookies is None else {SYNCOOKIES: syncookies}
+    assert cookie_reason(overflown(lowest_cookie_syn_queue=lowest), settings) == reason
+
+
+def test_forced_cookies_ask_for_no_longer_syn_queue() -> None:
+    one = overflown(accept_need_accept_queue=0, accept_need_turned_away=0)
+    told = judged(one, **{SYNCOOKIES: 2})
+    assert told.advised_backlog is None
+    assert "tcp_syncookies is 2" in told.advice[0]
+
+
+def test_a_flood_is_not_cured_by_a_backlog() -> None:
+    told = judged(overflown(syn_need_owed=100_149), silent=100_000)
+    assert told.advised_backlog == 199
+    assert told.silent == 100_000
+    assert any("100000 under cookies that never answered" in line for line in told.working)
+
+
+@pytest.mark.parametrize(
+    ("owner", "knob"),
+    [
+        ("mariadbd (pid 1)", "back_log of MariaDB"),
+        ("nginx (pid 1)", "listen directive"),
+        ("x (pid 1)", "listen()"),
+    ],
+)
+def test_the_knob_is_the_applications(owner: str, knob: str) -> None:
+    (told,) = judged(overflown(), owner=owner).advice
+    assert knob in told
+    assert "199 or more" in told
+    assert "restart" in told
+
+
+@pytest.mark.parametrize(("somaxconn", "is_named"), [(198, True), (199, False)])
+def test_somaxconn_is_named_where_it_is_less_than_the_advice(
+    somaxconn: int, is_named: bool
+) -> None:
+    told = judged(overflown(), **{SOMAXCONN: somaxconn}).advice[0]
+    assert ("net.core.somaxconn" in told) == is_named
+
+
+def test_a_limit_that_may_be_capped() -> None:
+    told = judged(overflown(), **{SOMAXCONN: 50})
+    assert told.is_capped
+    assert any("cannot be known afterwards" in line for line in told.advice)
+    assert judged(overflown()).is_capped is False
+    assert report([ListenerSeen(overflown(), (), 0, {})], SynNeed(0, 0, 0)).is_capped is None
+
+
+def test_a_healthy_listener_gets_no_advice() -> None:
+    told = judged(facts(syns=9, peak_accept_queue=51, peak_syn_queue=49))
+    assert (told.advised_backlog, told.working, told.advice) == (None, (), ())
+    assert not told.suffered
+
+
+lengths = st.integers(0, 1 << 20)
+some_facts = st.builds(
+    overflown,
+    cookies_sent=lengths,
+    limit=lengths,
+    lowest_cookie_syn_queue=lengths,
+    syns_refused=lengths,
+    syn_need_syn_queue=lengths,
+    syn_need_owed=lengths,
+    accept_need_accept_queue=lengths,
+    accept_need_turned_away=lengths,
+    accept_need_syn_queue=lengths,
+)
+NEEDS = (
+    *("syn_need_syn_queue", "syn_need_owed"),
+    *("accept_need_accept_queue", "accept_need_turned_away", "accept_need_syn_queue"),
+)
+
+
+@given(some_facts, st.sampled_from(NEEDS), lengths)
+def test_more_demand_never_lowers_the_advice(one: ListenerFacts, what: str, more: int) -> None:
+    before = judged(one).advised_backlog or 0
+    larger = one._replace(**{what: getattr(one, what) + more})
+    assert (judged(larger).advised_backlog or 0) >= before
+
+
+@given(some_facts)
+def test_the_advice_is_more_than_there_was_and_the_same_each_time(one: ListenerFacts) -> None:
+    told = judged(one)
+    assert told == judged(one)
+    assert told.advised_backlog is None or told.advised_backlog > one.limit
+    assert bool(told.advised_backlog) == any("->" in line for line in told.working)
+
+
+def silent_rows(count: int) -> tuple[Row, ...]:
+    """Clients that sent their SYN in the first second and nothing since."""
+    return tuple(
+        Row(four_tuple(number), handshake(at(0) + number)) for number in range(1, count + 1)
+    )
+
+
+def test_who_never_answered_is_taken_off() -> None:
+    history = ListenerHistory()
+    history.take_listeners([seen(overflown())])
+    answered = Row(four_tuple(900), ack_dropped(handshake(at(0.5)), at(0.6)))
+    gone = Row(four_tuple(901), ended(handshake(at(0.5)), Ending.RESET, at(0.6)))
+    later = Row(four_tuple(902), handshake(at(2)))
+    elsewhere = Row(four_tuple(903)._replace(server_port=1), handshake(at(0.5)))
+    rows = (*silent_rows(40), answered, gone, later, elsewhere)
+    history.take_sweep(Sweep(at(4), rows[:20], SweepPart.MORE))
+    history.take_sweep(Sweep(at(4), rows[20:]))
+    (told,) = history.reports()
+    assert told.silent == 40
+    assert told.syn_queue_needed == 50 + 149 - 40
+
+
+def test_who_answered_after_all_is_counted_again() -> None:
+    history = ListenerHistory()
+    history.take_listeners([seen(overflown())])
+    history.take_sweep(Sweep(at(4), silent_rows(40)))
+    history.take_sweep(Sweep(at(5), ()))
+    assert history.reports()[0].silent == 0
+
+
+def test_who_was_let_go_without_an_answer_stays_silent() -> None:
+    history = ListenerHistory()
+    history.take_listeners([seen(overflown())])
+    rows = silent_rows(40)
+    history.take_sweep(Sweep(at(4), rows))
+    history.take_leaving(
+        HandshakeId(row.four_tuple, row.handshake.first_syn_ns) for row in rows[:10]
+    )
+    history.take_sweep(Sweep(at(5), rows[10:]))
+    assert history.reports()[0].silent == 40
+
+
+def test_who_was_let_go_is_taken_off_later_heights_too() -> None:
+    history = ListenerHistory()
+    history.take_listeners([seen(overflown(syn_need_ns=at(-1)))])
+    rows = silent_rows(40)
+    history.take_sweep(Sweep(at(4), rows))
+    history.take_leaving(HandshakeId(row.four_tuple, row.handshake.first_syn_ns) for row in rows)
+    history.take_sweep(Sweep(at(5), ()))
+    assert history.reports()[0].silent == 0
+    history.take_listeners([seen(overflown(syn_need_ns=at(6), syn_need_owed=149 + 50))])
+    told = history.reports()[0]
+    assert (told.silent, told.syn_queue_needed) == (40, 50 + 149 + 10)
+
+
+def test_a_flood_does_not_hide_the_need_before_it() -> None:
+    history = ListenerHistory()
+    history.take_listeners([seen(overflown(syn_need_ns=at(-1)))])
+    crowd = silent_rows(10 * KEPT_HEIGHTS)
+    for number, row in enumerate(crowd, 1):
+        syn_ns = row.handshake.first_syn_ns
+        history.take_listeners([seen(overflown(syn_need_ns=syn_ns, syn_need_owed=149 + number))])
+        if number % KEPT_HEIGHTS == 0:
+            history.take_sweep(Sweep(syn_ns, crowd[:number]))
+    history.take_sweep(Sweep(at(4), crowd))
+    (told,) = history.reports()
+    assert told.advised_backlog == 199
+
+
+def test_the_addresses_of_one_socket_are_one_listener() -> None:
+    other = address_bytes("192.0.2.2")
+    several = [seen(overflown()), seen(overflown(server_address=other, peak_accept_queue=20))]
+    history = ListenerHistory()
+    history.take_listeners(several)
+    (told,) = history.reports()
+    assert told.addresses == ("192.0.2.1", "192.0.2.2")
+    assert told.facts.syns == 2 * 199
+    assert told.facts.peak_accept_queue == 51
+    assert told.accept_queue_needed == 51 + 2 * 148
+
+
+@pytest.mark.parametrize("changes", [{"owners": ()}, {"sockets": 2}])
+def test_addresses_are_kept_apart_where_it_cannot_be_told(changes: dict[str, Any]) -> None:
+    other = address_bytes("192.0.2.2")
+    history = ListenerHistory()
+    history.take_listeners(
+        one._replace(**changes) for one in (seen(overflown()), seen(facts(server_address=other)))
+    )
+    assert [told.addresses for told in history.reports()] == [("192.0.2.1",), ("192.0.2.2",)]
+
+
+def test_chosen_rows_say_nothing_of_the_others() -> None:
+    history = ListenerHistory()
+    history.take_listeners([seen(overflown())])
+    history.take_sweep(Sweep(at(4), silent_rows(40)))
+    history.take_sweep(Sweep(at(4.5), (), SweepPart.CHOSEN))
+    assert history.reports()[0].silent == 40

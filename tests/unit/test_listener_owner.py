@@ -1,0 +1,87 @@
+"""Who listens: this test itself does, and looks for itself."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from tcpstuck_bpf import netns
+from tcpstuck_bpf.listener_owner import ListenerWatch, owners_of, parse_listeners, sockets_for
+from tcpstuck_bpf.model import ListenerFacts, address_bytes
+from tests.unit.test_listener import facts
+
+
+def of(address: str, port: int) -> ListenerFacts:
+    """Facts of an address and port of this test's namespace."""
+    return facts(
+        netns=netns.own_netns(), server_address=address_bytes(address), server_port=port, syns=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "bound", "asked"),
+    [
+        (socket.AF_INET, "127.0.0.1", "127.0.0.1"),
+        (socket.AF_INET, "0.0.0.0", "127.0.0.1"),
+        (socket.AF_INET6, "::1", "::1"),
+        (socket.AF_INET6, "::", "::1"),
+        (socket.AF_INET6, "::", "127.0.0.1"),
+    ],
+)
+def test_a_listener_is_found_with_its_process(
+    family: socket.AddressFamily, bound: str, asked: str
+) -> None:
+    dual = bound == "::"
+    with socket.create_server((bound, 0), family=family, dualstack_ipv6=dual) as listener:
+        port = listener.getsockname()[1]
+        (seen,) = ListenerWatch().changed([of(asked, port)])
+    name = Path("/proc/self/comm").read_text().strip()
+    assert f"{name} (pid {os.getpid()})" in seen.owners
+    assert seen.sockets == 1
+    assert seen.settings["core.somaxconn"] == int(Path("/proc/sys/net/core/somaxconn").read_text())
+
+
+def test_sockets_that_share_an_address_are_counted() -> None:
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as one:
+        port = one.getsockname()[1]
+        with socket.create_server(("127.0.0.1", port), reuse_port=True):
+            (seen,) = ListenerWatch().changed([of("127.0.0.1", port)])
+    assert seen.sockets == 2
+
+
+def test_the_very_address_goes_before_any() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0), reuse_port=True) as own,
+        socket.create_server(("0.0.0.0", own.getsockname()[1]), reuse_port=True),
+    ):
+        text = Path("/proc/thread-self/net/tcp").read_text()
+        listening = list(parse_listeners(text))
+        (found,) = sockets_for(of("127.0.0.1", own.getsockname()[1]), listening)
+        assert found.inode == os.fstat(own.fileno()).st_ino
+        assert owners_of([found.inode])
+
+
+def test_only_what_changed_is_told_again() -> None:
+    watch = ListenerWatch()
+    one, other = of("127.0.0.1", 1), of("127.0.0.1", 2)
+    assert [seen.facts for seen in watch.changed([one, other])] == [one, other]
+    later = other._replace(syns=2)
+    assert [seen.facts for seen in watch.changed([one, later])] == [later]
+    assert watch.changed([one, later]) == ()
+
+
+def test_an_owner_is_known_after_it_has_gone() -> None:
+    watch = ListenerWatch()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        one = of("127.0.0.1", listener.getsockname()[1])
+        (before,) = watch.changed([one])
+    (after,) = watch.changed([one._replace(syns=2)])
+    assert after.owners == before.owners != ()
+
+
+def test_a_namespace_that_has_gone_is_no_error() -> None:
+    (seen,) = ListenerWatch().changed([facts(netns=1)])
+    assert (seen.owners, seen.sockets, dict(seen.settings)) == ((), 0, {})
