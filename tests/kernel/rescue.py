@@ -56,12 +56,14 @@ class Silenced:
 
 
 @contextlib.contextmanager
-def silenced(topology: Topology, family: int, source: str = "") -> Iterator[Silenced]:
+def silenced(
+    topology: Topology, family: int, source: str = "", port: int = 0
+) -> Iterator[Silenced]:
     """While the context lasts, so does the firewall's rule."""
     server = (SERVER_ADDRESS[family], PORT)
     with dropping(topology.server, ack_rule(PORT), family):
         client = topology.client.run(
-            socket.create_connection, server, patient(COMMAND_S), source_address=(source, 0)
+            socket.create_connection, server, patient(COMMAND_S), source_address=(source, port)
         )
         client_ip, client_port = client.getsockname()[:2]
         yield Silenced(client, FourTuple(client_ip, client_port, *server))
