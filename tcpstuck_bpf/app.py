@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +54,10 @@ LONGEST_POLL_NS = SECOND_NS // 5
 SWEEP_SHARE = 5
 """Reading and correlating the table takes at most one part in this many of the time. What a sweep
 brings to tell is not counted: it comes once, and must not hold up what comes after it."""
+TOLD_AT_ONCE = 16
+"""Lines to tell between two looks at the events, where clients are to be mended."""
+MAX_UNTOLD = 4096
+"""Lines that may wait to be told, where clients are to be mended."""
 
 
 class Source(Protocol):
@@ -128,6 +134,8 @@ class Live:
     """Says whose the listeners are, of those that have changed; None: they are of no interest."""
     _soonest_choice_ns: int = field(default=0, init=False)
     _regular_choice_ns: int = field(default=0, init=False)
+    _untold: deque[Finding | Attempt] = field(default_factory=deque, init=False)
+    """In the order in which it is to be told."""
 
     @property
     def _interval_ns(self) -> int:
@@ -157,9 +165,10 @@ class Live:
         """Take in what events tell, and where clients are to be mended, do so in time."""
         if self.rescuing is not None:
             until_ns = min(until_ns, self._next_choice_ns(), self.rescuing.due_ns or until_ns)
-        self._observe_events(max(0, until_ns - self.clock_ns()))
+        self._observe_events(0 if self._untold else max(0, until_ns - self.clock_ns()))
         if self.rescuing is not None and self.clock_ns() >= self._next_choice_ns():
             self._look_at_chosen()
+        self._tell()
 
     def _next_choice_ns(self) -> int:
         """Where clients are to be mended, a verdict is not to wait for a whole sweep."""
@@ -181,16 +190,36 @@ class Live:
         findings = self.analysis.take(step)
         if self.recorder is not None:
             self.recorder.write(step)
-        if findings:
-            self.output.findings(findings)
+        self._untold += findings
+
+    def _tell(self) -> None:
+        """Tell what there is to tell; where clients are to be mended, little at a time.
+
+        To put a verdict into words takes longer than to send a packet, and a client that gets in
+        tells at once whether the next one may follow.
+        """
+        if self.rescuing is None:
+            self._tell_first(len(self._untold))
+        else:
+            self._tell_first(max(TOLD_AT_ONCE, len(self._untold) - MAX_UNTOLD))
+
+    def _tell_first(self, most: int) -> None:
+        some = [self._untold.popleft() for _ in range(min(most, len(self._untold)))]
+        for kind, alike in itertools.groupby(some, type):
+            if kind is Attempt:
+                self.output.attempts([one for one in alike if isinstance(one, Attempt)])
+            else:
+                self.output.findings([one for one in alike if isinstance(one, Finding)])
 
     def _observe_events(self, timeout_ns: int) -> None:
         events = tuple(self.source.poll(timeout_ns))
+        # Who got in makes room for the next at once; to judge what came takes longer.
+        self._rescue(events, ())
         if events:
             self._name(Row(event.four_tuple, event.handshake) for event in events)
             self._step(Observed(events))
             self._step(Advanced(self.clock_ns()))
-        self._rescue(events, self.analysis.reports if events else ())
+            self._rescue((), self.analysis.reports)
 
     def _name(self, rows: Iterable[Row]) -> None:
         """Names come before what they are needed for, so that a replay has them as well."""
@@ -209,7 +238,7 @@ class Live:
         rescue = self.rescuing.act()
         if rescue is not None:
             self._step(Rescued(rescue))
-            self.output.attempts(rescue.attempts)
+            self._untold += rescue.attempts
 
     def _sweep(self) -> int:
         """Read, judge, tell; returns the ns that reading and correlating took."""
@@ -230,6 +259,7 @@ class Live:
         changed = self.describe(self.source.listeners()) if self.describe is not None else ()
         if changed:
             self._step(Listened(changed))
+        self._tell()
         return cost_ns
 
     def _tally(self) -> int:
@@ -247,6 +277,7 @@ class Live:
         notes = (f"the recording is incomplete: {failure}",) if failure else ()
         ended = Ended(self.clock_ns(), dict(self.source.losses()), notes)
         self._step(ended)
+        self._tell_first(len(self._untold))
         summary = self.analysis.summary(ended)
         self.output.summary(summary)
         return summary

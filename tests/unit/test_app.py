@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.app import Live, run_replay
 from tcpstuck_bpf.errors import UsageError
 from tcpstuck_bpf.model import (
+    Attempt,
     Coverage,
     Ending,
     Event,
@@ -348,6 +349,50 @@ def test_a_flood_does_not_hold_up_the_rescue(tmp_path: Path) -> None:
     stream = io.StringIO()
     run_replay(replay, JsonOutput(stream, replay.header.clock, Selection([], nothing=False)))
     assert [json.loads(line) for line in stream.getvalue().splitlines()] == lines
+
+
+def test_who_can_be_mended_does_not_wait_until_all_verdicts_are_told(tmp_path: Path) -> None:
+    """100 clients of known addresses are due at once; to tell of them takes 10 s."""
+    kernel = FakeKernel()
+    tables = test_rescuing.Kernel()
+    sent_ns: list[int] = []
+
+    class SlowOutput(JsonOutput):
+        def findings(self, findings: list[Finding]) -> None:
+            kernel.now_ns += len(findings) * SECOND_NS // 10
+            super().findings(findings)
+
+        def attempts(self, attempts: Sequence[Attempt]) -> None:
+            sent_ns.extend(attempt.time_ns for attempt in attempts)
+            super().attempts(attempts)
+
+    for number in range(100):
+        kernel.table[four_tuple(number)] = tables.entries[four_tuple(number)] = handshake()
+        tables.completed_ns[four_tuple(number)] = at(-60)
+    stream = io.StringIO()
+    clock = header().clock
+    output = SlowOutput(stream, clock, Selection([], nothing=False))
+    recorder = Recorder(str(tmp_path / "run"), header())
+    Live(
+        kernel,
+        Analysis(header()),
+        output,
+        recorder,
+        no_counters,
+        lambda: kernel.now_ns,
+        rescuing=rescuer_beside(kernel, tables),
+    ).run(30 * SECOND_NS, None)
+    recorder.close()
+    due_ns = at(0) + header().settings.timeout_ns
+    assert len([time_ns for time_ns in sent_ns if time_ns <= due_ns + 2 * SECOND_NS]) >= 100
+    told = stream.getvalue().splitlines()
+    verdicts = [line for line in map(json.loads, told) if line["type"] == "verdict"]
+    assert len({line["client_ip"] for line in verdicts}) == len(kernel.table)
+    replayed = io.StringIO()
+    run_replay(
+        Replay(str(tmp_path / "run")), JsonOutput(replayed, clock, Selection([], nothing=False))
+    )
+    assert replayed.getvalue().splitlines() == told
 
 
 def test_who_is_chosen_and_connects_is_neither_pending_nor_unresolved() -> None:
