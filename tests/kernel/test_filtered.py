@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from lab.faults import ack_rule, dropping
 from lab.places import PLACES, Fault, Spot, wrong_checksums
 from lab.records import FourTuple
 from lab.scene import PORT
@@ -28,6 +29,8 @@ DATA = b"anyone there?"
 STORM = 4000
 STORM_PORT = 4000
 HEALTHY = 20
+WHY = ("-p", str(PORT), "--why")
+UNSEEN = 20
 
 
 @contextlib.contextmanager
@@ -126,11 +129,35 @@ def test_an_ack_that_was_dropped_and_made_good_is_not_accused(either_tracer: Tra
         assert verdicts[-1:] in ([], ["recovered"])
 
 
+def test_a_packet_where_a_dropped_one_was_is_not_taken_for_it() -> None:
+    """The kernel gives the memory of a packet out again at once.
+
+    The one before it was an ACK of a handshake that the tool has not seen, dropped by TCP.
+    """
+    with site(4, backlog=0) as full, site(4) as where:
+        unseen = [Client(full) for _ in range(UNSEEN)]
+        for client in unseen:
+            client.connect()
+        unseen[0].send(0)
+        full.watch.until(lambda: full.known_to_server() == {unseen[0].port}, "a full queue")
+        seen = [Client(where) for _ in unseen]
+        with (
+            tracing(WHY) as (tracer,),
+            dropping(where.topology.server, ack_rule(PORT), where.family),
+        ):
+            for before, client in zip(unseen, seen):
+                client.connect()
+                before.send(0)
+                client.send(0)
+            expected = {client.four_tuple: "ack-filtered" for client in seen}
+            assert tracer.await_reported(expected, where.netns)
+
+
 @pytest.mark.parametrize("mode", ["fentry", "kprobe"])
 def test_a_storm_of_drops_elsewhere_hides_and_accuses_nobody(mode: str) -> None:
     with site(4) as where:
         topology = where.topology
-        options = ("-p", str(PORT), "--netns", topology.server.name, "--probe-mode", mode)
+        options = (*WHY, "--netns", topology.server.name, "--probe-mode", mode)
         with tracing(options) as (tracer,):
             topology.server.command(
                 "nft",
