@@ -1034,13 +1034,19 @@ static __always_inline bool answers(const struct segment *segment, const struct 
 	return entry->syn_count > 1 || segment->acknowledgement == entry->cookie_isn + 1;
 }
 
-/* Whether the packet is the one that cookie_vX_check drops, or has just let its caller drop. */
-static __always_inline bool dropped_by_check(u64 skb, u64 place, u32 reason,
-					     struct handshake *entry)
+/*
+ * Whether the packet is the one that cookie_vX_check drops, or has just let its caller drop. That
+ * one may have gone without coming by here, and its memory to another packet.
+ */
+static __always_inline bool dropped_by_check(u64 skb, const struct segment *segment, u64 place,
+					     u32 reason, struct handshake *entry)
 {
 	struct scratch *scratch = this_cpu_scratch();
 
 	if (!scratch || scratch->checked != skb)
+		return false;
+	if (scratch->segment.sequence != segment->sequence ||
+	    scratch->segment.acknowledgement != segment->acknowledgement)
 		return false;
 	if (scratch->listener) {
 		scratch->drop_place = place;
@@ -1085,7 +1091,9 @@ static __always_inline int packet_dropped(void *ctx, u64 skb, u64 place, u32 rea
 	if (!read_freed(&segment, &headers, skb, ipv4))
 		return 0;
 	entry = awaiting_ack.lookup(&segment.key);
-	if (!entry || !answers(&segment, entry) || dropped_by_check(skb, place, reason, entry))
+	if (!entry || !answers(&segment, entry))
+		return 0;
+	if (dropped_by_check(skb, &segment, place, reason, entry))
 		return 0;
 	if (IS_NO_LOSS(reason))
 		return 0;
