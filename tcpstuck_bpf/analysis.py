@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
 from tcpstuck_bpf.correlate import Correlator
 from tcpstuck_bpf.flow import FlowReport, State
+from tcpstuck_bpf.kernel_log import WarningHistory
 from tcpstuck_bpf.listener_history import ListenerHistory
 from tcpstuck_bpf.model import (
     ATTEMPT_NOT_SENT,
@@ -30,6 +32,7 @@ from tcpstuck_bpf.replay import (
     Ended,
     Header,
     Listened,
+    Logged,
     Named,
     Observed,
     Rescued,
@@ -60,6 +63,7 @@ class Analysis:
         self._taken_over = 0
         self._names = KernelNames({}, {}, {}, {})
         self._listeners = ListenerHistory()
+        self._warnings = WarningHistory()
         self._rows = 0
         self._table_seen = False
         self._tallies: list[Tally] = []
@@ -82,6 +86,8 @@ class Analysis:
             self._names = self._names.with_more(step.names)
         elif isinstance(step, Listened):
             self._listeners.take_listeners(step.listeners)
+        elif isinstance(step, Logged):
+            self._warnings.take(step.warnings)
         elif isinstance(step, TallyTaken):
             self._tallies = [*self._tallies[:1], step.tally]
         elif isinstance(step, Advanced):
@@ -98,7 +104,7 @@ class Analysis:
     def _advance(self, now_ns: int) -> list[Finding]:
         reports = self.reports = self.correlator.advance(now_ns)
         judged = (judge(report, self.header.coverage, self._names) for report in reports)
-        findings = [finding for finding in judged if finding is not None]
+        findings = [self._with_warnings(finding) for finding in judged if finding is not None]
         self._taken_over += sum(
             report.handshake.ending == Ending.TAKEN_OVER and report.delay_ns is not None
             for report in reports
@@ -115,6 +121,12 @@ class Analysis:
             self._rows = 0
             self._table_seen = False
         return findings
+
+    def _with_warnings(self, finding: Finding) -> Finding:
+        timeline = self._warnings.added_to(
+            finding.timeline, finding.four_tuple, finding.first_syn_ns, finding.verdict_ns
+        )
+        return finding if timeline is finding.timeline else replace(finding, timeline=timeline)
 
     @property
     def tallied(self) -> bool:

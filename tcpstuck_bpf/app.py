@@ -24,6 +24,7 @@ from tcpstuck_bpf.model import (
     HandshakeId,
     KernelCounters,
     KernelNames,
+    KernelWarning,
     ListenerFacts,
     ListenerSeen,
     NetnsCounts,
@@ -36,6 +37,7 @@ from tcpstuck_bpf.replay import (
     Advanced,
     Ended,
     Listened,
+    Logged,
     Named,
     Observed,
     Recorder,
@@ -116,6 +118,17 @@ class Output(Protocol):
         """The end."""
 
 
+class Log(Protocol):
+    """The kernel's warnings of full SYN queues; `kernel_log.KernelLog` is the real one."""
+
+    @property
+    def overruns(self) -> int:
+        """Times that lines were overwritten before they were read."""
+
+    def warnings(self, now_ns: int) -> tuple[KernelWarning, ...]:
+        """Those that came since it was asked last."""
+
+
 @dataclass
 class Live:
     """A live run. `stop` is set by a signal handler and ends it with the summary."""
@@ -132,6 +145,8 @@ class Live:
     """Says what numbers in entries mean that it has not said yet; None: nothing new."""
     describe: Callable[[Iterable[ListenerFacts]], tuple[ListenerSeen, ...]] | None = None
     """Says whose the listeners are, of those that have changed; None: they are of no interest."""
+    kernel_log: Log | None = None
+    """None where it may not be read."""
     _soonest_choice_ns: int = field(default=0, init=False)
     _regular_choice_ns: int = field(default=0, init=False)
     _untold: deque[Finding | Attempt] = field(default_factory=deque, init=False)
@@ -165,6 +180,7 @@ class Live:
         """Take in what events tell, and where clients are to be mended, do so in time."""
         if self.rescuing is not None:
             until_ns = min(until_ns, self._next_choice_ns(), self.rescuing.due_ns or until_ns)
+        self._read_log()
         self._observe_events(0 if self._untold else max(0, until_ns - self.clock_ns()))
         if self.rescuing is not None and self.clock_ns() >= self._next_choice_ns():
             self._look_at_chosen()
@@ -221,6 +237,11 @@ class Live:
             self._step(Advanced(self.clock_ns()))
             self._rescue((), self.analysis.reports)
 
+    def _read_log(self) -> None:
+        warnings = () if self.kernel_log is None else self.kernel_log.warnings(self.clock_ns())
+        if warnings:
+            self._step(Logged(warnings))
+
     def _name(self, rows: Iterable[Row]) -> None:
         """Names come before what they are needed for, so that a replay has them as well."""
         names = None if self.name is None else self.name(rows)
@@ -275,7 +296,9 @@ class Live:
         self._tally()
         failure = self.recorder.failure if self.recorder is not None else None
         notes = (f"the recording is incomplete: {failure}",) if failure else ()
-        ended = Ended(self.clock_ns(), dict(self.source.losses()), notes)
+        overruns = 0 if self.kernel_log is None else self.kernel_log.overruns
+        losses = {**self.source.losses(), "kernel_log_overruns": overruns}
+        ended = Ended(self.clock_ns(), losses, notes)
         self._step(ended)
         self._tell_first(len(self._untold))
         summary = self.analysis.summary(ended)

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ from tcpstuck_bpf.errors import (
     UsageError,
 )
 from tcpstuck_bpf.explain import explanation, verdict_list
+from tcpstuck_bpf.kernel_log import open_kernel_log
 from tcpstuck_bpf.listener_owner import ListenerWatch
 from tcpstuck_bpf.model import TraceFilter, TraceSettings, address_text
 from tcpstuck_bpf.options import build_parser
@@ -191,7 +193,9 @@ def _trace(options: argparse.Namespace) -> int:
             print(f"able to trace: {len(source.coverage.probes)} probes by {source.coverage.mode}")
             return EXIT_NOTHING_STUCK
         clock = WallClock(time.monotonic_ns(), time.time_ns())
-        header = Header(settings, source.coverage, clock, watched, source.table_capacity)
+        kernel_log, gaps = open_kernel_log()
+        coverage = replace(source.coverage, gaps=(*source.coverage.gaps, *gaps))
+        header = Header(settings, coverage, clock, watched, source.table_capacity)
         output = _output(options, clock)
         recorder = Recorder(options.record, header) if options.record else None
         if not sys.stdout.isatty():
@@ -199,6 +203,7 @@ def _trace(options: argparse.Namespace) -> int:
         live = Live(source, Analysis(header), output, recorder, netns.read_counters)
         live.name = Namer(source.drop_reasons, source.stack, read_ruleset, time.monotonic_ns)
         live.describe = ListenerWatch().changed
+        live.kernel_log = kernel_log
         interrupts.live = live
         if options.rescue is not None:
             live.rescuing = _rescuing(options, source)
@@ -209,6 +214,8 @@ def _trace(options: argparse.Namespace) -> int:
                 live.rescuing.close()
             if recorder is not None:
                 recorder.close()
+            if kernel_log is not None:
+                kernel_log.close()
     finally:
         source.close()
     if interrupts.interrupted and not live.analysis.told:

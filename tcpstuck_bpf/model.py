@@ -225,6 +225,16 @@ class KernelNames(NamedTuple):
         )
 
 
+class KernelWarning(NamedTuple):
+    """A line of the kernel's log that says that a listener answers by cookies."""
+
+    time_ns: int
+    port: int
+    address: bytes | None
+    """Where the listener is bound to (16 bytes); None where the kernel does not say."""
+    text: str
+
+
 class Row(NamedTuple):
     """One entry of the awaiting-ACK table as a sweep saw it."""
 

@@ -36,6 +36,7 @@ _LOSSES = {
     "cookies_unmatched": "cookies chosen outside tcp_conn_request: not traced",
     "listeners_unknown": "segments of listeners there was no room for: missing in their figures",
     "programs_not_run": "times a program did not run, another one being at work on that CPU",
+    "kernel_log_overruns": "times lines of the kernel's log were gone before they were read",
     "undecodable_events": "events that could not be decoded",
     "flows_evicted": "flows forgotten for want of room",
     "entries_let_go": "open table entries given up for age or want of room",

@@ -24,6 +24,7 @@ from tcpstuck_bpf.model import (
     Event,
     HandshakeId,
     KernelNames,
+    KernelWarning,
     ListenerSeen,
     NetnsCount,
     Rescue,
@@ -102,6 +103,12 @@ class Listened(NamedTuple):
     listeners: tuple[ListenerSeen, ...]
 
 
+class Logged(NamedTuple):
+    """The kernel warned of full SYN queues."""
+
+    warnings: tuple[KernelWarning, ...]
+
+
 class Ended(NamedTuple):
     """The run ended."""
 
@@ -110,7 +117,7 @@ class Ended(NamedTuple):
     notes: tuple[str, ...]
 
 
-Step = Union[Observed, Swept, Advanced, TallyTaken, Rescued, Named, Listened, Ended]
+Step = Union[Observed, Swept, Advanced, TallyTaken, Rescued, Named, Listened, Logged, Ended]
 
 
 class Recorder:
@@ -167,7 +174,20 @@ class Recorder:
             return {"names": step.names._asdict()}
         if isinstance(step, Listened):
             return {"listeners": [listener_values(one) for one in step.listeners]}
+        if isinstance(step, Logged):
+            return {"warnings": [_warning_values(one) for one in step.warnings]}
         return {"end": step.now_ns, "losses": dict(step.losses), "notes": list(step.notes)}
+
+
+def _warning_values(warning: KernelWarning) -> list[Any]:
+    address = None if warning.address is None else warning.address.hex()
+    return [warning.time_ns, warning.port, address, warning.text]
+
+
+def _warning(values: list[Any]) -> KernelWarning:
+    time_ns, port, address, text = values
+    known = None if address is None else bytes.fromhex(address)
+    return KernelWarning(integer(time_ns), integer(port), known, str(text))
 
 
 def _header_values(header: Header) -> dict[str, Any]:
@@ -308,6 +328,8 @@ class Replay:
             return Named(_names(values["names"]))
         if "listeners" in values:
             return Listened(tuple(map(listener_of, values["listeners"])))
+        if "warnings" in values:
+            return Logged(tuple(map(_warning, values["warnings"])))
         losses = {str(name): integer(number) for name, number in values["losses"].items()}
         return Ended(integer(values["end"]), losses, tuple(map(str, values["notes"])))
 

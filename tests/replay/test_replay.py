@@ -19,6 +19,7 @@ from tcpstuck_bpf.model import (
     EventKind,
     Handshake,
     KernelNames,
+    KernelWarning,
     NetnsCount,
     Rescue,
     Row,
@@ -31,6 +32,7 @@ from tcpstuck_bpf.replay import (
     Advanced,
     Ended,
     Listened,
+    Logged,
     Named,
     Observed,
     Recorder,
@@ -91,6 +93,12 @@ STEPS: tuple[Step, ...] = (
         )
     ),
     Listened((seen(overflown()),)),
+    Logged(
+        (
+            KernelWarning(at(4), 3311, None, "Possible SYN flooding on port 3311."),
+            KernelWarning(at(4), 3311, four_tuple().server_address, "Possible SYN flooding"),
+        )
+    ),
     Advanced(at(5)),
     TallyTaken(tally(at(9), kernel=2, traced=2)),
     END,

@@ -1,0 +1,57 @@
+"""The kernel's warning of a full SYN queue, as dmesg has it, in the timelines it concerns."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from lab.patience import COMMAND_S, patient
+from lab.scenarios import play
+from lab.scene import PORT, READY, Stage
+from lab.tracer import Tracer
+
+pytestmark = pytest.mark.kernel
+
+WARNING = "Possible SYN flooding on port "
+BEFORE_MS = 60_000
+
+
+def warnings_of_the_kernel() -> list[str]:
+    """Of all listeners since boot, the oldest first."""
+    shown = subprocess.run(
+        ["dmesg", "--notime"],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=patient(COMMAND_S),
+    ).stdout
+    return [line[line.index(WARNING) :].strip() for line in shown.splitlines() if WARNING in line]
+
+
+@pytest.mark.parametrize("family", ["4", "6"])
+def test_it_stands_in_the_timeline_of_each_stuck_client(either_tracer: Tracer, family: str) -> None:
+    before, first = warnings_of_the_kernel(), len(either_tracer.lines)
+
+    def hook(stage: Stage) -> None:
+        if stage.name != READY:
+            either_tracer.await_reported(stage.expected, stage.netns, first)
+
+    outcome = play("overflow", clients=100, family=family, after=hook)
+    (warning,) = warnings_of_the_kernel()[len(before) :]
+    assert str(PORT) in warning
+    stuck = [
+        line
+        for line in either_tracer.lines[first:]
+        if line["type"] == "verdict"
+        and line["netns"] == outcome.netns
+        and line["verdict"] == "accept-queue-full"
+    ]
+    assert {line["client_port"] for line in stuck} >= {who.client_port for who in outcome.stuck}
+    assert stuck
+    for line in stuck:
+        logged = [entry for entry in line["timeline"] if entry["what"] == "kernel's log"]
+        assert warning in [entry["detail"] for entry in logged]
+        # It is written at the listener's first cookie: the clients connect in one batch.
+        (when_ms,) = (entry["time_ms"] for entry in logged if entry["detail"] == warning)
+        assert -BEFORE_MS < when_ms < line["age_ms"]

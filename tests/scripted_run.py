@@ -1,0 +1,128 @@
+"""A whole run by a script: its source and its clock are our own, nothing waits, no kernel."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from tcpstuck_bpf.analysis import Analysis
+from tcpstuck_bpf.app import Live
+from tcpstuck_bpf.model import (
+    Coverage,
+    Event,
+    FourTuple,
+    Handshake,
+    HandshakeId,
+    KernelCounters,
+    ListenerFacts,
+    NetnsCounts,
+    Row,
+    Sweep,
+    SweepPart,
+)
+from tcpstuck_bpf.output import JsonOutput, Selection
+from tcpstuck_bpf.replay import Recorder
+from tests.builders import (
+    SECOND_NS,
+    at,
+    four_tuple,
+    header,
+)
+
+
+class FakeKernel:
+    """A source whose table changes at given times, and the clock that goes with it.
+
+    Polling is what passes the time.
+    """
+
+    timings: Mapping[str, float] = {}
+    table_capacity = 1024
+    coverage: Coverage = header().coverage
+
+    def __init__(self) -> None:
+        self.now_ns = at(0)
+        self.table: dict[FourTuple, Handshake] = {}
+        self.script: list[tuple[int, FourTuple, Handshake | None, Event | None]] = []
+        self.crowd: list[Row] = []
+        """Entries of others that come first in a sweep, each in a batch of its own."""
+        self.sweeps: list[int] = []
+        self.choices: list[int] = []
+        self.sweep_cost_ns = 0
+        self.forgotten: list[FourTuple] = []
+        self.closed = False
+
+    def at(self, time_ns: int, entry: Handshake | None, told: Event | None = None) -> None:
+        """Client 0's entry becomes this, None for gone, and perhaps an event tells of it."""
+        self.script.append((time_ns, four_tuple(), entry, told))
+
+    def poll(self, timeout_ns: int) -> list[Event]:
+        self.now_ns += timeout_ns
+        events = []
+        while self.script and self.script[0][0] <= self.now_ns:
+            _, who, entry, told = self.script.pop(0)
+            self.table.pop(who, None)
+            if entry is not None:
+                self.table[who] = entry
+            if told is not None:
+                events.append(told)
+        return events
+
+    def sweep(self) -> Iterator[Sweep]:
+        begun = self.now_ns
+        self.sweeps.append(begun)
+        for row in self.crowd:
+            self.now_ns += self.sweep_cost_ns
+            yield Sweep(begun, (row,), SweepPart.MORE)
+        self.now_ns += self.sweep_cost_ns
+        yield Sweep(begun, tuple(Row(*item) for item in self.table.items()))
+
+    def chosen(self) -> Sweep:
+        self.choices.append(self.now_ns)
+        return Sweep(
+            self.now_ns, tuple(Row(*item) for item in self.table.items()), SweepPart.CHOSEN
+        )
+
+    def forget(self, handshakes: Iterable[HandshakeId]) -> None:
+        for who, first_syn_ns in handshakes:
+            assert self.table[who].first_syn_ns == first_syn_ns
+            self.forgotten.append(who)
+            del self.table[who]
+
+    def counts(self) -> NetnsCounts:
+        return {}
+
+    def listeners(self) -> tuple[ListenerFacts, ...]:
+        return ()
+
+    def losses(self) -> Mapping[str, int]:
+        return {"undecodable_events": 0}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def no_counters() -> KernelCounters:
+    return {}
+
+
+def live(
+    kernel: FakeKernel,
+    seconds: float | None,
+    only: str = "",
+    record: str | None = None,
+    **more: Any,
+) -> list[dict[str, Any]]:
+    """Run it for so many seconds; the JSON lines."""
+    stream = io.StringIO()
+    output = JsonOutput(stream, header().clock, Selection([only] if only else [], nothing=False))
+    recorder = None if record is None else Recorder(record, header())
+    run = Live(
+        kernel, Analysis(header()), output, recorder, no_counters, lambda: kernel.now_ns, **more
+    )
+    run.run(None if seconds is None else int(seconds * SECOND_NS), None)
+    if recorder is not None:
+        recorder.close()
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
