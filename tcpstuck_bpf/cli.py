@@ -35,7 +35,8 @@ from tcpstuck_bpf.probes import WITHOUT_VARIABLE, AttachRequest, left_out
 from tcpstuck_bpf.render import TableRenderer, watching
 from tcpstuck_bpf.replay import Header, Recorder, Replay
 from tcpstuck_bpf.report import Summary, WallClock
-from tcpstuck_bpf.rescue import RescuePolicy, Rescuer
+from tcpstuck_bpf.rescue import Rescuer
+from tcpstuck_bpf.rescue_policy import RescuePolicy
 from tcpstuck_bpf.rescuing import Rescuing
 from tcpstuck_bpf.resend import Resender
 from tcpstuck_bpf.ruleset_reader import read_ruleset

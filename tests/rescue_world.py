@@ -13,7 +13,8 @@ from collections.abc import Callable
 from tcpstuck_bpf.candidate import MAX_TRIES
 from tcpstuck_bpf.flow import SECOND_NS
 from tcpstuck_bpf.model import ATTEMPT_SENT, Attempt, FourTuple, HandshakeId, Moved
-from tcpstuck_bpf.rescue import Plan, RescuePolicy, Rescuer
+from tcpstuck_bpf.rescue import Plan, Rescuer
+from tcpstuck_bpf.rescue_policy import RescuePolicy
 from tests.builders import (
     ACK,
     CLIENT_ISN,
@@ -204,3 +205,43 @@ class RescueWorld:
             else:
                 self.take_in()
         self.now_ns = max(self.now_ns, until_ns)
+
+
+class Room:
+    """An accept queue with room that never changes."""
+
+    length = 1
+
+    def __call__(self, _who: FourTuple, _now_ns: int) -> str:
+        return COMPLETES
+
+
+class QueueAnswers:
+    """Answers by an accept queue."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+
+    @property
+    def length(self) -> int:
+        """Of the queue, the answer's own connection included."""
+        return self._queue.length
+
+    def __call__(self, _who: FourTuple, now_ns: int) -> str:
+        return self._queue.answer(now_ns)
+
+
+def always(answer: str) -> Callable[[FourTuple, int], str]:
+    return lambda _who, _now_ns: answer
+
+
+def sent_to(world: RescueWorld) -> list[FourTuple]:
+    return [plan.handshake_id.four_tuple for _, plan in world.plans]
+
+
+def silent_world(policy: RescuePolicy | None = None, known: bool = True) -> RescueWorld:
+    return RescueWorld(
+        RescuePolicy() if policy is None else policy,
+        answer=always(SILENT),
+        is_known=lambda _: known,
+    )

@@ -21,7 +21,8 @@ from tcpstuck_bpf.model import (
 )
 from tcpstuck_bpf.output import JsonOutput, Selection
 from tcpstuck_bpf.replay import Recorder, Replay
-from tcpstuck_bpf.rescue import RescuePolicy, Rescuer
+from tcpstuck_bpf.rescue import Rescuer
+from tcpstuck_bpf.rescue_policy import RescuePolicy
 from tcpstuck_bpf.rescuing import Rescuing
 from tcpstuck_bpf.verdict import Finding
 from tests.builders import (

@@ -6,7 +6,7 @@ import pytest
 
 from tcpstuck_bpf.candidate import DROPPED_AGAIN, MAX_TRIES, NO_ANSWER, NOT_KNOWN, SENT_DATA
 from tcpstuck_bpf.flow import State
-from tcpstuck_bpf.rescue import RescuePolicy
+from tcpstuck_bpf.rescue_policy import RescuePolicy
 from tests.builders import CLIENT_ISN, START_NS, seconds
 from tests.rescue_world import COMPLETES, FILTERED, SILENT, RescueWorld, client
 

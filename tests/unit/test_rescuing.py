@@ -10,7 +10,8 @@ import pytest
 from tcpstuck_bpf.candidate import NOT_KNOWN
 from tcpstuck_bpf.correlate import State
 from tcpstuck_bpf.model import Ending, FourTuple, Handshake, Rescue
-from tcpstuck_bpf.rescue import RescuePolicy, Rescuer
+from tcpstuck_bpf.rescue import Rescuer
+from tcpstuck_bpf.rescue_policy import RescuePolicy
 from tcpstuck_bpf.rescuing import KNOWN_FOR_NS, Rescuing
 from tests.builders import (
     ack_dropped,
