@@ -16,7 +16,7 @@ from tcpstuck_bpf.doctor import SYNCOOKIES, MachineReport
 from tcpstuck_bpf.export import FORMAT
 from tcpstuck_bpf.kernel_report import Change, KernelReport, place_text
 from tcpstuck_bpf.netns import QUEUE_SETTINGS
-from tcpstuck_bpf.probes import RESCUE_PROBES, Probe
+from tcpstuck_bpf.probes import RESCUE_PROBES, WHY_PROBES, Probe
 
 NARROWEST_COLUMN = 10
 COLUMN_GAP = 2
@@ -116,6 +116,8 @@ def _kernel_tables(
 
 def _need(probe: Probe) -> str:
     need = "required" if probe.required else "optional"
+    if probe in WHY_PROBES:
+        return f"{need} for --why"
     return f"{need} for --rescue" if probe in RESCUE_PROBES else need
 
 
@@ -155,6 +157,7 @@ def _kernel_json(kernel: KernelReport) -> Iterator[str]:
                 "function": fact.probe.function,
                 "required": fact.probe.required,
                 "for_rescue": fact.probe in RESCUE_PROBES,
+                "for_why": fact.probe in WHY_PROBES,
                 "prototype": None if fact.prototype is None else fact.declaration,
                 "parameters": None if fact.prototype is None else len(fact.prototype.parameters),
                 "expected_parameters": fact.probe.parameters,

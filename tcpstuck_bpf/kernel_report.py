@@ -32,24 +32,29 @@ SUBSYSTEM_PREFIX = "SKB_DROP_REASON_SUBSYS_"
 
 
 class FunctionFact(NamedTuple):
-    """A function that is to be probed."""
+    """A function, or tracepoint, that is to be probed."""
 
     probe: Probe
     prototype: Prototype | None
     """None where the type information has no such function."""
     symbol: str
     """`there`, `missing`, `unknown`, or the names with a compiler's suffix that are there."""
+    arguments: int | None = None
+    """How many a tracepoint has; None for a function, or where its type is not described."""
 
     @property
     def there(self) -> bool:
         """Whether it can be probed by its name, as far as that can be told."""
         if self.symbol == "unknown":
-            return self.prototype is not None
+            return self.prototype is not None or self.arguments is not None
         return self.symbol == "there"
 
     @property
     def declaration(self) -> str:
         """Its prototype as C writes it, `-` where it is not known."""
+        if self.probe.raw_tracepoint is not None:
+            count = "-" if self.arguments is None else str(self.arguments)
+            return f"tracepoint {self.probe.function}, arguments: {count}"
         return "-" if self.prototype is None else self.prototype.text(self.probe.function)
 
     @property
@@ -59,6 +64,9 @@ class FunctionFact(NamedTuple):
             return f"the compiler changed it, there is only {self.symbol}: {self.probe.lost}"
         if not self.there:
             return f"inlined, or not built in: {self.probe.lost}"
+        if self.probe.raw_tracepoint is not None:
+            has_reason = (self.arguments or 0) > probes.REASON_ARGUMENT
+            return "" if has_reason else "it tells no reason, only the place"
         if self.prototype is None:
             return "its type is not described: kprobes only"
         misread = probes.misread_argument(self.probe, self.prototype)
@@ -113,6 +121,18 @@ def _symbol(function: str, names: frozenset[str] | None) -> str:
     return ", ".join(sorted(n for n in names if n.startswith(f"{function}."))) or "missing"
 
 
+def _prototype(probe: Probe, types: KernelTypes | None) -> Prototype | None:
+    if types is None or probe.raw_tracepoint is not None:
+        return None
+    return types.prototype(probe.function)
+
+
+def _arguments(probe: Probe, types: KernelTypes | None) -> int | None:
+    if types is None or probe.raw_tracepoint is None:
+        return None
+    return types.tracepoint_arguments(probe.function)
+
+
 def describe(
     release: str, source: str, types: KernelTypes | None, names: frozenset[str] | None
 ) -> KernelReport:
@@ -124,8 +144,9 @@ def describe(
     functions = tuple(
         FunctionFact(
             probe,
-            None if types is None else types.prototype(probe.function),
-            _symbol(probe.function, names),
+            _prototype(probe, types),
+            _symbol(probe.symbol, names),
+            _arguments(probe, types),
         )
         for probe in EVERY_PROBE
     )

@@ -168,7 +168,6 @@ RESCUE_PROBES = (
     ),
 )
 """What --rescue needs besides."""
-EVERY_PROBE = (*PROBES, *RESCUE_PROBES)
 
 KFREE_SKB = "kfree_skb"
 WHY_PROBES = (
@@ -186,6 +185,9 @@ WHY_PROBES = (
     ),
 )
 """What tells where an ACK died; with --why."""
+REASON_ARGUMENT = 2
+"""Of skb:kfree_skb's arguments, counted from 0; there since 5.17."""
+EVERY_PROBE = (*PROBES, *RESCUE_PROBES, *WHY_PROBES)
 
 _IPV6_PROBES = frozenset({"cookie_v6_init_sequence", "cookie_v6_check"})
 

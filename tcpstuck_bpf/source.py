@@ -45,10 +45,6 @@ LOSSES = ("namespaces_uncounted", "cookies_unmatched", "listeners_unknown")
 _FASTER_COMPILATION = ("-Xclang", "-disable-llvm-passes", "-g0")
 
 
-_REASON_ARGUMENT = 2
-"""Of skb:kfree_skb's arguments, counted from 0."""
-
-
 def program_directory() -> Path:
     """Where the BPF text is: inside the installed package, or beside it in a source tree."""
     package = Path(__file__).resolve().parent
@@ -178,7 +174,7 @@ class BccSource:
             wants_counters = probes.KERNEL_COUNTERS not in request.left_out
             layout = find_layout(types, table if wants_counters else None)
         self._header = header_text(layout)
-        has_reasons = (types.tracepoint_arguments(probes.KFREE_SKB) or 0) > _REASON_ARGUMENT
+        has_reasons = (types.tracepoint_arguments(probes.KFREE_SKB) or 0) > probes.REASON_ARGUMENT
         self.drop_reasons = places.reason_names(types) if has_reasons else {}
         self._reason_defines = places.reason_defines(self.drop_reasons)
         left_out = dict(request.left_out)

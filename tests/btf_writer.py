@@ -9,7 +9,7 @@ from typing import Any
 
 from tcpstuck_bpf.btf import Btf
 from tcpstuck_bpf.layout import COUNTER_MEMBER, COUNTERS, REQUIRED_MEMBERS, Member
-from tcpstuck_bpf.probes import EVERY_PROBE
+from tcpstuck_bpf.probes import EVERY_PROBE, REASON_ARGUMENT
 
 INT, POINTER, STRUCT, UNION, ENUM, TYPEDEF, FUNC, FUNC_PROTO = 1, 2, 4, 5, 6, 8, 12, 13
 
@@ -95,6 +95,14 @@ def kernel(
     return types
 
 
+def add_tracepoint(types: Types, name: str, arguments: int) -> None:
+    """As include/trace/bpf_probe.h has it: its first parameter is not the tracepoint's."""
+    word = types.add(INT, "int", 4, struct.pack("=I", 32))
+    tail = struct.pack("=II", 0, word) * (arguments + 1)
+    prototype = types.add(FUNC_PROTO, "", 0, tail, arguments + 1)
+    types.add(TYPEDEF, f"btf_trace_{name}", types.add(POINTER, "", prototype))
+
+
 def with_functions(types: Types, changed: Mapping[str, Sequence[str]] | None = None) -> Types:
     """The probed functions as we expect them; those that are `changed` with these parameters.
 
@@ -107,6 +115,9 @@ def with_functions(types: Types, changed: Mapping[str, Sequence[str]] | None = N
     numbers = {name: types.add(POINTER, "", kind) for name, kind in pointed.items()}
     numbers["int"] = word
     for probe in EVERY_PROBE:
+        if probe.raw_tracepoint is not None:
+            add_tracepoint(types, probe.function, REASON_ARGUMENT + 1)
+            continue
         count = probe.parameters or 4
         expected = [probe.arguments.get(place, "struct request_sock_ops") for place in range(count)]
         parameters = (changed or {}).get(probe.function, expected)

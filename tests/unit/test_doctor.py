@@ -20,11 +20,19 @@ from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE, EXIT_USAGE, CannotTraceError
 from tcpstuck_bpf.kernel_report import KernelReport, changes, describe
 from tcpstuck_bpf.layout import COUNTER_MEMBER, REQUIRED_MEMBERS
 from tcpstuck_bpf.model import Coverage, TraceSettings
-from tcpstuck_bpf.probes import EVERY_PROBE, KERNEL_COUNTERS, PROBES, RESCUE_PROBES, Probe
+from tcpstuck_bpf.probes import (
+    EVERY_PROBE,
+    KERNEL_COUNTERS,
+    PROBES,
+    REASON_ARGUMENT,
+    RESCUE_PROBES,
+    WHY_PROBES,
+    Probe,
+)
 from tests import fake_kernel
-from tests.btf_writer import ENUM, Types, expected_offset, kernel, with_functions
+from tests.btf_writer import ENUM, Types, add_tracepoint, expected_offset, kernel, with_functions
 
-FUNCTIONS = frozenset(probe.function for probe in EVERY_PROBE)
+FUNCTIONS = frozenset(probe.symbol for probe in EVERY_PROBE)
 EPERM = "EPERM: Operation not permitted"
 
 
@@ -66,6 +74,22 @@ def test_what_only_the_rescue_needs_is_told_and_is_not_in_the_way(probe: Probe) 
     lines = list(kernel_lines(found, 1000, False))
     (line,) = (line for line in lines if probe.lost in line)
     assert f"{need} for --rescue" in line
+
+
+@pytest.mark.parametrize("probe", WHY_PROBES, ids=lambda probe: probe.function)
+def test_what_only_why_needs_is_told_and_is_not_in_the_way(probe: Probe) -> None:
+    found = report(with_functions(kernel()), FUNCTIONS - {probe.symbol})
+    assert probe.lost in trouble(found)[probe.function]
+    assert (found.gaps, found.trouble) == ((), "")
+    (line,) = (line for line in kernel_lines(found, 1000, False) if probe.lost in line)
+    assert line.startswith("optional for --why")
+
+
+def test_a_tracepoint_without_reasons_is_told() -> None:
+    types = kernel()
+    add_tracepoint(types, "kfree_skb", REASON_ARGUMENT)
+    found = report(types, frozenset({"__tracepoint_kfree_skb"}))
+    assert trouble(found)["kfree_skb"] == "it tells no reason, only the place"
 
 
 def test_a_shifted_return_value_is_told() -> None:
@@ -146,7 +170,7 @@ class Machine:
         self._set(features, "_effective_capabilities", lambda: (1 << 41) - 1)
         self.locked("none")
         self._set(features, "has_kprobes", lambda: True)
-        self._set(features, "function_symbols", lambda _functions: FUNCTIONS)
+        self._set(features, "kernel_symbols", lambda _functions: FUNCTIONS)
         self._set(features, "read_symbols", lambda *_: (frozenset(), 4096))
         self._set(doctor, "read_running_kernel", with_functions(kernel()).btf)
         for name in ("tracing", "ring_buffer", "batch_lookup"):
@@ -257,7 +281,9 @@ def test_json_is_an_object_a_line_with_the_answer_last(machine: Machine) -> None
     lines = [json.loads(line) for line in machine_json(machine.examined())]
     assert lines[-1]["type"] == "doctor"
     assert lines[-1]["able"] is True
-    assert {line["function"] for line in lines if line["type"] == "function"} == FUNCTIONS
+    assert {line["function"] for line in lines if line["type"] == "function"} == {
+        probe.function for probe in EVERY_PROBE
+    }
     assert {line["what"] for line in lines if line["type"] == "check"} == levels(
         machine.examined()
     ).keys()

@@ -110,13 +110,14 @@ def test_suffixed_functions_are_found_beside_exact_ones(
         "ffff0001 T tcp_conn_request\n"
         "ffff0002 t tcp_check_req.isra.0\n"
         "ffff0003 D cookie_v4_check\n"
+        "ffff0006 D __tracepoint_kfree_skb\n"
         "ffff0004 t my_cookie_v6_check\n"
         "ffff0005 t cookie_v6_check\t[module]\n"
     )
     monkeypatch.setattr(features, "_SYMBOLS", symbols)
     wanted = ("tcp_conn_request", "tcp_check_req", "cookie_v4_check", "cookie_v6_check")
-    found = features.function_symbols(wanted)
-    assert found == {"tcp_conn_request", "tcp_check_req.isra.0"}
+    found = features.kernel_symbols((*wanted, "__tracepoint_kfree_skb"))
+    assert found == {"tcp_conn_request", "tcp_check_req.isra.0", "__tracepoint_kfree_skb"}
     assert features.read_symbols(wanted, "cookie_v4_check")[1] == 0xFFFF0003
 
 

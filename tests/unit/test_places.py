@@ -9,7 +9,7 @@ import pytest
 
 from tcpstuck_bpf import places
 from tcpstuck_bpf.model import Row, Ruleset
-from tests.btf_writer import ENUM, FUNC_PROTO, INT, POINTER, TYPEDEF, Types
+from tests.btf_writer import ENUM, INT, TYPEDEF, Types, add_tracepoint
 from tests.builders import (
     NF_PLACE,
     NF_REASON,
@@ -69,11 +69,8 @@ def test_the_programs_are_told_the_reasons_they_pass_over() -> None:
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_a_tracepoint_s_arguments_are_counted_without_its_own(count: int) -> None:
     types = Types()
-    word = types.add(INT, "int", 4, struct.pack("=I", 32))
-    tail = struct.pack("=II", 0, word) * (count + 1)
-    prototype = types.add(FUNC_PROTO, "", 0, tail, count + 1)
-    types.add(TYPEDEF, "btf_trace_kfree_skb", types.add(POINTER, "", prototype))
-    types.add(TYPEDEF, "btf_trace_other", word)
+    add_tracepoint(types, "kfree_skb", count)
+    types.add(TYPEDEF, "btf_trace_other", types.add(INT, "int", 4, struct.pack("=I", 32)))
     btf = types.btf()
     assert btf.tracepoint_arguments("kfree_skb") == count
     assert btf.tracepoint_arguments("other") is None
