@@ -13,8 +13,11 @@ from pathlib import Path
 from tcpstuck_bpf.kernel_types import KernelTypes
 from tcpstuck_bpf.model import Handshake, KernelNames, Row, Ruleset
 
-RULES_KEPT_NS = 5_000_000_000
-"""Rules are not read again for what is dropped so soon after: a flood must not be paid for."""
+RULES_INTERVAL_NS = 1_000_000_000
+RULES_SHARE = 4
+"""A namespace's rules are not read more often than that, nor for more than one part in so many of
+the time: a flood must not be paid for. A drop in between waits for the next time, which comes
+before its verdict: another rule may have dropped it than those that were read."""
 
 _SYMBOLS = Path("/proc/kallsyms")
 _REASON_PREFIX = "SKB_DROP_REASON_"
@@ -107,7 +110,8 @@ class Namer:
         self._places: dict[int, str] = {0: ""}
         self._known_reasons: set[int] = set()
         self._known_stacks: set[int] = {0}
-        self._rules_read_ns: dict[int, int] = {}
+        self._rules_read: dict[int, tuple[int, int]] = {}
+        """By namespace, when they were read last, and when they may be read again."""
 
     def __call__(self, rows: Iterable[Row]) -> KernelNames | None:
         """Names of what is new in these entries; None where nothing is."""
@@ -142,11 +146,15 @@ class Namer:
     def _rulesets(self, dropped: Iterable[Row]) -> Iterator[tuple[int, Ruleset]]:
         """Rules of the namespaces where netfilter dropped something since they were last read."""
         for (_, _, _, _, netns), entry in dropped:
-            read_ns = self._rules_read_ns.get(netns)
-            is_new = read_ns is None or entry.last_ack_filtered_ns > read_ns + RULES_KEPT_NS
+            begun_ns = self._clock_ns()
+            read_ns, again_ns = self._rules_read.get(netns, (0, 0))
+            is_new = entry.last_ack_filtered_ns > read_ns and begun_ns >= again_ns
             if entry.filter_place and is_new and self._by_netfilter(entry):
-                self._rules_read_ns[netns] = self._clock_ns()
-                yield netns, self._read_ruleset(netns)
+                ruleset = self._read_ruleset(netns)
+                done_ns = self._clock_ns()
+                pause_ns = max(RULES_INTERVAL_NS, RULES_SHARE * (done_ns - begun_ns))
+                self._rules_read[netns] = begun_ns, done_ns + pause_ns
+                yield netns, ruleset
 
     def _by_netfilter(self, entry: Handshake) -> bool:
         place = self._places[entry.filter_place]

@@ -14,7 +14,7 @@ import pytest
 from tcpstuck_bpf import features
 from tcpstuck_bpf.btf import read_running_kernel
 from tcpstuck_bpf.layout import PER_CPU_OFFSET_SYMBOL, find_layout, header_text
-from tcpstuck_bpf.probes import PROBES
+from tcpstuck_bpf.probes import EVERY_PROBE
 from tcpstuck_bpf.source import compile_programs
 
 pytestmark = pytest.mark.kernel
@@ -32,14 +32,17 @@ def test_the_verifier_accepts_the_programs_for_arm64(
     _, per_cpu_offsets = features.read_symbols((), PER_CPU_OFFSET_SYMBOL)
     layout = find_layout(read_running_kernel(), per_cpu_offsets)
     assert layout.has_counters
-    bpf = compile_programs(header_text(layout), PROBES, mode, 64, "arm64")
+    bpf = compile_programs(header_text(layout), EVERY_PROBE, mode, 64, "arm64")
     try:
         names = [
             lib.bpf_function_name(bpf.module, number)
             for number in range(lib.bpf_num_functions(bpf.module))
         ]
-        kind = BPF.TRACING if mode == "fentry" else BPF.KPROBE
-        assert [bpf.load_func(name, kind).name for name in names] == names
-        assert len(names) >= len(PROBES)
+        raw = [probe.raw_tracepoint.encode() for probe in EVERY_PROBE if probe.raw_tracepoint]
+        kinds = dict.fromkeys(names, BPF.TRACING if mode == "fentry" else BPF.KPROBE)
+        kinds.update(dict.fromkeys(raw, BPF.RAW_TRACEPOINT))
+        assert list(kinds) == names
+        assert [bpf.load_func(name, kind).name for name, kind in kinds.items()] == names
+        assert len(names) >= len(EVERY_PROBE)
     finally:
         bpf.cleanup()

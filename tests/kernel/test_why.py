@@ -87,6 +87,20 @@ def test_a_rule_in_a_named_chain(shared_tracer: Tracer, hook: str, family: int) 
     )
 
 
+def test_rules_that_changed_since_the_drop_before(either_tracer: Tracer) -> None:
+    with cookie_server() as (topology, _):
+        for table in ("one", "other"):
+            topology.server.command(
+                "nft",
+                f"add table inet {table}; "
+                f"add chain inet {table} acks {{ type filter hook input priority 0; }}; "
+                f"add rule inet {table} acks {BARE_ACK} drop",
+            )
+            drop = drop_told(either_tracer, topology)
+            topology.server.command("nft", "delete", "table", "inet", table)
+            assert (drop["table"], drop["rule_candidates"]) == (table, [])
+
+
 @pytest.mark.parametrize("backend", ["legacy", "nft"])
 def test_a_rule_of_iptables(shared_tracer: Tracer, backend: str) -> None:
     with among_decoys() as topology:

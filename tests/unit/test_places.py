@@ -99,6 +99,7 @@ class Kernel:
     def __init__(self) -> None:
         self.now_ns = at(0)
         self.rulesets_read: list[int] = []
+        self.reading_ns = 0
         self.namer = places.Namer(
             {NF_REASON: "NETFILTER_DROP"}, self.stack, self.ruleset, lambda: self.now_ns
         )
@@ -109,6 +110,7 @@ class Kernel:
 
     def ruleset(self, netns: int) -> Ruleset:
         self.rulesets_read.append(netns)
+        self.now_ns += self.reading_ns
         return Ruleset((), ())
 
 
@@ -130,10 +132,32 @@ def test_everything_is_named_once() -> None:
 @pytest.mark.usefixtures("kallsyms")
 def test_rules_are_read_again_only_for_a_later_drop_of_netfilter_s() -> None:
     kernel = Kernel()
-    kept_s = places.RULES_KEPT_NS / 1e9
-    for when, reads in ((0.1, 1), (kept_s - 0.1, 1), (kept_s + 0.1, 2)):
-        kernel.namer([Row(four_tuple(), ack_filtered(handshake(), at(when)))])
+    dropped = Row(four_tuple(), ack_filtered(handshake(), at(0.1)))
+    again = Row(four_tuple(), ack_filtered(handshake(), at(0.5)))
+    soon_ns = at(0.2) + places.RULES_INTERVAL_NS
+    for now_ns, row, reads in (
+        (at(0.2), dropped, 1),
+        (soon_ns - 1, again, 1),
+        (soon_ns, dropped, 1),
+        (soon_ns, again, 2),
+        (at(60), again, 2),
+    ):
+        kernel.now_ns = now_ns
+        kernel.namer([row])
         assert len(kernel.rulesets_read) == reads
     elsewhere = ack_filtered(handshake(), at(90), filter_place=NF_PLACE + 0x1010, filter_reason=2)
+    kernel.now_ns = at(91)
     kernel.namer([Row(four_tuple(), elsewhere)])
     assert len(kernel.rulesets_read) == 2
+
+
+@pytest.mark.usefixtures("kallsyms")
+def test_many_rules_are_read_more_rarely() -> None:
+    kernel = Kernel()
+    kernel.reading_ns = 5 * places.RULES_INTERVAL_NS
+    began_ns = kernel.now_ns
+    while kernel.now_ns < began_ns + 100 * kernel.reading_ns:
+        kernel.namer([Row(four_tuple(), ack_filtered(handshake(), kernel.now_ns))])
+        kernel.now_ns += places.RULES_INTERVAL_NS
+    assert len(kernel.rulesets_read) >= 100 // (places.RULES_SHARE + 2)
+    assert len(kernel.rulesets_read) <= 100 // (places.RULES_SHARE + 1) + 1
