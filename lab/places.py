@@ -77,6 +77,8 @@ class Fault:
     verdict: str = "ack-filtered"
     vague_reason: str | None = None
     """What some kernels have in place of the reason."""
+    what_without_reason: str = ""
+    """The tracer's word where the kernel has no reasons (before 5.17); empty: the same."""
 
 
 def _iptables_row(server: Namespace, program: str) -> tuple[int, int]:
@@ -272,7 +274,7 @@ def socket_filter(spot: Spot) -> Iterator[Fault]:
     program = struct.pack("@HP", len(_DROP_BARE_ACKS) // 8, ctypes.addressof(code))
     spot.listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
     try:
-        yield Fault("socket-filter", "SOCKET_FILTER")
+        yield Fault("socket-filter", "SOCKET_FILTER", what_without_reason="tcp")
     finally:
         spot.listener.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
 

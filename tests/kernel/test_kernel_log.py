@@ -14,7 +14,7 @@ from lab.tracer import Tracer
 pytestmark = pytest.mark.kernel
 
 WARNING = "Possible SYN flooding on port "
-BEFORE_MS = 60_000
+BATCH_MS = 3000
 
 
 def warnings_of_the_kernel() -> list[str]:
@@ -51,7 +51,7 @@ def test_it_stands_in_the_timeline_of_each_stuck_client(either_tracer: Tracer, f
     assert stuck
     for line in stuck:
         logged = [entry for entry in line["timeline"] if entry["what"] == "kernel's log"]
-        assert warning in [entry["detail"] for entry in logged]
-        # It is written at the listener's first cookie: the clients connect in one batch.
-        (when_ms,) = (entry["time_ms"] for entry in logged if entry["detail"] == warning)
-        assert -BEFORE_MS < when_ms < line["age_ms"]
+        # It is written at the listener's first cookie, and the clients connect in one batch.
+        # There may be others: the kernel does not say of which namespace the listener is.
+        times_ms = [entry["time_ms"] for entry in logged if entry["detail"] == warning]
+        assert min(map(abs, times_ms)) < BATCH_MS
