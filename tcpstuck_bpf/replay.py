@@ -14,40 +14,42 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, Union
 
-from tcpstuck_bpf import __version__, wire
+from tcpstuck_bpf import __version__
 from tcpstuck_bpf.errors import RecordingError
 from tcpstuck_bpf.model import (
-    Attempt,
     Coverage,
     CoverageGap,
-    DropRule,
     Event,
-    HandshakeId,
     KernelNames,
     KernelWarning,
     ListenerSeen,
-    NetnsCount,
     Rescue,
-    Ruleset,
     Sweep,
     Tally,
     TraceFilter,
     TraceSettings,
 )
-from tcpstuck_bpf.recorded_listener import listener_of, listener_values
+from tcpstuck_bpf.recorded_parts import (
+    event_of,
+    event_values,
+    listener_of,
+    listener_values,
+    names_of,
+    rescue_of,
+    rescue_values,
+    tally_of,
+    tally_values,
+    warning_of,
+    warning_values,
+)
 from tcpstuck_bpf.recorded_table import (
     RecordedTable,
-    four_tuple_of,
-    handshake_of,
     integer,
-    integers,
 )
 from tcpstuck_bpf.report import WallClock
 
 FORMAT = "tcpstuck-recording"
 VERSION = 1
-
-_EVENT_NUMBERS = len(Event._fields) - 2
 
 
 @dataclass(frozen=True)
@@ -161,33 +163,22 @@ class Recorder:
 
     def _values(self, step: Step) -> dict[str, Any]:
         if isinstance(step, Observed):
-            return {"events": [_event_values(event) for event in step.events]}
+            return {"events": [event_values(event) for event in step.events]}
         if isinstance(step, Swept):
             return self._table.values_of(step.sweep)
         if isinstance(step, Advanced):
             return {"advance": step.now_ns}
         if isinstance(step, TallyTaken):
-            return {"tally": _tally_values(step.tally)}
+            return {"tally": tally_values(step.tally)}
         if isinstance(step, Rescued):
-            return {"rescue": _rescue_values(step.rescue)}
+            return {"rescue": rescue_values(step.rescue)}
         if isinstance(step, Named):
             return {"names": step.names._asdict()}
         if isinstance(step, Listened):
             return {"listeners": [listener_values(one) for one in step.listeners]}
         if isinstance(step, Logged):
-            return {"warnings": [_warning_values(one) for one in step.warnings]}
+            return {"warnings": [warning_values(one) for one in step.warnings]}
         return {"end": step.now_ns, "losses": dict(step.losses), "notes": list(step.notes)}
-
-
-def _warning_values(warning: KernelWarning) -> list[Any]:
-    address = None if warning.address is None else warning.address.hex()
-    return [warning.time_ns, warning.port, address, warning.text]
-
-
-def _warning(values: list[Any]) -> KernelWarning:
-    time_ns, port, address, text = values
-    known = None if address is None else bytes.fromhex(address)
-    return KernelWarning(integer(time_ns), integer(port), known, str(text))
 
 
 def _header_values(header: Header) -> dict[str, Any]:
@@ -205,37 +196,6 @@ def _header_values(header: Header) -> dict[str, Any]:
         "clock": asdict(header.clock),
         "watched": header.watched,
         "table_capacity": header.table_capacity,
-    }
-
-
-def _event_values(event: Event) -> list[Any]:
-    return [wire.encode_key(event.four_tuple).hex(), list(event.handshake), *event[2:]]
-
-
-def _tally_values(tally: Tally) -> dict[str, Any]:
-    return {
-        "time_ns": tally.time_ns,
-        "kernel_before": tally.kernel_before,
-        "traced": {
-            netns: {which.name: number for which, number in counts.items()}
-            for netns, counts in tally.traced.items()
-        },
-        "kernel_after": tally.kernel_after,
-    }
-
-
-def _identity_values(handshake: HandshakeId) -> list[Any]:
-    return [wire.encode_key(handshake.four_tuple).hex(), handshake.first_syn_ns]
-
-
-def _rescue_values(rescue: Rescue) -> dict[str, Any]:
-    return {
-        "attempts": [
-            [*_identity_values(attempt.handshake), attempt.time_ns, attempt.number, attempt.outcome]
-            for attempt in rescue.attempts
-        ],
-        "unanswered": [_identity_values(handshake) for handshake in rescue.unanswered],
-        "left_alone": dict(rescue.left_alone),
     }
 
 
@@ -315,90 +275,23 @@ class Replay:
 
     def _step(self, values: dict[str, Any]) -> Step:
         if "events" in values:
-            return Observed(tuple(_event(event) for event in values["events"]))
+            return Observed(tuple(event_of(event) for event in values["events"]))
         if "sweep" in values:
             return Swept(self._table.sweep_of(values))
         if "advance" in values:
             return Advanced(integer(values["advance"]))
         if "tally" in values:
-            return TallyTaken(_tally(values["tally"]))
+            return TallyTaken(tally_of(values["tally"]))
         if "rescue" in values:
-            return Rescued(_rescue(values["rescue"]))
+            return Rescued(rescue_of(values["rescue"]))
         if "names" in values:
-            return Named(_names(values["names"]))
+            return Named(names_of(values["names"]))
         if "listeners" in values:
             return Listened(tuple(map(listener_of, values["listeners"])))
         if "warnings" in values:
-            return Logged(tuple(map(_warning, values["warnings"])))
+            return Logged(tuple(map(warning_of, values["warnings"])))
         losses = {str(name): integer(number) for name, number in values["losses"].items()}
         return Ended(integer(values["end"]), losses, tuple(map(str, values["notes"])))
-
-
-def _event(values: list[Any]) -> Event:
-    key, handshake, *segment = values
-    numbers = integers(segment, _EVENT_NUMBERS)
-    return Event(four_tuple_of(key), handshake_of(handshake), *numbers)
-
-
-def _identity(values: list[Any]) -> HandshakeId:
-    key, first_syn_ns = values
-    return HandshakeId(four_tuple_of(key), integer(first_syn_ns))
-
-
-def _attempt(values: list[Any]) -> Attempt:
-    *identity, time_ns, number, outcome = values
-    return Attempt(_identity(identity), integer(time_ns), integer(number), str(outcome))
-
-
-def _ruleset(values: list[Any]) -> Ruleset:
-    rules, problems = values
-    return Ruleset(tuple(map(_drop_rule, rules)), tuple(map(str, problems)))
-
-
-def _drop_rule(values: list[Any]) -> DropRule:
-    *words, number, conditions = values
-    family, table, chain, hook, kind = map(str, words)
-    pairs = tuple((str(name), str(value)) for name, value in conditions)
-    return DropRule(family, table, chain, hook, kind, integer(number), pairs)
-
-
-def _names(values: Mapping[str, Any]) -> KernelNames:
-    return KernelNames(
-        {int(place): str(name) for place, name in values["places"].items()},
-        {
-            int(number): None if name is None else str(name)
-            for number, name in values["reasons"].items()
-        },
-        {int(number): tuple(map(str, frames)) for number, frames in values["stacks"].items()},
-        {int(netns): _ruleset(rules) for netns, rules in values["rulesets"].items()},
-    )
-
-
-def _rescue(values: Mapping[str, Any]) -> Rescue:
-    return Rescue(
-        tuple(map(_attempt, values["attempts"])),
-        tuple(map(_identity, values["unanswered"])),
-        {str(why): integer(number) for why, number in values["left_alone"].items()},
-    )
-
-
-def _counters(values: Mapping[str, Mapping[str, int]]) -> dict[int, dict[str, int]]:
-    return {
-        int(netns): {str(name): integer(number) for name, number in counts.items()}
-        for netns, counts in values.items()
-    }
-
-
-def _tally(values: dict[str, Any]) -> Tally:
-    return Tally(
-        integer(values["time_ns"]),
-        _counters(values["kernel_before"]),
-        {
-            netns: {NetnsCount[name]: number for name, number in counts.items()}
-            for netns, counts in _counters(values["traced"]).items()
-        },
-        _counters(values["kernel_after"]),
-    )
 
 
 def _header(values: dict[str, Any]) -> Header:

@@ -1,0 +1,165 @@
+"""The parts of a recording's steps, and their way back.
+
+Numbers stay integers, keys and addresses are hexadecimal. What reads them back raises KeyError,
+TypeError, ValueError or AttributeError where they are damaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tcpstuck_bpf import wire
+from tcpstuck_bpf.model import (
+    Attempt,
+    DropRule,
+    Event,
+    HandshakeId,
+    KernelNames,
+    KernelWarning,
+    ListenerFacts,
+    ListenerSeen,
+    NetnsCount,
+    Rescue,
+    Ruleset,
+    Tally,
+)
+from tcpstuck_bpf.recorded_table import four_tuple_of, handshake_of, integer, integers
+
+_EVENT_NUMBERS = len(Event._fields) - 2
+
+
+def event_values(event: Event) -> list[Any]:
+    """What stands in a recording."""
+    return [wire.encode_key(event.four_tuple).hex(), list(event.handshake), *event[2:]]
+
+
+def tally_values(tally: Tally) -> dict[str, Any]:
+    """What stands in a recording."""
+    return {
+        "time_ns": tally.time_ns,
+        "kernel_before": tally.kernel_before,
+        "traced": {
+            netns: {which.name: number for which, number in counts.items()}
+            for netns, counts in tally.traced.items()
+        },
+        "kernel_after": tally.kernel_after,
+    }
+
+
+def _identity_values(handshake: HandshakeId) -> list[Any]:
+    return [wire.encode_key(handshake.four_tuple).hex(), handshake.first_syn_ns]
+
+
+def rescue_values(rescue: Rescue) -> dict[str, Any]:
+    """What stands in a recording."""
+    return {
+        "attempts": [
+            [*_identity_values(attempt.handshake), attempt.time_ns, attempt.number, attempt.outcome]
+            for attempt in rescue.attempts
+        ],
+        "unanswered": [_identity_values(handshake) for handshake in rescue.unanswered],
+        "left_alone": dict(rescue.left_alone),
+    }
+
+
+def warning_values(warning: KernelWarning) -> list[Any]:
+    """What stands in a recording."""
+    address = None if warning.address is None else warning.address.hex()
+    return [warning.time_ns, warning.port, address, warning.text]
+
+
+def event_of(values: list[Any]) -> Event:
+    """The way back."""
+    key, handshake, *segment = values
+    numbers = integers(segment, _EVENT_NUMBERS)
+    return Event(four_tuple_of(key), handshake_of(handshake), *numbers)
+
+
+def _identity(values: list[Any]) -> HandshakeId:
+    key, first_syn_ns = values
+    return HandshakeId(four_tuple_of(key), integer(first_syn_ns))
+
+
+def _attempt(values: list[Any]) -> Attempt:
+    *identity, time_ns, number, outcome = values
+    return Attempt(_identity(identity), integer(time_ns), integer(number), str(outcome))
+
+
+def _ruleset(values: list[Any]) -> Ruleset:
+    rules, problems = values
+    return Ruleset(tuple(map(_drop_rule, rules)), tuple(map(str, problems)))
+
+
+def _drop_rule(values: list[Any]) -> DropRule:
+    *words, number, conditions = values
+    family, table, chain, hook, kind = map(str, words)
+    pairs = tuple((str(name), str(value)) for name, value in conditions)
+    return DropRule(family, table, chain, hook, kind, integer(number), pairs)
+
+
+def names_of(values: Mapping[str, Any]) -> KernelNames:
+    """The way back."""
+    return KernelNames(
+        {int(place): str(name) for place, name in values["places"].items()},
+        {
+            int(number): None if name is None else str(name)
+            for number, name in values["reasons"].items()
+        },
+        {int(number): tuple(map(str, frames)) for number, frames in values["stacks"].items()},
+        {int(netns): _ruleset(rules) for netns, rules in values["rulesets"].items()},
+    )
+
+
+def rescue_of(values: Mapping[str, Any]) -> Rescue:
+    """The way back."""
+    return Rescue(
+        tuple(map(_attempt, values["attempts"])),
+        tuple(map(_identity, values["unanswered"])),
+        {str(why): integer(number) for why, number in values["left_alone"].items()},
+    )
+
+
+def warning_of(values: list[Any]) -> KernelWarning:
+    """The way back."""
+    time_ns, port, address, text = values
+    known = None if address is None else bytes.fromhex(address)
+    return KernelWarning(integer(time_ns), integer(port), known, str(text))
+
+
+def _counters(values: Mapping[str, Mapping[str, int]]) -> dict[int, dict[str, int]]:
+    return {
+        int(netns): {str(name): integer(number) for name, number in counts.items()}
+        for netns, counts in values.items()
+    }
+
+
+def tally_of(values: dict[str, Any]) -> Tally:
+    """The way back."""
+    return Tally(
+        integer(values["time_ns"]),
+        _counters(values["kernel_before"]),
+        {
+            netns: {NetnsCount[name]: number for name, number in counts.items()}
+            for netns, counts in _counters(values["traced"]).items()
+        },
+        _counters(values["kernel_after"]),
+    )
+
+
+def listener_values(seen: ListenerSeen) -> list[Any]:
+    """What stands in a recording."""
+    netns, address, *numbers = seen.facts
+    return [[netns, address.hex(), *numbers], seen.owners, seen.sockets, dict(seen.settings)]
+
+
+def listener_of(values: list[Any]) -> ListenerSeen:
+    """The way back. Raises TypeError or ValueError where it is damaged."""
+    (netns, address, *rest), owners, sockets, settings = values
+    numbers = integers(rest, len(ListenerFacts._fields) - 2)
+    return ListenerSeen(
+        ListenerFacts(integer(netns), bytes.fromhex(address), *numbers),
+        tuple(map(str, owners)),
+        integer(sockets),
+        {str(name): integer(number) for name, number in settings.items()},
+    )
