@@ -89,6 +89,8 @@ class Scene:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        # The ends are taken down one after the other, and a tracer that lives on must not see it.
+        self._cleanup.callback(self.topology.cut)
         self._cleanup.close()
 
     def greeter(self, backlog: int) -> Greeter:

@@ -185,6 +185,11 @@ class Topology:
     ) -> None:
         self._cleanup.close()
 
+    def cut(self) -> None:
+        """Take the wire away: what either end sends from here on reaches nobody."""
+        with NetNS(self.client.name, flags=0) as client:
+            client.link("del", index=int(client.link_lookup(ifname=INTERFACE)[0]))
+
     def _join(self) -> None:
         with NetNS(self.server.name, flags=0) as server, NetNS(self.client.name, flags=0) as client:
             server.link(
