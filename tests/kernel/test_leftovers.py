@@ -69,10 +69,12 @@ def objects_of_kernel() -> Objects:
 def objects_of_process(pid: int) -> Objects:
     found: Objects = set()
     for path in Path(f"/proc/{pid}/fdinfo").iterdir():
-        for line in path.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name in NEXT_ID_COMMANDS:
-                found.add((name, int(value)))
+        # It reads files of /proc meanwhile; what it has closed again is not kept.
+        with suppress(FileNotFoundError):
+            for line in path.read_text().splitlines():
+                name, _, value = line.partition(":")
+                if name in NEXT_ID_COMMANDS:
+                    found.add((name, int(value)))
     return found
 
 
