@@ -83,7 +83,7 @@ def examine(open_source: OpenSource, bcc_version: Callable[[], str]) -> MachineR
     """Look at this machine. Raises nothing for what it lacks: that is what it reports."""
     types, types_check = _types()
     trials = {mode: _try(open_source, mode) for mode in MODES}
-    names = features.kernel_symbols([probe.symbol for probe in EVERY_PROBE]) or None
+    names = features.function_symbols([probe.symbol for probe in EVERY_PROBE]) or None
     source = f"{RUNNING_KERNEL} (BTF)" if types is not None else "no type information"
     return MachineReport(
         kernel=describe(os.uname().release, source, types, names),

@@ -181,21 +181,17 @@ def fentry_obstacle() -> str | None:
     return f"BCC finds the functions in {RUNNING_KERNEL}, which this kernel does not have"
 
 
-def kernel_symbols(wanted: Collection[str]) -> frozenset[str]:
-    """Functions in /proc/kallsyms that are one of `wanted`, or one with a compiler's suffix.
+def function_symbols(functions: Collection[str]) -> frozenset[str]:
+    """Functions in /proc/kallsyms that are one of `functions`, or one with a compiler's suffix.
 
-    Tracepoints, too: they are data, `__tracepoint_NAME`. Empty where it cannot be read.
+    Empty where it cannot be read.
     """
     try:
         symbols = _SYMBOLS.read_bytes()
     except OSError:
         return frozenset()
-    names = "|".join(map(re.escape, wanted)).encode()
-    found = re.findall(
-        rb"^\S+ (?:[tTwW]|[dDbBrR](?= __tracepoint_)) ((?:%s)(?:\.[\w.]+)?)$" % names,
-        symbols,
-        re.MULTILINE,
-    )
+    names = "|".join(map(re.escape, functions)).encode()
+    found = re.findall(rb"^\S+ [tTwW] ((?:%s)(?:\.[\w.]+)?)$" % names, symbols, re.MULTILINE)
     return frozenset(name.decode("ascii") for name in found)
 
 

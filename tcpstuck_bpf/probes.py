@@ -35,8 +35,12 @@ class Probe:
 
     @property
     def symbol(self) -> str:
-        """What /proc/kallsyms has where the kernel has it."""
-        return f"__tracepoint_{self.function}" if self.raw_tracepoint else self.function
+        """The function that /proc/kallsyms has where the kernel has it.
+
+        Of a tracepoint that is the one that calls its programs; `__tracepoint_NAME` is data, which
+        a kernel without CONFIG_KALLSYMS_ALL does not list.
+        """
+        return f"__traceiter_{self.function}" if self.raw_tracepoint else self.function
 
     def serves(self, mode: str) -> bool:
         """Whether it has a program in a mode, `fentry` or `kprobe`."""

@@ -63,7 +63,7 @@ def _read_own() -> Ruleset:
             why = getattr(error, "strerror", None) or type(error).__name__
             problems.append(f"the rules of {command[0]} cannot be read: {why}")
 
-    if _MODULE.exists() or features.kernel_symbols([_BUILT_INTO_KERNEL]):
+    if _MODULE.exists() or features.function_symbols([_BUILT_INTO_KERNEL]):
         read(("nft", "-j", "list", "ruleset"), nftables_rules)
     for family, program, names in _LEGACY:
         if _has_tables(_OWN_NET / names):

@@ -88,7 +88,7 @@ def test_what_only_why_needs_is_told_and_is_not_in_the_way(probe: Probe) -> None
 def test_a_tracepoint_without_reasons_is_told() -> None:
     types = kernel()
     add_tracepoint(types, "kfree_skb", REASON_ARGUMENT)
-    found = report(types, frozenset({"__tracepoint_kfree_skb"}))
+    found = report(types, frozenset({"__traceiter_kfree_skb"}))
     assert trouble(found)["kfree_skb"] == "it tells no reason, only the place"
 
 
@@ -170,7 +170,7 @@ class Machine:
         self._set(features, "_effective_capabilities", lambda: (1 << 41) - 1)
         self.locked("none")
         self._set(features, "has_kprobes", lambda: True)
-        self._set(features, "kernel_symbols", lambda _functions: FUNCTIONS)
+        self._set(features, "function_symbols", lambda _functions: FUNCTIONS)
         self._set(features, "read_symbols", lambda *_: (frozenset(), 4096))
         self._set(doctor, "read_running_kernel", with_functions(kernel()).btf)
         for name in ("tracing", "ring_buffer", "batch_lookup"):
