@@ -95,7 +95,7 @@ struct scratch {
 	struct listener_facts no_facts; /* zeros, for a listener's first */
 };
 
-#define STACK_FRAMES 24
+#define STACK_FRAMES 16
 
 struct stack {
 	u64 frames[STACK_FRAMES];
@@ -105,6 +105,7 @@ enum loss {
 	LOSS_NAMESPACES_UNCOUNTED,
 	LOSS_COOKIES_UNMATCHED, /* a cookie was chosen outside tcp_conn_request */
 	LOSS_LISTENERS_UNKNOWN, /* SYNs and ACKs of listeners there was no room for */
+	LOSS_STACKS_UNKNOWN, /* dropped ACKs whose callers there was no room for */
 	LOSS_MAX,
 };
 
@@ -1060,6 +1061,26 @@ static __always_inline bool dropped_by_check(u64 skb, const struct segment *segm
 }
 
 /*
+ * The table of stacks has one place for each value of a stack's hash, and get_stackid() refuses the
+ * second stack of a value (EEXIST; __bpf_get_stackid). The hash changes with the frames that are
+ * left out, and three of the innermost are no loss: the program, bpf_trace_run and kfree_skb.
+ */
+static __always_inline u32 stack_number(void *ctx)
+{
+	int left_out;
+	int stack;
+
+#pragma unroll
+	for (left_out = 0; left_out < 4; left_out++) {
+		stack = stacks.get_stackid(ctx, left_out);
+		if (stack >= 0)
+			return stack + 1;
+	}
+	lose(LOSS_STACKS_UNKNOWN);
+	return 0;
+}
+
+/*
  * skb:kfree_skb. It comes for every packet that is dropped anywhere on this host, half a million
  * a second if need be: what most of them are not is asked first. It nests in the other programs'
  * functions, and in itself, so that everything it needs is on its own stack.
@@ -1073,7 +1094,7 @@ static __always_inline int packet_dropped(void *ctx, u64 skb, u64 place, u32 rea
 	struct trace_config *wanted;
 	struct handshake *entry;
 	u32 zero = 0;
-	int stack;
+	u32 stack;
 	bool ipv4;
 	u64 now;
 
@@ -1100,6 +1121,7 @@ static __always_inline int packet_dropped(void *ctx, u64 skb, u64 place, u32 rea
 	counted = counts.lookup(&segment.key.netns);
 	if (!counted)
 		return 0;
+	stack = stack_number(ctx);
 	now = bpf_ktime_get_ns();
 	if (!entry->acks_filtered)
 		entry->first_ack_filtered_ns = now;
@@ -1107,8 +1129,7 @@ static __always_inline int packet_dropped(void *ctx, u64 skb, u64 place, u32 rea
 	entry->acks_filtered += 1;
 	entry->filter_place = place;
 	entry->filter_reason = reason;
-	stack = stacks.get_stackid(ctx, 0);
-	entry->filter_stack = stack < 0 ? 0 : stack + 1;
+	entry->filter_stack = stack;
 	counted->count[COUNT_ACKS_FILTERED] += 1;
 	tell(counted, EVENT_ACK_FILTERED, &segment, entry, now, 0);
 	return 0;

@@ -38,7 +38,7 @@ MAX_KNOWN_CLIENTS = 65_536
 MAX_LISTENERS = 4096
 MAX_CHOSEN = 4096
 MAX_STACKS = 1024
-LOSSES = ("namespaces_uncounted", "cookies_unmatched", "listeners_unknown")
+LOSSES = ("namespaces_uncounted", "cookies_unmatched", "listeners_unknown", "stacks_unknown")
 
 # BCC optimizes what clang hands it, so clang need not do the same before; and nobody debugs the
 # programs by their debugging information. A third of the compilation's time, the same code.

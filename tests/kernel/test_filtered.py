@@ -19,6 +19,7 @@ from lab.scene import PORT
 from lab.syns import flood
 from lab.topology import SILENT_SOURCES, source_addresses
 from lab.tracer import Tracer
+from tcpstuck_bpf import model, source
 from tests.kernel.conftest import be_greeted, summary_of, told_by, tracing
 from tests.kernel.handmade import Client, Site, site, told
 
@@ -31,6 +32,7 @@ STORM_PORT = 4000
 HEALTHY = 20
 WHY = ("-p", str(PORT), "--why")
 UNSEEN = 20
+DIFFERENT_CALLERS = ("nft-prerouting", "nft-input", "rp-filter", "tc-ingress", "generic-xdp")
 
 
 @contextlib.contextmanager
@@ -152,6 +154,27 @@ def test_a_packet_where_a_dropped_one_was_is_not_taken_for_it() -> None:
                 client.send(0)
             expected = {client.four_tuple: "ack-filtered" for client in seen}
             assert tracer.await_reported(expected, where.netns)
+
+
+@pytest.mark.parametrize("rooms", [1, 4])
+def test_callers_without_room_are_counted(rooms: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each drop has callers of its own, of which the table keeps one for each value of a hash."""
+    monkeypatch.setattr(source, "MAX_STACKS", rooms)
+    wanted = model.TraceFilter(ports=(PORT,))
+    opened = source.open_source(model.TraceSettings(trace_filter=wanted))
+    with contextlib.closing(opened), site(4) as where:
+        for name in DIFFERENT_CALLERS:
+            with losing_its_ack(where, name, Client(where)):
+                pass
+        rows = [row for batch in opened.sweep() for row in batch.rows]
+        entries = [row.handshake for row in rows if row.four_tuple.netns == where.netns]
+        assert [entry.acks_filtered for entry in entries] == [1] * len(DIFFERENT_CALLERS)
+        known = [entry for entry in entries if entry.filter_stack]
+        assert 1 <= len(known) <= rooms
+        assert len({entry.filter_stack for entry in known}) == len(known)
+        for entry in known:
+            assert entry.filter_place in opened.stack(entry.filter_stack)
+        assert opened.losses()["stacks_unknown"] == len(entries) - len(known)
 
 
 @pytest.mark.parametrize("mode", ["fentry", "kprobe"])
