@@ -32,7 +32,6 @@ from lab.package_cache import (
     fetch,
     run_tool,
 )
-from lab.servers import MARIADB_USER
 
 if TYPE_CHECKING:
     from lab.package_cache import Subparsers
@@ -50,7 +49,6 @@ PACKAGES = (
     "nftables",
     "kmod",
     "mount",
-    "passwd",
     "udev",
     "zstd",
 )
@@ -64,9 +62,8 @@ RECIPE = (
     "--dpkgopt=path-exclude=/usr/share/doc/*",
     "--dpkgopt=path-exclude=/usr/share/man/*",
     "--dpkgopt=path-exclude=/usr/share/locale/*",
-    f'--customize-hook=chroot "$1" useradd --system --user-group {MARIADB_USER}',
 )
-"""mmdebstrap's options; the user, whom only the package with the service would make."""
+"""mmdebstrap's options."""
 BUILD_LIMIT_S = 1800.0
 HEADERS = re.compile(r"^Package: (linux-(?:.*-)?headers(?:-.*)?|linux-libc-dev)$", re.MULTILINE)
 """Packages with the kernel's declarations, in dpkg's status file."""
