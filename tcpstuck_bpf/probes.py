@@ -194,6 +194,7 @@ REASON_ARGUMENT = 2
 EVERY_PROBE = (*PROBES, *RESCUE_PROBES, *WHY_PROBES)
 
 _IPV6_PROBES = frozenset({"cookie_v6_init_sequence", "cookie_v6_check"})
+_MAKING_ENTRIES = frozenset({"cookie_v4_init_sequence", "cookie_v6_init_sequence"})
 
 
 KERNEL_COUNTERS = "kernel counters"
@@ -349,6 +350,15 @@ def attach(
 def of_mode(wanted: Sequence[Probe], mode: str) -> tuple[Probe, ...]:
     """Those that have a program in a mode, `fentry` or `kprobe`."""
     return tuple(probe for probe in wanted if probe.serves(mode))
+
+
+def attach_order(wanted: Sequence[Probe], mode: str) -> tuple[Probe, ...]:
+    """Those that have a program in a mode, the ones that make entries of the table at the end.
+
+    While another one is still to be attached, what ends an entry would pass unseen: a client that
+    gets connected meanwhile would look stuck for ever.
+    """
+    return tuple(sorted(of_mode(wanted, mode), key=lambda probe: probe.function in _MAKING_ENTRIES))
 
 
 def misread_argument(probe: Probe, prototype: Prototype) -> str | None:

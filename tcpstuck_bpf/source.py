@@ -244,7 +244,7 @@ class BccSource:
         with self._timed("load"):
             self._load_programs(mode)
         with self._timed("attach"):
-            for probe in probes.of_mode(self._probes, mode):
+            for probe in probes.attach_order(self._probes, mode):
                 self._at_work_on = probe
                 self._attach(probe, mode)
         self._at_work_on = None

@@ -6,6 +6,7 @@ was sent, what passed on the wire, and the kernel's own counters.
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import threading
@@ -30,7 +31,7 @@ from tcpstuck_bpf.model import Ending, Event, EventKind, NetnsCount, Row
 from tcpstuck_bpf.probes import PROBES
 from tcpstuck_bpf.source import EVENT_PAGES, BccSource, open_source
 from tcpstuck_bpf.tables import READ_AT_ONCE
-from tests.kernel.conftest import listening
+from tests.kernel.conftest import be_greeted, listening
 
 pytestmark = pytest.mark.kernel
 
@@ -209,6 +210,34 @@ def test_reading_the_table_hides_no_packets(mode: str) -> None:
     finally:
         os.sched_setaffinity(0, allowed)
         opened.close()
+
+
+@pytest.mark.parametrize("mode", ["fentry", "kprobe"])
+def test_who_connects_while_the_programs_are_attached_is_not_accused(mode: str) -> None:
+    """An entry must not be made before all that ends it is seen."""
+    wanted = model.TraceFilter(ports=(PORT,))
+    done = threading.Event()
+    with Topology() as topology, listening(topology.server) as (listener,):
+        topology.server.pin({"net/ipv4/tcp_syncookies": "2"})
+
+        def connect_all_the_time() -> int:
+            for number in itertools.count(1):
+                be_greeted(topology, listener, SERVER_IP)
+                if done.is_set():
+                    return number
+            raise AssertionError
+
+        with ThreadPoolExecutor(1) as threads:
+            connecting = threads.submit(connect_all_the_time)
+            try:
+                opened = open_source(model.TraceSettings(trace_filter=wanted, probe_mode=mode))
+            finally:
+                done.set()
+            connected = connecting.result(timeout=patient(COMMAND_S))
+        rows = [row for batch in opened.sweep() for row in batch.rows]
+        opened.close()
+    assert connected > 1
+    assert not [row for row in rows if row.four_tuple.netns == topology.server.inode]
 
 
 def test_what_the_ring_buffer_has_no_room_for_is_counted(beside: Beside) -> None:

@@ -9,7 +9,15 @@ import pytest
 
 from tcpstuck_bpf.errors import CannotTraceError
 from tcpstuck_bpf.kernel_types import Prototype
-from tcpstuck_bpf.probes import PROBES, RESCUE_PROBES, misread_argument, plan
+from tcpstuck_bpf.probes import (
+    EVERY_PROBE,
+    PROBES,
+    RESCUE_PROBES,
+    attach_order,
+    misread_argument,
+    of_mode,
+    plan,
+)
 from tcpstuck_bpf.verdict import RULES
 
 TEXT = (Path(__file__).parents[2] / "bpf" / "tcpstuck.bpf.c").read_text("ascii")
@@ -49,6 +57,13 @@ def test_the_text_has_every_program_and_no_other() -> None:
         ("KRETFUNC_PROBE", {p.function for p in every if p.fexit}),
     ):
         assert set(re.findall(rf"\b{macro}\((\w+),", TEXT)) == wanted
+
+
+@pytest.mark.parametrize("mode", ["fentry", "kprobe"])
+def test_entries_are_made_only_where_all_that_ends_them_is_seen(mode: str) -> None:
+    order = [probe.function for probe in attach_order(EVERY_PROBE, mode)]
+    assert sorted(order) == sorted(probe.function for probe in of_mode(EVERY_PROBE, mode))
+    assert order[-2:] == ["cookie_v4_init_sequence", "cookie_v6_init_sequence"]
 
 
 def test_verdicts_need_probes_that_exist() -> None:
