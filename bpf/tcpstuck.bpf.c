@@ -577,6 +577,17 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 }
 
 /*
+ * Where the counters cannot be read the accept queue tells, by the look that tcp_conn_request takes
+ * at it right after.
+ */
+static __always_inline bool syn_was_dropped(const struct segment *segment, u8 moved)
+{
+	if (moved & MOVED_UNKNOWN)
+		return segment->accept_queue > segment->accept_queue_limit;
+	return moved & MOVED_LISTEN_DROPS;
+}
+
+/*
  * tcp_conn_request, return. A SYN without a cookie was dropped or got a place in the SYN queue;
  * where a cookie had been sent to the same 4-tuple before, that changes what is owed. A SYN with
  * another ISN is another handshake, whatever became of it: its client has given the first one up.
@@ -589,6 +600,7 @@ static __always_inline int syn_handled(void)
 	struct handshake *entry;
 	struct segment *segment;
 	u8 kind, moved;
+	bool dropped;
 	u64 now;
 
 	if (!scratch || !scratch->syn)
@@ -605,7 +617,8 @@ static __always_inline int syn_handled(void)
 		counted->count[FILTERED(COUNT_LISTEN_OVERFLOWS, segment)] += 1;
 	if (segment->outside)
 		return 0;
-	if (moved & MOVED_LISTEN_DROPS)
+	dropped = syn_was_dropped(segment, moved);
+	if (dropped)
 		counted->count[COUNT_SYNS_DROPPED] += 1;
 	facts = facts_of(scratch);
 	if (facts) {
@@ -619,13 +632,13 @@ static __always_inline int syn_handled(void)
 	if (!entry || entry->ending != ENDING_NONE)
 		return 0;
 	now = bpf_ktime_get_ns();
-	if (!(moved & MOVED_LISTEN_DROPS) || entry->client_isn != segment->sequence)
+	if (!dropped || entry->client_isn != segment->sequence)
 		note_answer(facts, entry);
 	if (entry->client_isn != segment->sequence) {
 		counted->count[COUNT_REPLACED] += 1;
 		end(entry, ENDING_REPLACED, now, moved);
 		kind = EVENT_REPLACED;
-	} else if (moved & MOVED_LISTEN_DROPS) {
+	} else if (dropped) {
 		entry->syn_count += 1;
 		entry->syns_dropped += 1;
 		entry->last_syn_ns = now;

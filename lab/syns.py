@@ -101,6 +101,12 @@ def send_syns(
     return {syn.four_tuple for syn in syns}
 
 
+def send_syn(namespace: Namespace, syn: Syn) -> None:
+    """Send one that may stay unanswered."""
+    with namespace.run(_raw_socket, ":" in syn.four_tuple.server_ip) as raw:
+        raw.sendto(syn.packet, (syn.four_tuple.server_ip, 0))
+
+
 def send_segment(
     namespace: Namespace,
     four_tuple: FourTuple,

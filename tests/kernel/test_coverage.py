@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 import pytest
 
+from lab.patience import COMMAND_S, Deadline
 from lab.scenarios import play
-from lab.scene import READY, Stage
+from lab.scene import PORT, READY, Stage
+from lab.syns import make_syn, send_syn
 from lab.tracer import READY_PLACEHOLDER, Tracer
 from tcpstuck_bpf.probes import KERNEL_COUNTERS, OPTIONAL, PROBES, WITHOUT_VARIABLE
-from tests.kernel.conftest import TOOL, Traced
+from tests.kernel.conftest import TOOL, Traced, tracing
+from tests.kernel.handmade import ISN, Client, Site, site, told
 
 pytestmark = pytest.mark.kernel
 
@@ -56,6 +59,31 @@ def test_without_counters_other_verdicts_stay_as_they_are(
     assert run.comparison.agrees, run.comparison
     assert {gap["probe"] for gap in run.summary["coverage_gaps"]} == {KERNEL_COUNTERS}
     assert not [row for row in run.summary["reconciliation"] if row["agrees"] is False]
+
+
+def test_without_counters_a_dropped_syn_is_not_believed_to_be_queued(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would end the handshake, and hide that the ACK of the first SYN-ACK is dropped as well."""
+    monkeypatch.setenv(WITHOUT_VARIABLE, KERNEL_COUNTERS)
+    with site(4, backlog=0) as where, tracing(["-p", str(PORT), "--timeout", "1"]) as (tracer,):
+        slow, served = Client(where), Client(where)
+        slow.connect()
+        served.connect()
+        served.send(0)
+        _await_counter(where, "SyncookiesRecv", 1)
+        send_syn(where.topology.client, make_syn(slow.four_tuple, ISN))
+        _await_counter(where, "ListenDrops", 1)
+        slow.send(0)
+        _await_counter(where, "ListenDrops", 2)
+        line = told(tracer, where.netns, slow.four_tuple, "accept-queue-full")
+    assert (line["stuck"], line["certainty"], line["syn_count"]) == (True, "likely", 2)
+
+
+def _await_counter(where: Site, name: str, value: int) -> None:
+    deadline = Deadline(COMMAND_S)
+    while where.topology.server.counters()[name] < value:
+        assert not deadline.passed(), name
 
 
 @MODES
