@@ -21,7 +21,6 @@
 #include "kernel_layout.h"
 #include "tcpstuck.h"
 
-#define EEXIST			 17
 #define ETH_P_IP_NETWORK_ORDER	 0x0008
 #define ETH_P_IPV6_NETWORK_ORDER 0xdd86
 #define IPPROTO_TCP		 6
@@ -538,10 +537,10 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 	fresh.syn_queue = scratch->syn_queue;
 	fresh.mss = mss;
 	failed = awaiting_ack.insert(&segment->key, &fresh);
-	scratch->handshake_tracked = !failed || failed == -EEXIST;
+	entry = failed ? awaiting_ack.lookup(&segment->key) : 0;
+	scratch->handshake_tracked = !failed || entry;
 	if (scratch->handshake_tracked)
 		choose_if_known(&segment->key);
-	entry = failed == -EEXIST ? awaiting_ack.lookup(&segment->key) : 0;
 	begins = !failed ||
 		 (entry && (entry->ending != ENDING_NONE ||
 			    (entry->acks_dropped && entry->client_isn != fresh.client_isn)));
@@ -652,6 +651,11 @@ static __always_inline int syn_handled(void)
 	return 0;
 }
 
+/*
+ * Only of an entry that has ended, because it may stay: in a softirq that interrupts this CPU while
+ * it reads or deletes for user space, a bucket that shares a counter with the other is refused (EBUSY;
+ * map_locked in htab_lock_bucket, from 5.11 on and until it kept interrupts off meanwhile).
+ */
 static __always_inline void forget(struct handshake_key *key)
 {
 	awaiting_ack.delete(key);
@@ -747,6 +751,7 @@ static __always_inline u8 ack_completed(struct netns_counts *counted, struct seg
 	if (entry->ending == ENDING_NONE && entry->syn_count == 1 && !entry->acks_dropped &&
 	    !entry->acks_filtered && segment->sequence == entry->client_isn + 1 &&
 	    now - entry->first_syn_ns < wanted->tell_completed_after_ns) {
+		end(entry, ENDING_COMPLETED, now, moved);
 		forget(&segment->key);
 		return 0;
 	}
