@@ -34,10 +34,17 @@ class ListeningSocket(NamedTuple):
     port: int
     inode: int
 
-    def serves(self, address: bytes) -> bool:
-        """Whether it may get what comes for an address: its own, or any."""
-        any_address = not any(self.address) or self.address == IPV4_MAPPED_PREFIX + bytes(4)
-        return any_address or self.address == address
+    def fit(self, address: bytes) -> int:
+        """How much it is meant for what comes for an address, as compute_score has it; 0: not.
+
+        Of any address, one of the packet's own family goes before an IPv6 one that takes IPv4 too:
+        whether it does (IPV6_V6ONLY) is not to be seen, and where both are there it does not.
+        """
+        if self.address == address:
+            return 3
+        if self.address == IPV4_MAPPED_PREFIX + bytes(4):
+            return 2 if address.startswith(IPV4_MAPPED_PREFIX) else 0
+        return 0 if any(self.address) else 1
 
 
 def parse_listeners(text: str) -> Iterator[ListeningSocket]:
@@ -66,14 +73,12 @@ def _own_listeners() -> tuple[ListeningSocket, ...]:
 def sockets_for(
     facts: ListenerFacts, listening: Iterable[ListeningSocket]
 ) -> tuple[ListeningSocket, ...]:
-    """Those that get the SYNs: of the very address, else of any (compute_score's preference)."""
-    fitting = [
-        one
-        for one in listening
-        if one.port == facts.server_port and one.serves(facts.server_address)
-    ]
-    own = [one for one in fitting if one.address == facts.server_address]
-    return tuple(own or fitting)
+    """Those that get the SYNs: of the very address, else of any."""
+    fits = {
+        one: one.fit(facts.server_address) for one in listening if one.port == facts.server_port
+    }
+    best = max(fits.values(), default=0)
+    return tuple(one for one, fit in fits.items() if fit == best and fit)
 
 
 def owners_of(inodes: Iterable[int]) -> dict[int, tuple[str, ...]]:

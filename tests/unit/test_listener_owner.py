@@ -64,6 +64,24 @@ def test_the_very_address_goes_before_any() -> None:
         assert owners_of([found.inode])
 
 
+@pytest.mark.parametrize("asked", ["127.0.0.1", "::1"])
+def test_each_family_has_a_socket_of_its_own_for_any_address(asked: str) -> None:
+    """As nginx and sshd listen: 0.0.0.0, and :: for IPv6 alone."""
+    with (
+        socket.create_server(("0.0.0.0", 0)) as for_ipv4,
+        socket.create_server(("::", for_ipv4.getsockname()[1]), family=socket.AF_INET6) as for_ipv6,
+    ):
+        port = for_ipv4.getsockname()[1]
+        listening = [
+            one
+            for name in ("tcp", "tcp6")
+            for one in parse_listeners(Path("/proc/thread-self/net", name).read_text())
+        ]
+        (found,) = sockets_for(of(asked, port), listening)
+        meant = for_ipv6 if ":" in asked else for_ipv4
+        assert found.inode == os.fstat(meant.fileno()).st_ino
+
+
 def test_only_what_changed_is_told_again() -> None:
     watch = ListenerWatch()
     one, other = of("127.0.0.1", 1), of("127.0.0.1", 2)
