@@ -157,7 +157,7 @@ def report(seen: Sequence[ListenerSeen], need: SynNeed) -> ListenerReport:
         addresses=tuple(address_text(one.facts.server_address) for one in seen),
         port=facts.server_port,
         owners=owners,
-        sockets=max(one.sockets for one in seen),
+        sockets=max(len(one.sockets) for one in seen),
         settings=settings,
         facts=facts,
         cookie_reason=reason,

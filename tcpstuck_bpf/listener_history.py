@@ -113,8 +113,8 @@ class ListenerHistory:
         together: dict[tuple[object, ...], list[Place]] = {}
         for place in sorted(self._seen, key=lambda place: (place[0], place[2], place[1])):
             one = self._seen[place]
-            # Addresses with the same owner are one listener's where there is but one socket.
-            known = one.owners if one.sockets == 1 and one.owners else place
+            # Of a server that listens at several addresses each has queues of its own.
+            known = one.sockets if len(one.sockets) == 1 else place
             together.setdefault((place[0], place[2], one.facts.limit, known), []).append(place)
         return tuple(
             report([self._seen[place] for place in places], self._highest(places))

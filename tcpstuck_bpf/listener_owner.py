@@ -117,7 +117,7 @@ class ListenerWatch:
         self._last = now
         self._identify([one for one in news if self._wants(one)])
         return tuple(
-            self._known.get(one[:3], ListenerSeen(one, (), 0, {}))._replace(facts=one)
+            self._known.get(one[:3], ListenerSeen(one, (), (), {}))._replace(facts=one)
             for one in news
         )
 
@@ -139,5 +139,8 @@ class ListenerWatch:
             names = {name: None for socket in some for name in owners.get(socket.inode, ())}
             self._tries[one[:3]] = self._tries.get(one[:3], 0) + 1
             self._known[one[:3]] = ListenerSeen(
-                one, tuple(names), len(some), settings.get(one.netns, {})
+                one,
+                tuple(names),
+                tuple(sorted(socket.inode for socket in some)),
+                settings.get(one.netns, {}),
             )

@@ -335,8 +335,8 @@ class ListenerSeen(NamedTuple):
     facts: ListenerFacts
     owners: tuple[str, ...]
     """`name (pid N)` of each process that has the listening socket open; empty if unknown."""
-    sockets: int
-    """Listening sockets on that port that would get its SYNs; 0 if unknown."""
+    sockets: tuple[int, ...]
+    """Inode numbers of the listening sockets that would get its SYNs; empty if unknown."""
     settings: Mapping[str, int]
     """Of the namespace: netns.QUEUE_SETTINGS, as far as they could be read."""
 

@@ -160,6 +160,6 @@ def listener_of(values: list[Any]) -> ListenerSeen:
     return ListenerSeen(
         ListenerFacts(integer(netns), bytes.fromhex(address), *numbers),
         tuple(map(str, owners)),
-        integer(sockets),
+        tuple(map(integer, sockets)),
         {str(name): integer(number) for name, number in settings.items()},
     )

@@ -65,7 +65,7 @@ def overflown(**changes: Any) -> ListenerFacts:
 
 
 def seen(one: ListenerFacts, owner: str = "greeter (pid 7)", **settings: int) -> ListenerSeen:
-    return ListenerSeen(one, (owner,), 1, {**SETTINGS, **settings})
+    return ListenerSeen(one, (owner,), (7001,), {**SETTINGS, **settings})
 
 
 def judged(one: ListenerFacts, silent: int = 0, **words: Any) -> ListenerReport:
@@ -149,7 +149,7 @@ def test_a_limit_that_may_be_capped() -> None:
     assert told.is_capped
     assert any("cannot be known afterwards" in line for line in told.advice)
     assert judged(overflown()).is_capped is False
-    assert report([ListenerSeen(overflown(), (), 0, {})], SynNeed(0, 0, 0)).is_capped is None
+    assert report([ListenerSeen(overflown(), (), (), {})], SynNeed(0, 0, 0)).is_capped is None
 
 
 def test_a_healthy_listener_gets_no_advice() -> None:
@@ -273,12 +273,15 @@ def test_the_addresses_of_one_socket_are_one_listener() -> None:
     assert told.accept_queue_needed == 51 + 2 * 148
 
 
-@pytest.mark.parametrize("changes", [{"owners": ()}, {"sockets": 2}])
-def test_addresses_are_kept_apart_where_it_cannot_be_told(changes: dict[str, Any]) -> None:
-    other = address_bytes("192.0.2.2")
+@pytest.mark.parametrize("sockets", [((), ()), ((7001, 7002), (7001, 7002)), ((7001,), (7002,))])
+def test_addresses_are_kept_apart_where_they_may_have_queues_of_their_own(
+    sockets: tuple[tuple[int, ...], ...],
+) -> None:
+    """A server that listens at two addresses has two sockets; what is not known is not merged."""
+    one, other = seen(overflown()), seen(facts(server_address=address_bytes("192.0.2.2")))
     history = ListenerHistory()
     history.take_listeners(
-        one._replace(**changes) for one in (seen(overflown()), seen(facts(server_address=other)))
+        known._replace(sockets=inodes) for known, inodes in zip((one, other), sockets)
     )
     assert [told.addresses for told in history.reports()] == [("192.0.2.1",), ("192.0.2.2",)]
 
