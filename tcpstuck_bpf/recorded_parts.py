@@ -24,7 +24,13 @@ from tcpstuck_bpf.model import (
     Ruleset,
     Tally,
 )
-from tcpstuck_bpf.recorded_table import four_tuple_of, handshake_of, integer, integers
+from tcpstuck_bpf.recorded_table import (
+    address_of,
+    four_tuple_of,
+    handshake_of,
+    integer,
+    integers,
+)
 
 _EVENT_NUMBERS = len(Event._fields) - 2
 
@@ -123,7 +129,7 @@ def rescue_of(values: Mapping[str, Any]) -> Rescue:
 def warning_of(values: list[Any]) -> KernelWarning:
     """The way back."""
     time_ns, port, address, text = values
-    known = None if address is None else bytes.fromhex(address)
+    known = None if address is None else address_of(address)
     return KernelWarning(integer(time_ns), integer(port), known, str(text))
 
 
@@ -158,7 +164,7 @@ def listener_of(values: list[Any]) -> ListenerSeen:
     (netns, address, *rest), owners, sockets, settings = values
     numbers = integers(rest, len(ListenerFacts._fields) - 2)
     return ListenerSeen(
-        ListenerFacts(integer(netns), bytes.fromhex(address), *numbers),
+        ListenerFacts(integer(netns), address_of(address), *numbers),
         tuple(map(str, owners)),
         tuple(map(integer, sockets)),
         {str(name): integer(number) for name, number in settings.items()},

@@ -14,6 +14,7 @@ from tcpstuck_bpf import wire
 from tcpstuck_bpf.model import FourTuple, Handshake, Row, Sweep, SweepPart
 
 _HANDSHAKE_NUMBERS = len(Handshake._fields)
+_ADDRESS_BYTES = 16
 
 
 def integer(value: object) -> int:
@@ -36,6 +37,14 @@ def four_tuple_of(key: str) -> FourTuple:
     if len(data) != wire.KEY.size:
         raise ValueError("not a struct handshake_key")
     return wire.decode_key(data)
+
+
+def address_of(text: str) -> bytes:
+    """An address in hexadecimal. Raises ValueError where it is none."""
+    address = bytes.fromhex(text)
+    if len(address) != _ADDRESS_BYTES:
+        raise ValueError("not an address")
+    return address
 
 
 def handshake_of(values: object) -> Handshake:

@@ -44,12 +44,15 @@ from tcpstuck_bpf.recorded_parts import (
 )
 from tcpstuck_bpf.recorded_table import (
     RecordedTable,
+    address_of,
     integer,
 )
 from tcpstuck_bpf.report import WallClock
 
 FORMAT = "tcpstuck-recording"
 VERSION = 1
+_MOST_ENTRIES = (1 << 32) - 1
+"""Of a BPF map: max_entries of union bpf_attr."""
 
 
 @dataclass(frozen=True)
@@ -300,9 +303,12 @@ def _header(values: dict[str, Any]) -> Header:
     address = wanted.pop("listener_address")
     trace_filter = TraceFilter(
         ports=tuple(map(integer, wanted.pop("ports"))),
-        listener_address=None if address is None else bytes.fromhex(address),
+        listener_address=None if address is None else address_of(address),
         **wanted,
     )
+    capacity = integer(values["table_capacity"])
+    if capacity > _MOST_ENTRIES:
+        raise ValueError(f"no table has {capacity} entries")
     coverage = values["coverage"]
     clock = values["clock"]
     return Header(
@@ -322,5 +328,5 @@ def _header(values: dict[str, Any]) -> Header:
         ),
         clock=WallClock(integer(clock["monotonic_ns"]), integer(clock["realtime_ns"])),
         watched=str(values["watched"]),
-        table_capacity=integer(values["table_capacity"]),
+        table_capacity=capacity,
     )

@@ -213,6 +213,23 @@ def test_a_damaged_recording_is_an_error_or_a_run(
         assert complete(path).endswith("\n")
 
 
+def test_values_that_cannot_be_are_damage(tmp_path: Path) -> None:
+    """Whole JSON, and numbers that no recorder has written."""
+    text = recorded(tmp_path / "run").read_text()
+    address = four_tuple().server_address.hex()
+    for whole, odd in (
+        (
+            f'"listeners":[[[{four_tuple().netns},"{address}"',
+            f'"listeners":[[[{four_tuple().netns},""',
+        ),
+        ('"table_capacity":1024', f'"table_capacity":{1 << 63}'),
+    ):
+        assert whole in text
+        (tmp_path / "odd").write_text(text.replace(whole, odd))
+        with pytest.raises(RecordingError, match="damaged"):
+            complete(tmp_path / "odd")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
