@@ -133,9 +133,11 @@ def _filter_sentences(report: FlowReport, drop: Drop) -> Iterator[str]:
         return
     hook = f", at its hook {drop.hook}" if drop.hook else ""
     yield f"what dropped it: {drop.cause.words}{hook}"
-    suspects = drop.netfilter.suspects
-    if len(suspects) == 1:
-        yield f"by {rule_text(suspects[0])}: no other rule that was there then can have done it"
+    suspects, rule = drop.netfilter.suspects, drop.netfilter.rule
+    if rule is not None:
+        yield f"by {rule_text(rule)}: no other rule that was there then can have done it"
+    elif len(suspects) == 1:
+        yield f"whether {rule_text(suspects[0])} dropped it cannot be told from here"
     elif suspects:
         named = "; ".join(map(rule_text, suspects[:_SUSPECTS_NAMED]))
         yield f"which of {len(suspects)} rules dropped it cannot be told from here: {named}"

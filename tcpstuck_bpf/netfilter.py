@@ -25,13 +25,15 @@ class Suspicion(NamedTuple):
     """Complete sentences: what is not known, and why."""
 
     def _same(self, field: str) -> str | None:
+        if self.notes:
+            return None
         found = {getattr(suspect, field) for suspect in self.suspects}
         return found.pop() if len(found) == 1 else None
 
     @property
     def rule(self) -> DropRule | None:
-        """The one rule that can have done it."""
-        return self.suspects[0] if len(self.suspects) == 1 else None
+        """The one rule that can have done it; None where others may be there, or may be unread."""
+        return self.suspects[0] if len(self.suspects) == 1 and not self.notes else None
 
     def values(self) -> dict[str, Any]:
         """As JSON has it."""

@@ -58,7 +58,7 @@ def _read_own() -> Ruleset:
 
     def read(command: Sequence[str], parse: Callable[[str], Iterator[DropRule]]) -> None:
         try:
-            rules.extend(parse(_output(command)))
+            rules.extend(tuple(parse(_output(command))))
         except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError) as error:
             why = getattr(error, "strerror", None) or type(error).__name__
             problems.append(f"the rules of {command[0]} cannot be read: {why}")

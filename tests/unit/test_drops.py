@@ -166,6 +166,16 @@ def test_what_could_not_be_read_is_said() -> None:
     assert any("no rule that was there" in s for s in with_rules().evidence)
 
 
+def test_nobody_is_accused_where_not_all_rules_could_be_read() -> None:
+    problem = "the rules of iptables-save cannot be read: it is not installed"
+    finding = with_rules(RULE, problems=(problem,))
+    drop = drop_in(finding)
+    assert drop["rule"] is drop["family"] is drop["table"] is drop["chain"] is None
+    assert [candidate["rule"] for candidate in drop["rule_candidates"]] == [{"handle": 4}]  # type: ignore[attr-defined]
+    assert problem in finding.evidence
+    assert any(rule_text(RULE) in s and "cannot be told" in s for s in finding.evidence)
+
+
 @pytest.mark.parametrize(
     ("conditions", "can_be"),
     [
