@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from tcpstuck_bpf.flow import FlowReport, State
 from tcpstuck_bpf.model import Handshake, KernelNames, Moved
-from tcpstuck_bpf.netfilter import Suspicion, suspicion
+from tcpstuck_bpf.netfilter import Suspicion, rules_after, suspicion
 
 NO_NAMES = KernelNames({}, {}, {}, {})
 
@@ -296,8 +296,8 @@ def _before_tcp(report: FlowReport, names: KernelNames) -> Drop:
         return Drop(reason, place, cause)
     hook = _hook(names.stacks.get(entry.filter_stack, ()))
     by_nftables = function_of(place).startswith("nft_")
-    rules = suspicion(names.rulesets.get(who.netns), who, hook, by_nftables)
-    return Drop(reason, place, cause, hook, netfilter=rules)
+    ruleset = rules_after(names.rulesets.get(who.netns, ()), entry.last_ack_filtered_ns)
+    return Drop(reason, place, cause, hook, netfilter=suspicion(ruleset, who, hook, by_nftables))
 
 
 def _by_check(entry: Handshake, names: KernelNames) -> Drop:

@@ -196,11 +196,17 @@ class DropRule(NamedTuple):
 
 
 class Ruleset(NamedTuple):
-    """The dropping rules of a network namespace, as they were right after a drop."""
+    """The dropping rules of a network namespace, as they were when they were read."""
 
     rules: tuple[DropRule, ...]
     problems: tuple[str, ...]
     """Complete sentences: what could not be read."""
+    read_ns: int = 0
+    """When the reading began."""
+
+
+KEPT_READINGS = 16
+"""Of a namespace's rules: more than come between a drop and its verdict, as `places` reads them."""
 
 
 class KernelNames(NamedTuple):
@@ -212,8 +218,8 @@ class KernelNames(NamedTuple):
     """enum skb_drop_reason by number, without prefix; None where the kernel has no reasons."""
     stacks: Mapping[int, tuple[str, ...]]
     """Functions by a stack's number, the one that dropped first and then its callers."""
-    rulesets: Mapping[int, Ruleset]
-    """By network namespace (inode number)."""
+    rulesets: Mapping[int, tuple[Ruleset, ...]]
+    """By network namespace (inode number), oldest first; the latest KEPT_READINGS."""
 
     def with_more(self, others: KernelNames) -> KernelNames:
         """These names and others."""
@@ -221,7 +227,13 @@ class KernelNames(NamedTuple):
             {**self.places, **others.places},
             {**self.reasons, **others.reasons},
             {**self.stacks, **others.stacks},
-            {**self.rulesets, **others.rulesets},
+            {
+                **self.rulesets,
+                **{
+                    netns: (*self.rulesets.get(netns, ()), *readings)[-KEPT_READINGS:]
+                    for netns, readings in others.rulesets.items()
+                },
+            },
         )
 
 

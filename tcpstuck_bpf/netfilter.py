@@ -8,9 +8,10 @@ only where there is one of them the rule is named.
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from tcpstuck_bpf.model import DropRule, FourTuple, Ruleset
+from tcpstuck_bpf.model import KEPT_READINGS, DropRule, FourTuple, Ruleset
 
 _FAMILIES = {4: frozenset({"ip", "inet", "netdev"}), 6: frozenset({"ip6", "inet", "netdev"})}
 _NFPROTO = {4: "ipv4", 6: "ipv6"}
@@ -67,6 +68,22 @@ def rule_text(rule: DropRule) -> str:
     if rule.kind == "policy":
         return f"{where}, the chain's policy"
     return f"{where}, rule {rule.kind} {rule.number}"
+
+
+def rules_after(readings: Sequence[Ruleset], dropped_ns: int) -> Ruleset | None:
+    """The rules as they were read first after a drop.
+
+    Others are no proof of who did it, and say so: rules come and go.
+    """
+    after = [reading for reading in readings if reading.read_ns >= dropped_ns]
+    if after and (len(after) < len(readings) or len(readings) < KEPT_READINGS):
+        return after[0]
+    if not readings:
+        return None
+    nearest = after[0] if after else readings[-1]
+    when = "long after" if after else "before"
+    problem = f"the rules were read {when} that drop, and may have been others then"
+    return nearest._replace(problems=(*nearest.problems, problem))
 
 
 def suspicion(

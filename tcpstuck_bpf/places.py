@@ -16,8 +16,8 @@ from tcpstuck_bpf.model import Handshake, KernelNames, Row, Ruleset
 RULES_INTERVAL_NS = 1_000_000_000
 RULES_SHARE = 4
 """A namespace's rules are not read more often than that, nor for more than one part in so many of
-the time: a flood must not be paid for. A drop in between waits for the next time, which comes
-before its verdict: another rule may have dropped it than those that were read."""
+the time: a flood must not be paid for. A drop in between waits for the next time, which mostly
+comes before its verdict: another rule may have dropped it than those that were read."""
 
 _SYMBOLS = Path("/proc/kallsyms")
 _REASON_PREFIX = "SKB_DROP_REASON_"
@@ -143,7 +143,7 @@ class Namer:
             rulesets,
         )
 
-    def _rulesets(self, dropped: Iterable[Row]) -> Iterator[tuple[int, Ruleset]]:
+    def _rulesets(self, dropped: Iterable[Row]) -> Iterator[tuple[int, tuple[Ruleset, ...]]]:
         """Rules of the namespaces where netfilter dropped something since they were last read."""
         for (_, _, _, _, netns), entry in dropped:
             begun_ns = self._clock_ns()
@@ -154,7 +154,7 @@ class Namer:
                 done_ns = self._clock_ns()
                 pause_ns = max(RULES_INTERVAL_NS, RULES_SHARE * (done_ns - begun_ns))
                 self._rules_read[netns] = begun_ns, done_ns + pause_ns
-                yield netns, ruleset
+                yield netns, (ruleset._replace(read_ns=begun_ns),)
 
     def _by_netfilter(self, entry: Handshake) -> bool:
         place = self._places[entry.filter_place]

@@ -93,8 +93,8 @@ def _attempt(values: list[Any]) -> Attempt:
 
 
 def _ruleset(values: list[Any]) -> Ruleset:
-    rules, problems = values
-    return Ruleset(tuple(map(_drop_rule, rules)), tuple(map(str, problems)))
+    rules, problems, read_ns = values
+    return Ruleset(tuple(map(_drop_rule, rules)), tuple(map(str, problems)), integer(read_ns))
 
 
 def _drop_rule(values: list[Any]) -> DropRule:
@@ -113,7 +113,10 @@ def names_of(values: Mapping[str, Any]) -> KernelNames:
             for number, name in values["reasons"].items()
         },
         {int(number): tuple(map(str, frames)) for number, frames in values["stacks"].items()},
-        {int(netns): _ruleset(rules) for netns, rules in values["rulesets"].items()},
+        {
+            int(netns): tuple(map(_ruleset, readings))
+            for netns, readings in values["rulesets"].items()
+        },
     )
 
 

@@ -72,9 +72,12 @@ STEPS: tuple[Step, ...] = (
             {**NAMES.reasons, 0: None},
             NAMES.stacks,
             {
-                four_tuple().netns: Ruleset(
-                    (DropRule("inet", "t", "c", "input", "handle", 4, (("dport", "3311"),)),),
-                    ("the rules of iptables-save cannot be read: it is not installed",),
+                four_tuple().netns: (
+                    Ruleset(
+                        (DropRule("inet", "t", "c", "input", "handle", 4, (("dport", "3311"),)),),
+                        ("the rules of iptables-save cannot be read: it is not installed",),
+                        at(4.1),
+                    ),
                 )
             },
         )

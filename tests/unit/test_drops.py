@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcpstuck_bpf.drops import function_of
+from tcpstuck_bpf.drops import NO_NAMES, function_of
 from tcpstuck_bpf.export import verdict_line
 from tcpstuck_bpf.model import (
+    KEPT_READINGS,
     Coverage,
     CoverageGap,
     DropRule,
@@ -57,9 +58,16 @@ def filtered(place: str, reason: str | None) -> Finding:
     return judged(ack_filtered(handshake(), at(0.1)), named(place, reason))
 
 
-def with_rules(*rules: DropRule, problems: tuple[str, ...] = ()) -> Finding:
-    names = NAMES._replace(rulesets={WHO.netns: Ruleset(rules, problems)})
+def with_readings(*readings: Ruleset) -> Finding:
+    """Of a drop at 0.1 s; the readings come one after the other."""
+    names = NAMES
+    for reading in readings:
+        names = names.with_more(NO_NAMES._replace(rulesets={WHO.netns: (reading,)}))
     return judged(ack_filtered(handshake(), at(0.1)), names)
+
+
+def with_rules(*rules: DropRule, problems: tuple[str, ...] = ()) -> Finding:
+    return with_readings(Ruleset(rules, problems, at(0.2)))
 
 
 def drop_in(finding: Finding) -> dict[str, object]:
@@ -164,6 +172,34 @@ def test_what_could_not_be_read_is_said() -> None:
     assert problem in with_rules(problems=(problem,)).evidence
     assert any("rules were not read" in s for s in filtered("nf_hook_slow+0x1", None).evidence)
     assert any("no rule that was there" in s for s in with_rules().evidence)
+
+
+LATER = RULE._replace(number=9)
+
+
+def test_a_drop_is_laid_to_the_rules_that_were_read_first_after_it() -> None:
+    """A rule is taken away and another one comes, while the drop waits for its verdict."""
+    readings = (
+        Ruleset((), (), at(0)),
+        Ruleset((RULE,), (), at(0.2)),
+        Ruleset((LATER,), (), at(1.4)),
+    )
+    assert drop_in(with_readings(*readings))["rule"] == {"handle": 4}
+
+
+@pytest.mark.parametrize(
+    ("readings", "when"),
+    [
+        ([Ruleset((RULE,), (), at(0))], "before"),
+        ([Ruleset((RULE,), (), at(n)) for n in range(1, KEPT_READINGS + 2)], "long after"),
+    ],
+)
+def test_rules_of_another_time_accuse_nobody(readings: list[Ruleset], when: str) -> None:
+    finding = with_readings(*readings)
+    drop = drop_in(finding)
+    assert drop["rule"] is None
+    assert drop["rule_candidates"]
+    assert any(f"were read {when} that drop" in sentence for sentence in finding.evidence)
 
 
 def test_nobody_is_accused_where_not_all_rules_could_be_read() -> None:

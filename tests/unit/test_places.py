@@ -124,7 +124,7 @@ def test_everything_is_named_once() -> None:
     assert names.places == {NF_PLACE: "nf_hook_slow+0xa2"}
     assert names.reasons[NF_REASON] == "NETFILTER_DROP"
     assert names.stacks == {NF_STACK: ("nf_hook_slow+0xa2", "ip_rcv_finish_core.isra.0+0x10")}
-    assert names.rulesets == {NETNS: Ruleset((), ())}
+    assert names.rulesets == {NETNS: (Ruleset((), (), at(0)),)}
     assert kernel.namer([row]) is None
     assert kernel.rulesets_read == [NETNS]
 
