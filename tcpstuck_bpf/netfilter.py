@@ -121,7 +121,7 @@ def _surely_fails(name: str, value: str, who: FourTuple) -> bool:
     if name in ("sport", "dport"):
         port = who.client_port if name == "sport" else who.server_port
         low, _, high = value.partition(":")
-        if not low.isdigit() or (high and not high.isdigit()):
+        if not low.isdecimal() or (high and not high.isdecimal()):
             return False
         return not int(low) <= port <= int(high or low)
     address = who.client_ip if name == "saddr" else who.server_ip

@@ -30,6 +30,8 @@ _DROPPING = frozenset({"drop", "reject"})
 _TARGETS = frozenset({"DROP", "REJECT"})
 _DEEPEST = 32
 _MOST_WAYS = 10_000
+_STRANGE = (ValueError, KeyError, TypeError, AttributeError)
+"""What comes of a ruleset in a shape that nobody has seen yet."""
 _OPTIONS = {
     "-p": "protocol",
     "-s": "saddr",
@@ -59,7 +61,7 @@ def _read_own() -> Ruleset:
     def read(command: Sequence[str], parse: Callable[[str], Iterator[DropRule]]) -> None:
         try:
             rules.extend(tuple(parse(_output(command))))
-        except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError) as error:
+        except (OSError, subprocess.SubprocessError, *_STRANGE) as error:
             why = getattr(error, "strerror", None) or type(error).__name__
             problems.append(f"the rules of {command[0]} cannot be read: {why}")
 
@@ -100,7 +102,10 @@ def _output(command: Sequence[str]) -> str:
 
 
 def nftables_rules(text: str) -> Iterator[DropRule]:
-    """From `nft -j list ruleset` (libnftables-json(5)). Raises ValueError, KeyError, TypeError."""
+    """From `nft -j list ruleset` (libnftables-json(5)).
+
+    Raises ValueError, KeyError, TypeError or AttributeError where it is none.
+    """
     items = json.loads(text)["nftables"]
     chains = [item["chain"] for item in items if "chain" in item]
     rules: dict[tuple[str, str, str], list[Found]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tcpstuck_bpf.drops import NO_NAMES, function_of
@@ -253,7 +253,14 @@ def test_another_family_and_another_back_end_are_no_suspects(
     assert bool(suspicion(Ruleset((rule,), ()), who, "input", by_nftables).suspects) == can_be
 
 
-@given(st.lists(st.tuples(st.text(max_size=8), st.text(max_size=20)), max_size=4))
+names_of_matches = st.one_of(
+    st.sampled_from(["protocol", "nfproto", "sport", "dport", "saddr", "daddr"]),
+    st.text(max_size=8),
+)
+
+
+@example([("dport", "²")])
+@given(st.lists(st.tuples(names_of_matches, st.text(max_size=20)), max_size=4))
 def test_no_match_however_strange_is_an_error(conditions: list[tuple[str, str]]) -> None:
     rule = RULE._replace(conditions=tuple(conditions))
     assert len(suspicion(Ruleset((rule,), ()), WHO, None, False).suspects) <= 1

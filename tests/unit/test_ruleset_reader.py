@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tcpstuck_bpf.model import DropRule
+from tcpstuck_bpf import netns, ruleset_reader
+from tcpstuck_bpf.model import DropRule, Ruleset
 from tcpstuck_bpf.ruleset_reader import LIMIT_S, nftables_rules, read_ruleset, xtables_rules
 
 LEGACY = """\
@@ -63,20 +64,56 @@ def test_legacy_rules_have_the_numbers_that_iptables_gives_them() -> None:
     ]
 
 
+def of_one_rule(*expressions: object) -> list[DropRule]:
+    """What comes of a chain with a single rule, which has the handle 7."""
+    chain = {"family": "ip", "table": "t", "name": "c", "hook": "input", "policy": "accept"}
+    rule = {"family": "ip", "table": "t", "chain": "c", "handle": 7, "expr": expressions}
+    return list(nftables_rules(json.dumps({"nftables": [{"chain": chain}, {"rule": rule}]})))
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"nftables": [{"rule": {}}]}', "nonsense"])
-def test_what_is_no_ruleset_is_an_error_that_is_expected(text: str) -> None:
-    with pytest.raises((ValueError, KeyError, TypeError)):
-        list(nftables_rules(text))
+def test_what_is_no_ruleset_is_a_problem_that_is_told(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = told_of(text, monkeypatch)
+    assert told.rules == ()
+    assert "the rules of nft cannot be read" in told.problems[0]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"xt": "DROP"},
+        {"vmap": ["a"]},
+        {"match": {"op": "==", "left": {"meta": "l4proto"}, "right": "tcp"}},
+        {"match": {"op": "==", "left": {"payload": "tcp dport"}, "right": 1}},
+    ],
+)
+def test_a_rule_of_an_unusual_shape_is_a_problem_that_is_told(
+    odd: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = {"family": "ip", "table": "t", "name": "c", "hook": "input"}
+    rules = [
+        {"family": "ip", "table": "t", "chain": "c", "handle": number, "expr": [expression]}
+        for number, expression in enumerate(({"drop": None}, odd))
+    ]
+    items = [{"chain": chain}, *({"rule": rule} for rule in rules)]
+    told = told_of(json.dumps({"nftables": items}), monkeypatch)
+    assert told.rules == ()
+    assert "the rules of nft cannot be read" in told.problems[0]
+
+
+def told_of(listed: str, monkeypatch: pytest.MonkeyPatch) -> Ruleset:
+    """What is read of the own namespace, where nft lists that and nothing else is in use."""
+    monkeypatch.setattr(ruleset_reader, "_MODULE", Path("/"))
+    monkeypatch.setattr(ruleset_reader, "_OWN_NET", Path("/nowhere"))
+    monkeypatch.setattr(ruleset_reader, "_output", lambda _: listed)
+    return read_ruleset(netns.own_netns())
 
 
 def test_a_map_by_name_may_drop() -> None:
-    chain = {"family": "ip", "table": "t", "name": "c", "hook": "input", "policy": "accept"}
-    rule = {"family": "ip", "table": "t", "chain": "c", "handle": 7}
     by_name = {"vmap": {"key": {"meta": {"key": "mark"}}, "data": "@verdicts"}}
-    items = [{"chain": chain}, {"rule": {**rule, "expr": [by_name]}}]
-    assert list(nftables_rules(json.dumps({"nftables": items}))) == [
-        DropRule("ip", "t", "c", "input", "handle", 7, ())
-    ]
+    assert of_one_rule(by_name) == [DropRule("ip", "t", "c", "input", "handle", 7, ())]
 
 
 def test_a_namespace_that_is_gone_is_a_problem_and_no_error() -> None:
