@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import subprocess
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,11 +138,14 @@ def nftables_rules(text: str) -> Iterator[DropRule]:
 def _reachable(
     family: str, table: str, base: str, hook: str, rules: Mapping[str, Sequence[Found]]
 ) -> Iterator[DropRule]:
-    """Dropping rules of a base chain and of every chain it leads to."""
+    """Dropping rules of a base chain and of every chain it leads to.
+
+    Where there are too many ways to follow, every one of the table may be come to.
+    """
     seen: set[tuple[str, Conditions]] = set()
-    waiting: list[tuple[str, Conditions]] = [(base, ())]
+    waiting: deque[tuple[str, Conditions]] = deque([(base, ())])
     while waiting and len(seen) < _MOST_WAYS:
-        way = waiting.pop(0)
+        way = waiting.popleft()
         if way in seen:
             continue
         seen.add(way)
@@ -152,6 +156,11 @@ def _reachable(
             waiting += [(target, together) for target in leads_to]
             if drops:
                 yield DropRule(family, table, chain, hook, kind, number, together)
+    if waiting:
+        for chain, own in rules.items():
+            for kind, number, conditions, _, drops in own:
+                if drops:
+                    yield DropRule(family, table, chain, hook, kind, number, conditions)
 
 
 def _drops(expression: Any, depth: int = _DEEPEST) -> bool:

@@ -64,6 +64,17 @@ def test_legacy_rules_have_the_numbers_that_iptables_gives_them() -> None:
     ]
 
 
+def test_where_there_are_too_many_ways_to_follow_no_rule_is_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Kubernetes has tens of thousands; what was not come to must not make a rule the only one."""
+    monkeypatch.setattr(ruleset_reader, "_MOST_WAYS", 2)
+    found = {(rule.chain, rule.number) for rule in xtables_rules(LEGACY, "ip")}
+    assert found >= {("guard", 1), ("guard", 2), ("INPUT", 0)}
+    monkeypatch.setattr(ruleset_reader, "_MOST_WAYS", 1)
+    assert {(rule.chain, rule.number) for rule in xtables_rules(LEGACY, "ip")} == found
+
+
 def of_one_rule(*expressions: object) -> list[DropRule]:
     """What comes of a chain with a single rule, which has the handle 7."""
     chain = {"family": "ip", "table": "t", "name": "c", "hook": "input", "policy": "accept"}
