@@ -216,7 +216,7 @@ class Drop:
     @property
     def maybe_answered(self) -> bool:
         """Whether an RST may have gone out: the kernel does not tell that from silence."""
-        return self.cause is TCP
+        return self.cause is TCP or self.netfilter.may_reset
 
     def values(self) -> dict[str, Any]:
         """As JSON has it."""

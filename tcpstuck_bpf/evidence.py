@@ -142,6 +142,11 @@ def _filter_sentences(report: FlowReport, drop: Drop) -> Iterator[str]:
         named = "; ".join(map(rule_text, suspects[:_SUSPECTS_NAMED]))
         yield f"which of {len(suspects)} rules dropped it cannot be told from here: {named}"
     yield from drop.netfilter.notes
+    if drop.netfilter.may_reset:
+        yield (
+            f"{'that rule' if rule is not None else 'a rule named here'} may have answered it by "
+            "RST (reject with tcp reset): a client that gets that knows, and does not wait"
+        )
     if not drop.sure:
         yield "the kernel gives no reason here: judged by the place alone"
 

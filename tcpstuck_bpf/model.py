@@ -193,6 +193,8 @@ class DropRule(NamedTuple):
     number: int
     conditions: tuple[tuple[str, str], ...]
     """Some of its matches, all of which have to hold: protocol, sport, saddr ... and the value."""
+    may_reset: bool = False
+    """Whether it may answer by RST as well (reject with tcp reset)."""
 
 
 class Ruleset(NamedTuple):

@@ -36,6 +36,11 @@ class Suspicion(NamedTuple):
         """The one rule that can have done it; None where others may be there, or may be unread."""
         return self.suspects[0] if len(self.suspects) == 1 and not self.notes else None
 
+    @property
+    def may_reset(self) -> bool:
+        """Whether it can have been a rule that answers by RST."""
+        return any(suspect.may_reset for suspect in self.suspects)
+
     def values(self) -> dict[str, Any]:
         """As JSON has it."""
         one = self.rule

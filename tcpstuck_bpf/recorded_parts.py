@@ -98,10 +98,10 @@ def _ruleset(values: list[Any]) -> Ruleset:
 
 
 def _drop_rule(values: list[Any]) -> DropRule:
-    *words, number, conditions = values
+    *words, number, conditions, may_reset = values
     family, table, chain, hook, kind = map(str, words)
     pairs = tuple((str(name), str(value)) for name, value in conditions)
-    return DropRule(family, table, chain, hook, kind, integer(number), pairs)
+    return DropRule(family, table, chain, hook, kind, integer(number), pairs, bool(may_reset))
 
 
 def names_of(values: Mapping[str, Any]) -> KernelNames:

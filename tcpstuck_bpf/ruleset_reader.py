@@ -42,8 +42,9 @@ _OPTIONS = {
 }
 
 Conditions = tuple[tuple[str, str], ...]
-Found = tuple[str, int, Conditions, tuple[str, ...], bool]
-"""A rule: what its number is, the number, its conditions, chains it leads to, whether it drops."""
+Found = tuple[str, int, Conditions, tuple[str, ...], bool, bool]
+"""A rule: what its number is, the number, its conditions, chains it leads to, whether it drops, and
+whether it may answer by RST as well."""
 
 
 def read_ruleset(inode: int) -> Ruleset:
@@ -122,6 +123,7 @@ def nftables_rules(text: str) -> Iterator[DropRule]:
                     tuple(_conditions(expressions)),
                     tuple(_leads_to(expressions)),
                     _drops(expressions),
+                    any(map(_may_reset, expressions)),
                 )
             )
     for chain in chains:
@@ -150,17 +152,17 @@ def _reachable(
             continue
         seen.add(way)
         chain, passed = way
-        for kind, number, conditions, leads_to, drops in rules.get(chain, ()):
+        for kind, number, conditions, leads_to, drops, may_reset in rules.get(chain, ()):
             # What it took to get into a chain holds for every rule of it.
             together = tuple(dict.fromkeys((*passed, *conditions)))
             waiting += [(target, together) for target in leads_to]
             if drops:
-                yield DropRule(family, table, chain, hook, kind, number, together)
+                yield DropRule(family, table, chain, hook, kind, number, together, may_reset)
     if waiting:
         for chain, own in rules.items():
-            for kind, number, conditions, _, drops in own:
+            for kind, number, conditions, _, drops, may_reset in own:
                 if drops:
-                    yield DropRule(family, table, chain, hook, kind, number, conditions)
+                    yield DropRule(family, table, chain, hook, kind, number, conditions, may_reset)
 
 
 def _drops(expression: Any, depth: int = _DEEPEST) -> bool:
@@ -177,6 +179,16 @@ def _drops(expression: Any, depth: int = _DEEPEST) -> bool:
     if depth and isinstance(expression, list):
         return any(_drops(inner, depth - 1) for inner in expression)
     return False
+
+
+def _may_reset(statement: Any) -> bool:
+    """Whether it rejects by RST; of a target of iptables' nft does not tell how it rejects."""
+    if not isinstance(statement, dict):
+        return False
+    reject = statement.get("reject")
+    if isinstance(reject, dict):
+        return reject.get("type") == "tcp reset"
+    return (statement.get("xt") or {}).get("name") == "REJECT"
 
 
 def _leads_to(expression: Any, depth: int = _DEEPEST) -> Iterator[str]:
@@ -258,4 +270,5 @@ def _xtables_rule(number: int, words: Sequence[str]) -> Found:
         elif word in ("-j", "-g"):
             target = after
     drops = target in _TARGETS
-    return "number", number, tuple(conditions), () if drops or not target else (target,), drops
+    leads_to = () if drops or not target else (target,)
+    return "number", number, tuple(conditions), leads_to, drops, "tcp-reset" in words

@@ -300,13 +300,18 @@ def _sight_of_drops(rule: Rule, coverage: Coverage) -> Iterator[str]:
         yield "whether this host dropped its ACK was not looked at: --why does"
 
 
-def _certainty(rule: Rule, report: FlowReport, missing: tuple[str, ...]) -> Certainty:
+def _certainty(
+    rule: Rule, report: FlowReport, missing: tuple[str, ...], drop: Drop | None
+) -> Certainty:
     gave_up_maybe = report.state is State.SILENT and report.handshake.syn_count > 1
     if missing or gave_up_maybe or report.state is State.UNANSWERED:
         return "possible"
     if report.handshake.ending == Ending.TAKEN_OVER:
         # Nobody has seen the end of the ordinary handshake that took over.
         return "likely"
+    if drop is not None and drop.maybe_answered:
+        # The one rule that can have dropped it says that it answers.
+        return "likely" if drop.netfilter.rule is None else "possible"
     cause_unsure = report.handshake.drop_counters & Moved.UNKNOWN
     return "likely" if report.state is State.ACK_DROPPED and cause_unsure else rule.certainty
 
@@ -326,9 +331,7 @@ def judge(report: FlowReport, coverage: Coverage, names: KernelNames = NO_NAMES)
     return Finding(
         verdict=rule.name,
         stuck=rule.stuck,
-        certainty="likely"
-        if drop is not None and drop.maybe_answered
-        else _certainty(rule, report, missing),
+        certainty=_certainty(rule, report, missing, drop),
         four_tuple=report.four_tuple,
         syn_count=entry.syn_count,
         cookie_isn=entry.cookie_isn,

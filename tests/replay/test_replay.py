@@ -74,7 +74,10 @@ STEPS: tuple[Step, ...] = (
             {
                 four_tuple().netns: (
                     Ruleset(
-                        (DropRule("inet", "t", "c", "input", "handle", 4, (("dport", "3311"),)),),
+                        (
+                            DropRule("inet", "t", "c", "input", "handle", 4, (("dport", "3311"),)),
+                            DropRule("ip", "t", "c", "input", "number", 5, (), may_reset=True),
+                        ),
                         ("the rules of iptables-save cannot be read: it is not installed",),
                         at(4.1),
                     ),

@@ -174,6 +174,17 @@ def test_what_could_not_be_read_is_said() -> None:
     assert any("no rule that was there" in s for s in with_rules().evidence)
 
 
+def test_a_client_that_a_rule_answers_by_rst_is_not_surely_stuck() -> None:
+    rejecting = RULE._replace(may_reset=True)
+    for finding, certainty in (
+        (with_rules(RULE), "certain"),
+        (with_rules(RULE, LEGACY._replace(may_reset=True)), "likely"),
+        (with_rules(rejecting), "possible"),
+    ):
+        assert finding.certainty == certainty
+        assert any("by RST" in s for s in finding.evidence) == (certainty != "certain")
+
+
 LATER = RULE._replace(number=9)
 
 

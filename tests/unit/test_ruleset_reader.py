@@ -59,6 +59,7 @@ def test_legacy_rules_have_the_numbers_that_iptables_gives_them() -> None:
             "number",
             2,
             (*inside, ("daddr", "192.0.2.1/32"), ("sport", "1024:2048")),
+            may_reset=True,
         ),
         DropRule("ip", "filter", "INPUT", "input", "policy", 0, ()),
     ]
@@ -120,6 +121,22 @@ def told_of(listed: str, monkeypatch: pytest.MonkeyPatch) -> Ruleset:
     monkeypatch.setattr(ruleset_reader, "_OWN_NET", Path("/nowhere"))
     monkeypatch.setattr(ruleset_reader, "_output", lambda _: listed)
     return read_ruleset(netns.own_netns())
+
+
+@pytest.mark.parametrize(
+    ("statement", "may_reset"),
+    [
+        ({"drop": None}, False),
+        ({"reject": None}, False),
+        ({"reject": {"type": "icmpx", "expr": "port-unreachable"}}, False),
+        ({"reject": {"type": "tcp reset"}}, True),
+        ({"xt": {"type": "target", "name": "REJECT"}}, True),
+        ({"xt": {"type": "target", "name": "DROP"}}, False),
+    ],
+)
+def test_a_rule_may_answer_what_it_drops(statement: object, may_reset: bool) -> None:
+    (rule,) = of_one_rule({"counter": {"packets": 0, "bytes": 0}}, {"xt": None}, statement)
+    assert rule.may_reset == may_reset
 
 
 def test_a_map_by_name_may_drop() -> None:
