@@ -27,8 +27,10 @@ _OWN_NET = Path("/proc/thread-self/net")
 _PLACES = "/usr/sbin:/sbin:/usr/bin:/bin"
 _LEGACY = (("ip", "iptables", "ip_tables_names"), ("ip6", "ip6tables", "ip6_tables_names"))
 _BUILT_IN = ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING")
-_DROPPING = frozenset({"drop", "reject"})
-_TARGETS = frozenset({"DROP", "REJECT"})
+_DROPPING = frozenset({"drop", "reject", "synproxy"})
+_TARGETS = frozenset({"DROP", "REJECT", "SYNPROXY", "TPROXY"})
+"""Those that end in NF_DROP, SYNPROXY and TPROXY for an ACK that does not suit them."""
+_VERDICTS = frozenset({"accept", "drop", "jump", "goto", "return", "continue", "queue"})
 _DEEPEST = 32
 _MOST_WAYS = 10_000
 _STRANGE = (ValueError, KeyError, TypeError, AttributeError)
@@ -116,14 +118,15 @@ def nftables_rules(text: str) -> Iterator[DropRule]:
             rule = item["rule"]
             place = (rule["family"], rule["table"], rule["chain"])
             expressions = rule.get("expr", [])
+            is_nameless = _may_end_in_target(expressions)
             rules.setdefault(place, []).append(
                 (
                     "handle",
                     int(rule["handle"]),
                     tuple(_conditions(expressions)),
                     tuple(_leads_to(expressions)),
-                    _drops(expressions),
-                    any(map(_may_reset, expressions)),
+                    is_nameless or _drops(expressions),
+                    is_nameless or any(map(_may_reset, expressions)),
                 )
             )
     for chain in chains:
@@ -181,14 +184,26 @@ def _drops(expression: Any, depth: int = _DEEPEST) -> bool:
     return False
 
 
+def _is_nameless(statement: Any) -> bool:
+    """Whether it may be any match or target of iptables': older nft has null or mere text there."""
+    return isinstance(statement, str) or statement == {"xt": None}
+
+
+def _may_end_in_target(statements: Sequence[Any]) -> bool:
+    """Whether a rule of iptables' may end in a target that nft does not name."""
+    has_verdict = any(isinstance(s, dict) and s.keys() & _VERDICTS for s in statements)
+    return not has_verdict and any(map(_is_nameless, statements))
+
+
 def _may_reset(statement: Any) -> bool:
     """Whether it rejects by RST; of a target of iptables' nft does not tell how it rejects."""
     if not isinstance(statement, dict):
         return False
-    reject = statement.get("reject")
-    if isinstance(reject, dict):
-        return reject.get("type") == "tcp reset"
-    return (statement.get("xt") or {}).get("name") == "REJECT"
+    for verb, key, value in (("reject", "type", "tcp reset"), ("xt", "name", "REJECT")):
+        details = statement.get(verb)
+        if isinstance(details, dict) and details.get(key) == value:
+            return True
+    return False
 
 
 def _leads_to(expression: Any, depth: int = _DEEPEST) -> Iterator[str]:

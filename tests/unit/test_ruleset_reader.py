@@ -132,11 +132,32 @@ def told_of(listed: str, monkeypatch: pytest.MonkeyPatch) -> Ruleset:
         ({"reject": {"type": "tcp reset"}}, True),
         ({"xt": {"type": "target", "name": "REJECT"}}, True),
         ({"xt": {"type": "target", "name": "DROP"}}, False),
+        ({"xt": None}, True),
     ],
 )
 def test_a_rule_may_answer_what_it_drops(statement: object, may_reset: bool) -> None:
-    (rule,) = of_one_rule({"counter": {"packets": 0, "bytes": 0}}, {"xt": None}, statement)
+    (rule,) = of_one_rule({"counter": {"packets": 0, "bytes": 0}}, statement)
     assert rule.may_reset == may_reset
+    (rule,) = of_one_rule({"xt": None}, {"drop": None})
+    assert not rule.may_reset
+
+
+@pytest.mark.parametrize(
+    ("statements", "can_be"),
+    [
+        (({"xt": None},), True),
+        (({"xt": None}, {"accept": None}), False),
+        (("reject with tcp reset",), True),
+        (("tcp dport 3311", {"accept": None}), False),
+        (({"xt": {"type": "match", "name": "comment"}}, {"accept": None}), False),
+        (({"xt": {"type": "target", "name": "LOG"}},), False),
+        (({"xt": {"type": "target", "name": "SYNPROXY"}},), True),
+        (({"synproxy": {"mss": 1460, "wscale": 7}},), True),
+    ],
+)
+def test_a_target_that_may_drop_makes_a_suspect(statements: tuple[object], can_be: bool) -> None:
+    """Older nft does not tell of anything of iptables' what it is."""
+    assert bool(of_one_rule(*statements)) == can_be
 
 
 def test_a_map_by_name_may_drop() -> None:
