@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from tcpstuck_bpf.flow import FlowReport, State
 from tcpstuck_bpf.model import Handshake, KernelNames, Moved
-from tcpstuck_bpf.netfilter import Suspicion, rules_after, suspicion
+from tcpstuck_bpf.netfilter import BRIDGE, Suspicion, rules_after, suspicion
 
 NO_NAMES = KernelNames({}, {}, {}, {})
 
@@ -175,6 +175,8 @@ _HOOK_OF_CALLER: Mapping[str, str] = MappingProxyType(
         "ip_rcv": "prerouting",
         "ipv6_rcv": "prerouting",
         "nf_hook_slow_list": "prerouting",
+        "xfrm4_transport_finish": "prerouting",
+        "xfrm6_transport_finish": "prerouting",
         "__netif_receive_skb_core": "ingress",
         "ip_forward": "forward",
         "ip6_forward": "forward",
@@ -249,9 +251,16 @@ def _cause(reason: str | None, place: str) -> Cause:
 
 
 def _hook(stack: tuple[str, ...]) -> str | None:
-    """The hook that the nearest caller with hooks of its own runs."""
-    functions = (_HOOK_OF_CALLER.get(function_of(frame)) for frame in stack)
-    return next((hook for hook in functions if hook is not None), None)
+    """The hook that the nearest caller with hooks of its own runs.
+
+    A bridge has its own, and runs those of IP too (br_netfilter): all are BRIDGE here.
+    """
+    for frame in stack:
+        function = function_of(frame)
+        hook = BRIDGE if function.startswith("br_") else _HOOK_OF_CALLER.get(function)
+        if hook is not None:
+            return hook
+    return None
 
 
 def counter_of(counters: int) -> str | None:

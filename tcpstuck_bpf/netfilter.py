@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from tcpstuck_bpf.model import KEPT_READINGS, DropRule, FourTuple, Ruleset
 
 _FAMILIES = {4: frozenset({"ip", "inet", "netdev"}), 6: frozenset({"ip6", "inet", "netdev"})}
+BRIDGE = "bridge"
+"""For a hook: any of those that a bridge runs."""
 _NFPROTO = {4: "ipv4", 6: "ipv6"}
 
 
@@ -100,6 +102,10 @@ def suspicion(
     """
     if ruleset is None:
         return Suspicion((), ("the rules were not read: which one dropped it cannot be told",))
+    if hook == BRIDGE:
+        return Suspicion(
+            (), ("a bridge's rules are not looked at: which one dropped it cannot be told",)
+        )
     # A rule that can be come to in several ways is there once for each.
     suspects = dict.fromkeys(
         rule._replace(conditions=())

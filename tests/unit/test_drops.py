@@ -139,6 +139,26 @@ def test_the_hook_is_that_of_the_nearest_caller_that_has_one() -> None:
     assert function_of("ip_rcv_finish_core.isra.0+0x1") == "ip_rcv_finish_core"
 
 
+@pytest.mark.parametrize(
+    ("callers", "hook"),
+    [
+        (("br_nf_pre_routing+0x2", "br_handle_frame+0x7"), "bridge"),
+        (("br_pass_frame_up+0x2", "br_handle_frame_finish+0x3"), "bridge"),
+        (("ip_local_deliver+0x2", "br_netif_receive_skb+0x9"), "input"),
+        (("xfrm4_transport_finish+0x2", "ip_local_deliver+0x7"), "prerouting"),
+    ],
+)
+def test_a_hook_that_runs_on_the_way_through_another_is_not_taken_for_that(
+    callers: tuple[str, ...], hook: str
+) -> None:
+    stack = ("nf_hook_slow+0xa2", *callers, "__netif_receive_skb_core+0x3")
+    ruleset = Ruleset((RULE._replace(hook="ingress"), RULE._replace(hook="input")), (), at(0.2))
+    names = NAMES._replace(stacks={17: stack}, rulesets={WHO.netns: (ruleset,)})
+    drop = drop_in(judged(ack_filtered(handshake(), at(0.1)), names))
+    assert drop["hook"] == hook
+    assert bool(drop["rule"]) == (hook == "input")
+
+
 def test_a_lone_suspect_is_named() -> None:
     drop = drop_in(with_rules(RULE, DropRule("ip", "a", "b", "prerouting", "handle", 9, ())))
     found = {key: drop[key] for key in ("hook", "family", "table", "chain", "rule")}
