@@ -76,7 +76,24 @@ def _read_own() -> Ruleset:
             legacy = f"{program}-legacy-save"
             command = legacy if _found(legacy) else f"{program}-save"
             read((command,), lambda text, of=family: xtables_rules(text, of))  # type: ignore[misc]
+    if _conntrack_drops(_OWN_NET / "stat" / "nf_conntrack"):
+        problems.append(
+            "connection tracking has dropped packets by itself (a full table: "
+            "net.netfilter.nf_conntrack_max), and may have dropped this one"
+        )
     return Ruleset(tuple(rules), tuple(problems))
+
+
+def _conntrack_drops(statistics: Path) -> int:
+    """Packets that nf_conntrack_in() dropped in this namespace; 0 where nothing tells.
+
+    A line of names, then one of hexadecimal numbers for each CPU.
+    """
+    try:
+        names, *cpus = (line.split() for line in statistics.read_text("ascii").splitlines())
+        return sum(int(cpu[names.index("drop")], 16) for cpu in cpus)
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _has_tables(names: Path) -> bool:

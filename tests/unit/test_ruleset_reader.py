@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tcpstuck_bpf import netns, ruleset_reader
+from tcpstuck_bpf import features, netns, ruleset_reader
 from tcpstuck_bpf.model import DropRule, Ruleset
 from tcpstuck_bpf.ruleset_reader import LIMIT_S, nftables_rules, read_ruleset, xtables_rules
 
@@ -113,6 +113,28 @@ def test_a_rule_of_an_unusual_shape_is_a_problem_that_is_told(
     told = told_of(json.dumps({"nftables": items}), monkeypatch)
     assert told.rules == ()
     assert "the rules of nft cannot be read" in told.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("statistics", "is_told"),
+    [
+        ("entries drop early_drop\n0a 00 1f\n0a 00 00\n", False),
+        ("entries drop early_drop\n0a 00 00\n0a 1f 00\n", True),
+        ("", False),
+        ("entries found\n0a 1f\n", False),
+        ("entries drop\n0a\n", False),
+    ],
+)
+def test_connection_tracking_that_drops_is_told(
+    statistics: str, is_told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stat").mkdir()
+    (tmp_path / "stat" / "nf_conntrack").write_text(statistics)
+    monkeypatch.setattr(ruleset_reader, "_MODULE", tmp_path / "missing")
+    monkeypatch.setattr(features, "_SYMBOLS", tmp_path / "missing")
+    monkeypatch.setattr(ruleset_reader, "_OWN_NET", tmp_path)
+    problems = read_ruleset(netns.own_netns()).problems
+    assert [True for problem in problems if "by itself" in problem] == [True] * is_told
 
 
 def told_of(listed: str, monkeypatch: pytest.MonkeyPatch) -> Ruleset:
