@@ -297,7 +297,7 @@ class Correlator:
             return None
         report = _report(four_tuple, flow, state, decision.decided_ns)
         flow.told = state
-        flow.told_drop_counters = flow.handshake.drop_counters
+        flow.told_facts = (report.handshake, report.segments)
         return report
 
     def _note_deadline(self, due_ns: int) -> None:
@@ -392,7 +392,7 @@ def _report(four_tuple: FourTuple, flow: Flow, state: State, decided_ns: int) ->
         four_tuple=four_tuple,
         state=state,
         previous=flow.told,
-        previous_drop_counters=flow.told_drop_counters,
+        previous_facts=flow.told_facts,
         handshake=entry,
         decided_ns=decided_ns,
         delay_ns=decided_ns - entry.first_syn_ns if connected else None,

@@ -126,8 +126,8 @@ class FlowReport:
     state: State
     previous: State | None
     """The state it was told in before; None where this is the first time."""
-    previous_drop_counters: int
-    """Its `drop_counters` when it was told before."""
+    previous_facts: tuple[Handshake, tuple[Segment, ...]] | None
+    """Its `handshake` and `segments` when it was told before."""
     handshake: Handshake
     decided_ns: int
     """When it came into the state: the time of the fact or of the deadline, not of its arrival."""
@@ -176,7 +176,7 @@ class Flow:
         "segments_omitted",
         "state",
         "told",
-        "told_drop_counters",
+        "told_facts",
         "unanswered",
         "unsettled",
     )
@@ -190,7 +190,7 @@ class Flow:
         self.flags = FlowFlags.NOTHING
         self.state: State | None = None
         self.told: State | None = None
-        self.told_drop_counters = 0
+        self.told_facts: tuple[Handshake, tuple[Segment, ...]] | None = None
         self.ever_stuck = False
         self.in_table = False
         self.unsettled = True

@@ -259,10 +259,10 @@ def rule_for(report: FlowReport) -> Rule | None:
 
 
 def _replaced(report: FlowReport) -> str | None:
-    if report.previous is None:
+    if report.previous is None or report.previous_facts is None:
         return None
-    entry = report.handshake._replace(drop_counters=report.previous_drop_counters)
-    rule = rule_for(replace(report, state=report.previous, handshake=entry))
+    entry, segments = report.previous_facts
+    rule = rule_for(replace(report, state=report.previous, handshake=entry, segments=segments))
     return None if rule is None else rule.name
 
 

@@ -189,6 +189,25 @@ def test_an_update_names_the_verdict_it_replaces(before: Handshake, name: str) -
     assert finding_of(swept(before, 10)).updates is None
 
 
+@pytest.mark.parametrize("queues", [(3, 51), (51, 3)])
+def test_a_verdict_is_replaced_by_the_name_it_was_told_by(queues: tuple[int, int]) -> None:
+    """Whether the queue was full is judged by its length where the kernel's counters are hidden."""
+    first = ack_dropped(handshake(accept_queue=0), at(0.1), Moved.UNKNOWN)
+    second = ack_dropped(first, at(5), Moved.UNKNOWN)
+    end = ended(second, Ending.COMPLETED, at(6))
+    watching = correlator()
+    dropped = (
+        event(EventKind.ACK_DROPPED, entry, time_ns, accept_queue=length)
+        for entry, time_ns, length in zip((first, second), (at(0.1), at(5)), queues)
+    )
+    told = reports([next(dropped), sweep(at(4), first)], at(4), watching)
+    told += reports([next(dropped), event(EventKind.COMPLETED, end, at(6))], at(6), watching)
+    before, after = (judge(report, EVERY_PROBE) for report in told)
+    assert before is not None
+    assert after is not None
+    assert after.updates == before.verdict
+
+
 def test_silence_after_one_syn_has_its_figures() -> None:
     assert finding_of(swept(SYN_ONCE)).evidence == (
         f"1 SYN, cookie SYN-ACK {COOKIE_ISN:#010x} sent at +0.0 ms (MSS {MSS})",
