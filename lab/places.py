@@ -196,6 +196,7 @@ def rp_filter(spot: Spot) -> Iterator[Fault]:
                     "rp_filter",
                     "IP_RPFILTER",
                     lambda: server.counters()["IPReversePathFilter"] - before,
+                    what_without_reason="route",
                 )
             finally:
                 server.pin({everywhere: "0"})

@@ -99,6 +99,12 @@ ROUTE = Cause(
     "its addresses or route (martian, no route, source address not allowed)",
     "look at `ip route get CLIENT` and switch net.ipv4.conf.all.log_martians on",
 )
+ROUTE_OR_RP_FILTER = ROUTE._replace(
+    words="its route (reverse path filter, martian, no route): which cannot be told from here on "
+    "this kernel",
+    advice=f"see whether TcpExtIPReversePathFilter rises (nstat); if so {RP_FILTER.advice}; if not "
+    f"{ROUTE.advice}",
+)
 NO_SOCKET = Cause(
     "no-socket",
     "no socket: nothing listened at its address any more",
@@ -161,7 +167,7 @@ _BY_REASON: tuple[tuple[str, Cause], ...] = (
 )
 _BY_FUNCTION: tuple[tuple[str, Cause], ...] = (
     (r"nf_hook_slow|nft_do_chain|ipt_do_table|ip6t_do_table", NETFILTER),
-    (r"ip_rcv_finish_core|ip_rcv_finish", RP_FILTER),
+    (r"ip_rcv_finish_core|ip_rcv_finish", ROUTE),
     (r"do_xdp_generic|netif_receive_generic_xdp|bpf_prog_run_generic_xdp", XDP),
     (r"sch_handle_ingress|__netif_receive_skb_core|tcf_classify\w*", TC),
     (r"enqueue_to_backlog", BACKLOG),
@@ -246,7 +252,8 @@ def _cause(reason: str | None, place: str) -> Cause:
     if reason in (None, "NOT_SPECIFIED"):
         for pattern, cause in _BY_FUNCTION:
             if re.fullmatch(pattern, function_of(place)):
-                return cause
+                # A kernel that has reasons has one for the reverse path filter.
+                return ROUTE_OR_RP_FILTER if cause is ROUTE and reason is None else cause
     return OTHER
 
 

@@ -110,7 +110,7 @@ def test_a_reason_says_what_it_was_wherever_it_was(reason: str, what: str) -> No
     ("place", "what"),
     [
         ("nf_hook_slow+0x41", "netfilter"),
-        ("ip_rcv_finish_core.isra.0+0x1f2", "rp_filter"),
+        ("ip_rcv_finish_core.isra.0+0x1f2", "route"),
         ("__netif_receive_skb_core.constprop.0+0x9", "tc"),
         ("do_xdp_generic+0x3b", "xdp"),
         ("enqueue_to_backlog+0x10", "backlog"),
@@ -128,6 +128,19 @@ def test_without_a_reason_the_place_has_to_do_and_it_is_said(
     assert drop_in(finding)["place"] == place
     assert finding.certainty == ("likely" if what == "tcp" else "certain")
     assert any("judged by the place alone" in sentence for sentence in finding.evidence)
+
+
+def test_the_reverse_path_filter_is_named_where_it_can_be() -> None:
+    place = "ip_rcv_finish_core.isra.0+0x1f2"
+    words = {
+        reason: " ".join(filtered(place, reason).evidence)
+        for reason in ("IP_RPFILTER", "NOT_SPECIFIED", None)
+    }
+    assert {reason for reason, said in words.items() if "reverse path filter" in said} == {
+        "IP_RPFILTER",
+        None,
+    }
+    assert "cannot be told" in words[None]
 
 
 def test_the_hook_is_that_of_the_nearest_caller_that_has_one() -> None:
