@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
+import struct
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,13 +17,35 @@ from tcpstuck_bpf.model import FourTuple
 MAX_SOCKETS = 64
 IDLE_NS = 2_000_000_000
 _LINK_LOCAL = ipaddress.IPv6Network("fe80::/10")
+# Python names these two only in part (linux/in.h, linux/in6.h).
+_IP_PKTINFO = 8
+_IPV6_FREEBIND = 78
+
+_ControlMessage = tuple[int, int, bytes]
 
 
 def _raw_socket(family: socket.AddressFamily) -> socket.socket:
     # IPPROTO_RAW: the packet has its IP header (raw(7)), and nothing is ever received.
     made = socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)
+    if family == socket.AF_INET6:
+        # A server's address need not be an interface's (an AnyIP route, a transparent proxy);
+        # for IPv4 the header that comes with the packet says so much (inet_sk_flowi_flags).
+        made.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
     made.setblocking(False)
     return made
+
+
+def _from_server(four_tuple: FourTuple) -> _ControlMessage:
+    """Has the packet routed as one from the server's address.
+
+    The kernel does not look for that in the header that it is given, and rules by source may
+    decide which uplink a client is answered by.
+    """
+    if four_tuple.family == 4:
+        source = struct.pack("=I4s4s", 0, four_tuple.server_address[12:], bytes(4))
+        return (socket.IPPROTO_IP, _IP_PKTINFO, source)
+    source = struct.pack("=16sI", four_tuple.server_address, 0)
+    return (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, source)
 
 
 class Resender:
@@ -61,7 +84,8 @@ class Resender:
         if ipaddress.IPv6Address(four_tuple.client_address) in _LINK_LOCAL:
             raise OSError(errno.EINVAL, "a link-local address, and its interface is not known")
         try:
-            self._socket(four_tuple).sendto(packet, (four_tuple.client_ip, 0))
+            place = (four_tuple.client_ip, 0)
+            self._socket(four_tuple).sendmsg([packet], [_from_server(four_tuple)], 0, place)
         except BlockingIOError as error:
             raise OSError(errno.ENOBUFS, "the socket's send buffer is full") from error
 

@@ -78,6 +78,54 @@ def test_a_packet_arrives_in_its_namespace_and_nowhere_else(
                 assert here.recv(4096)[ip_header : ip_header + 12] != ours
 
 
+WAYS = {"main": (1, 0), "other": (2, 100)}
+"""Devices: which of the server's addresses is theirs, and the table that leads out by them."""
+
+
+def two_ways_out(namespace: Namespace) -> None:
+    """The table of the second is looked at only for what comes from the second's address."""
+    for device, (number, table) in WAYS.items():
+        peer = ("peer", "name", f"{device}-end")
+        namespace.command("ip", "link", "add", device, "type", "veth", *peer)
+        namespace.command("ip", "link", "set", f"{device}-end", "up")
+        namespace.command("ip", "link", "set", device, "up")
+        for net, nodad in ((f"10.0.{number}.%d/24", ()), (f"fd00:{number}::%d/64", ("nodad",))):
+            own, router = net % 1, (net % 9).partition("/")[0]
+            namespace.command("ip", "address", "add", own, "dev", device, *nodad)
+            namespace.command(
+                "ip", "neighbour", "add", router, "lladdr", "02:00:00:00:00:09", "dev", device
+            )
+            chosen = ("table", str(table)) if table else ()
+            family = "-6" if ":" in net else "-4"
+            namespace.command("ip", family, "route", "add", "default", "via", router, *chosen)
+            if table:
+                own_address = own.partition("/")[0]
+                rule = ("from", own_address, "lookup", str(table))
+                namespace.command("ip", family, "rule", "add", *rule)
+
+
+@pytest.mark.parametrize(
+    ("client", "server"), [("192.0.2.7", "10.0.2.1"), ("2001:db8::7", "fd00:2::1")]
+)
+def test_a_packet_takes_the_way_of_its_source_address(
+    namespace: Namespace, client: str, server: str
+) -> None:
+    """As the kernel's own SYN-ACK did (inet_csk_route_req), where there are several uplinks."""
+    two_ways_out(namespace)
+    who = FourTuple(address_bytes(client), address_bytes(server), 40_000, 3311, namespace.inode)
+    segment = segment_of(who)
+    everything = socket.htons(3)
+    watching = namespace.run(socket.socket, socket.AF_PACKET, socket.SOCK_DGRAM, everything)
+    with watching, Resender() as resender:
+        watching.settimeout(patient(COMMAND_S))
+        resender.send(who, synack_packet(who, segment))
+        device = ""
+        while not device:
+            seen, place = watching.recvfrom(4096)
+            device = place[0] if segment[:12] in seen else ""
+    assert device == "other"
+
+
 def test_a_socket_is_kept_while_it_is_used_and_closed_when_it_is_not(namespace: Namespace) -> None:
     now_ns = 0
     who = loopback_tuple(4, namespace.inode)
