@@ -40,7 +40,8 @@ class RescueSource(Protocol):
 
 
 def _progress(entry: Handshake) -> tuple[int, ...]:
-    return (entry.first_syn_ns, entry.syn_count, entry.acks_dropped, entry.ending)
+    segments = (entry.syn_count, entry.acks_dropped, entry.acks_filtered)
+    return (entry.first_syn_ns, *segments, entry.ending)
 
 
 class Sender(Protocol):

@@ -15,6 +15,7 @@ from tcpstuck_bpf.rescue_policy import RescuePolicy
 from tcpstuck_bpf.rescuing import KNOWN_FOR_NS, Rescuing
 from tests.builders import (
     ack_dropped,
+    ack_filtered,
     at,
     correlator,
     ended,
@@ -123,6 +124,7 @@ def test_a_dry_run_says_so_and_sends_nothing() -> None:
     [
         pytest.param({}, id="gone"),
         pytest.param({WHO: ack_dropped(ENTRY, at(2.9))}, id="an ACK whose event was lost"),
+        pytest.param({WHO: ack_filtered(ENTRY, at(2.9))}, id="data that a rule dropped"),
         pytest.param({WHO: ended(ENTRY, Ending.RESET, at(2.9))}, id="ended"),
         pytest.param({WHO: handshake(at(2.9))}, id="another handshake"),
     ],
