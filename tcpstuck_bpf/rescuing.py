@@ -50,8 +50,8 @@ class Sender(Protocol):
     def send(self, four_tuple: FourTuple, packet: bytes) -> None:
         """Send a packet to a 4-tuple's client, in its namespace. Raises OSError."""
 
-    def close_idle(self) -> None:
-        """Let go of what has not been used for some seconds."""
+    def close_old(self) -> None:
+        """Let go of what has been open for some seconds."""
 
     def close(self) -> None:
         """Nothing more is to be sent."""
@@ -93,7 +93,7 @@ class Rescuing:
         now_ns = self._clock_ns()
         plans = self._rescuer.plan(now_ns, self._is_known)
         attempts = tuple(map(self._attempt, plans))
-        self._sender.close_idle()
+        self._sender.close_old()
         self._rescuer.attempted(attempts)
         unanswered = tuple(self._rescuer.unanswered(now_ns))
         left_alone = dict(self._rescuer.left_alone)

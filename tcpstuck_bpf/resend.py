@@ -15,7 +15,7 @@ from tcpstuck_bpf import netns
 from tcpstuck_bpf.model import FourTuple
 
 MAX_SOCKETS = 64
-IDLE_NS = 2_000_000_000
+KEPT_FOR_NS = 2_000_000_000
 _LINK_LOCAL = ipaddress.IPv6Network("fe80::/10")
 # Python names these two only in part (linux/in.h, linux/in6.h).
 _IP_PKTINFO = 8
@@ -49,11 +49,12 @@ def _from_server(four_tuple: FourTuple) -> _ControlMessage:
 
 
 class Resender:
-    """Keeps a socket for each namespace and family while it is in use.
+    """Keeps a socket for each namespace and family, for KEPT_FOR_NS.
 
     A socket stays in the namespace it was opened in, and keeps that alive, with its network
-    devices. So no socket stays open longer than it is of use: `close_idle` is to be called every
-    now and then. `clock_ns` is any monotonic clock.
+    devices. So none stays open for long, not even while it is in use: where the namespace has been
+    removed, there is no way back into it. `close_old` is to be called every now and then.
+    `clock_ns` is any monotonic clock.
     """
 
     def __init__(self, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
@@ -91,27 +92,26 @@ class Resender:
 
     def _socket(self, four_tuple: FourTuple) -> socket.socket:
         key = (four_tuple.netns, four_tuple.family)
-        kept = self._sockets.pop(key, None)
+        kept = self._sockets.get(key)
         if kept is not None:
-            found = kept[0]
-        else:
-            family = socket.AF_INET if four_tuple.family == 4 else socket.AF_INET6
-            found = netns.run_in(four_tuple.netns, lambda: _raw_socket(family))
-            if len(self._sockets) >= MAX_SOCKETS:
-                self._close_oldest()
-        self._sockets[key] = (found, self._clock_ns())
-        return found
+            return kept[0]
+        family = socket.AF_INET if four_tuple.family == 4 else socket.AF_INET6
+        opened = netns.run_in(four_tuple.netns, lambda: _raw_socket(family))
+        if len(self._sockets) >= MAX_SOCKETS:
+            self._close_oldest()
+        self._sockets[key] = (opened, self._clock_ns())
+        return opened
 
     def _close_oldest(self) -> None:
         _, (oldest, _) = self._sockets.popitem(last=False)
         oldest.close()
 
-    def close_idle(self) -> None:
-        """Close the sockets that have not been used for IDLE_NS."""
+    def close_old(self) -> None:
+        """Close the sockets that were opened KEPT_FOR_NS ago."""
         now_ns = self._clock_ns()
         while self._sockets:
-            _, used_ns = next(iter(self._sockets.values()))
-            if now_ns - used_ns < IDLE_NS:
+            _, opened_ns = next(iter(self._sockets.values()))
+            if now_ns - opened_ns < KEPT_FOR_NS:
                 return
             self._close_oldest()
 

@@ -47,7 +47,7 @@ class Kernel:
         self.completed_ns: dict[FourTuple, int] = {WHO: at(-60)}
         self.sent: list[tuple[FourTuple, bytes]] = []
         self.refusal: OSError | None = None
-        self.idle_closed = 0
+        self.old_closed = 0
 
     def handshake(self, four_tuple: FourTuple) -> Handshake | None:
         return self.entries.get(four_tuple)
@@ -64,8 +64,8 @@ class Kernel:
         self.sent.append((four_tuple, packet))
         self.now_ns += 1_000
 
-    def close_idle(self) -> None:
-        self.idle_closed += 1
+    def close_old(self) -> None:
+        self.old_closed += 1
 
     def close(self) -> None:
         """Nothing is open."""
@@ -102,7 +102,7 @@ def test_a_known_client_gets_its_synack() -> None:
     ((who, packet),) = kernel.sent
     assert who == WHO
     assert own_segment()[:16] in packet
-    assert kernel.idle_closed
+    assert kernel.old_closed
 
 
 @pytest.mark.parametrize("age_ns", [None, KNOWN_FOR_NS])

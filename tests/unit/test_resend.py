@@ -15,7 +15,7 @@ from lab.patience import COMMAND_S, patient
 from lab.topology import Namespace
 from tcpstuck_bpf import netns
 from tcpstuck_bpf.model import FourTuple, address_bytes
-from tcpstuck_bpf.resend import IDLE_NS, MAX_SOCKETS, Resender
+from tcpstuck_bpf.resend import KEPT_FOR_NS, MAX_SOCKETS, Resender
 from tcpstuck_bpf.synack import synack_packet
 from tests.unit.test_synack import segment_of
 
@@ -126,7 +126,7 @@ def test_a_packet_takes_the_way_of_its_source_address(
     assert device == "other"
 
 
-def test_a_socket_is_kept_while_it_is_used_and_closed_when_it_is_not(namespace: Namespace) -> None:
+def test_a_socket_is_kept_for_a_while_and_then_closed(namespace: Namespace) -> None:
     now_ns = 0
     who = loopback_tuple(4, namespace.inode)
     packet = synack_packet(who, segment_of(who))
@@ -135,15 +135,28 @@ def test_a_socket_is_kept_while_it_is_used_and_closed_when_it_is_not(namespace: 
         opened = open_sockets()
         resender.send(who, packet)
         assert open_sockets() == opened
-        now_ns = IDLE_NS - 1
-        resender.close_idle()
+        now_ns = KEPT_FOR_NS - 1
+        resender.close_old()
         assert open_sockets() == opened
-        now_ns = IDLE_NS
-        resender.close_idle()
+        now_ns = KEPT_FOR_NS
+        resender.close_old()
         assert open_sockets() == opened - 1
         resender.send(who, packet)
         assert open_sockets() == opened
     assert open_sockets() == opened - 1
+
+
+def test_a_namespace_in_use_is_left_every_now_and_then(namespace: Namespace) -> None:
+    """A socket keeps it alive, and whoever removed it would wait for its devices as long."""
+    now_ns = 0
+    who = loopback_tuple(4, namespace.inode)
+    packet = synack_packet(who, segment_of(who))
+    with Resender(lambda: now_ns) as resender:
+        for _ in range(5):
+            resender.send(who, packet)
+            resender.close_old()
+            now_ns += KEPT_FOR_NS // 4
+        assert len(resender) == 0
 
 
 def open_sockets() -> int:
