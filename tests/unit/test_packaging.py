@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 import tcpstuck_bpf
+from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE, EXIT_STUCK, EXIT_USAGE
 from tcpstuck_bpf.explain import explanation
+from tcpstuck_bpf.options import build_parser
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MEASURED = ("bpf", "docs", "tcpstuck_bpf")
@@ -116,3 +118,16 @@ def test_bpf_text_and_licence_agree_on_the_licence() -> None:
     text = (REPOSITORY / "LICENSE").read_text()
     assert "GNU GENERAL PUBLIC LICENSE" in text
     assert "Version 2, June 1991" in text
+
+
+def test_the_unit_of_the_docs_outlives_what_is_no_failure() -> None:
+    """Whoever was stuck makes the status 1, and so does a bug of ours."""
+    text = (REPOSITORY / "docs" / "rescue.md").read_text()
+    unit = configparser.ConfigParser()
+    unit.read_string("[Unit]" + text.partition("[Unit]")[2].partition("```")[0])
+    service = unit["Service"]
+    assert service["Restart"] == "always"
+    assert service["SuccessExitStatus"] == str(EXIT_STUCK)
+    given_up = {str(EXIT_USAGE), str(EXIT_CANNOT_TRACE)}
+    assert set(service["RestartPreventExitStatus"].split()) == given_up
+    build_parser().parse_args(service["ExecStart"].split()[1:])
