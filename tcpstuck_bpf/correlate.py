@@ -238,12 +238,16 @@ class Correlator:
         self._ready.append(report)
 
     def _evict(self) -> None:
-        """Make room: ended flows first, then told ones, then the others, each oldest first."""
+        """Make room: ended flows first, then told ones, then the others, each oldest first.
 
-        def worth(item: tuple[FourTuple, Flow]) -> tuple[int, int, FourTuple]:
+        Those whose ACK was dropped go last of their kind.
+        """
+
+        def worth(item: tuple[FourTuple, Flow]) -> tuple[int, bool, int, FourTuple]:
             four_tuple, flow = item
             rank = 2 if flow.state is None else 0 if flow.state in ENDED_STATES else 1
-            return (rank, flow.handshake.first_syn_ns, four_tuple)
+            entry = flow.handshake
+            return (rank, entry.acks_dropped > 0, entry.first_syn_ns, four_tuple)
 
         number = max(1, self._max_flows // _EVICTED_AT_ONCE)
         for four_tuple, flow in heapq.nsmallest(number, self._flows.items(), key=worth):
@@ -327,12 +331,13 @@ class Correlator:
 
         Ended ones, once told; judged open ones whose last SYN is older than `row_life_ns`; and
         where the `table_rows` fill more than three quarters of `table_capacity`, the oldest
-        judged ones until half of it is free. Never an entry not judged yet: it stays until it is.
+        judged ones until half of it is free, those whose ACK was dropped last (no flood's address
+        sends one). Never an entry not judged yet: it stays until it is.
         Flows that the table does not hold any more are forgotten after a minute.
         """
         leaving = list(self._evicted_rows)
         self._evicted_rows.clear()
-        staying: list[tuple[int, FourTuple]] = []
+        staying: list[tuple[bool, int, FourTuple]] = []
         forgotten: list[FourTuple] = []
         for four_tuple, flow in self._flows.items():
             judged = flow.state is not None and four_tuple not in self._touched
@@ -341,12 +346,13 @@ class Correlator:
                 if flow.state in ENDED_STATES or now_ns - last_syn_ns > self._row_life_ns:
                     self._let_go(four_tuple, flow, leaving)
                 else:
-                    staying.append((last_syn_ns, four_tuple))
+                    dropped = flow.handshake.acks_dropped > 0
+                    staying.append((dropped, last_syn_ns, four_tuple))
             elif now_ns - flow.seen_ns > _REMEMBERED_NS and four_tuple not in self._touched:
                 forgotten.append(four_tuple)
         if 4 * table_rows > 3 * table_capacity:
             excess = table_rows - len(leaving) - table_capacity // 2
-            for _, four_tuple in heapq.nsmallest(excess, staying):
+            for _, _, four_tuple in heapq.nsmallest(excess, staying):
                 self._let_go(four_tuple, self._flows[four_tuple], leaving)
         for four_tuple in forgotten:
             if self._flows.pop(four_tuple).state is None:

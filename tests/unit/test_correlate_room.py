@@ -9,6 +9,7 @@ from tcpstuck_bpf.model import Ending, EventKind, FourTuple, HandshakeId, Row, S
 from tests.builders import (
     START_NS,
     TIMEOUT_NS,
+    ack_dropped,
     at,
     correlator,
     ended,
@@ -93,6 +94,13 @@ class TestExpired:
         oldest_first = [four_tuple(n) for n in reversed(range(rows))]
         assert leaving(watching, at(3), rows, 100) == oldest_first[:leave]
 
+    def test_who_was_turned_away_stays_longer_than_who_may_be_spoofed(self) -> None:
+        """The rescue needs the entry of a client that waits for a full queue, amid a flood."""
+        watching = correlator()
+        stuck = ack_dropped(handshake(START_NS - 1), START_NS)
+        reports([sweep(at(4), stuck, SYN_ONCE, SYN_ONCE)], at(4), watching)
+        assert leaving(watching, at(4), 3, 3) == [four_tuple(1), four_tuple(2)]
+
     def test_what_is_not_judged_stays_however_full_the_table_is(self) -> None:
         watching = correlator()
         young = [repeated(handshake(at(2)), at(2.5)), handshake(at(2))]
@@ -124,6 +132,13 @@ class TestEviction:
         assert (stats.flows, stats.evicted, stats.still_stuck) == (3, 1, 2)
         # Still in the table and told: it must not come back with the next sweep.
         assert leaving(watching, at(3.1), 4, 100) == [four_tuple(1)]
+
+    def test_one_that_was_turned_away_goes_after_one_that_may_be_spoofed(self) -> None:
+        watching = correlator(max_flows=2)
+        stuck = ack_dropped(handshake(START_NS - 1), START_NS)
+        reports([sweep(at(4), stuck, SYN_ONCE)], at(4), watching)
+        watching.observe(event(EventKind.SYN_REPEATED, SYN_ONCE, at(4), four_tuple(7)))
+        assert leaving(watching, at(4), 3, 100) == [four_tuple(1)]
 
     def test_an_ended_flow_makes_room_before_a_stuck_one_and_loses_nothing(self) -> None:
         watching = correlator(max_flows=2)
