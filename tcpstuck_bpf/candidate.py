@@ -29,7 +29,7 @@ NO_ROOM = "no room"
 DROPPED_AGAIN = "ACK dropped again"
 """Answered, and the answer dropped for another reason than a full accept queue."""
 NOT_SENT = "sending failed"
-"""None of the tries left this host."""
+"""Not all of the tries left this host."""
 DRY_RUN = "dry run"
 
 ACK_KINDS = frozenset({EventKind.ACK_DROPPED, EventKind.ACK_FILTERED})
@@ -205,4 +205,4 @@ class Candidate:
     def _spent(self) -> str:
         if self.dropped_again:
             return DROPPED_AGAIN
-        return NOT_SENT if self.failed == self.number else NO_ANSWER
+        return NOT_SENT if self.failed else NO_ANSWER

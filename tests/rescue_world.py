@@ -86,7 +86,7 @@ class RescueWorld:
         self.check: Callable[[Plan], None] = lambda _: None
         self._answer = answer
         self._is_known = is_known
-        self._outcome = outcome
+        self.outcome = outcome
         self._answers: list[tuple[int, HandshakeId]] = []
         self._next_sweep_ns = START_NS
 
@@ -168,10 +168,10 @@ class RescueWorld:
         self.plans.append((self.now_ns, plan))
         self.tries[plan.handshake_id] += 1
         self._owed.add(plan.handshake_id)
-        if self._outcome == ATTEMPT_SENT:
+        if self.outcome == ATTEMPT_SENT:
             due_ns = self.now_ns + ROUND_TRIP_NS
             heapq.heappush(self._answers, (due_ns, plan.handshake_id))
-        return Attempt(plan.handshake_id, self.now_ns, plan.number, self._outcome)
+        return Attempt(plan.handshake_id, self.now_ns, plan.number, self.outcome)
 
     def _arrive(self, identity: HandshakeId) -> None:
         who = identity.four_tuple

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from tcpstuck_bpf.candidate import MAX_TRIES
-from tcpstuck_bpf.model import ATTEMPT_NOT_SENT
+from tcpstuck_bpf.model import ATTEMPT_NOT_SENT, ATTEMPT_SENT
 from tcpstuck_bpf.rescue import FLOOD_SILENT
 from tcpstuck_bpf.rescue_policy import RescuePolicy
 from tests.builders import (
@@ -209,6 +209,18 @@ def test_what_was_not_sent_is_not_called_unanswered(
     assert len(world.plans) == packets * 10
     assert not world.unanswered
     assert world.rescuer.left_alone == {reason: 10}
+
+
+def test_one_answer_that_did_not_come_is_not_called_three() -> None:
+    """The first two tries never left this host."""
+    world = RescueWorld(RescuePolicy(), answer=always(SILENT), outcome="failed: no buffer space")
+    world.table.syn(WHO, CLIENT_ISN, START_NS)
+    world.run_until(START_NS + TIMEOUT_NS + SECOND_NS)
+    world.outcome = ATTEMPT_SENT
+    world.run_until(START_NS + 5 * TIMEOUT_NS)
+    assert [plan.number for _, plan in world.plans] == [1, 2, 3]
+    assert not world.unanswered
+    assert world.rescuer.left_alone == {"sending failed": 1}
 
 
 def test_a_flood_of_silent_clients_takes_no_room_from_dropped_ones() -> None:
