@@ -123,10 +123,11 @@ def _own_queue_settings() -> dict[str, int]:
     return found
 
 
-def _inside(path: Path, function: Callable[[], Result]) -> Result:
+def _inside(path: Path, function: Callable[[], Result], inode: int | None = None) -> Result:
     """What a function returns in another namespace: a thread of ours enters it for a moment.
 
-    Raises OSError where it cannot be entered, and what the function raises.
+    Raises OSError where it cannot be entered, or where the path leads to another one than that
+    with the number `inode`, and what the function raises.
     """
     results: list[Result] = []
     errors: list[Exception] = []
@@ -135,6 +136,9 @@ def _inside(path: Path, function: Callable[[], Result]) -> Result:
         libc = ctypes.CDLL(None, use_errno=True)
         try:
             with path.open("rb") as file:
+                # A process may have changed namespaces, or its number be another one's, by now.
+                if inode not in (None, os.fstat(file.fileno()).st_ino):
+                    raise _gone()
                 if libc.setns(file.fileno(), _CLONE_NEWNET) != 0:
                     number = ctypes.get_errno()
                     raise OSError(number, os.strerror(number))
@@ -176,15 +180,17 @@ def run_in(inode: int, function: Callable[[], Result]) -> Result:
     """
     if inode == own_netns():
         return function()
-    failure = OSError(errno.ENOENT, "the network namespace is gone")
+    failure = _gone()
     for path in _ways_into(inode):
         try:
-            # The process may have changed namespaces since.
-            if path.stat().st_ino == inode:
-                return _inside(path, function)
+            return _inside(path, function, inode)
         except OSError as error:
             failure = error
     raise failure
+
+
+def _gone() -> OSError:
+    return OSError(errno.ENOENT, "the network namespace is gone")
 
 
 def read_queue_settings() -> dict[int, dict[str, int]]:

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 
@@ -189,6 +190,26 @@ def test_a_namespace_that_is_gone_is_said_in_one_line() -> None:
     with Resender() as resender, pytest.raises(OSError, match="is gone") as raised:
         resender.send(loopback_tuple(4, NO_NAMESPACE), b"")
     assert raised.value.strerror == "the network namespace is gone"
+
+
+def test_a_way_that_leads_elsewhere_by_now_is_not_taken(
+    namespace: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process changes namespaces, or a new one gets its number, just when it was looked at."""
+    way = tmp_path / "way"
+    way.symlink_to(Path("/run/netns") / namespace.name)
+    open_path = Path.open
+
+    def open_late(path: Path, *arguments: str) -> IO[Any]:
+        if path == way:
+            way.unlink()
+            way.symlink_to("/proc/self/ns/net")
+        return open_path(path, *arguments)
+
+    monkeypatch.setattr(netns, "_ways_into", lambda _inode: iter([way]))
+    monkeypatch.setattr(Path, "open", open_late)
+    with pytest.raises(OSError, match="is gone"):
+        netns.run_in(namespace.inode, own_place)
 
 
 def test_what_a_function_raises_inside_reaches_the_caller(namespace: Namespace) -> None:
