@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shutil
 import signal
@@ -11,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from tcpstuck_bpf import netns
 from tcpstuck_bpf.analysis import Analysis
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 WIDTH_OF_A_PIPE = 200
+_OUTPUT_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+"""Of a disk or terminal that standard output goes to; what else may meet them says so itself."""
 
 _REPLAY_OPTIONS = frozenset({"replay", "json", "verbose", "only", "summary"})
 _DOCTOR_OPTIONS = frozenset({"doctor", "vmlinux", "against", "json", "verbose"})
@@ -283,22 +286,56 @@ def _run(options: argparse.Namespace) -> int:
     return _replay(options) if options.replay else _trace(options)
 
 
+def _open_standard_streams() -> None:
+    """Where the caller has closed one, the next file to be opened would take its place."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
+def _discard(stream: TextIO) -> None:
+    """The interpreter must not complain when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _say(error: TcpstuckError) -> int:
+    try:
+        print("\n".join(error.lines()), file=sys.stderr)
+    except OSError:  # most often the same full disk that is to be told of
+        _discard(sys.stderr)
+    return error.exit_status
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status of DESIGN.md's contract."""
+    _open_standard_streams()
     try:
         status = _run(build_parser().parse_args(arguments))
         # What is short waits in the buffer until here: a closed pipe must not show at exit.
         sys.stdout.flush()
         return status
     except TcpstuckError as error:
-        print("\n".join(error.lines()), file=sys.stderr)
-        return error.exit_status
+        return _say(error)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Nobody reads any more; the interpreter must not complain when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in _OUTPUT_ERRORS:
+            raise
+        _discard(sys.stdout)
+        return _say(
+            UsageError(
+                "the output cannot be written",
+                str(error.strerror),
+                "send it to where there is room",
+            )
+        )
 
 
 if __name__ == "__main__":

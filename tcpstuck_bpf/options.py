@@ -45,6 +45,11 @@ class Parser(argparse.ArgumentParser):
         self.print_usage(sys.stderr)
         self.exit(EXIT_USAGE, f"{self.prog}: {message}\n{self.prog}: see --help\n")
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Ends the program, once --help and --version are written: that may fail."""
+        sys.stdout.flush()
+        super().exit(status, message)
+
 
 def port_list(text: str) -> list[int]:
     """Ports, separated by commas."""

@@ -173,6 +173,55 @@ def test_what_waits_in_the_buffer_meets_a_closed_pipe_quietly(
     assert ended.returncode == EXIT_BROKEN_PIPE
 
 
+@pytest.mark.parametrize("words", [["--explain"], ["--help"], ["--version"]])
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("errors_too", [True, False])
+def test_a_full_disk_below_the_output_is_told_and_is_no_stuck_connection(
+    words: list[str], buffered: bool, errors_too: bool
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment |= {} if buffered else {"PYTHONUNBUFFERED": "1"}
+    with Path("/dev/full").open("w") as full:
+        ended = child(
+            *words,
+            capture_output=False,
+            stdout=full,
+            stderr=full if errors_too else subprocess.PIPE,
+            env=environment,
+        )
+    assert ended.returncode == EXIT_USAGE
+    if not errors_too:
+        assert "No space left on device" in ended.stderr
+        assert len(ended.stderr.splitlines()) == 3
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_standard_stream_takes_nothing_and_breaks_nothing(
+    closed: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", WITHOUT_BCC, "--replay", str(recorded(tmp_path / "run"))]
+    ended = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (1, "")
+    assert ("accept-queue-full" in ended.stdout) == (">&-" not in closed.replace("2>&-", ""))
+
+
+def test_messages_do_not_go_into_the_output_where_theirs_is_closed() -> None:
+    ended = subprocess.run(
+        ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-c", WITHOUT_BCC, "-p", "3311"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (EXIT_CANNOT_TRACE, "")
+
+
 def test_an_explanation_needs_neither_bcc_nor_privileges(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
