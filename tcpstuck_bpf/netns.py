@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ Result = TypeVar("Result")
 
 _NAMED = Path("/run/netns")
 _CLONE_NEWNET = 0x40000000
+_NS_GET_NSTYPE = 0xB703
+"""ioctl_ns(2)."""
 
 
 def own_netns() -> int:
@@ -36,31 +39,48 @@ def own_netns() -> int:
 def resolve(text: str) -> int | None:
     """The inode number that `--netns` means: a path, a name of `ip netns`, or `all` (None).
 
-    Raises UsageError where there is no such network namespace.
+    Raises UsageError where there is no such network namespace, CannotTraceError where it may not
+    be looked at.
     """
     if text == "all":
         return None
     path = Path(text) if "/" in text else _NAMED / text
     try:
-        inode = path.stat().st_ino
-        is_netns = str(path.readlink()).startswith("net:") if path.is_symlink() else _on_nsfs(path)
+        inode, obstacle = path.stat().st_ino, _obstacle(path)
+    except PermissionError as error:
+        raise CannotTraceError(
+            f"the network namespace {text} cannot be looked at",
+            f"{path}: {error.strerror}",
+            "run it as root: sudo tcpstuck-trace",
+        ) from error
     except OSError as error:
         raise UsageError(
             f"no network namespace {text}",
             f"{path}: {error.strerror}",
             "give a path such as /run/netns/NAME or /proc/PID/ns/net, or a name of `ip netns`",
         ) from error
-    if not is_netns:
+    if obstacle:
         raise UsageError(
-            f"{text} is not a network namespace",
-            f"{path} is an ordinary file",
+            f"{text or repr(text)} is not a network namespace",
+            f"{path} is {obstacle}",
             "give a path such as /run/netns/NAME or /proc/PID/ns/net, or a name of `ip netns`",
         )
     return inode
 
 
+def _obstacle(path: Path) -> str:
+    """What a path leads to instead of a network namespace; empty where it leads to one."""
+    if path.is_dir():
+        return "a directory"
+    if not _on_nsfs(path):
+        return "an ordinary file"
+    with path.open("rb") as file:
+        kind = fcntl.ioctl(file.fileno(), _NS_GET_NSTYPE)
+    return "" if kind == _CLONE_NEWNET else "a namespace of another kind"
+
+
 def _on_nsfs(path: Path) -> bool:
-    """Whether a bind mount is a namespace: nsfs is a device of its own (nsfs, ioctl_ns(2))."""
+    """Whether a path leads to a namespace: nsfs is a device of its own (nsfs, ioctl_ns(2))."""
     return path.stat().st_dev == Path("/proc/self/ns/net").stat().st_dev
 
 

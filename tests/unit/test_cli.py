@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tcpstuck_bpf import netns
 from tcpstuck_bpf.cli import EXIT_BROKEN_PIPE, main
-from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE, EXIT_USAGE
+from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE, EXIT_USAGE, CannotTraceError, UsageError
 from tcpstuck_bpf.options import build_parser
 from tcpstuck_bpf.verdict import RULES
 from tests.replay.test_replay import recorded
@@ -60,6 +62,9 @@ def child(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
         ["--listener", "2001:db8::1", "-4"],
         ["--netns", "/no/such/namespace"],
         ["--netns", "/etc/passwd"],
+        ["--netns", "/etc"],
+        ["--netns", "/proc/self/ns/mnt"],
+        ["--netns", ""],
         ["--max-handshakes", "1"],
         ["--probe-mode", "magic"],
         ["--replay", "/no/such/file"],
@@ -120,6 +125,43 @@ def test_help_fits_a_terminal_of_80_columns(
     with pytest.raises(SystemExit):
         main(["--help"])
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_a_namespace_behind_a_symbolic_link_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So people name a container's: ln -s /proc/PID/ns/net /run/netns/NAME."""
+    monkeypatch.setattr(netns, "_NAMED", tmp_path)
+    (tmp_path / "container").symlink_to("/proc/self/ns/net")
+    assert netns.resolve("container") == netns.own_netns()
+    assert netns.resolve(str(tmp_path / "container")) == netns.own_netns()
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("/etc", "a directory"),
+        ("/proc/self/ns/mnt", "a namespace of another kind"),
+        ("/etc/passwd", "an ordinary file"),
+    ],
+)
+def test_what_is_no_network_namespace_is_said(path: str, why: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        netns.resolve(path)
+    assert why in refused.value.why
+
+
+def test_a_namespace_that_may_not_be_looked_at_is_not_said_to_be_absent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(CannotTraceError) as refused:
+        netns.resolve("/proc/1/ns/net")
+    assert "no network namespace" not in refused.value.what
+    assert "root" in refused.value.remedy
 
 
 def test_without_bcc_the_package_to_install_is_named() -> None:
