@@ -29,7 +29,7 @@ from tcpstuck_bpf.explain import explanation, verdict_list
 from tcpstuck_bpf.kernel_log import open_kernel_log
 from tcpstuck_bpf.listener_owner import ListenerWatch
 from tcpstuck_bpf.model import TraceFilter, TraceSettings, address_text
-from tcpstuck_bpf.options import build_parser
+from tcpstuck_bpf.options import as_written, build_parser
 from tcpstuck_bpf.output import JsonOutput, Selection, TableOutput
 from tcpstuck_bpf.places import Namer
 from tcpstuck_bpf.probes import WITHOUT_VARIABLE, AttachRequest, left_out
@@ -61,9 +61,7 @@ def _refuse_beside(
     defaults = vars(build_parser().parse_args([]))
     for name, value in vars(options).items():
         if name not in allowed and value != defaults[name]:
-            raise UsageError(
-                f"--{name.replace('_', '-')} has no meaning beside {mode}", why, remedy
-            )
+            raise UsageError(f"{as_written(name, value)} has no meaning beside {mode}", why, remedy)
 
 
 def _settings(options: argparse.Namespace) -> TraceSettings:
@@ -178,7 +176,7 @@ def _refuse_without_rescue(options: argparse.Namespace) -> None:
         default = build_parser().get_default(name)
         if options.rescue is None and getattr(options, name) != default:
             raise UsageError(
-                f"--{name.replace('_', '-')} has no meaning without --rescue",
+                f"{as_written(name, default)} has no meaning without --rescue",
                 "nothing is sent to anybody",
                 "add --rescue, or leave it out",
             )

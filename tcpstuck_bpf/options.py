@@ -51,6 +51,18 @@ class Parser(argparse.ArgumentParser):
         super().exit(status, message)
 
 
+def as_written(name: str, value: object) -> str:
+    """An option as the user writes it, of its name and value among the parsed ones."""
+    return f"-{value}" if name == "family" else f"--{name.replace('_', '-')}"
+
+
+def file_name(text: str) -> str:
+    """Any but an empty one: that is a variable of a script that was not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a file is missing: it is empty")
+    return text
+
+
 def port_list(text: str) -> list[int]:
     """Ports, separated by commas."""
     ports = []

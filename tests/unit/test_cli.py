@@ -127,6 +127,15 @@ def test_help_fits_a_terminal_of_80_columns(
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("option", ["-4", "-6"])
+@pytest.mark.parametrize("mode", ["--doctor", "--replay=some.tcpstuck", "--explain"])
+def test_what_is_refused_is_named_as_it_was_written(
+    mode: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([mode, option]) == EXIT_USAGE
+    assert f": {option} has no meaning beside {mode.partition('=')[0]}" in capsys.readouterr().err
+
+
 def test_a_namespace_behind_a_symbolic_link_is_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
