@@ -42,6 +42,8 @@ class Parser(argparse.ArgumentParser):
             if word.startswith("-") and word not in known:
                 near = difflib.get_close_matches(word, known, n=1)
                 message += f" (did you mean {near[0]}?)" if near else ""
+        if message.endswith("expected one argument"):
+            message += ", not one that begins with -"
         self.print_usage(sys.stderr)
         self.exit(EXIT_USAGE, f"{self.prog}: {message}\n{self.prog}: see --help\n")
 

@@ -136,6 +136,15 @@ def test_what_is_refused_is_named_as_it_was_written(
     assert f": {option} has no meaning beside {mode.partition('=')[0]}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["-t", "-1"], ["-t", "-4"], ["-d", "-0.5"]])
+def test_a_negative_time_is_not_said_to_be_missing(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "begins with -" in capsys.readouterr().err
+
+
 def test_a_namespace_behind_a_symbolic_link_is_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
