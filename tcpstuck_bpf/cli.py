@@ -199,7 +199,7 @@ def _trace(options: argparse.Namespace) -> int:
         coverage = replace(source.coverage, gaps=(*source.coverage.gaps, *gaps))
         header = Header(settings, coverage, clock, watched, source.table_capacity)
         output = _output(options, clock)
-        recorder = Recorder(options.record, header) if options.record else None
+        recorder = None if options.record is None else Recorder(options.record, header)
         if not sys.stdout.isatty():
             print(watching(watched, source.coverage.mode), file=sys.stderr, flush=True)
         live = Live(source, Analysis(header), output, recorder, netns.read_counters)
@@ -281,7 +281,7 @@ def _run(options: argparse.Namespace) -> int:
         return _explain(options)
     if options.doctor:
         return _doctor(options)
-    return _replay(options) if options.replay else _trace(options)
+    return _trace(options) if options.replay is None else _replay(options)
 
 
 def _open_standard_streams() -> None:

@@ -235,9 +235,15 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 def _add_running(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("how to run")
     run.add_argument("-d", "--duration", metavar="SECONDS", type=seconds, help="end by itself")
-    run.add_argument("--record", metavar="FILE", help="write what was seen, for --replay")
-    run.add_argument("--replay", metavar="FILE", help="judge a recording; needs no root, no BPF")
-    run.add_argument("--ready-file", metavar="PATH", help="created once every probe is attached")
+    run.add_argument(
+        "--record", metavar="FILE", type=file_name, help="write what was seen, for --replay"
+    )
+    run.add_argument(
+        "--replay", metavar="FILE", type=file_name, help="judge a recording; needs no root, no BPF"
+    )
+    run.add_argument(
+        "--ready-file", metavar="PATH", type=file_name, help="created once every probe is attached"
+    )
     run.add_argument(
         "--probe-mode",
         choices=("auto", "fentry", "kprobe"),
@@ -303,11 +309,15 @@ def _add_kernel(parser: argparse.ArgumentParser) -> None:
     kernel.add_argument(
         "--vmlinux",
         metavar="FILE",
+        type=file_name,
         help="struct members from this vmlinux or vmlinuz; with --doctor, report on that kernel",
     )
     kernel.add_argument(
         "--doctor", action="store_true", help="what stands in the way of tracing here, and remedies"
     )
     kernel.add_argument(
-        "--against", metavar="FILE", help="with --doctor --vmlinux: what changed in that kernel"
+        "--against",
+        metavar="FILE",
+        type=file_name,
+        help="with --doctor --vmlinux: what changed in that kernel",
     )
