@@ -27,12 +27,25 @@ HEADER_PADDING = "  "
 def _fitted(
     headers: Sequence[str], rows: Sequence[Sequence[str]], width: int
 ) -> tuple[list[str], list[list[str]]]:
-    """Cells wrapped so that the table fits: the widest columns give way first."""
+    """Cells wrapped so that the table fits: the widest columns give way first.
+
+    Words are broken only where there is no other way.
+    """
     padded = [f"{header}{HEADER_PADDING}" for header in headers]
     widths = [max(map(len, column)) for column in zip(padded, *rows)]
     room = width - COLUMN_GAP * (len(widths) - 1)
-    while sum(widths) > room and max(widths) > NARROWEST_COLUMN:
-        widths[widths.index(max(widths))] -= 1
+    whole = [
+        max(map(len, (f"{word}{HEADER_PADDING}" for word in header.split()))) for header in headers
+    ]
+    for row in rows:
+        whole = [max(size, *map(len, cell.split(" "))) for size, cell in zip(whole, row)]
+    for least in (whole, [0] * len(widths)):
+        least = [max(NARROWEST_COLUMN, size) for size in least]
+        while sum(widths) > room:
+            yielding = [n for n, low in enumerate(least) if widths[n] > low]
+            if not yielding:
+                break
+            widths[max(yielding, key=lambda n: widths[n])] -= 1
     heading = [
         "\n".join(_wrap(header, size - len(HEADER_PADDING)))
         for header, size in zip(headers, widths)

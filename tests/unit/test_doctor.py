@@ -17,7 +17,7 @@ from tcpstuck_bpf.cli import main
 from tcpstuck_bpf.doctor import NO, NOTE, OK, MachineReport, examine
 from tcpstuck_bpf.doctor_output import change_lines, kernel_lines, machine_json, machine_lines
 from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE, EXIT_USAGE, CannotTraceError
-from tcpstuck_bpf.kernel_report import KernelReport, changes, describe
+from tcpstuck_bpf.kernel_report import Change, KernelReport, changes, describe
 from tcpstuck_bpf.layout import COUNTER_MEMBER, REQUIRED_MEMBERS
 from tcpstuck_bpf.model import Coverage, TraceSettings
 from tcpstuck_bpf.probes import (
@@ -275,6 +275,22 @@ def test_tables_keep_to_the_width(width: int, machine: Machine) -> None:
         *change_lines(found, other, changes(found, other), width),
     ):
         assert len(line) <= width
+
+
+def test_a_narrow_terminal_breaks_no_name_that_has_room(machine: Machine) -> None:
+    """A remedy is copied, a reason's name looked up: neither may be cut to spare another column."""
+    machine.locked("none")
+    machine.without_kprobes()
+    machine.problems["fentry"] = "EPERM, lockdown unknown: /sys/kernel/security is not mounted"
+    words = " ".join(machine_lines(machine.examined(), 80, verbose=False)).split()
+    assert "CONFIG_KPROBES=y" in words
+    assert "tcp_max_syn_backlog" in words
+    name = "SKB_DROP_REASON_TCP_AOUNEXPECTED_AND_MORE"
+    first = report(with_functions(kernel()))
+    found = [Change(name, "-", "9"), Change("f", "a struct " * 20, "another struct " * 20)]
+    lines = list(change_lines(first, first, found, 80))
+    assert any(line.startswith(f"{name} ") for line in lines)
+    assert max(map(len, lines)) <= 80
 
 
 def test_json_is_an_object_a_line_with_the_answer_last(machine: Machine) -> None:
