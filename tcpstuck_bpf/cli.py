@@ -103,18 +103,18 @@ def _watched(options: argparse.Namespace, wanted: TraceFilter) -> str:
     return " ".join(words)
 
 
-def _output(options: argparse.Namespace, clock: WallClock) -> Output:
+def _output(options: argparse.Namespace, header: Header) -> Output:
     selection = Selection(options.only, options.summary)
     if options.json:
-        return JsonOutput(sys.stdout, clock, selection)
+        return JsonOutput(sys.stdout, header.clock, selection)
     terminal = sys.stdout.isatty()
     renderer = TableRenderer(
-        clock=clock,
+        clock=header.clock,
         width=shutil.get_terminal_size((WIDTH_OF_A_PIPE, 24)).columns,
         colour=terminal and not os.environ.get("NO_COLOR"),
         verbose=options.verbose,
-        own_netns=netns.own_netns(),
-        netns_names=netns.names(),
+        own_netns=header.own_netns,
+        netns_names=header.netns_names,
     )
     return TableOutput(sys.stdout, renderer, selection)
 
@@ -197,8 +197,16 @@ def _trace(options: argparse.Namespace) -> int:
         clock = WallClock(time.monotonic_ns(), time.time_ns())
         kernel_log, gaps = open_kernel_log()
         coverage = replace(source.coverage, gaps=(*source.coverage.gaps, *gaps))
-        header = Header(settings, coverage, clock, watched, source.table_capacity)
-        output = _output(options, clock)
+        header = Header(
+            settings,
+            coverage,
+            clock,
+            watched,
+            source.table_capacity,
+            netns.own_netns(),
+            netns.names(),
+        )
+        output = _output(options, header)
         recorder = None if options.record is None else Recorder(options.record, header)
         if not sys.stdout.isatty():
             print(watching(watched, source.coverage.mode), file=sys.stderr, flush=True)
@@ -234,7 +242,7 @@ def _replay(options: argparse.Namespace) -> int:
         "leave it out; --json, --only, -v and --summary choose what is shown",
     )
     replay = Replay(options.replay)
-    return _exit_status(run_replay(replay, _output(options, replay.header.clock)))
+    return _exit_status(run_replay(replay, _output(options, replay.header)))
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, Union
 
@@ -64,6 +64,10 @@ class Header:
     clock: WallClock
     watched: str
     table_capacity: int
+    own_netns: int | None = None
+    """The network namespace it was run in; None where that is not recorded."""
+    netns_names: Mapping[int, str] = field(default_factory=dict)
+    """Names that those of that machine had, by inode number."""
 
 
 class Observed(NamedTuple):
@@ -199,6 +203,8 @@ def _header_values(header: Header) -> dict[str, Any]:
         "clock": asdict(header.clock),
         "watched": header.watched,
         "table_capacity": header.table_capacity,
+        "own_netns": header.own_netns,
+        "netns_names": dict(header.netns_names),
     }
 
 
@@ -311,6 +317,7 @@ def _header(values: dict[str, Any]) -> Header:
         raise ValueError(f"no table has {capacity} entries")
     coverage = values["coverage"]
     clock = values["clock"]
+    own_netns = values.get("own_netns")
     return Header(
         settings=TraceSettings(
             trace_filter=trace_filter,
@@ -329,4 +336,8 @@ def _header(values: dict[str, Any]) -> Header:
         clock=WallClock(integer(clock["monotonic_ns"]), integer(clock["realtime_ns"])),
         watched=str(values["watched"]),
         table_capacity=capacity,
+        own_netns=None if own_netns is None else integer(own_netns),
+        netns_names={
+            int(number): str(name) for number, name in values.get("netns_names", {}).items()
+        },
     )

@@ -31,6 +31,7 @@ from tcpstuck_bpf.output import JsonOutput, Selection
 from tcpstuck_bpf.replay import (
     Advanced,
     Ended,
+    Header,
     Listened,
     Logged,
     Named,
@@ -111,13 +112,24 @@ STEPS: tuple[Step, ...] = (
 )
 
 
-def recorded(path: Path, steps: tuple[Step, ...] = STEPS) -> Path:
-    recorder = Recorder(str(path), header())
+def recorded(path: Path, steps: tuple[Step, ...] = STEPS, start: Header | None = None) -> Path:
+    recorder = Recorder(str(path), header() if start is None else start)
     for step in steps:
         recorder.write(step)
     recorder.close()
     assert recorder.failure is None
     return path
+
+
+def test_a_header_is_read_back_and_one_of_before_the_names_as_well(tmp_path: Path) -> None:
+    written = header(own_netns=7, netns_names={7: "host", 8: "web"})
+    path = recorded(tmp_path / "run", start=written)
+    assert Replay(str(path)).header == written
+    first, rest = path.read_bytes().split(b"\n", 1)
+    values = json.loads(first)
+    del values["own_netns"], values["netns_names"]
+    path.write_bytes(json.dumps(values).encode() + b"\n" + rest)
+    assert Replay(str(path)).header == header()
 
 
 def replayed(path: Path) -> tuple[Step, ...]:

@@ -16,6 +16,7 @@ from tcpstuck_bpf.cli import EXIT_BROKEN_PIPE, main
 from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE, EXIT_USAGE, CannotTraceError, UsageError
 from tcpstuck_bpf.options import build_parser
 from tcpstuck_bpf.verdict import RULES
+from tests.builders import four_tuple, header
 from tests.replay.test_replay import recorded
 
 README = Path(__file__).parents[2] / "README.md"
@@ -207,6 +208,26 @@ def test_a_replay_needs_no_bcc_and_tells_by_its_status(tmp_path: Path) -> None:
     assert ended.stderr == ""
     assert "!accept-queue-full" in ended.stdout
     assert ended.returncode == 1
+
+
+def test_a_replay_names_the_namespaces_of_the_recorded_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another machine's namespaces have the same numbers, and are others."""
+    number = four_tuple().netns
+    monkeypatch.setattr(netns, "names", lambda: {number: "wrong"})
+    monkeypatch.setattr(netns, "own_netns", lambda: number)
+    for known, heading in (
+        (header(netns_names={number: "web"}), "in network namespace web:"),
+        (header(), f"in network namespace {number}:"),
+    ):
+        path = str(recorded(tmp_path / "run", start=known))
+        assert main(["--replay", path]) == 1
+        shown = capsys.readouterr().out
+        assert heading in shown
+        assert "wrong" not in shown
+    assert main(["--replay", str(recorded(tmp_path / "run", start=header(own_netns=number)))]) == 1
+    assert "in network namespace" not in capsys.readouterr().out
 
 
 def test_a_reader_that_closes_the_pipe_ends_it_quietly(tmp_path: Path) -> None:
