@@ -6,6 +6,7 @@ What does not fit beside the rest goes below the row. The summary's tables are t
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,10 @@ NARROW = 100
 VERDICT_WIDTH = max(len(rule.name) for rule in RULES)
 MEANING_WIDTH = 45
 INDENT = "    "
+
+_GROUP = re.compile(r"(?<=\d) (?=\d{3}(?!\d))")
+"""The space inside a number that `_grouped` wrote."""
+_UNBREAKABLE = "\xa0"
 
 _RED, _BOLD, _PLAIN = "\x1b[31;1m", "\x1b[1m", "\x1b[0m"
 _STUCK = {rule.name: rule.stuck for rule in RULES}
@@ -170,14 +175,15 @@ class TableRenderer:
         return self._names.get(inode, str(inode))
 
     def _wrapped(self, text: str, first: str = INDENT) -> Iterator[str]:
-        yield from textwrap.wrap(
-            text,
+        lines = textwrap.wrap(
+            _GROUP.sub(_UNBREAKABLE, text),
             self._width,
             initial_indent=first,
             subsequent_indent=" " * len(first),
             break_long_words=False,
             break_on_hyphens=False,
         )
+        yield from (line.replace(_UNBREAKABLE, " ") for line in lines)
 
     def _details(self, finding: Finding) -> Iterator[str]:
         for entry in finding.timeline:

@@ -117,6 +117,29 @@ def test_json_times_are_utc_of_the_same_moments() -> None:
     assert line["age_ms"] == told.age_ns / 1_000_000
 
 
+def summed_up(width: int = 80, **changes: object) -> list[str]:
+    """The summary of an empty run, with changes, seen from network namespace 1."""
+    renderer = TableRenderer(
+        clock=CLOCK,
+        width=width,
+        colour=False,
+        verbose=False,
+        own_netns=1,
+        netns_names={2: "tcpstuck-273-1-server"},
+    )
+    analysis = Analysis(header())
+    analysis.take(TallyTaken(tally(at(0))))
+    return list(renderer.summary(replace(analysis.summary(Ended(at(9), {}, ())), **changes)))
+
+
+@pytest.mark.parametrize("width", range(60, 90))
+def test_no_number_is_cut_in_two(width: int) -> None:
+    told = judged(facts(limit=4096, syns=2_345_678, cookies_sent=2_345_678, syns_refused=12_345))
+    text = "\n".join(summed_up(width, listeners=(told,), losses={"flows_evicted": 1_234_567}))
+    for number in ("4 096", "12 345", "1 234 567"):
+        assert number in text
+
+
 def test_the_listeners_of_the_summary_fit_and_json_says_the_same() -> None:
     told = judged(overflown(syns_refused=3), silent=20, owner="mariadbd (pid 12345)")
     renderer = TableRenderer(
