@@ -352,18 +352,17 @@ class TableRenderer:
                 "unknown" if row.kernel is None else str(low) if low == high else f"{low}..{high}"
             )
             agrees = {True: "yes", False: "NO", None: "?"}[row.agrees]
-            cells = [self._netns(row.netns), row.counter, str(row.traced), kernel, agrees]
-            rows.append([*cells, row.note])
+            rows.append([self._netns(row.netns), row.counter, str(row.traced), kernel, agrees])
             if summary.filtered:
                 rows[-1].insert(3, str(row.outside))
         if summary.filtered:
-            headers.insert(3, "outside filter")
-        if any(row[-1] for row in rows):
-            headers.append("note")
-        else:
-            rows = [row[:-1] for row in rows]
+            headers.insert(3, "outside\nfilter")
         table = tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
         yield from (line.rstrip() for line in table.splitlines())
+        for row in summary.reconciliation:
+            if row.note:
+                where = f"{self._netns(row.netns)} {row.counter}"
+                yield from self._wrapped(f"{where}: {row.note}", INDENT)
         if summary.filtered:
             yield from self._wrapped(
                 "The kernel counts without our filter, so for what was asked alone its figure is "

@@ -14,7 +14,7 @@ from tcpstuck_bpf.export import listener_line, verdict_line
 from tcpstuck_bpf.model import FourTuple, address_bytes
 from tcpstuck_bpf.render import SHOWN_AT_ONCE, TableRenderer
 from tcpstuck_bpf.replay import Ended, TallyTaken
-from tcpstuck_bpf.report import Status, WallClock
+from tcpstuck_bpf.report import Reconciled, Status, WallClock
 from tcpstuck_bpf.verdict import Finding, judge
 from tests.builders import (
     START_NS,
@@ -138,6 +138,21 @@ def test_no_number_is_cut_in_two(width: int) -> None:
     text = "\n".join(summed_up(width, listeners=(told,), losses={"flows_evicted": 1_234_567}))
     for number in ("4 096", "12 345", "1 234 567"):
         assert number in text
+
+
+def test_the_reconciliation_fits_a_terminal_of_80_columns() -> None:
+    note = "traced is a lower bound without cookie_v6_check, tcp_check_req, tcp_rcv_state_process"
+    rows = (
+        Reconciled(2, "SyncookiesFailed", 149, 12_345, (150, 152), True, ""),
+        Reconciled(2, "ListenOverflows", 149, 0, (150, 150), False, note),
+        Reconciled(2, "SyncookiesRecv", 149, 0, None, None, "cannot be read: it is gone"),
+    )
+    for filtered in (True, False):
+        shown = summed_up(reconciliation=rows, filtered=filtered)
+        assert max(map(len, shown)) <= 80
+        text = " ".join(" ".join(shown).split())
+        assert f"tcpstuck-273-1-server ListenOverflows: {note}" in text
+        assert "tcpstuck-273-1-server SyncookiesRecv: cannot be read: it is gone" in text
 
 
 def test_the_listeners_of_the_summary_fit_and_json_says_the_same() -> None:
