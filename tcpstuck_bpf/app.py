@@ -290,16 +290,21 @@ class Live:
         self._step(TallyTaken(Tally(now_ns, before, traced, self.read_kernel_counters())))
         return now_ns
 
+    @property
+    def _notes(self) -> tuple[str, ...]:
+        failure = self.recorder.failure if self.recorder is not None else None
+        return (f"the recording is incomplete: {failure}",) if failure else ()
+
     def _finish(self) -> Summary:
         self._observe_events(0)
         self._sweep()
         self._tally()
-        failure = self.recorder.failure if self.recorder is not None else None
-        notes = (f"the recording is incomplete: {failure}",) if failure else ()
         overruns = 0 if self.kernel_log is None else self.kernel_log.overruns
         losses = {**self.source.losses(), "kernel_log_overruns": overruns}
-        ended = Ended(self.clock_ns(), losses, notes)
+        ended = Ended(self.clock_ns(), losses, self._notes)
         self._step(ended)
+        # The line that says so may be the first that found no room.
+        ended = ended._replace(notes=self._notes)
         self._tell_first(len(self._untold))
         summary = self.analysis.summary(ended)
         self.output.summary(summary)

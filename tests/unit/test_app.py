@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +19,7 @@ from tcpstuck_bpf.model import (
     KernelWarning,
 )
 from tcpstuck_bpf.output import JsonOutput, Selection
-from tcpstuck_bpf.replay import Replay
+from tcpstuck_bpf.replay import Recorder, Replay
 from tcpstuck_bpf.verdict import Finding
 from tests.builders import (
     SECOND_NS,
@@ -173,6 +175,23 @@ def test_a_full_disk_is_said_in_the_summary_and_tracing_goes_on() -> None:
     kernel.at(at(0), handshake())
     lines = live(kernel, 8, record="/dev/full")
     assert lines[0]["verdict"] == "ack-missing"
+    assert lines[-1]["notes"] == ["the recording is incomplete: No space left on device"]
+
+
+def test_a_disk_that_has_no_room_for_the_last_line_is_said_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it a recording cannot be replayed: the run must not end as if there were one."""
+    write = Recorder._write_line
+
+    def fail_at_the_end(self: Recorder, values: Mapping[str, Any]) -> None:
+        if "end" in values:
+            self.failure = "No space left on device"
+        else:
+            write(self, values)
+
+    monkeypatch.setattr(Recorder, "_write_line", fail_at_the_end)
+    lines = live(FakeKernel(), 1, record=str(tmp_path / "run"))
     assert lines[-1]["notes"] == ["the recording is incomplete: No space left on device"]
 
 
