@@ -55,6 +55,12 @@ def run(arguments: argparse.Namespace) -> int:
         stdout_sink=partial(_pass_on, sys.stdout.buffer),
         stderr_sink=partial(_pass_on, sys.stderr.buffer),
     )
+    if result.timed_out:
+        _say(
+            f"The guest was cut off after {LIMIT_S:.0f} s, before the demo had ended: the machine "
+            "is too slow,\nor busy. Run it again with less beside it, or as root where tracing "
+            "works: python3 -m lab demo --here"
+        )
     return result.status
 
 
