@@ -214,14 +214,18 @@ class Replay:
     def __init__(self, path: str) -> None:
         self._path = path
         try:
-            # Only \n ends a line: str.splitlines would also split at other characters.
-            self._lines = Path(path).read_bytes().split(b"\n")
+            with Path(path).open("rb") as file:
+                # What is no recording may be larger than the memory, or have no end.
+                first = file.read(1)
+                content = first + (file.read() if first == b"{" else b"")
         except OSError as error:
             raise RecordingError(
                 f"cannot read the recording {path}",
                 str(error.strerror),
                 "name a file that --record has written",
             ) from error
+        # Only \n ends a line: str.splitlines would also split at other characters.
+        self._lines = content.split(b"\n")
         self._table = RecordedTable()
         values = self._decoded(0) if self._looks_like_one() else None
         if values is None or values.get("format") != FORMAT:

@@ -267,6 +267,15 @@ def test_what_is_no_recording_is_said(tmp_path: Path, content: bytes, words: str
         Replay(str(path))
 
 
+def test_what_is_no_recording_is_not_read_to_its_end(tmp_path: Path) -> None:
+    """A disk image or a capture named by mistake may be larger than the memory."""
+    path = tmp_path / "image"
+    with path.open("wb") as file:
+        file.truncate(1 << 42)
+    with pytest.raises(RecordingError, match="not a recording"):
+        Replay(str(path))
+
+
 def test_a_directory_or_missing_file_is_said(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(RecordingError, match="cannot read"):
