@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -305,6 +306,21 @@ def test_messages_do_not_go_into_the_output_where_theirs_is_closed() -> None:
         check=False,
     )
     assert (ended.returncode, ended.stdout) == (EXIT_CANNOT_TRACE, "")
+
+
+def test_ctrl_c_while_modules_are_read_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "tabulate.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-m", "tcpstuck_bpf", "--explain"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_an_explanation_needs_neither_bcc_nor_privileges(

@@ -104,7 +104,7 @@ def test_wheel_says_what_setup_cfg_says(wheel: zipfile.ZipFile) -> None:
         if line.startswith("Requires-Dist:") and "extra ==" not in line
     }
     assert always == needed
-    assert "tcpstuck_bpf.cli:main" in wheel.read(f"{info}/entry_points.txt").decode()
+    assert "tcpstuck_bpf.__main__:main" in wheel.read(f"{info}/entry_points.txt").decode()
     assert any(re.fullmatch(rf"{re.escape(info)}/(licenses/)?LICENSE", n) for n in wheel.namelist())
 
 
