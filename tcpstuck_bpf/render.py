@@ -212,12 +212,12 @@ class TableRenderer:
             )
 
     def status(self, status: Status) -> str:
-        """One line, cut to the width."""
+        """One line, cut to the width: what matters most comes first."""
         stuck = f"{_grouped(status.still_stuck)} STUCK" if status.still_stuck else "nothing stuck"
         line = (
-            f"watching {status.watched}: {_grouped(status.cookies_sent)} cookies sent, "
-            f"{_grouped(status.completed)} completed, {_grouped(status.waiting)} waiting, {stuck}, "
-            f"{duration_text(status.running_ns)}"
+            f"{stuck}, watching {status.watched} for {duration_text(status.running_ns)}: "
+            f"{_grouped(status.cookies_sent)} cookies sent, "
+            f"{_grouped(status.completed)} completed, {_grouped(status.waiting)} waiting"
         )
         return line[: self._width - 1]
 

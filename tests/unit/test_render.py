@@ -104,7 +104,17 @@ def test_the_status_is_one_line_of_the_terminal() -> None:
     )
     line = renderer.status(Status("port 3311", 123456, 123450, 6, 0, at(1) - START_NS))
     assert len(line) < 60
-    assert line.startswith("watching port 3311: 123 456 cookies sent")
+    assert line.startswith("nothing stuck, watching port 3311 for 1.0 s: 123 456")
+
+
+def test_the_status_is_cut_where_it_matters_least() -> None:
+    renderer = TableRenderer(
+        clock=CLOCK, width=80, colour=False, verbose=False, own_netns=1, netns_names={}
+    )
+    watched = "ports 25, 465, 587, 3306, 3311 at 2001:db8::25 over IPv6"
+    line = renderer.status(Status(watched, 123456, 123000, 456, 12345, at(1) - START_NS))
+    assert len(line) < 80
+    assert "12 345 STUCK" in line
 
 
 def test_json_times_are_utc_of_the_same_moments() -> None:
