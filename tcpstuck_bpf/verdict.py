@@ -145,8 +145,8 @@ RULES: tuple[Rule, ...] = (
         proves="no ACK, RST or further SYN of this client reached TCP on this host in time",
         cannot_prove=(
             "that the client is real: a spoofed or vanished source is as silent; nor where its "
-            "ACK was lost: native XDP, the network before this host and the client's own stack "
-            "cannot be told from here"
+            "ACK was lost: native XDP, another network namespace of this host, what comes before a "
+            "DNAT, the network before this host and the client's own stack cannot be told from here"
         ),
         advice=(
             "look for what drops ACKs on the way here: a firewall that sees one direction only, "
