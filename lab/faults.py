@@ -20,6 +20,11 @@ def ack_rule(port: int) -> tuple[str, ...]:
     return ("-p", "tcp", "--dport", str(port), "--tcp-flags", "ALL", "ACK")
 
 
+def no_syn_rule(port: int) -> tuple[str, ...]:
+    """Whatever comes to the server but SYNs: ACKs, data, the end."""
+    return ("-p", "tcp", "--dport", str(port), "!", "--syn")
+
+
 def synack_rule(port: int) -> tuple[str, ...]:
     """The server's SYN-ACKs, for the client's side."""
     return ("-p", "tcp", "--sport", str(port), "--tcp-flags", "SYN,ACK", "SYN,ACK")

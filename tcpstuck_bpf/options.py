@@ -261,9 +261,13 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     why.add_argument(
         "--why",
         action="store_true",
-        help="look where on this host an ACK is dropped before TCP; every drop here pays for it",
+        default=None,
+        help="look where on this host an ACK is dropped before TCP; every drop here pays for it "
+        "(default with --rescue, which must not overlook data that a client has sent)",
     )
-    why.add_argument("--no-why", dest="why", action="store_false", help="do not (default)")
+    why.add_argument(
+        "--no-why", dest="why", action="store_false", help="do not (default without --rescue)"
+    )
     run.add_argument("--dry-run", action="store_true", help="compile, load, attach, and end")
     run.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 

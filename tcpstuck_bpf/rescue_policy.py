@@ -20,8 +20,6 @@ class RescuePolicy:
 
     include_unknown: bool = False
     """Silent clients of addresses that never completed a handshake, too."""
-    dry_run: bool = False
-    """Nothing is sent: the attempts say ATTEMPT_NOT_SENT, and every client is planned once."""
     rate: int = 100
     """SYN-ACKs per second, and how many at once."""
     rate_per_address: int = 20

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import socket
 import time
 from datetime import datetime, timedelta
 
 import pytest
 
-from lab.faults import ack_rule, dropping
+from lab.faults import ack_rule, dropping, no_syn_rule
+from lab.patience import COMMAND_S, patient
 from lab.records import FourTuple, reported_verdicts
 from lab.scenarios import LARGE_BACKLOG, SMALL_BACKLOG, connect_in_one_batch
 from lab.scene import PORT, Scene, Settings
@@ -17,12 +19,13 @@ from lab.syns import make_syns, send_in_bursts, send_syns
 from lab.topology import SERVER_ADDRESS, SILENT_SOURCES
 from lab.tracer import Tracer
 from lab.watch import Watch
-from tcpstuck_bpf.candidate import DRY_RUN, NOT_KNOWN
+from tcpstuck_bpf.candidate import DRY_RUN, NOT_KNOWN, SENT_DATA
 from tests.kernel.conftest import be_greeted, summary_of
 from tests.kernel.rescue import attempts, cookie_server, rescuing, silenced
 
 pytestmark = pytest.mark.kernel
 
+DATA = b"EHLO lab\r\n"
 SPOOFED = 100_000
 FLOOD_LIMIT_S = 1_500
 WITHIN_NS = 2_000_000_000
@@ -133,7 +136,7 @@ def test_a_client_that_sends_data_is_not_touched_and_not_harmed() -> None:
             connect_in_one_batch(scene)
             stuck = stuck_while_paused(scene)
             assert stuck
-            scene.clients.send(b"EHLO lab\r\n")
+            scene.clients.send(DATA)
             netns = scene.topology.server.inode
             assert tracer.await_reported(dict.fromkeys(stuck, "accept-queue-full"), netns)
             server.resume()
@@ -147,6 +150,31 @@ def test_a_client_that_sends_data_is_not_touched_and_not_harmed() -> None:
             assert [record.error for record in scene.clients.records() if record.error] == []
     assert attempts(tracer) == []
     assert summary_of(tracer)["rescue"]["left_alone"] == {}
+
+
+def test_data_that_this_host_drops_are_seen_and_their_sender_is_left_alone() -> None:
+    """It speaks first; its ACK and its data meet a rule before TCP."""
+    server = (SERVER_ADDRESS[4], PORT)
+    with cookie_server() as (topology, listener), rescuing("--rescue=all") as tracer:
+        netns = topology.server.inode
+        with (
+            Watch(topology.client, PORT) as watch,
+            dropping(topology.server, no_syn_rule(PORT), 4),
+            topology.client.run(socket.create_connection, server, patient(COMMAND_S)) as sender,
+        ):
+            sender.sendall(DATA)
+            who = FourTuple(*sender.getsockname()[:2], *server)
+            assert tracer.await_reported({who: "ack-filtered"}, netns)
+            # One that is told after it gets its SYN-ACK: so would have it by now.
+            with silenced(topology, 6) as silent:
+                assert tracer.await_reported({silent.four_tuple: "ack-missing"}, netns)
+            with silent.socket, listener.accept()[0]:
+                assert tracer.await_reported({silent.four_tuple: "rescued"}, netns)
+            tracer.stop()
+            watch.take_in()
+            assert watch.records[who].synacks == 1
+        assert set(attempts(tracer)) == {silent.four_tuple}
+        assert summary_of(tracer)["rescue"]["left_alone"] == {SENT_DATA: 1}
 
 
 @pytest.mark.slow

@@ -29,8 +29,22 @@ OPTION_SETS = {
     },
 }
 EVERY_TIME = ("all options", "bare")
+SCALED, SELECTIVE, STAMPED = 4, 2, 1
+"""Of tcpi_options (TCPI_OPT_* in linux/tcp.h); a cookie keeps the first two in the timestamp."""
+OPTIONS_OF = {
+    "all options": SCALED | SELECTIVE | STAMPED,
+    "no timestamps": 0,
+    "no SACK": SCALED | STAMPED,
+    "no window scaling": SELECTIVE | STAMPED,
+    "bare": 0,
+}
 MEGABYTE = 1 << 20
 BULK = 10 * MEGABYTE
+
+
+def options_of(end: socket.socket) -> int:
+    """What the two ends have agreed on, by the kernel of this one."""
+    return end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)[5]
 
 
 def pump(sender: socket.socket, receiver: socket.socket) -> None:
@@ -76,6 +90,8 @@ def test_a_known_client_that_is_silent_can_use_its_connection(
         served, _ = listener.accept()
         with served, client.socket:
             assert rescuer.await_reported({client.four_tuple: "rescued"}, netns)
+            for end in (client.socket, served):
+                assert options_of(end) & (SCALED | SELECTIVE | STAMPED) == OPTIONS_OF[options]
             pump(client.socket, served)
             pump(served, client.socket)
 
