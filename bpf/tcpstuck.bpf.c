@@ -100,6 +100,11 @@ struct stack {
 	u64 frames[STACK_FRAMES];
 };
 
+/* For each port, in network order, whether a cookie was sent from it. */
+struct port_marks {
+	u8 marks[65536];
+};
+
 enum loss {
 	LOSS_NAMESPACES_UNCOUNTED,
 	LOSS_COOKIES_UNMATCHED, /* a cookie was chosen outside tcp_conn_request */
@@ -119,6 +124,7 @@ BPF_TABLE("hash", struct handshake_key, u8, chosen, MAX_CHOSEN);
 #endif
 #ifdef PROBE_kfree_skb
 BPF_TABLE("stacktrace", u32, struct stack, stacks, MAX_STACKS);
+BPF_ARRAY(cookie_ports, struct port_marks, 1);
 #endif
 BPF_ARRAY(config, struct trace_config, 1);
 BPF_ARRAY(wanted_ports, u64, 1024); /* one bit per port; BCC is slow with arrays in a value */
@@ -502,6 +508,35 @@ static __always_inline void choose_if_known(struct handshake_key *key)
 #define choose_if_known(key)
 #endif
 
+#ifdef PROBE_kfree_skb
+/* A byte and not a bit for each port, because two CPUs may mark two of them at once. */
+static __always_inline u8 *port_mark(u16 port)
+{
+	u32 zero = 0;
+	struct port_marks *found = cookie_ports.lookup(&zero);
+
+	return found ? &found->marks[port] : 0;
+}
+
+/* No entry of the table has a server port that is not marked; marks are never taken back. */
+static __always_inline void mark_port(u16 port)
+{
+	u8 *mark = port_mark(port);
+
+	if (mark && !*mark)
+		*mark = 1;
+}
+
+static __always_inline bool port_marked(u16 port)
+{
+	u8 *mark = port_mark(port);
+
+	return mark && *mark;
+}
+#else
+#define mark_port(port)
+#endif
+
 /*
  * cookie_vX_init_sequence, return: a cookie was chosen and its SYN-ACK is about to leave. An
  * entry found here is changed in place; RSS keeps one 4-tuple on one CPU, so that nothing else
@@ -536,6 +571,7 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 	fresh.accept_queue_limit = segment->accept_queue_limit;
 	fresh.syn_queue = scratch->syn_queue;
 	fresh.mss = mss;
+	mark_port(segment->key.server_port);
 	failed = awaiting_ack.insert(&segment->key, &fresh);
 	entry = failed ? awaiting_ack.lookup(&segment->key) : 0;
 	scratch->handshake_tracked = !failed || entry;
@@ -970,6 +1006,13 @@ static __always_inline int request_handled(void)
 #define IS_NO_LOSS(reason) false
 #endif
 
+/* As far as TCP's ports, of IPv4 without options and of IPv6. */
+#define IPV4_PORTS_BYTES     24
+#define IPV6_PORTS_BYTES     44
+#define IPV4_BYTES	     20
+#define IPV6_BYTES	     40
+#define IPV4_WITHOUT_OPTIONS 0x45 /* the first byte of such a header */
+
 /* IPv6's header and TCP's without options, which is longer than IPv4's and that. */
 #define HEADERS_BYTES 60
 
@@ -1099,19 +1142,36 @@ static __always_inline u32 stack_number(void *ctx)
 }
 
 /*
- * skb:kfree_skb. It comes for every packet that is dropped anywhere on this host, half a million
- * a second if need be: what most of them are not is asked first. It nests in the other programs'
- * functions, and in itself, so that everything it needs is on its own stack.
+ * Whether a packet may be an ACK that a table's entry waits for, by the few bytes that tell nearly
+ * all of them apart: those where TCP has its destination port. True as well where IP's header is
+ * not at its place, or longer than usual, or where another protocol has such a number there.
  */
+static __always_inline bool may_be_awaited(u16 protocol, u64 network)
+{
+	u8 bytes[IPV6_PORTS_BYTES];
+
+	if (protocol == ETH_P_IP_NETWORK_ORDER) {
+		bpf_probe_read_kernel(bytes, IPV4_PORTS_BYTES, (void *)network);
+		if (bytes[0] != IPV4_WITHOUT_OPTIONS)
+			return true;
+		return port_marked(*(u16 *)&bytes[22]);
+	}
+	if (protocol != ETH_P_IPV6_NETWORK_ORDER)
+		return false;
+	bpf_probe_read_kernel(bytes, IPV6_PORTS_BYTES, (void *)network);
+	if (bytes[0] >> 4 != 6)
+		return true;
+	return port_marked(*(u16 *)&bytes[42]);
+}
+
+/* A packet that may be awaited: whether it is, and what became of it. */
 static __always_inline int packet_dropped(void *ctx, u64 skb, u64 place, u32 reason)
 {
 	struct netns_counts *counted;
 	struct packet_span packet;
 	struct headers headers;
 	struct segment segment = {};
-	struct trace_config *wanted;
 	struct handshake *entry;
-	u32 zero = 0;
 	u32 stack;
 	bool ipv4;
 	u64 now;
@@ -1124,8 +1184,7 @@ static __always_inline int packet_dropped(void *ctx, u64 skb, u64 place, u32 rea
 		return 0;
 	if ((headers.tcp[13] & (TCP_FLAG_ACK | TCP_FLAG_SYN | TCP_FLAG_RST)) != TCP_FLAG_ACK)
 		return 0;
-	wanted = config.lookup(&zero);
-	if (!wanted || (wanted->match_ports && !port_wanted(swap16(*(u16 *)&headers.tcp[2]))))
+	if (!port_marked(*(u16 *)&headers.tcp[2]))
 		return 0;
 	if (!read_freed(&segment, &headers, skb, ipv4))
 		return 0;
@@ -1153,13 +1212,49 @@ static __always_inline int packet_dropped(void *ctx, u64 skb, u64 place, u32 rea
 	return 0;
 }
 
+#ifdef KFREE_SKB_HAS_REASON
+#define DROP_REASON(argument) ((u32)(argument))
+#else
+#define DROP_REASON(argument) 0
+#endif
+
+/*
+ * skb:kfree_skb. It comes for every packet that is dropped anywhere on this host, half a million
+ * a second if need be, so what most of them are not is asked first. It nests in the other
+ * programs' functions, and in itself, so that everything it needs is on its own stack.
+ *
+ * Twice: where the kernel's BTF says what the argument is, members are read by plain loads, of
+ * which one costs a tenth of a call of bpf_probe_read_kernel. Only one of the two is loaded. The
+ * context is an array, because what BCC sees to be a pointer from a context's member it reads by
+ * that helper.
+ */
+int packet_freed_typed(unsigned long long *ctx)
+{
+	struct sk_buff *skb = (struct sk_buff *)ctx[0];
+	u64 head = (u64)skb->head;
+	u64 transport = skb->transport_header, network = skb->network_header;
+	u16 port;
+
+	/* IP has found TCP's header, or the sender of this host, where it lies behind one of IP's. */
+	if (transport == network + IPV4_BYTES || transport == network + IPV6_BYTES) {
+		bpf_probe_read_kernel(&port, sizeof(port), (void *)(head + transport + 2));
+		if (!port_marked(port))
+			return 0;
+	} else if (!may_be_awaited(skb->protocol, head + network)) {
+		return 0;
+	}
+	return packet_dropped(ctx, (u64)skb, ctx[1], DROP_REASON(ctx[2]));
+}
+
 int packet_freed(struct bpf_raw_tracepoint_args *ctx)
 {
-#ifdef KFREE_SKB_HAS_REASON
-	return packet_dropped(ctx, ctx->args[0], ctx->args[1], (u32)ctx->args[2]);
-#else
-	return packet_dropped(ctx, ctx->args[0], ctx->args[1], 0);
-#endif
+	struct packet_span packet;
+	u64 skb = ctx->args[0];
+
+	bpf_probe_read_kernel(&packet, sizeof(packet), (void *)(skb + PACKET_SPAN_AT));
+	if (!may_be_awaited(packet.protocol, (u64)packet.head + packet.network_header))
+		return 0;
+	return packet_dropped(ctx, skb, ctx->args[1], DROP_REASON(ctx->args[2]));
 }
 
 #endif

@@ -48,7 +48,7 @@ class RefusedError(Exception):
         self.number = number
 
 
-def _bpf(command: int, attributes: bytes) -> int:
+def bpf(command: int, attributes: bytes) -> int:
     """Raises RefusedError, with ENOSYS where the system call's number is not known."""
     number = _SYSTEM_CALL.get(platform.machine())
     if number is None:
@@ -63,7 +63,7 @@ def _bpf(command: int, attributes: bytes) -> int:
 
 @contextlib.contextmanager
 def _map(kind: int, key_bytes: int, value_bytes: int, entries: int) -> Iterator[int]:
-    file = _bpf(_MAP_CREATE, struct.pack("=IIII", kind, key_bytes, value_bytes, entries))
+    file = bpf(_MAP_CREATE, struct.pack("=IIII", kind, key_bytes, value_bytes, entries))
     try:
         yield file
     finally:
@@ -86,7 +86,7 @@ def batch_lookup_refusal() -> str | None:
     try:
         with _map(_MAP_TYPE_HASH, 8, 8, 1) as file:
             # First batch (no cursor), an empty table: its end is the right answer.
-            _bpf(_MAP_LOOKUP_BATCH, struct.pack("=QQQQIIQQ", 0, *addresses[1:], 1, file, 0, 0))
+            bpf(_MAP_LOOKUP_BATCH, struct.pack("=QQQQIIQQ", 0, *addresses[1:], 1, file, 0, 0))
     except RefusedError as error:
         return None if error.number == errno.ENOENT else str(error)
     return None
@@ -106,7 +106,7 @@ def tracing_refusal() -> str | None:
         "=IIQQIIQII", _PROG_TYPE_KPROBE, instructions, *addresses, 0, 0, 0, 0, 0
     )
     try:
-        os.close(_bpf(_PROG_LOAD, attributes))
+        os.close(bpf(_PROG_LOAD, attributes))
     except RefusedError as error:
         return str(error)
     return None
@@ -120,5 +120,5 @@ def missed_runs(program: int) -> int:
     """
     info = ctypes.create_string_buffer(_PROGRAM_INFO_BYTES)
     request = struct.pack("=IIQ", program, _PROGRAM_INFO_BYTES, ctypes.addressof(info))
-    _bpf(_OBJ_GET_INFO_BY_FD, request)
+    bpf(_OBJ_GET_INFO_BY_FD, request)
     return int.from_bytes(info.raw[_RECURSION_MISSES_AT:][:8], sys.byteorder)

@@ -106,6 +106,11 @@ class Btf(TypeGraph[int]):
         _, _, _, own, _, _, string_start, string_length = _HEADER.unpack_from(header)
         return int(own + string_start + string_length)
 
+    def tracepoint_type(self, tracepoint: str) -> int | None:
+        """The number of the type that a tracepoint's programs are attached by, None without."""
+        with self._reading():
+            return self._named(kernel_types.TYPEDEF, f"btf_trace_{tracepoint}")
+
     def _index(self, place: int, end: int) -> None:
         while place < end:
             name, info, _ = _TYPE.unpack_from(self._data, place)

@@ -32,6 +32,8 @@ class Probe:
     lost: str
     raw_tracepoint: str | None = None
     """The program where it is no function but a tracepoint; the same in every mode."""
+    typed_tracepoint: str | None = None
+    """The same program for kernels that say in BTF what a tracepoint's arguments are: cheaper."""
 
     @property
     def symbol(self) -> str:
@@ -186,6 +188,7 @@ WHY_PROBES = (
         required=False,
         lost="whether this host drops an ACK before TCP, and where, is not seen",
         raw_tracepoint="packet_freed",
+        typed_tracepoint="packet_freed_typed",
     ),
 )
 """What tells where an ACK died; with --why."""

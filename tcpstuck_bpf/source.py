@@ -14,9 +14,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from tcpstuck_bpf import features, places, probes, wire
+from tcpstuck_bpf import features, places, probes, typed_tracepoint, wire
 from tcpstuck_bpf.bpf_trial import RefusedError, missed_runs
-from tcpstuck_bpf.btf import read_running_kernel
+from tcpstuck_bpf.btf import Btf, read_running_kernel
 from tcpstuck_bpf.errors import CannotTraceError
 from tcpstuck_bpf.kernel_types import KernelTypes
 from tcpstuck_bpf.layout import PER_CPU_OFFSET_SYMBOL, find_layout, header_text
@@ -29,7 +29,7 @@ from tcpstuck_bpf.model import (
     Sweep,
     TraceSettings,
 )
-from tcpstuck_bpf.probes import ATTACH_ALL, AttachRequest, Probe, ProbeRefusedError
+from tcpstuck_bpf.probes import ATTACH_ALL, EVERY_PROBE, AttachRequest, Probe, ProbeRefusedError
 from tcpstuck_bpf.tables import Tables
 
 EVENT_PAGES = 256
@@ -180,6 +180,7 @@ class BccSource:
         left_out = dict(request.left_out)
         if layout.drop_obstacle is not None:
             left_out.setdefault(probes.KFREE_SKB, layout.drop_obstacle)
+        self._tracepoint_types = tracepoint_types(types)
         mode, attached, gaps = probes.attach(
             symbols,
             dataclasses.replace(request, types=types, left_out=left_out),
@@ -261,8 +262,11 @@ class BccSource:
         self._bpf[b"events"].open_ring_buffer(self._on_event)
 
     def _load_programs(self, mode: str) -> None:
+        self._typed_programs: dict[str, int] = {}
         for probe in probes.of_mode(self._probes, mode):
             self._at_work_on = probe
+            if self._load_typed(probe):
+                continue
             if probe.raw_tracepoint is not None:
                 names = [probe.raw_tracepoint.encode()]
                 kind = self._bcc.BPF.RAW_TRACEPOINT
@@ -277,6 +281,21 @@ class BccSource:
             for name in names:
                 self._bpf.load_func(name, kind)
 
+    def _load_typed(self, probe: Probe) -> bool:
+        """Load the variant that knows its arguments' types; False where the kernel has no such."""
+        number = self._tracepoint_types.get(probe.function)
+        if probe.typed_tracepoint is None or number is None:
+            return False
+        name = probe.typed_tracepoint.encode()
+        try:
+            file = typed_tracepoint.load(name, self._bpf.dump_func(name), number)
+        except RefusedError:
+            return False
+        self._typed_programs[probe.function] = file
+        # BCC closes what is among its own.
+        self._bpf.funcs[name] = self._bcc.BPF.Function(self._bpf, name, file)
+        return True
+
     def _tracing_program(self, kind: str, probe: Probe) -> bytes:
         """The name BCC's macro gave to a program: since 0.27 it also has the module's name."""
         library, module = self._bcc.libbcc.lib, self._bpf.module
@@ -287,6 +306,10 @@ class BccSource:
         return next((name.encode() for name in names if name.encode() in known), names[-1].encode())
 
     def _attach(self, probe: Probe, mode: str) -> None:
+        if probe.function in self._typed_programs:
+            attached = typed_tracepoint.attach(self._typed_programs[probe.function])
+            self._bpf.raw_tracepoint_fds[probe.function.encode()] = attached
+            return
         if probe.raw_tracepoint is not None:
             self._bpf.attach_raw_tracepoint(
                 tp=probe.function.encode(), fn_name=probe.raw_tracepoint.encode()
@@ -381,11 +404,24 @@ class BccSource:
                 missed += missed_runs(function.fd)
         return {**named, "undecodable_events": self._undecodable, "programs_not_run": missed}
 
+    def loaded_programs(self) -> frozenset[str]:
+        """The programs' names in our text."""
+        return frozenset(name.decode() for name in self._bpf.funcs)
+
     def close(self) -> None:
         """Detach and unload. The kernel does the same when the process dies."""
         bpf = self.__dict__.pop("_bpf", None)
         if bpf is not None:
             bpf.cleanup()
+
+
+def tracepoint_types(types: KernelTypes) -> dict[str, int]:
+    """By name, of the tracepoints that are traced; empty where the kernel has no BTF itself."""
+    if not isinstance(types, Btf):
+        return {}
+    names = [probe.function for probe in EVERY_PROBE if probe.typed_tracepoint is not None]
+    numbers = {name: types.tracepoint_type(name) for name in names}
+    return {name: number for name, number in numbers.items() if number is not None}
 
 
 def _allow_locked_memory() -> None:

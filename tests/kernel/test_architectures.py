@@ -11,7 +11,7 @@ import os
 
 import pytest
 
-from tcpstuck_bpf import features
+from tcpstuck_bpf import features, typed_tracepoint
 from tcpstuck_bpf.btf import read_running_kernel
 from tcpstuck_bpf.layout import PER_CPU_OFFSET_SYMBOL, find_layout, header_text
 from tcpstuck_bpf.probes import EVERY_PROBE
@@ -30,7 +30,8 @@ def test_the_verifier_accepts_the_programs_for_arm64(
     for name in ("ARCH", "BCC_KERNEL_SOURCE"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     _, per_cpu_offsets = features.read_symbols((), PER_CPU_OFFSET_SYMBOL)
-    layout = find_layout(read_running_kernel(), per_cpu_offsets)
+    types = read_running_kernel()
+    layout = find_layout(types, per_cpu_offsets)
     assert layout.has_counters
     bpf = compile_programs(header_text(layout), EVERY_PROBE, mode, 64, "arm64")
     try:
@@ -42,7 +43,14 @@ def test_the_verifier_accepts_the_programs_for_arm64(
         kinds = dict.fromkeys(names, BPF.TRACING if mode == "fentry" else BPF.KPROBE)
         kinds.update(dict.fromkeys(raw, BPF.RAW_TRACEPOINT))
         assert list(kinds) == names
-        assert [bpf.load_func(name, kind).name for name, kind in kinds.items()] == names
-        assert len(names) >= len(EVERY_PROBE)
+        for probe in EVERY_PROBE:
+            if probe.typed_tracepoint is None:
+                continue
+            name, number = probe.typed_tracepoint.encode(), types.tracepoint_type(probe.function)
+            assert number is not None
+            os.close(typed_tracepoint.load(name, bpf.dump_func(name), number))
+            del kinds[name]
+        assert [bpf.load_func(name, kind).name for name, kind in kinds.items()] == list(kinds)
+        assert len(kinds) >= len(EVERY_PROBE)
     finally:
         bpf.cleanup()

@@ -19,7 +19,7 @@ from lab.scene import PORT
 from lab.syns import flood
 from lab.topology import SILENT_SOURCES, source_addresses
 from lab.tracer import Tracer
-from tcpstuck_bpf import model, source
+from tcpstuck_bpf import model, probes, source
 from tests.kernel.conftest import be_greeted, summary_of, told_by, tracing
 from tests.kernel.handmade import Client, Site, site, told
 
@@ -175,6 +175,31 @@ def test_callers_without_room_are_counted(rooms: int, monkeypatch: pytest.Monkey
         for entry in known:
             assert entry.filter_place in opened.stack(entry.filter_stack)
         assert opened.losses()["stacks_unknown"] == len(entries) - len(known)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("typed", [True, False], ids=["typed", "untyped"])
+def test_a_drop_is_seen_by_whichever_program_is_loaded(
+    typed: bool, family: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without BTF of the kernel's own the cheaper program cannot be loaded."""
+    if not typed:
+        monkeypatch.setattr(source, "tracepoint_types", lambda _types: {})
+    wanted = model.TraceFilter(ports=(PORT,))
+    opened = source.open_source(
+        model.TraceSettings(trace_filter=wanted), probes.AttachRequest(why=True)
+    )
+    places = [name for name in DIFFERENT_CALLERS if family in PLACES[name].families]
+    with contextlib.closing(opened), site(family) as where:
+        for name in places:
+            with losing_its_ack(where, name, Client(where)):
+                pass
+        rows = [row for batch in opened.sweep() for row in batch.rows]
+        entries = [row.handshake for row in rows if row.four_tuple.netns == where.netns]
+        assert [entry.acks_filtered for entry in entries] == [1] * len(places)
+        programs = opened.loaded_programs()
+        assert ("packet_freed_typed" in programs) == typed
+        assert ("packet_freed" in programs) != typed
 
 
 @pytest.mark.parametrize("mode", ["fentry", "kprobe"])

@@ -40,6 +40,7 @@ OF_THE_KERNEL_SIDE = {
     "probes",
     "ruleset_reader",
     "source",
+    "typed_tracepoint",
     "vmlinux",
 }
 # What talks to the machine: none of it is needed to judge what others have observed.

@@ -72,6 +72,9 @@ def test_a_tracepoint_s_arguments_are_counted_without_its_own(count: int) -> Non
     add_tracepoint(types, "kfree_skb", count)
     types.add(TYPEDEF, "btf_trace_other", types.add(INT, "int", 4, struct.pack("=I", 32)))
     btf = types.btf()
+    number = btf.tracepoint_type("kfree_skb")
+    assert number is not None
+    assert btf.tracepoint_type("missing") is None
     assert btf.tracepoint_arguments("kfree_skb") == count
     assert btf.tracepoint_arguments("other") is None
     assert btf.tracepoint_arguments("missing") is None
