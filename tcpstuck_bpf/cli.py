@@ -149,10 +149,9 @@ def _attach_request(options: argparse.Namespace) -> AttachRequest:
 
         types = types_of_running_kernel(options.vmlinux)
     without = left_out(os.environ.get(WITHOUT_VARIABLE, ""))
-    rescue = options.rescue is not None
-    # A client whose data are dropped here may be harmed by a SYN-ACK, so they have to be seen.
-    why = rescue if options.why is None else options.why
-    return AttachRequest(types, options.strict, without, rescue=rescue, why=why)
+    return AttachRequest(
+        types, options.strict, without, rescue=options.rescue is not None, why=options.why
+    )
 
 
 def _open_source(settings: TraceSettings, request: AttachRequest) -> BccSource:

@@ -129,8 +129,6 @@ def _kernel_tables(
 
 def _need(probe: Probe) -> str:
     need = "required" if probe.required else "optional"
-    if probe in WHY_PROBES:
-        return f"{need} for --why"
     return f"{need} for --rescue" if probe in RESCUE_PROBES else need
 
 

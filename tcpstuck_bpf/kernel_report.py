@@ -21,7 +21,7 @@ from tcpstuck_bpf.layout import (
     obstacle,
 )
 from tcpstuck_bpf.model import CoverageGap
-from tcpstuck_bpf.probes import EVERY_PROBE, Probe
+from tcpstuck_bpf.probes import ATTACH_ALL, EVERY_PROBE, Probe
 
 ANY_ADDRESS = 1
 """Of the per-CPU offsets: where they are is known of a running kernel only."""
@@ -153,9 +153,13 @@ def describe(
     gaps: tuple[CoverageGap, ...] = ()
     trouble = "" if types is not None else "it does not describe its types"
     try:
-        there = {fact.probe.function for fact in functions if fact.there}
-        _, gaps = probes.plan(there, probes.misread(types))
-        if types is not None and not find_layout(types, ANY_ADDRESS).has_counters:
+        there = {fact.probe.symbol for fact in functions if fact.there}
+        layout = None if types is None else find_layout(types, ANY_ADDRESS)
+        refused = probes.misread(types)
+        if layout is not None and layout.drop_obstacle is not None:
+            refused[probes.KFREE_SKB] = layout.drop_obstacle
+        _, gaps = probes.plan(there, refused, ATTACH_ALL.probes)
+        if layout is not None and not layout.has_counters:
             gaps = (*gaps, probes.counter_gap("the kernel's types do not show where they are"))
     except CannotTraceError as error:
         trouble = trouble or error.what

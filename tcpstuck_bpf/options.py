@@ -261,12 +261,14 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     why.add_argument(
         "--why",
         action="store_true",
-        default=None,
-        help="look where on this host an ACK is dropped before TCP; every drop here pays for it "
-        "(default with --rescue, which must not overlook data that a client has sent)",
+        default=True,
+        help="look where on this host an ACK is dropped before TCP (default)",
     )
     why.add_argument(
-        "--no-why", dest="why", action="store_false", help="do not (default without --rescue)"
+        "--no-why",
+        dest="why",
+        action="store_false",
+        help="do not: every packet that this host drops pays some 200 instructions for it",
     )
     run.add_argument("--dry-run", action="store_true", help="compile, load, attach, and end")
     run.add_argument("--version", action="version", version=f"%(prog)s {__version__}")

@@ -191,7 +191,7 @@ WHY_PROBES = (
         typed_tracepoint="packet_freed_typed",
     ),
 )
-"""What tells where an ACK died; with --why."""
+"""What tells where an ACK died; not with --no-why."""
 REASON_ARGUMENT = 2
 """Of skb:kfree_skb's arguments, counted from 0; there since 5.17."""
 EVERY_PROBE = (*PROBES, *RESCUE_PROBES, *WHY_PROBES)

@@ -297,7 +297,7 @@ def _sight_of_drops(rule: Rule, coverage: Coverage) -> Iterator[str]:
     if gap is not None:
         yield f"no probe on {KFREE_SKB} ({gap.why}): {gap.lost}"
     else:
-        yield "whether this host dropped its ACK was not looked at: --why does"
+        yield "whether this host dropped its ACK was not looked at (--no-why)"
 
 
 def _certainty(

@@ -26,7 +26,7 @@ from lab.tracer import READY_PLACEHOLDER, Tracer
 from lab.trial import tracing_refusal
 
 FORCE = "TCPSTUCK_FORCE_KERNEL_TESTS"
-TOOL = (sys.executable, "-m", "tcpstuck_bpf", "-p", "3311", "--json", "--why")
+TOOL = (sys.executable, "-m", "tcpstuck_bpf", "-p", "3311", "--json")
 COUNTERS = ("SyncookiesSent", "SyncookiesRecv", "SyncookiesFailed", "ListenOverflows")
 
 

@@ -30,7 +30,7 @@ DATA = b"anyone there?"
 STORM = 4000
 STORM_PORT = 4000
 HEALTHY = 20
-WHY = ("-p", str(PORT), "--why")
+WATCHED = ("-p", str(PORT))
 UNSEEN = 20
 DIFFERENT_CALLERS = ("nft-prerouting", "nft-input", "rp-filter", "tc-ingress", "generic-xdp")
 
@@ -145,7 +145,7 @@ def test_a_packet_where_a_dropped_one_was_is_not_taken_for_it() -> None:
         full.watch.until(lambda: full.known_to_server() == {unseen[0].port}, "a full queue")
         seen = [Client(where) for _ in unseen]
         with (
-            tracing(WHY) as (tracer,),
+            tracing(WATCHED) as (tracer,),
             dropping(where.topology.server, ack_rule(PORT), where.family),
         ):
             for before, client in zip(unseen, seen):
@@ -206,7 +206,7 @@ def test_a_drop_is_seen_by_whichever_program_is_loaded(
 def test_a_storm_of_drops_elsewhere_hides_and_accuses_nobody(mode: str) -> None:
     with site(4) as where:
         topology = where.topology
-        options = (*WHY, "--netns", topology.server.name, "--probe-mode", mode)
+        options = (*WATCHED, "--netns", topology.server.name, "--probe-mode", mode)
         with tracing(options) as (tracer,):
             topology.server.command(
                 "nft",

@@ -341,7 +341,7 @@ def test_an_ack_that_tcp_itself_dropped_has_its_true_name(
 @pytest.mark.parametrize(
     ("coverage", "words"),
     [
-        (Coverage("none"), "--why"),
+        (Coverage("none"), "--no-why"),
         (Coverage("none", gaps=(CoverageGap(KFREE_SKB, "refused", "drops"),)), "(refused): drops"),
         (Coverage("none", frozenset({KFREE_SKB})), ""),
     ],
@@ -351,6 +351,6 @@ def test_silence_says_where_nobody_looked(coverage: Coverage, words: str) -> Non
     finding = judge(report, coverage)
     assert finding is not None
     assert finding.verdict == "ack-missing"
-    found = [s for s in finding.evidence if KFREE_SKB in s or "--why" in s]
+    found = [s for s in finding.evidence if KFREE_SKB in s or "--no-why" in s]
     assert len(found) == bool(words)
     assert all(words in sentence for sentence in found)
