@@ -26,14 +26,14 @@ from typing import TYPE_CHECKING, ClassVar, TextIO
 from lab import guest_machine as machine
 from lab.ending import sigterm_ends_program
 from lab.errors import LabError
-from lab.guest_machine import GuestOptions
+from lab.guest_machine import GuestOptions, Wire
 from lab.package_cache import cached_busybox, cached_kernel
 from lab.trial import kvm_works, tracing_refusal
 
 if TYPE_CHECKING:
     from lab.package_cache import Subparsers
 
-__all__ = ["GuestDiedError", "GuestError", "GuestOptions", "GuestResult", "run_in_guest"]
+__all__ = ["GuestDiedError", "GuestError", "GuestOptions", "GuestResult", "Wire", "run_in_guest"]
 
 TIMEOUT_STATUS = 124
 """The exit status for a command that was cut off, as with coreutils' timeout."""
@@ -91,7 +91,7 @@ def choose_native(options: GuestOptions, refusal: Callable[[], str | None]) -> b
         if options.needs_guest:
             raise GuestError(
                 "cannot run natively",
-                "a kernel, a root tree or an instruction clock was asked for",
+                "a kernel, a root tree, a wire or an instruction clock was asked for",
                 "leave out --native always",
             )
         return True
@@ -179,7 +179,10 @@ def _run_guest(
             streams[reader] = sink
         environment = {**os.environ, "TMPDIR": str(control)}
         environment["PATH"] = f"{environment.get('PATH', '')}:/usr/sbin:/sbin"
-        process = stack.enter_context(_session(arguments, cwd=Path("/"), env=environment))
+        wire = () if options.wire is None else (options.wire.descriptor,)
+        process = stack.enter_context(
+            _session(arguments, cwd=Path("/"), env=environment, pass_fds=wire)
+        )
         assert process.stdout is not None
         streams[process.stdout.fileno()] = log.extend
         ended = _pump(process.pid, streams, options.timeout_s)
@@ -231,6 +234,7 @@ def _session(
     cwd: Path,
     stderr: int = subprocess.STDOUT,
     env: dict[str, str] | None = None,
+    pass_fds: Sequence[int] = (),
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process in a session of its own, of which nothing is left when the block ends."""
     with sigterm_ends_program():
@@ -242,6 +246,7 @@ def _session(
             stdout=subprocess.PIPE,
             stderr=stderr,
             start_new_session=True,
+            pass_fds=pass_fds,
         )
         try:
             yield process
@@ -318,6 +323,13 @@ def _assignment(text: str) -> tuple[str, str]:
     return name, value
 
 
+def _wire(text: str) -> Wire:
+    descriptor, comma, address = text.partition(",")
+    if not comma or not descriptor.isdecimal() or not re.fullmatch(r"[0-9a-f:]{17}", address):
+        raise argparse.ArgumentTypeError(f"{text!r} is not DESCRIPTOR,HARDWARE-ADDRESS")
+    return Wire(int(descriptor), address)
+
+
 def options_from(arguments: argparse.Namespace) -> GuestOptions:
     """The options that the `guest` command's arguments stand for."""
     return GuestOptions(
@@ -328,6 +340,7 @@ def options_from(arguments: argparse.Namespace) -> GuestOptions:
         icount=arguments.icount,
         shares=tuple(share.resolve() for share in arguments.share),
         views=tuple(view.resolve() for view in arguments.view),
+        wire=arguments.wire,
         environment=dict(arguments.env),
         timeout_s=arguments.timeout,
         native=arguments.native,
@@ -391,6 +404,9 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--view", metavar="DIR", type=Path, action="append", default=[], help="read-only"
+    )
+    parser.add_argument(
+        "--wire", metavar="FD,MAC", type=_wire, help="a network interface on an open stream socket"
     )
     parser.add_argument(
         "--env", metavar="NAME=VALUE", type=_assignment, action="append", default=[]

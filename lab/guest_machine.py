@@ -16,6 +16,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 CONTROL_MOUNT = "/run/lab/control"
 """Where the guest sees the directory through which harness and guest talk."""
@@ -34,6 +35,15 @@ INSTRUCTION_CLOCK = "shift=0,sleep=off"
 _9P_OPTIONS = "trans=virtio,version=9p2000.L,access=any,msize=512000"
 
 
+class Wire(NamedTuple):
+    """One end of a cable between two guests, each with a network interface on it."""
+
+    descriptor: int
+    """A stream socket; the other guest's QEMU gets the one it is connected to."""
+    address: str
+    """The interface's hardware address."""
+
+
 @dataclass(frozen=True)
 class GuestOptions:
     """What to run a command in; the defaults suit the kernel tests."""
@@ -50,6 +60,8 @@ class GuestOptions:
     """Directories the guest sees at the same path and may write to."""
     views: tuple[Path, ...] = ()
     """Directories the guest sees at the same path; what it writes there is thrown away."""
+    wire: Wire | None = None
+    """The guest's only network interface; its driver is left to the command to load."""
     environment: Mapping[str, str] = field(default_factory=dict)
     timeout_s: float = 600.0
     """For boot and command together."""
@@ -59,7 +71,8 @@ class GuestOptions:
     @property
     def needs_guest(self) -> bool:
         """Whether something was asked for that only a guest has."""
-        return self.icount or self.kernel is not None or self.has_own_root
+        own = (self.kernel, self.wire)
+        return self.icount or self.has_own_root or any(one is not None for one in own)
 
     @property
     def has_own_root(self) -> bool:
@@ -187,7 +200,7 @@ def modules_of(kernel: Path) -> Path:
 
 
 def qemu_arguments(options: GuestOptions, control: Path, kernel: Path) -> list[str]:
-    """What QEMU gets beyond virtme-run's own: exports, stream ports, the instruction clock."""
+    """What QEMU gets beyond virtme-run's own: exports, stream ports, wire, instruction clock."""
     arguments = _export(options.root, "lab.root", read_only=True)
     arguments += _export(control, "lab.control", read_only=False)
     for index, path in enumerate(options.shares):
@@ -201,6 +214,10 @@ def qemu_arguments(options: GuestOptions, control: Path, kernel: Path) -> list[s
         pipe = control / port.replace("dev_", "")
         arguments += ["-chardev", f"file,id=lab.{port},path={_quoted(pipe)}"]
         arguments += ["-device", f"virtserialport,name=lab.{port},chardev=lab.{port}"]
+    if options.wire is not None:
+        arguments += ["-netdev", f"socket,id=lab.wire,fd={options.wire.descriptor}"]
+        card = f"virtio-net-pci,netdev=lab.wire,mac={options.wire.address},romfile="
+        arguments += ["-device", card]
     if options.icount:
         arguments += ["-icount", INSTRUCTION_CLOCK]
     return arguments
