@@ -8,6 +8,7 @@ clients on another. `lab.pair_end` is what runs in the guests; the clients' own 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -15,7 +16,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 
 PAIR_LIMIT_S = 1800.0
 """For both guests of a pair: a slow machine is not a failure."""
-HEADERS = ("server", "kernel", "client", "kernel", "family", "options", "stuck", "rescued/greeted")
+HEADERS = (
+    *("server", "kernel", "client", "kernel", "family", "options", "in the SYN-ACK"),
+    *("stuck", "rescued/greeted"),
+)
 UNKNOWN = "?"
 
 
@@ -98,6 +101,7 @@ def table(results: Sequence[PairResult]) -> str:
             result.closing.get("client", UNKNOWN),
             one["family"],
             one["options"],
+            one["negotiated"],
             f"{one['stuck']} of {one['clients']}",
             f"{one['rescued']}/{one['greeted']}",
         )
@@ -155,13 +159,12 @@ def guest_words(options: GuestOptions, command: Sequence[str]) -> list[str]:
     return [*words, f"--timeout={options.timeout_s}", "--", *command]
 
 
-@contextmanager
-def _server(row: Row, end: socket.socket, log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+@contextlib.contextmanager
+def _server(options: GuestOptions, log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     """The server's guest; told to end with the block, should it not have ended by itself."""
-    words = guest_words(options_for(row, SERVER, end.fileno()), command_for(SERVER))
-    with subprocess.Popen(
-        words, cwd=REPOSITORY, stdout=log, stderr=log, pass_fds=[end.fileno()]
-    ) as process:
+    assert options.wire is not None
+    words, end = guest_words(options, command_for(SERVER)), options.wire.descriptor
+    with subprocess.Popen(words, cwd=REPOSITORY, stdout=log, stderr=log, pass_fds=[end]) as process:
         try:
             yield process
         finally:
@@ -177,20 +180,24 @@ def run_pair(pair: Pair, log: IO[bytes]) -> PairResult:
         said.extend(piece)
         log.write(piece)
 
-    ours, theirs = socket.socketpair()
     try:
-        with ours, theirs, sigterm_ends_program(), _server(pair.server, ours, log) as server:
-            options = options_for(pair.client, CLIENT, theirs.fileno())
+        with contextlib.ExitStack() as stack:
+            ends = [stack.enter_context(end) for end in socket.socketpair()]
+            # Whatever has to be made is made before either guest waits for the other.
+            ours = options_for(pair.server, SERVER, ends[0].fileno())
+            theirs = options_for(pair.client, CLIENT, ends[1].fileno())
+            stack.enter_context(sigterm_ends_program())
+            server = stack.enter_context(_server(ours, log))
             ran = run_in_guest(
                 command_for(CLIENT),
-                options=options,
+                options=theirs,
                 stdout_sink=hear,
                 stderr_sink=log.write,
                 cwd=REPOSITORY,
             )
             status = server.wait(patient(COMMAND_S)) if ran.status == 0 else 0
         if ran.status or status:
-            result.trouble = f"the guests ended with status {ran.status} and {status}"
+            result.trouble = f"client's guest: status {ran.status}; server's guest: {status}"
     except GuestDiedError as error:
         log.write(error.console.encode())
         result.trouble = f"{error.what}: {error.why}"

@@ -51,6 +51,10 @@ CLIENTS = 8
 UNTRACED = 2
 """In each family, stuck before the tool is there: nobody can rescue them."""
 BULK = 256 * 1024
+NEGOTIATED = ("timestamps", "SACK", "scaling")
+"""By bit, from the lowest, of tcpi_options in linux/tcp.h."""
+OPTIONS_OF_TCP_INFO = 5
+"""Where that byte is."""
 TRY_S = 5.0
 """A SYN that comes before the other guest has its interface is lost; its repetitions get rare."""
 TOOL = ("-m", "tcpstuck_bpf", "-p", str(PORT), "--json", "--rescue", "-t", "1")
@@ -132,6 +136,13 @@ def echoes(client: socket.socket) -> bool:
     return heard == data
 
 
+def negotiated(client: socket.socket) -> str:
+    """The options that a connection's SYN-ACK agreed to, by the client's kernel."""
+    info = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, OPTIONS_OF_TCP_INFO + 1)
+    bits = info[OPTIONS_OF_TCP_INFO]
+    return " ".join(name for at, name in enumerate(NEGOTIATED) if bits >> at & 1) or "none"
+
+
 def four_tuple_of(client: socket.socket) -> FourTuple:
     """A client's own name for its connection."""
     return FourTuple(*client.getsockname()[:2], *client.getpeername()[:2])
@@ -168,7 +179,8 @@ class Server:
         return platform.release()
 
     def silence(self, family: int) -> None:
-        """Drop bare ACKs from now on."""
+        """Drop bare ACKs from now on; the tool pauses, or its tries would be used up in vain."""
+        self._tracer.pause()
         self._rules.enter_context(dropping(self._place, ack_rule(PORT), family))
 
     def known(self) -> set[FourTuple]:
@@ -179,6 +191,7 @@ class Server:
     def listen(self) -> None:
         """Drop nothing any more."""
         self._rules.close()
+        self._tracer.resume()
 
     def rescued(self, clients: Sequence[FourTuple]) -> int:
         """How many of these the tool says it has rescued."""
@@ -268,6 +281,7 @@ def play(place: OwnNamespace, ask: Ask, family: int, options: str) -> dict[str, 
     result = {
         "family": family,
         "options": options,
+        "negotiated": ", ".join(sorted(set(map(negotiated, clients)))),
         "clients": len(clients),
         "stuck": len(stuck),
         "greeted": len(greeted),
@@ -298,5 +312,15 @@ def run_client(place: OwnNamespace) -> None:
         print(json.dumps({**pair, "untraced": len(untraced), "waiting": len(waiting)}), flush=True)
 
 
+def main(part: str) -> int:
+    """Play a part to its end; the exit status."""
+    try:
+        {SERVER: run_server, CLIENT: run_client}[part](OwnNamespace())
+    except LabError as error:
+        print(*error.lines(), sep="\n", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
 if __name__ == "__main__":
-    {SERVER: run_server, CLIENT: run_client}[sys.argv[1]](OwnNamespace())
+    sys.exit(main(sys.argv[1]))

@@ -116,6 +116,18 @@ class Tracer:
         """Whether the undecoded output so far contains a client's address and port."""
         return re.search(rf"{re.escape(endpoint(key))}(?!\d)", self._text) is not None
 
+    def pause(self) -> None:
+        """SIGSTOP, and wait until the process has stopped: it takes nothing in and does nothing."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGSTOP)
+            # WNOWAIT leaves an exit status, should there be one, to Popen.
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
+
     def stop(self) -> None:
         """End the tracer as Ctrl-C does, and read its output to the end."""
         if self._process is None or self._reader is None:

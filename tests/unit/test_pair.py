@@ -16,7 +16,15 @@ from lab import guest, guest_machine, pair
 from lab.errors import LabError
 from lab.guest import GuestError, GuestOptions, Wire, choose_native
 from lab.pair import Pair, PairResult
-from lab.pair_end import FAMILIES, OPTION_SETS, echoes, echoing, has_been_spoken_to, is_greeted
+from lab.pair_end import (
+    FAMILIES,
+    OPTION_SETS,
+    echoes,
+    echoing,
+    has_been_spoken_to,
+    is_greeted,
+    negotiated,
+)
 from lab.patience import Deadline
 from lab.servers import GREETING
 from lab.trees import ROWS, Row
@@ -28,7 +36,7 @@ CLOSING = {"server": "2.2", "client": "2.4", "untraced": 4, "waiting": 4}
 
 def one_try(**other: object) -> dict[str, Any]:
     good = {"clients": 8, "stuck": 8, "greeted": 8, "equal": 8, "rescued": 8}
-    return {"family": 4, "options": "all", **good, **other}
+    return {"family": 4, "options": "all", "negotiated": "SACK", **good, **other}
 
 
 def all_tries() -> list[dict[str, Any]]:
@@ -69,7 +77,7 @@ class TestResults:
         assert result.good
         assert pair.complaints([result]) == []
         line = " ".join(pair.table([result]).splitlines()[-1].split())
-        assert line == "potato 2.2 woody 2.4 6 no timestamps 8 of 8 8/8"
+        assert line == "potato 2.2 woody 2.4 6 no timestamps SACK 8 of 8 8/8"
 
     @pytest.mark.parametrize("what", ["stuck", "greeted", "equal", "rescued"])
     def test_one_client_too_few_is_a_complaint(self, what: str) -> None:
@@ -148,6 +156,7 @@ class TestEnds:
     def test_a_client_is_greeted_and_hears_what_it_said(self, address: str) -> None:
         with echoing(0) as port, socket.create_connection((address, port)) as client:
             assert is_greeted(client, Deadline(30))
+            assert negotiated(client) == "timestamps SACK scaling"
             assert not has_been_spoken_to(client)
             assert echoes(client)
 

@@ -6,10 +6,12 @@ import errno
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -184,6 +186,20 @@ class TestTracer:
             beside.after(Stage(DONE, {KEY: "ack-missing"}, NETNS))
         assert beside.exit_status == 1
         assert reported_verdicts(beside.lines, NETNS) == {KEY: "ack-missing"}
+        assert beside.lines[-1] == {"type": "summary"}
+
+    def test_a_paused_one_does_nothing_until_it_is_resumed(self) -> None:
+        with Tracer(tracer_words(json.dumps({}), "--json")) as beside:
+            beside.pause()
+            beside.start()
+            assert beside._process is not None
+            beside.pause()
+            beside._process.send_signal(signal.SIGINT)
+            state = Path(f"/proc/{beside._process.pid}/stat").read_text().rpartition(")")[2]
+            assert state.split()[0] == "T"
+            assert {"type": "summary"} not in beside.lines
+            beside.resume()
+            beside.stop()
         assert beside.lines[-1] == {"type": "summary"}
 
     def test_text_is_passed_on_and_searched(self, capfdbinary: Any) -> None:
