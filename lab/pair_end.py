@@ -222,6 +222,8 @@ def run_server(place: OwnNamespace) -> None:
         with channel:
             Server(place, tool).serve(channel)
         tool.stop()
+        # For whoever has to find out why a client was not rescued.
+        print(*map(json.dumps, tool.lines), sep="\n", flush=True)
 
 
 def _control() -> Connection[Any, Any]:
