@@ -20,7 +20,14 @@ from typing import NamedTuple
 from tcpstuck_bpf import candidate as why_not
 from tcpstuck_bpf.accept_room import ANSWER_NS, Listeners
 from tcpstuck_bpf.address_pace import AddressPace
-from tcpstuck_bpf.candidate import ACK_KINDS, COOKIE_LIFE_NS, Candidate, Place, overflowed
+from tcpstuck_bpf.candidate import (
+    ACK_KINDS,
+    COOKIE_LIFE_NS,
+    MAX_TRIES,
+    Candidate,
+    Place,
+    overflowed,
+)
 from tcpstuck_bpf.flow import SECOND_NS, STUCK_STATES, FlowReport
 from tcpstuck_bpf.model import (
     ATTEMPT_NOT_SENT,
@@ -37,6 +44,9 @@ from tcpstuck_bpf.rescue_policy import RescuePolicy
 
 SPACING_NS = ANSWER_NS
 """The least time between two tries."""
+LAST_TRY_AFTER_NS = 20 * SECOND_NS
+"""Between the last two tries of a silent client: what made it silent may pass, and its cookie lives
+for three times as long."""
 EXPIRY_MARGIN_NS = 2 * SECOND_NS
 """For the answer to arrive before the cookie expires."""
 FLOOD_SILENT = 100
@@ -168,6 +178,8 @@ class Rescuer:
         elif client.place is Place.BLOCKED and not client.silent:
             self._addresses.discard(client.four_tuple)
             self._make_ready(client)
+        elif client.place is Place.RESTING and not client.silent:
+            self._due.put(client.four_tuple, client.tried_ns + SPACING_NS)
 
     def _is_left_in_vain(self, client: Candidate) -> bool:
         """Whether a client is left alone for what was a fact and is none any more."""
@@ -299,12 +311,20 @@ class Rescuer:
                 self._rest(client)
             why = self._obstacle(client)
             if why is None:
-                self._make_ready(client)
+                self._try_again(client, now_ns)
                 continue
             self._leave_alone(client, why)
             if why == why_not.NO_ANSWER and not client.told_unanswered:
                 client.told_unanswered = True
                 self._unanswered.append(client.id)
+
+    def _try_again(self, client: Candidate, now_ns: int) -> None:
+        """Its turn has come, or comes later: nobody but its own silence is in its way."""
+        again_ns = client.tried_ns + LAST_TRY_AFTER_NS
+        if client.silent and client.tries == MAX_TRIES - 1 and now_ns < again_ns:
+            self._due.put(client.four_tuple, again_ns)
+        else:
+            self._make_ready(client)
 
     def _expire(self, client: Candidate, now_ns: int) -> None:
         last_ns = self._last_ns(client)

@@ -18,7 +18,7 @@ def filtered_world(answer: str, *, known: bool = True, data: int = 0) -> RescueW
     world = RescueWorld(RescuePolicy(), answer=lambda *_: answer, is_known=lambda _: known)
     world.table.syn(WHO, CLIENT_ISN, world.now_ns)
     world.filter(WHO, data)
-    world.run_until(START_NS + seconds(20))
+    world.run_until(START_NS + seconds(30))
     return world
 
 
