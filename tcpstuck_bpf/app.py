@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import time
@@ -309,6 +310,12 @@ class Live:
         summary = self.analysis.summary(ended)
         self.output.summary(summary)
         return summary
+
+
+def remove_ready_file(path: str) -> None:
+    """That of an earlier run must not be taken for this one's; one that stays is refused later."""
+    with contextlib.suppress(OSError):
+        Path(path).unlink()
 
 
 def write_ready_file(path: str) -> None:

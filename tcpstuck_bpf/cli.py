@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from tcpstuck_bpf import netns
 from tcpstuck_bpf.analysis import Analysis
-from tcpstuck_bpf.app import Live, Output, run_replay, write_ready_file
+from tcpstuck_bpf.app import Live, Output, remove_ready_file, run_replay, write_ready_file
 from tcpstuck_bpf.errors import (
     EXIT_CANNOT_TRACE,
     EXIT_INTERRUPTED,
@@ -119,16 +119,25 @@ def _output(options: argparse.Namespace, header: Header) -> Output:
     return TableOutput(sys.stdout, renderer, selection)
 
 
-class _Interrupts:
-    """SIGINT and SIGTERM end a run with its summary; a second one ends it at once."""
+class Interrupts:
+    """SIGINT, SIGTERM and a lost terminal end a run with its summary, a second one at once."""
 
     def __init__(self) -> None:
         self.live: Live | None = None
         self.interrupted = False
         signal.signal(signal.SIGINT, self._handle)
         signal.signal(signal.SIGTERM, self._handle)
+        # A lost terminal cannot be told from anything else any more, so it is asked for now.
+        self._on_terminal = [one for one in (sys.stdout, sys.stderr) if one.isatty()]
+        # Under nohup it goes on.
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self._handle)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            # The recording still gets its end.
+            for stream in self._on_terminal:
+                _discard(stream)
         if self.live is None or self.live.stop:
             raise KeyboardInterrupt
         self.live.stop = True
@@ -183,8 +192,10 @@ def _refuse_without_rescue(options: argparse.Namespace) -> None:
 
 
 def _trace(options: argparse.Namespace) -> int:
-    interrupts = _Interrupts()
+    interrupts = Interrupts()
     _refuse_without_rescue(options)
+    if options.ready_file is not None:
+        remove_ready_file(options.ready_file)
     settings = _settings(options)
     watched = _watched(options, settings.trace_filter)
     source = _open_source(settings, _attach_request(options))

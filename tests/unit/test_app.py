@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tcpstuck_bpf.analysis import Analysis
-from tcpstuck_bpf.app import Live, run_replay
+from tcpstuck_bpf.app import Live, remove_ready_file, run_replay
 from tcpstuck_bpf.errors import UsageError
 from tcpstuck_bpf.model import (
     Ending,
@@ -193,6 +193,13 @@ def test_a_disk_that_has_no_room_for_the_last_line_is_said_too(
     monkeypatch.setattr(Recorder, "_write_line", fail_at_the_end)
     lines = live(FakeKernel(), 1, record=str(tmp_path / "run"))
     assert lines[-1]["notes"] == ["the recording is incomplete: No space left on device"]
+
+
+def test_a_ready_file_of_an_earlier_run_is_none_of_this_one(tmp_path: Path) -> None:
+    (tmp_path / "ready").write_text("7\n", encoding="ascii")
+    for _ in range(2):
+        remove_ready_file(str(tmp_path / "ready"))
+        assert not (tmp_path / "ready").exists()
 
 
 def test_the_ready_file_holds_our_process_number_or_is_refused(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -321,6 +323,43 @@ def test_ctrl_c_while_modules_are_read_is_no_traceback(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
+
+
+LOSING_ITS_TERMINAL = """
+import os, signal, types
+signal.signal(signal.SIGHUP, signal.{before})
+from tcpstuck_bpf.cli import Interrupts
+interrupts = Interrupts()
+interrupts.live = types.SimpleNamespace(stop=False)
+os.kill(os.getpid(), signal.SIGHUP)
+print("for the terminal", flush=True)
+os.write({result}, b"stopped" if interrupts.live.stop else b"goes on")
+"""
+
+
+@pytest.mark.parametrize(("before", "then"), [("SIG_DFL", b"stopped"), ("SIG_IGN", b"goes on")])
+def test_a_lost_terminal_ends_a_run_unless_nohup_says_otherwise(before: str, then: bytes) -> None:
+    result, theirs = os.pipe()
+    terminal, end = pty.openpty()
+    ended = subprocess.run(
+        [sys.executable, "-c", LOSING_ITS_TERMINAL.format(before=before, result=theirs)],
+        stdout=end,
+        stderr=subprocess.PIPE,
+        pass_fds=[theirs],
+        timeout=60,
+        check=False,
+    )
+    for number in (theirs, end):
+        os.close(number)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert os.read(result, 100) == then
+    printed = b""
+    # Where nothing came, reading from a terminal whose other end is closed fails.
+    with contextlib.suppress(OSError):
+        printed = os.read(terminal, 100)
+    assert (b"terminal" in printed) == (then == b"goes on")
+    for number in (result, terminal):
+        os.close(number)
 
 
 def test_an_explanation_needs_neither_bcc_nor_privileges(
