@@ -537,6 +537,19 @@ static __always_inline bool port_marked(u16 port)
 #define mark_port(port)
 #endif
 
+/* What a cookie means for its listener's queues; `owes` as in note_cookie. */
+static __always_inline void note_cookie_sent(struct scratch *scratch, bool owes, u64 now)
+{
+	struct listener_facts *facts = facts_of(scratch);
+
+	if (!facts)
+		return;
+	__sync_fetch_and_add(&facts->syns, 1);
+	note_segment(facts, &scratch->segment);
+	RAISE(facts->peak_syn_queue, scratch->syn_queue);
+	note_cookie(facts, scratch->syn_queue, owes, now);
+}
+
 /*
  * cookie_vX_init_sequence, return: a cookie was chosen and its SYN-ACK is about to leave. An
  * entry found here is changed in place; RSS keeps one 4-tuple on one CPU, so that nothing else
@@ -547,11 +560,9 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 	struct scratch *scratch = this_cpu_scratch();
 	struct handshake fresh = {};
 	struct netns_counts *counted;
-	struct listener_facts *facts;
 	struct handshake *entry;
 	struct segment *segment;
 	bool begins;
-	int failed;
 
 	if (!scratch)
 		return 0;
@@ -572,27 +583,22 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 	fresh.syn_queue = scratch->syn_queue;
 	fresh.mss = mss;
 	mark_port(segment->key.server_port);
-	failed = awaiting_ack.insert(&segment->key, &fresh);
-	entry = failed ? awaiting_ack.lookup(&segment->key) : 0;
-	scratch->handshake_tracked = !failed || entry;
-	if (scratch->handshake_tracked)
+	if (awaiting_ack.insert(&segment->key, &fresh) == 0) {
+		scratch->handshake_tracked = 1;
 		choose_if_known(&segment->key);
-	begins = !failed ||
-		 (entry && (entry->ending != ENDING_NONE ||
-			    (entry->acks_dropped && entry->client_isn != fresh.client_isn)));
-	facts = facts_of(scratch);
-	if (facts) {
-		__sync_fetch_and_add(&facts->syns, 1);
-		note_segment(facts, segment);
-		RAISE(facts->peak_syn_queue, scratch->syn_queue);
-		note_cookie(facts, scratch->syn_queue, begins, fresh.first_syn_ns);
-	}
-	if (!failed)
+		note_cookie_sent(scratch, true, fresh.first_syn_ns);
 		return 0;
+	}
+	entry = awaiting_ack.lookup(&segment->key);
+	begins = entry && (entry->ending != ENDING_NONE ||
+			   (entry->acks_dropped && entry->client_isn != fresh.client_isn));
+	note_cookie_sent(scratch, begins, fresh.first_syn_ns);
 	if (!entry) {
 		counted->count[COUNT_TABLE_FULL] += 1;
 		return 0;
 	}
+	scratch->handshake_tracked = 1;
+	choose_if_known(&segment->key);
 	if (entry->ending != ENDING_NONE || entry->client_isn != fresh.client_isn) {
 		if (entry->ending == ENDING_NONE)
 			replaced(counted, segment, entry, fresh.first_syn_ns);
@@ -1016,10 +1022,14 @@ static __always_inline int request_handled(void)
 /* IPv6's header and TCP's without options, which is longer than IPv4's and that. */
 #define HEADERS_BYTES 60
 
+/*
+ * Aligned, so that a port is one load: put together from two bytes the verifier of 5.10 does not
+ * know how high it may be, and refuses it as an index.
+ */
 struct headers {
 	u8 bytes[64]; /* IP's, as far as they are of fixed length */
 	u8 tcp[24];
-};
+} __attribute__((aligned(8)));
 
 /*
  * The IP and TCP headers of a packet that may have come any way from the driver to TCP, in its
@@ -1148,7 +1158,7 @@ static __always_inline u32 stack_number(void *ctx)
  */
 static __always_inline bool may_be_awaited(u16 protocol, u64 network)
 {
-	u8 bytes[IPV6_PORTS_BYTES];
+	u8 bytes[IPV6_PORTS_BYTES] __attribute__((aligned(8)));
 
 	if (protocol == ETH_P_IP_NETWORK_ORDER) {
 		bpf_probe_read_kernel(bytes, IPV4_PORTS_BYTES, (void *)network);

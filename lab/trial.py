@@ -59,9 +59,11 @@ def kvm_works(kernel: Path) -> bool:
         return False
     machine = ["-machine", "accel=kvm", "-cpu", "host", "-m", "512M"]
     quiet = ["-nodefaults", "-display", "none", "-no-reboot"]
+    # Where it does not work it may run for ever; it must not outlive us.
+    mortal = ("setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64")
     try:
         trial = subprocess.run(
-            ["qemu-system-x86_64", *machine, *quiet, "-kernel", str(kernel), "-append", "panic=-1"],
+            [*mortal, *machine, *quiet, "-kernel", str(kernel), "-append", "panic=-1"],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=KVM_LIMIT_S,
