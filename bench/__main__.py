@@ -84,6 +84,8 @@ def main() -> int:
     except LabError as error:
         print(error, file=sys.stderr)
         return 1
+    if result.timed_out:
+        print(f"bench: cut off after {LIMIT_S:g} s; run it with less beside it", file=sys.stderr)
     if result.status:
         sys.stderr.buffer.write(result.stderr)
         return result.status

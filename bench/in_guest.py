@@ -29,7 +29,7 @@ VARIANTS = (
     ("ours", "kprobe"),
     ("why", "kprobe"),
 )
-ROUNDS = 5
+ROUNDS = 3
 START_LIMIT_S = 300
 
 
