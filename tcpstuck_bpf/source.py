@@ -174,6 +174,8 @@ class BccSource:
             wants_counters = probes.KERNEL_COUNTERS not in request.left_out
             layout = find_layout(types, table if wants_counters else None)
         self._header = header_text(layout)
+        if len(settings.trace_filter.ports) == 1:
+            self._header += f"#define ONLY_WANTED_PORT {settings.trace_filter.ports[0]}\n"
         has_reasons = (types.tracepoint_arguments(probes.KFREE_SKB) or 0) > probes.REASON_ARGUMENT
         self.drop_reasons = places.reason_names(types) if has_reasons else {}
         self._reason_defines = places.reason_defines(self.drop_reasons)

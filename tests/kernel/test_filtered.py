@@ -178,14 +178,18 @@ def test_callers_without_room_are_counted(rooms: int, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("ports", [(PORT,), ()], ids=["one-port", "every-port"])
 @pytest.mark.parametrize("typed", [True, False], ids=["typed", "untyped"])
 def test_a_drop_is_seen_by_whichever_program_is_loaded(
-    typed: bool, family: int, monkeypatch: pytest.MonkeyPatch
+    typed: bool, ports: tuple[int, ...], family: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without BTF of the kernel's own the cheaper program cannot be loaded."""
+    """Without BTF of the kernel's own the cheaper program cannot be loaded.
+
+    One port that is asked for is a constant of the programs, others are looked up.
+    """
     if not typed:
         monkeypatch.setattr(source, "tracepoint_types", lambda _types: {})
-    wanted = model.TraceFilter(ports=(PORT,))
+    wanted = model.TraceFilter(ports=ports)
     opened = source.open_source(
         model.TraceSettings(trace_filter=wanted), probes.AttachRequest(why=True)
     )
