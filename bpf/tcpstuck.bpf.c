@@ -11,6 +11,10 @@
  * other one on that CPU (bpf_prog_active in trace_call_bpf), and packets of a softirq that comes
  * in between would pass unseen.
  *
+ * On PREEMPT_RT only a lock of local_bh_disable()'s keeps packets of one CPU apart, and where it is
+ * not taken one may come between another's entry and return. The scratch shows that of some SYNs
+ * (LOSS_COOKIES_UNMATCHED), of an ACK never: a declared gap, softirq_gaps in tcpstuck_bpf/probes.py.
+ *
  * All in one text, because BCC translates map accesses only in the text it is given, not in what
  * that includes.
  *

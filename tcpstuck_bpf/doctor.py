@@ -17,8 +17,8 @@ from tcpstuck_bpf.errors import CannotTraceError
 from tcpstuck_bpf.kernel_report import KernelReport, describe
 from tcpstuck_bpf.kernel_types import KernelTypes
 from tcpstuck_bpf.layout import PER_CPU_OFFSET_SYMBOL
-from tcpstuck_bpf.model import CoverageGap, TraceSettings
-from tcpstuck_bpf.probes import EVERY_PROBE
+from tcpstuck_bpf.model import SOFTIRQ_LOCK, CoverageGap, TraceSettings
+from tcpstuck_bpf.probes import BH_LOCK_OPTION, EVERY_PROBE, softirq_gaps
 
 OK, NOTE, NO = "ok", "note", "NO"
 MODES = ("fentry", "kprobe")
@@ -98,6 +98,7 @@ def examine(open_source: OpenSource, bcc_version: Callable[[], str]) -> MachineR
             _batch_lookup(),
             _locked_memory(),
             _counters(),
+            _softirq_lock(types),
             _bcc(bcc_version),
         ),
         trials=trials,
@@ -232,6 +233,17 @@ def _counters() -> Check:
         remedy = "CAP_SYSLOG, kernel.kptr_restrict below 2, CONFIG_KALLSYMS_ALL=y"
         return Check("kernel counters", NOTE, state, why, remedy)
     return Check("kernel counters", OK, f"{PER_CPU_OFFSET_SYMBOL} is to be seen", why)
+
+
+def _softirq_lock(types: KernelTypes | None) -> Check:
+    why = "keeps the packets of one CPU apart, as the programs need it; without it that is a gap"
+    if types is None:
+        return Check(SOFTIRQ_LOCK, NOTE, "not known without type information", why)
+    gaps = softirq_gaps(types, features.kernel_option(BH_LOCK_OPTION))
+    if gaps:
+        remedy = f"a kernel with {BH_LOCK_OPTION}=y, or without PREEMPT_RT"
+        return Check(SOFTIRQ_LOCK, NOTE, gaps[0].why, why, remedy)
+    return Check(SOFTIRQ_LOCK, OK, "no packet preempts another on its CPU", why)
 
 
 def _bcc(bcc_version: Callable[[], str]) -> Check:

@@ -20,7 +20,7 @@ from tcpstuck_bpf.layout import (
     find_layout,
     obstacle,
 )
-from tcpstuck_bpf.model import CoverageGap
+from tcpstuck_bpf.model import SOFTIRQ_LOCK, CoverageGap
 from tcpstuck_bpf.probes import ATTACH_ALL, EVERY_PROBE, Probe
 
 ANY_ADDRESS = 1
@@ -161,6 +161,8 @@ def describe(
         _, gaps = probes.plan(there, refused, ATTACH_ALL.probes)
         if layout is not None and not layout.has_counters:
             gaps = (*gaps, probes.counter_gap("the kernel's types do not show where they are"))
+        if types is not None:
+            gaps = (*gaps, *probes.softirq_gaps(types, None))
     except CannotTraceError as error:
         trouble = trouble or error.what
     if types is None:
@@ -211,6 +213,7 @@ def _facts(report: KernelReport) -> Iterator[tuple[str, str]]:
         yield member.name, place_text(member.place)
     for values in (report.counters, report.drop_reasons):
         yield from ((name, str(value)) for name, value in values.items())
+    yield from ((f"no {gap.probe}", gap.lost) for gap in report.gaps if gap.probe == SOFTIRQ_LOCK)
 
 
 def changes(before: KernelReport, after: KernelReport) -> list[Change]:

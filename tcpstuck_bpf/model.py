@@ -384,6 +384,10 @@ class CoverageGap:
     lost: str
 
 
+SOFTIRQ_LOCK = "softirq lock"
+"""Of a gap that is no probe's: what keeps the packets of one CPU apart (`probes.softirq_gaps`)."""
+
+
 @dataclass(frozen=True)
 class Coverage:
     """Which facts can be known: the probes that attached, and the gaps."""

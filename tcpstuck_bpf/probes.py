@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from tcpstuck_bpf.errors import CannotTraceError, UsageError
 from tcpstuck_bpf.kernel_types import KernelTypes, Prototype
-from tcpstuck_bpf.model import CoverageGap
+from tcpstuck_bpf.model import SOFTIRQ_LOCK, CoverageGap
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,7 @@ OPTIONAL = (
     *(probe.function for probe in (*PROBES, *WHY_PROBES) if not probe.required),
     KERNEL_COUNTERS,
 )
+BH_LOCK_OPTION = "CONFIG_PREEMPT_RT_NEEDS_BH_LOCK"
 WITHOUT_VARIABLE = "TCPSTUCK_WITHOUT_PROBE"
 """A test switch: optional probes to leave out, to see that only a declared gap comes of it."""
 
@@ -313,17 +314,43 @@ def counter_gap(why: str) -> CoverageGap:
     return CoverageGap(KERNEL_COUNTERS, why, "why an ACK was dropped or rejected is not known")
 
 
+def softirq_gaps(types: KernelTypes, option: str | None) -> tuple[CoverageGap, ...]:
+    """The gap where packets of one CPU may interleave, as the programs' scratch does not expect.
+
+    PREEMPT_RT counts a task's own softirqs, because it may be preempted in one. A lock per CPU in
+    __local_bh_disable_ip keeps them apart, since 3253cb49cbad ("softirq: Allow to drop the
+    softirq-BKL lock on PREEMPT_RT") only where `option`, that of BH_LOCK_OPTION, is y; softirq_ctrl
+    has the lock in either case. struct tasklet_sync_callback, of the commit before, tells: it is
+    what tasklets need without that lock.
+    """
+    if types.place("task_struct", "softirq_disable_cnt") is None or option == "y":
+        return ()
+    always_taken = types.place("softirq_ctrl", "lock") is not None
+    if always_taken and types.place("tasklet_sync_callback", "cb_lock") is None:
+        return ()
+    return (
+        CoverageGap(
+            SOFTIRQ_LOCK,
+            f"PREEMPT_RT, and {BH_LOCK_OPTION} is not known to be set",
+            "packets that preempt each other on one CPU may be taken for each other, so that a "
+            "stuck client is missed or a healthy one accused",
+        ),
+    )
+
+
 def attach(
     symbols: Collection[str],
     request: AttachRequest,
     has_counters: bool,
     start: Callable[[tuple[Probe, ...]], str],
+    besides: tuple[CoverageGap, ...] = (),
 ) -> tuple[str, tuple[Probe, ...], tuple[CoverageGap, ...]]:
     """Attach every probe that can be: the mode, the probes, and the gaps that are left.
 
     `start` attaches all it is given and returns the mode. An optional probe that it cannot
-    attach (ProbeRefusedError) becomes a gap, and the rest is tried again. Raises what `plan` and
-    `start` raise, and CannotTraceError for any gap where the request is strict.
+    attach (ProbeRefusedError) becomes a gap, and the rest is tried again. `besides` are gaps that
+    are no probe's. Raises what `plan` and `start` raise, and CannotTraceError for any gap where the
+    request is strict.
     """
     refused = {**misread(request.types, request.probes), **request.left_out}
     required = {probe.function for probe in request.probes if probe.required}
@@ -332,6 +359,7 @@ def attach(
         probes, gaps = plan(symbols, refused, request.probes)
         if not has_counters:
             gaps = (*gaps, counter_gap(unseen))
+        gaps = (*gaps, *besides)
         if request.strict and gaps:
             raise CannotTraceError(
                 "not everything can be seen here, and --strict allows no gap",

@@ -188,6 +188,7 @@ class BccSource:
             dataclasses.replace(request, types=types, left_out=left_out),
             layout.has_counters,
             lambda wanted: self._start(types, wanted),
+            probes.softirq_gaps(types, features.kernel_option(probes.BH_LOCK_OPTION)),
         )
         self.coverage = Coverage(mode, frozenset(probe.function for probe in attached), gaps)
 

@@ -14,7 +14,15 @@ from typing import Literal
 from tcpstuck_bpf.drops import NO_NAMES, Drop, drop_of
 from tcpstuck_bpf.evidence import evidence
 from tcpstuck_bpf.flow import FlowReport, State, TimelineEntry, bytes_missed
-from tcpstuck_bpf.model import Coverage, Ending, EventKind, FourTuple, KernelNames, Moved
+from tcpstuck_bpf.model import (
+    SOFTIRQ_LOCK,
+    Coverage,
+    Ending,
+    EventKind,
+    FourTuple,
+    KernelNames,
+    Moved,
+)
 
 Certainty = Literal["certain", "likely", "possible"]
 
@@ -317,7 +325,7 @@ def _certainty(
 
 
 def judge(report: FlowReport, coverage: Coverage, names: KernelNames = NO_NAMES) -> Finding | None:
-    """The verdict on a flow, weakened by what the missing probes leave unknown.
+    """The verdict on a flow, weakened by what missing probes or mixed-up packets leave unknown.
 
     None where the flow's state has no verdict.
     """
@@ -328,10 +336,14 @@ def judge(report: FlowReport, coverage: Coverage, names: KernelNames = NO_NAMES)
     drop = drop_of(report, names)
     meaning, advice = _of_cause(rule, drop)
     missing = missing_probes(rule, report.four_tuple.family, coverage)
+    certainty = _certainty(rule, report, missing, drop)
+    mixed_up = [gap for gap in coverage.gaps if gap.probe == SOFTIRQ_LOCK]
+    if mixed_up:
+        certainty = "likely" if certainty == "certain" else "possible"
     return Finding(
         verdict=rule.name,
         stuck=rule.stuck,
-        certainty=_certainty(rule, report, missing, drop),
+        certainty=certainty,
         four_tuple=report.four_tuple,
         syn_count=entry.syn_count,
         cookie_isn=entry.cookie_isn,
@@ -345,6 +357,7 @@ def judge(report: FlowReport, coverage: Coverage, names: KernelNames = NO_NAMES)
             *evidence(report, drop),
             *_sight_of_drops(rule, coverage),
             *_gap_sentences(missing, coverage),
+            *(f"no {gap.probe} ({gap.why}): {gap.lost}" for gap in mixed_up),
         ),
         cannot_prove=rule.cannot_prove,
         advice=advice,

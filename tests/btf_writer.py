@@ -104,6 +104,19 @@ def kernel(
     return types
 
 
+def with_members(types: Types, *members: str) -> Types:
+    """More structs, each of one member: `STRUCT.MEMBER`."""
+    word = types.add(INT, "int", 4, struct.pack("=I", 32))
+    for name, member in (member.split(".") for member in members):
+        types.struct(name, (member, word, 0))
+    return types
+
+
+RT = ("task_struct.softirq_disable_cnt", "softirq_ctrl.lock")
+"""What a PREEMPT_RT kernel has whose softirqs never interleave on a CPU."""
+RT_INTERLEAVED = (*RT, "tasklet_sync_callback.cb_lock")
+
+
 def add_tracepoint(types: Types, name: str, arguments: int) -> None:
     """As include/trace/bpf_probe.h has it: its first parameter is not the tracepoint's."""
     word = types.add(INT, "int", 4, struct.pack("=I", 32))

@@ -6,7 +6,9 @@ import pytest
 
 from tcpstuck_bpf.btf import Btf
 from tcpstuck_bpf.errors import CannotTraceError, UsageError
+from tcpstuck_bpf.model import SOFTIRQ_LOCK
 from tcpstuck_bpf.probes import (
+    BH_LOCK_OPTION,
     KERNEL_COUNTERS,
     OPTIONAL,
     PROBES,
@@ -18,8 +20,9 @@ from tcpstuck_bpf.probes import (
     attach,
     left_out,
     plan,
+    softirq_gaps,
 )
-from tests.btf_writer import Types, with_functions
+from tests.btf_writer import RT, RT_INTERLEAVED, Types, with_functions, with_members
 
 EVERY = (*PROBES, *WHY_PROBES)
 ALL = {probe.symbol for probe in EVERY}
@@ -102,6 +105,37 @@ def test_counters_out_of_sight_are_a_gap() -> None:
     _, attached, (gap,) = attach(ALL, AttachRequest(), False, Kernel().start)
     assert gap.probe == KERNEL_COUNTERS
     assert functions(attached) == served("kprobe")
+
+
+@pytest.mark.parametrize(
+    ("members", "option", "gap"),
+    [
+        ((), None, False),
+        (RT, "n", False),
+        (RT_INTERLEAVED, "n", True),
+        (RT_INTERLEAVED, None, True),
+        (RT_INTERLEAVED, "y", False),
+        (RT[:1], "n", True),
+        (RT_INTERLEAVED[2:], "n", False),
+    ],
+)
+def test_packets_of_one_cpu_may_interleave_on_some_rt_kernels(
+    members: tuple[str, ...], option: str | None, gap: bool
+) -> None:
+    """Where the lock itself is gone from an RT kernel, no option brings it back: it is a gap."""
+    found = softirq_gaps(with_members(Types(), *members).btf(), option)
+    assert [(one.probe, BH_LOCK_OPTION in one.why) for one in found] == [(SOFTIRQ_LOCK, True)] * gap
+
+
+def test_a_gap_that_is_no_probes_is_kept_and_fatal_where_none_is_wanted() -> None:
+    besides = softirq_gaps(with_members(Types(), *RT_INTERLEAVED).btf(), None)
+    kernel = Kernel("tcp_check_req")
+    _, attached, gaps = attach(ALL, AttachRequest(), True, kernel.start, besides)
+    assert functions(attached) == served("kprobe") - {"tcp_check_req"}
+    assert [gap.probe for gap in gaps] == ["tcp_check_req", SOFTIRQ_LOCK]
+    with pytest.raises(CannotTraceError) as raised:
+        attach(ALL, AttachRequest(strict=True), True, Kernel().start, besides)
+    assert f"no {SOFTIRQ_LOCK} " in raised.value.why
 
 
 def test_arguments_elsewhere_than_the_programs_read_them_are_not_attached_to() -> None:

@@ -19,7 +19,7 @@ from tcpstuck_bpf.doctor_output import change_lines, kernel_lines, machine_json,
 from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE, EXIT_USAGE, CannotTraceError
 from tcpstuck_bpf.kernel_report import Change, KernelReport, changes, describe
 from tcpstuck_bpf.layout import COUNTER_MEMBER, REQUIRED_MEMBERS
-from tcpstuck_bpf.model import Coverage, TraceSettings
+from tcpstuck_bpf.model import SOFTIRQ_LOCK, Coverage, TraceSettings
 from tcpstuck_bpf.probes import (
     EVERY_PROBE,
     KERNEL_COUNTERS,
@@ -30,7 +30,17 @@ from tcpstuck_bpf.probes import (
     Probe,
 )
 from tests import fake_kernel
-from tests.btf_writer import ENUM, Types, add_tracepoint, expected_offset, kernel, with_functions
+from tests.btf_writer import (
+    ENUM,
+    RT,
+    RT_INTERLEAVED,
+    Types,
+    add_tracepoint,
+    expected_offset,
+    kernel,
+    with_functions,
+    with_members,
+)
 
 FUNCTIONS = frozenset(probe.symbol for probe in EVERY_PROBE)
 EPERM = "EPERM: Operation not permitted"
@@ -118,6 +128,15 @@ def test_counters_that_a_file_does_not_show_are_a_gap(types: Types) -> None:
     )
 
 
+def test_packets_that_a_kernel_may_mix_up_are_a_gap_and_a_change() -> None:
+    first, second = (
+        report(with_members(with_functions(kernel()), *members)) for members in (RT, RT_INTERLEAVED)
+    )
+    assert (first.gaps, second.trouble) == ((), "")
+    assert [gap.probe for gap in second.gaps] == [SOFTIRQ_LOCK]
+    assert [change.what for change in changes(first, second)] == [f"no {SOFTIRQ_LOCK}"]
+
+
 def test_without_a_symbol_table_the_types_say_what_is_there() -> None:
     found = report(kernel(), None)
     assert {fact.symbol for fact in found.functions} == {"unknown"}
@@ -182,6 +201,11 @@ class Machine:
             raise CannotTraceError("this kernel does not describe its types", "none", "vmlinux")
 
         self._set(doctor, "read_running_kernel", read)
+
+    def interleaves(self, option: str | None = "n") -> None:
+        types = with_members(with_functions(kernel()), *RT_INTERLEAVED)
+        self._set(doctor, "read_running_kernel", types.btf)
+        self._set(features, "kernel_option", lambda _name: option)
 
     def without_kprobes(self) -> None:
         self._set(features, "has_kprobes", lambda: False)
@@ -253,6 +277,10 @@ def test_what_is_in_the_way_is_named(machine: Machine) -> None:
         (lambda m: m.refuse("ring_buffer", EPERM), "ring buffer", NO),
         (lambda m: m.refuse("batch_lookup", "EINVAL"), "batch lookup", NOTE),
         (lambda m: m.without_types(), "type information", NO),
+        (lambda m: m.without_types(), SOFTIRQ_LOCK, NOTE),
+        (lambda m: m.interleaves(), SOFTIRQ_LOCK, NOTE),
+        (lambda m: m.interleaves(None), SOFTIRQ_LOCK, NOTE),
+        (lambda m: m.interleaves("y"), SOFTIRQ_LOCK, OK),
     ],
 )
 def test_each_precondition_speaks_for_itself(

@@ -7,6 +7,7 @@ import pytest
 from tcpstuck_bpf.correlate import FlowReport, State
 from tcpstuck_bpf.flow import STUCK_STATES
 from tcpstuck_bpf.model import (
+    SOFTIRQ_LOCK,
     Coverage,
     CoverageGap,
     Ending,
@@ -425,6 +426,17 @@ class TestCoverage:
     def test_a_gap_that_nobody_explained_is_told_as_well(self) -> None:
         finding = finding_of(swept(SYN_ONCE), coverage=without("cookie_v4_check"))
         assert "no probe on cookie_v4_check: what it would show is unknown" in finding.evidence
+
+    @pytest.mark.parametrize("name", sorted(CASES))
+    def test_where_packets_may_be_mixed_up_nothing_is_certain(self, name: str) -> None:
+        gap = CoverageGap(SOFTIRQ_LOCK, "PREEMPT_RT", "one packet may be taken for another")
+        sure, unsure = (
+            finding_of(*CASES[name], coverage=coverage, tell_healthy=name == "completed")
+            for coverage in (EVERY_PROBE, without(gaps=(gap,)))
+        )
+        lower = {"certain": "likely", "likely": "possible", "possible": "possible"}
+        assert (unsure.verdict, unsure.certainty) == (sure.verdict, lower[sure.certainty])
+        assert unsure.evidence[-1] == f"no {SOFTIRQ_LOCK} (PREEMPT_RT): {gap.lost}"
 
     @pytest.mark.parametrize(("family", "other"), [(4, "cookie_v6_check"), (6, "cookie_v4_check")])
     def test_the_other_family_does_not_matter(self, family: int, other: str) -> None:
