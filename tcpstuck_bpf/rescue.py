@@ -41,6 +41,7 @@ from tcpstuck_bpf.model import (
 )
 from tcpstuck_bpf.pacing import KeyedHeap, TokenBucket
 from tcpstuck_bpf.rescue_policy import RescuePolicy
+from tcpstuck_bpf.unknown_clients import UnknownClients
 
 SPACING_NS = ANSWER_NS
 """The least time between two tries."""
@@ -90,6 +91,7 @@ class Rescuer:
         self._bucket = TokenBucket(policy.rate)
         self._unknown_ns: deque[int] = deque(maxlen=FLOOD_SILENT + 1)
         self._flood_ns = _NEVER_NS
+        self._unknown = UnknownClients()
         self._unanswered: list[HandshakeId] = []
 
     @property
@@ -107,7 +109,8 @@ class Rescuer:
         """When `plan` has something to do at the latest; None where only news can bring it."""
         if self._unasked or self._unanswered:
             return self._now_ns
-        heaps = (self._due, self._expiring, self._addresses.waking, self._listeners.waking)
+        pacing = (self._addresses.waking, self._listeners.waking, self._unknown.asking)
+        heaps = (self._due, self._expiring, *pacing)
         times = [first[0] for first in (heap.first() for heap in heaps) if first is not None]
         if self._listeners.open:
             times.append(self._bucket.next_ns(self._now_ns))
@@ -246,10 +249,13 @@ class Rescuer:
         self._left[client.four_tuple] = client
         if client.reason is not None:
             self._left_alone[client.reason] += 1
+        if client.reason == why_not.NOT_KNOWN:
+            self._unknown.add(client.four_tuple, self._now_ns, self._last_ns(client))
         if len(self._left) > self._max_candidates:
-            self._left.popitem(last=False)
+            self._unknown.discard(self._left.popitem(last=False)[0])
 
     def _forget_left(self, client: Candidate) -> None:
+        self._unknown.discard(client.four_tuple)
         if self._left.pop(client.four_tuple, None) is not None and client.reason is not None:
             self._left_alone[client.reason] -= 1
 
@@ -264,10 +270,11 @@ class Rescuer:
         """What to send now.
 
         `is_known` says whether a client's address has completed a handshake with its listener;
-        it is asked once about each silent client.
+        it is asked once about each silent client, and again as long as one is left alone for that.
         """
         now_ns = self._now_ns = max(now_ns, self._now_ns)
         self._ask(now_ns, is_known)
+        self._ask_again(now_ns, is_known)
         self._end_waits(now_ns)
         for who in self._expiring.pop_due(now_ns):
             self._expire(self._active[who], now_ns)
@@ -297,6 +304,13 @@ class Rescuer:
                 self._leave_alone(client, why)
             else:
                 self._make_ready(client)
+
+    def _ask_again(self, now_ns: int, is_known: Callable[[FourTuple], bool]) -> None:
+        for clients in self._unknown.pop_due(now_ns):
+            if is_known(clients[0]):
+                for who in clients:
+                    self._left[who].known = True
+                    self._place(self._left[who])
 
     def _note_unknown(self, now_ns: int) -> None:
         self._unknown_ns.append(now_ns)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
 
 from tcpstuck_bpf.candidate import MAX_TRIES
-from tcpstuck_bpf.model import ATTEMPT_NOT_SENT, ATTEMPT_SENT
+from tcpstuck_bpf.model import ATTEMPT_NOT_SENT, ATTEMPT_SENT, FourTuple
 from tcpstuck_bpf.rescue import FLOOD_SILENT
 from tcpstuck_bpf.rescue_policy import RescuePolicy
+from tcpstuck_bpf.unknown_clients import ASK_AGAIN_NS, MAX_ADDRESSES
 from tests.builders import (
     CLIENT_ISN,
     SECOND_NS,
@@ -45,6 +47,62 @@ def test_an_unknown_address_gets_nothing_unless_asked_for() -> None:
         world.run_until(START_NS + 10 * TIMEOUT_NS)
         assert len(world.plans) == packets
         assert world.rescuer.left_alone == {"no answer" if packets else "not known": 1}
+
+
+@pytest.mark.parametrize(("known_after_s", "is_mended"), [(10, True), (50, True), (70, False)])
+def test_an_address_that_becomes_known_while_the_cookie_lives(
+    known_after_s: int, is_mended: bool
+) -> None:
+    """Others of its pool get through later than it got stuck."""
+    known_ns = START_NS + known_after_s * SECOND_NS
+    world = RescueWorld(
+        RescuePolicy(), answer=Room(), is_known=lambda _: bool(world.now_ns >= known_ns)
+    )
+    world.table.syn(WHO, CLIENT_ISN, START_NS)
+    world.run_until(known_ns - 1)
+    assert world.rescuer.left_alone == {"not known": 1}
+    world.run_until(known_ns + ASK_AGAIN_NS + SECOND_NS)
+    assert (WHO in world.completed) == is_mended
+    assert world.rescuer.left_alone == ({} if is_mended else {"not known": 1})
+    assert len(world.plans) == is_mended
+
+
+def test_one_that_sent_data_before_its_address_became_known_gets_nothing() -> None:
+    known = False
+    world = RescueWorld(RescuePolicy(), answer=Room(), is_known=lambda _: known)
+    world.table.syn(WHO, CLIENT_ISN, START_NS)
+    world.run_until(START_NS + 10 * SECOND_NS)
+    world.filter(WHO, data=7)
+    world.sweep()
+    known = True
+    world.run_until(START_NS + 50 * SECOND_NS)
+    assert world.plans == []
+    assert world.rescuer.left_alone == {"sent data": 1}
+
+
+def test_unknown_addresses_are_asked_about_and_not_their_clients_and_not_too_many() -> None:
+    asked: Counter[bytes] = Counter()
+
+    def is_known(who: FourTuple) -> bool:
+        asked[who.client_address] += 1
+        return False
+
+    world = RescueWorld(RescuePolicy(), answer=always(SILENT), is_known=is_known)
+    pool, strangers = 50, MAX_ADDRESSES + 10
+    for n in range(pool):
+        world.table.syn(client(n), CLIENT_ISN, START_NS)
+    for n in range(1, strangers):
+        world.table.syn(four_tuple(n), CLIENT_ISN, START_NS)
+    world.run_until(START_NS + 40 * SECOND_NS)
+    at_once = sum(asked.values())
+    assert len(asked) == strangers
+    world.run_until(START_NS + 40 * SECOND_NS + 2 * ASK_AGAIN_NS)
+    assert sum(asked.values()) - at_once == 2 * MAX_ADDRESSES
+    world.run_until(START_NS + 60 * SECOND_NS)
+    in_time = sum(asked.values())
+    world.run_until(START_NS + 300 * SECOND_NS)
+    assert sum(asked.values()) == in_time
+    assert world.rescuer.due_ns is None
 
 
 def test_a_dropped_ack_proves_an_unknown_address_reachable() -> None:
