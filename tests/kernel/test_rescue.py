@@ -100,6 +100,17 @@ def test_who_is_not_known_gets_no_packet_and_can_be_asked_for() -> None:
         client.socket.close()
 
 
+def test_an_address_that_becomes_known_after_the_verdict_is_mended_then() -> None:
+    with cookie_server() as (topology, listener), rescuing("--rescue") as tracer:
+        with silenced(topology, 4) as client:
+            named = {client.four_tuple: "ack-missing"}
+            assert tracer.await_reported(named, topology.server.inode)
+        assert attempts(tracer) == []
+        be_greeted(topology, listener, SERVER_ADDRESS[4])
+        with listener.accept()[0], client.socket:
+            assert tracer.await_reported({client.four_tuple: "rescued"}, topology.server.inode)
+
+
 def test_all_asks_for_every_silent_client() -> None:
     with cookie_server() as (topology, listener), rescuing("--rescue=all") as tracer:
         with silenced(topology, 4) as client:
