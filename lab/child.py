@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +29,14 @@ class Place(Protocol):
 
     def popen(self, words: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
         """Start a process there."""
+
+
+def pause(process: subprocess.Popen[bytes]) -> None:
+    """SIGSTOP, and wait until the process has stopped: it takes nothing in and does nothing."""
+    if process.poll() is None:
+        os.kill(process.pid, signal.SIGSTOP)
+        # WNOWAIT leaves an exit status, should there be one, to Popen.
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
 
 class Started(NamedTuple):

@@ -20,6 +20,11 @@ def ack_rule(port: int) -> tuple[str, ...]:
     return ("-p", "tcp", "--dport", str(port), "--tcp-flags", "ALL", "ACK")
 
 
+def syn_rule(port: int) -> tuple[str, ...]:
+    """The clients' SYNs."""
+    return ("-p", "tcp", "--dport", str(port), "--syn")
+
+
 def no_syn_rule(port: int) -> tuple[str, ...]:
     """Whatever comes to the server but SYNs: ACKs, data, the end."""
     return ("-p", "tcp", "--dport", str(port), "!", "--syn")

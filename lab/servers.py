@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from lab.child import Child, Place
+from lab.child import Child, Place, pause
 from lab.errors import LabError, LabTimeoutError
 from lab.patience import COMMAND_S, LOAD_S, SETTLE_S, START_S, Deadline, patient
 
@@ -147,9 +147,7 @@ class MariaDb:
 
     def pause(self) -> None:
         """SIGSTOP, and wait until the process has stopped."""
-        os.kill(self._process.pid, signal.SIGSTOP)
-        # WNOWAIT leaves an exit status, should there be one, to Popen.
-        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        pause(self._process)
         if self._process.poll() is not None:
             raise self._cannot_start("it ended before it could be paused")
 

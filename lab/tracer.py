@@ -25,6 +25,7 @@ from typing import Any
 
 from pyroute2.inotify.inotify_fd import Inotify
 
+from lab.child import pause
 from lab.errors import LabError, LabTimeoutError
 from lab.patience import COMMAND_S, START_S, Deadline, patient
 from lab.records import FourTuple, reported_verdicts
@@ -119,9 +120,7 @@ class Tracer:
     def pause(self) -> None:
         """SIGSTOP, and wait until the process has stopped: it takes nothing in and does nothing."""
         if self._process is not None:
-            self._process.send_signal(signal.SIGSTOP)
-            # WNOWAIT leaves an exit status, should there be one, to Popen.
-            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            pause(self._process)
 
     def resume(self) -> None:
         """SIGCONT."""
