@@ -312,10 +312,15 @@ class Live:
         return summary
 
 
-def remove_ready_file(path: str) -> None:
-    """That of an earlier run must not be taken for this one's; one that stays is refused later."""
+def remove_ready_file(path: str | None) -> None:
+    """It stands for a run that traces: that of one that has ended must not be taken for another's.
+
+    A named pipe stays, for somebody waits at its other end; one that cannot be removed is refused
+    when it is written.
+    """
     with contextlib.suppress(OSError):
-        Path(path).unlink()
+        if path is not None and Path(path).is_file():
+            Path(path).unlink()
 
 
 def write_ready_file(path: str) -> None:

@@ -194,8 +194,7 @@ def _refuse_without_rescue(options: argparse.Namespace) -> None:
 def _trace(options: argparse.Namespace) -> int:
     interrupts = Interrupts()
     _refuse_without_rescue(options)
-    if options.ready_file is not None:
-        remove_ready_file(options.ready_file)
+    remove_ready_file(options.ready_file)
     settings = _settings(options)
     watched = _watched(options, settings.trace_filter)
     source = _open_source(settings, _attach_request(options))
@@ -231,6 +230,7 @@ def _trace(options: argparse.Namespace) -> int:
         try:
             summary = live.run(options.duration, options.ready_file)
         finally:
+            remove_ready_file(options.ready_file)
             if live.rescuing is not None:
                 live.rescuing.close()
             if recorder is not None:

@@ -242,7 +242,10 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         "--replay", metavar="FILE", type=file_name, help="judge a recording; needs no root, no BPF"
     )
     run.add_argument(
-        "--ready-file", metavar="PATH", type=file_name, help="created once every probe is attached"
+        "--ready-file",
+        metavar="PATH",
+        type=file_name,
+        help="created once every probe is attached, removed when the run ends",
     )
     run.add_argument(
         "--probe-mode",

@@ -299,5 +299,6 @@ def test_a_rescue_that_is_cut_off_leaves_nothing(
         assert status == -signal.SIGKILL
     else:
         assert (status, types_of_lines(output)[-1]) == (EXIT_STUCK, "summary")
+        assert not ready.exists()
     await_gone(lambda: objects_of_kernel() - objects_before)
     await_gone(lambda: probed_functions() - probed_before)

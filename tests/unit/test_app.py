@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,13 @@ def test_a_ready_file_of_an_earlier_run_is_none_of_this_one(tmp_path: Path) -> N
     for _ in range(2):
         remove_ready_file(str(tmp_path / "ready"))
         assert not (tmp_path / "ready").exists()
+
+
+def test_a_ready_file_that_is_a_named_pipe_stays(tmp_path: Path) -> None:
+    """Who waits at its other end has opened it before we begin."""
+    os.mkfifo(tmp_path / "ready")
+    remove_ready_file(str(tmp_path / "ready"))
+    assert (tmp_path / "ready").is_fifo()
 
 
 def test_the_ready_file_holds_our_process_number_or_is_refused(tmp_path: Path) -> None:
