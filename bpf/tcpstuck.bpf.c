@@ -34,6 +34,8 @@
 #define TCP_FLAG_ACK		 0x10
 /* How far from its ISN a segment may be and still be believed to belong to the handshake. */
 #define NEAR_ISN (1 << 20)
+/* What a full hash refuses an entry with: -E2BIG (alloc_htab_elem). */
+#define REFUSED_FULL -7
 /* The highest index into msstab[] of net/ipv4/syncookies.c and net/ipv6/syncookies.c. */
 #define HIGHEST_MSS_INDEX 3
 
@@ -572,6 +574,7 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 	struct netns_counts *counted;
 	struct handshake *entry;
 	struct segment *segment;
+	long refused;
 	bool begins;
 
 	if (!scratch)
@@ -593,7 +596,8 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 	fresh.syn_queue = scratch->syn_queue;
 	fresh.mss = mss;
 	mark_port(segment->key.server_port);
-	if (awaiting_ack.insert(&segment->key, &fresh) == 0) {
+	refused = awaiting_ack.insert(&segment->key, &fresh);
+	if (!refused) {
 		scratch->handshake_tracked = 1;
 		choose_if_known(&segment->key);
 		note_cookie_sent(scratch, true, fresh.first_syn_ns);
@@ -604,7 +608,7 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 			   (entry->acks_dropped && entry->client_isn != fresh.client_isn));
 	note_cookie_sent(scratch, begins, fresh.first_syn_ns);
 	if (!entry) {
-		counted->count[COUNT_TABLE_FULL] += 1;
+		counted->count[refused == REFUSED_FULL ? COUNT_TABLE_FULL : COUNT_TABLE_BUSY] += 1;
 		return 0;
 	}
 	scratch->handshake_tracked = 1;

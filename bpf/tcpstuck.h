@@ -183,6 +183,7 @@ enum netns_count {
 	COUNT_TAKEN_OVER,
 	COUNT_REPLACED, /* entries whose client began anew: same 4-tuple, another ISN */
 	COUNT_TABLE_FULL, /* cookie handshakes not tracked for want of room */
+	COUNT_TABLE_BUSY, /* or because their place in the table was being changed */
 	COUNT_ACKS_FILTERED, /* of table entries, dropped before cookie_vX_check */
 	COUNT_EVENTS_LOST, /* ring buffer full; the entry keeps the fact */
 	NETNS_COUNT_MAX,

@@ -164,6 +164,7 @@ class Analysis:
             "entries_let_go": stats.let_go,
             "flows_unresolved": stats.unresolved,
             "children_stillborn": counted[NetnsCount.STILLBORN],
+            "table_busy": counted[NetnsCount.TABLE_BUSY],
         }
         wanted = self.header.settings.trace_filter
         return Summary(
@@ -179,7 +180,7 @@ class Analysis:
             superseded=stats.superseded,
             cookies_sent=counted[NetnsCount.COOKIES_SENT],
             lost_events=counted[NetnsCount.EVENTS_LOST],
-            untracked=counted[NetnsCount.TABLE_FULL],
+            untracked=counted[NetnsCount.TABLE_FULL] + counted[NetnsCount.TABLE_BUSY],
             unseen_syn=counted[NetnsCount.COMPLETED_UNTRACKED]
             + counted[NetnsCount.ACKS_DROPPED_UNTRACKED],
             losses=losses,

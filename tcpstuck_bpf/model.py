@@ -305,8 +305,9 @@ class NetnsCount(enum.IntEnum):
     TAKEN_OVER = 20
     REPLACED = 21
     TABLE_FULL = 22
-    ACKS_FILTERED = 23
-    EVENTS_LOST = 24
+    TABLE_BUSY = 23
+    ACKS_FILTERED = 24
+    EVENTS_LOST = 25
 
 
 class ListenerFacts(NamedTuple):

@@ -48,6 +48,7 @@ _LOSSES = {
     "entries_let_go": "open table entries given up for age or want of room",
     "flows_unresolved": "flows forgotten undecided",
     "children_stillborn": "server sockets made but not left ESTABLISHED",
+    "table_busy": "handshakes not tracked: their place in the table was being changed",
 }
 
 
@@ -323,7 +324,10 @@ class TableRenderer:
         told = [
             (summary.pending, "handshakes too young for a verdict at the end"),
             (summary.superseded, "stuck clients gave up and used their port again"),
-            (summary.untracked, "handshakes not tracked: the table was full (--max-handshakes)"),
+            (
+                summary.untracked - summary.losses.get("table_busy", 0),
+                "handshakes not tracked: the table was full (--max-handshakes)",
+            ),
             (summary.unseen_syn, "ACKs whose SYN was not seen (older than the trace, or let go)"),
             *(
                 (number, _LOSSES.get(name, name.replace("_", " ")))

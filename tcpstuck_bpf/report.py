@@ -93,7 +93,7 @@ class Summary:
     cookies_sent: int
     lost_events: int
     untracked: int
-    """Cookie handshakes that never got an entry: the table was full."""
+    """Cookie handshakes without an entry: the table was full, or as `losses` has it busy."""
     unseen_syn: int
     """ACKs whose SYN came before tracing began, or whose entry was let go."""
     losses: Mapping[str, int]

@@ -252,14 +252,14 @@ class BccSource:
                 self._at_work_on = probe
                 self._attach(probe, mode)
         self._at_work_on = None
-        lookup_batch = getattr(self._bcc.libbcc.lib, "bpf_lookup_batch", None)
         # While it looks a batch up, which takes a walk over all empty buckets, the kernel runs no
         # kprobe program on that CPU (bpf_disable_instrumentation): packets that an interrupt
         # brings meanwhile would pass unseen. To find the next key it does not.
         self.tables = Tables(
             self._bpf,
-            lookup_batch if mode == "fentry" else None,
+            self._bcc.libbcc.lib,
             self.table_capacity,
+            in_batches=mode == "fentry",
             rescue=self._rescue,
         )
         self._bpf[b"events"].open_ring_buffer(self._on_event)

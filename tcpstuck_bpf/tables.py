@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import struct
 import time
@@ -28,6 +29,7 @@ from tcpstuck_bpf.model import (
     Sweep,
     SweepPart,
 )
+from tcpstuck_bpf.synack import is_synack_of
 
 READ_AT_ONCE = 4096
 """Entries per bpf_map_lookup_batch; it needs room for the fullest bucket of the table."""
@@ -36,19 +38,24 @@ JUDGED_AT_ONCE = 512
 CHOSEN_FOR_NS = 180_000_000_000
 """How long after its last SYN a handshake stays chosen; its cookie lives for 120 s at the most."""
 
-_ENOENT = 2
+_BPF_NOEXIST = 1
+"""Flag of bpf_map_update_elem, include/uapi/linux/bpf.h."""
 
 
 class Tables:
     """The maps of one run, by their names in bpf/tcpstuck.bpf.c.
 
-    `lookup_batch` is libbcc's bpf_lookup_batch, None where it is not to be used; `capacity` the
-    entries of the awaiting-ACK table; `rescue` whether the rescue's maps are there.
+    `library` is libbcc as ctypes has it; `in_batches` whether its bpf_lookup_batch may be used,
+    where it is there; `capacity` the entries of the awaiting-ACK table; `rescue` whether the
+    rescue's maps are there.
     """
 
-    def __init__(self, bpf: Any, lookup_batch: Any, capacity: int, *, rescue: bool) -> None:
+    def __init__(
+        self, bpf: Any, library: Any, capacity: int, *, in_batches: bool, rescue: bool
+    ) -> None:
         self._bpf = bpf
-        self._lookup_batch = lookup_batch
+        self._library = library
+        self._lookup_batch = getattr(library, "bpf_lookup_batch", None) if in_batches else None
         self._capacity = capacity
         self._rescue = rescue
 
@@ -90,7 +97,7 @@ class Tables:
                 ctypes.byref(count),
             )
             error = ctypes.get_errno() if failed else 0
-            if error not in (0, _ENOENT):
+            if error not in (0, errno.ENOENT):
                 raise CannotTraceError(
                     "the table of handshakes cannot be read",
                     f"bpf_map_lookup_batch: {os.strerror(error)}",
@@ -100,7 +107,7 @@ class Tables:
                 keys.raw[: count.value * wire.KEY.size],
                 values.raw[: count.value * wire.HANDSHAKE.size],
             )
-            if error == _ENOENT:
+            if error == errno.ENOENT:
                 return
             last = ctypes.c_uint32(cursor.value)
 
@@ -134,15 +141,53 @@ class Tables:
         return Sweep(begun, tuple(rows), SweepPart.CHOSEN)
 
     def forget(self, handshakes: Iterable[HandshakeId]) -> None:
-        """Remove entries, where they are still of that handshake; one that is gone is no error."""
+        """Remove entries, where they are still of that handshake; one that is gone is no error.
+
+        The client may begin anew between the look at an entry and its removal: what was removed is
+        looked at again, and put back where it is of the newer handshake. Where the kernel cannot
+        remove and return in one step, an entry made in those microseconds is lost.
+        """
         table = self._bpf[b"awaiting_ack"]
         for four_tuple, first_syn_ns in handshakes:
             key = table.Key.from_buffer_copy(wire.encode_key(four_tuple))
             with contextlib.suppress(KeyError):
-                if table[key].first_syn_ns == first_syn_ns:
-                    del table[key]
-                    if self._rescue:
-                        del self._bpf[b"synacks"][key]
+                if table[key].first_syn_ns != first_syn_ns:
+                    continue
+                taken = self._take(table, key)
+                if taken is not None and taken.first_syn_ns != first_syn_ns:
+                    self._put_back(table, key, taken)
+                elif self._rescue:
+                    self._forget_synack(key, taken)
+
+    def _forget_synack(self, key: Any, entry: Any) -> None:
+        """Remove the SYN-ACK of a removed entry (None: not known), not that of a newer one."""
+        table = self._bpf[b"synacks"]
+        synack = self._take(table, key)
+        if entry is None or synack is None:
+            return
+        (row,) = wire.decode_rows(bytes(key), bytes(entry))
+        if not is_synack_of(bytes(synack), row.handshake, row.four_tuple):
+            self._put_back(table, key, synack)
+
+    def _take(self, table: Any, key: Any) -> Any:
+        """Remove an entry and return it. Raises KeyError where there is none.
+
+        None where the kernel cannot do both in one step: for a hash it can from 5.14 on
+        (bpf_map_lookup_and_delete_elem; commit 3e87f192b405).
+        """
+        value = table.Leaf()
+        arguments = (table.map_fd, ctypes.byref(key), ctypes.byref(value))
+        if self._library.bpf_lookup_and_delete(*arguments) == 0:
+            return value
+        if ctypes.get_errno() == errno.ENOENT:
+            raise KeyError
+        del table[key]
+        return None
+
+    def _put_back(self, table: Any, key: Any, value: Any) -> None:
+        """Insert an entry, unless a program has made one meanwhile."""
+        arguments = (table.map_fd, ctypes.byref(key), ctypes.byref(value), _BPF_NOEXIST)
+        self._library.bpf_update_elem(*arguments)
 
     def handshake(self, four_tuple: FourTuple) -> Handshake | None:
         """The entry of one 4-tuple in the awaiting-ACK table, as it is now."""

@@ -150,6 +150,15 @@ def test_no_number_is_cut_in_two(width: int) -> None:
         assert number in text
 
 
+def test_a_full_table_is_told_from_one_that_was_being_changed() -> None:
+    shown = summed_up(200, untracked=5, losses={"table_busy": 2})
+    assert "lost events: 0, untracked handshakes: 5" in shown
+    assert "3 handshakes not tracked: the table was full (--max-handshakes)" in shown
+    assert "2 handshakes not tracked: their place in the table was being changed" in shown
+    busy = summed_up(200, untracked=2, losses={"table_busy": 2})
+    assert not any("the table was full" in line for line in busy)
+
+
 def test_the_reconciliation_fits_a_terminal_of_80_columns() -> None:
     note = "traced is a lower bound without cookie_v6_check, tcp_check_req, tcp_rcv_state_process"
     rows = (
