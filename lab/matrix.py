@@ -8,20 +8,17 @@ is a failure, whatever the reason: a matrix that quietly tested nothing would lo
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
 import shlex
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NoReturn
 from xml.etree import ElementTree
-
-from tabulate import tabulate
 
 from lab import trees
 from lab.checks import (
@@ -30,19 +27,33 @@ from lab.checks import (
     KERNEL_TEST_LIMIT_S,
     REPOSITORY,
 )
+from lab.ending import sigterm_ends_program
 from lab.errors import LabError
 from lab.guest import GuestDiedError, GuestOptions, run_in_guest, write_through
-from lab.package_cache import IMAGE_VARIABLE, cache_directory
+from lab.matrix_report import (
+    ANY_MODE,
+    MODES,
+    UNKNOWN,
+    Cell,
+    Failure,
+    RowResult,
+    as_json,
+    complaints,
+    empty_result,
+    log_of,
+    progress,
+    table,
+    verdict,
+)
+from lab.matrix_rows import row_words, run_rows
+from lab.package_cache import IMAGE_VARIABLE
 from lab.patience import PATIENCE_VARIABLE, patient
-from lab.trees import ROWS, Row
+from lab.trees import ROWS, Place, Row
 
 if TYPE_CHECKING:
     from lab.guest import Sink
     from lab.package_cache import Subparsers
 
-MODES = ("fentry", "kprobe")
-ANY_MODE = "any"
-"""For tests whose id names no mode: the tool chooses, or it does not matter."""
 CORE = ("overflow", "ack-dropped", "ack-lost", "client-reset", "healthy", "mss")
 """The scenarios that are played where there is no time for all."""
 ROW_LIMIT_S = 3600.0
@@ -53,58 +64,6 @@ BCC_FILE = "bcc"
 MESSAGE_LENGTH = 300
 HEARD_LINES = 3
 """As many as an error of the tool has: what, why, remedy."""
-UNKNOWN = "?"
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A test that failed or broke, and in one line why."""
-
-    test: str
-    message: str
-
-
-@dataclass
-class Cell:
-    """How the tests of one row in one mode ended; what broke counts as failed."""
-
-    passed: int = 0
-    failures: list[Failure] = field(default_factory=list)
-    skipped: Counter[str] = field(default_factory=Counter)
-    """Number of tests by the reason they were skipped for."""
-
-
-@dataclass
-class RowResult:
-    """What a row's guest brought back."""
-
-    row: Row
-    cells: dict[str, Cell]
-    """By mode; each of MODES is there, ANY_MODE where a test belongs to it."""
-    kernel: str = UNKNOWN
-    """The release, as uname -r has it."""
-    bcc: str = UNKNOWN
-    """The version of Debian's package."""
-    trouble: str | None = None
-    """What went wrong outside the tests, in one line."""
-    seconds: float = 0.0
-    demanded: tuple[str, ...] = MODES
-    """Modes that tests must have been run in; without any, at least some test must have passed."""
-
-    @property
-    def untested(self) -> list[str]:
-        """Modes in which something should have passed, or was only skipped."""
-        empty = Cell()
-        bare = [mode for mode in MODES if not self.cells[mode].passed]
-        found = [mode for mode in bare if mode in self.demanded or self.cells[mode] != empty]
-        nothing = not any(cell.passed for cell in self.cells.values())
-        return found or ([ANY_MODE] if nothing else [])
-
-    @property
-    def good(self) -> bool:
-        """Whether something passed wherever it should, and nothing failed."""
-        failed = any(cell.failures for cell in self.cells.values())
-        return not self.untested and not failed and self.trouble is None
 
 
 def mode_of(test: str) -> str:
@@ -182,14 +141,21 @@ def guest_environment(ours: Mapping[str, str], kernel: Path) -> dict[str, str]:
 
 
 def run_row(
-    row: Row, select: str | None, sink: Sink, demanded: tuple[str, ...] = MODES
+    row: Row,
+    select: str | None,
+    sink: Sink,
+    demanded: tuple[str, ...] = MODES,
+    place: Place | None = None,
 ) -> RowResult:
-    """Boot a row's guest and run the tests in it; no LabError gets out, it is a result."""
-    result = RowResult(row, {mode: Cell() for mode in MODES}, demanded=demanded)
+    """Boot a row's guest and run the tests in it; no LabError gets out, it is a result.
+
+    Without a place to boot, the row's newest is made.
+    """
+    result = empty_result(row, demanded)
     with tempfile.TemporaryDirectory(prefix="tcpstuck-matrix-") as scratch:
         share = Path(scratch)
         try:
-            _test_in_guest(result, share, select, sink)
+            _test_in_guest(result, share, select, sink, place)
         except GuestDiedError as error:
             sink(error.console.encode())
             result.trouble = f"{error.what}: {error.why}"
@@ -200,8 +166,10 @@ def run_row(
     return result
 
 
-def _test_in_guest(result: RowResult, share: Path, select: str | None, sink: Sink) -> None:
-    place = trees.prepare(result.row)
+def _test_in_guest(
+    result: RowResult, share: Path, select: str | None, sink: Sink, place: Place | None
+) -> None:
+    place = place or trees.prepare(result.row)
     options = GuestOptions(
         kernel=place.kernel,
         root=place.root,
@@ -234,111 +202,59 @@ def _noted(path: Path) -> str:
     return path.read_text().strip() if path.is_file() else UNKNOWN
 
 
-def upstream(version: str) -> str:
-    """The upstream part of a Debian version, without what repacking added."""
-    return re.split(r"[+-]", version)[0]
-
-
-def table(results: Sequence[RowResult]) -> str:
-    """A line for each row and mode."""
-    lines = [
-        (
-            result.row.suite,
-            result.kernel,
-            upstream(result.bcc),
-            mode,
-            cell.passed,
-            len(cell.failures),
-            _skips(cell),
-            "" if result.row.counts else "reported only",
-        )
-        for result in results
-        for mode, cell in result.cells.items()
-    ]
-    headers = ("row", "kernel", "BCC", "mode", "passed", "failed", "skipped", "")
-    # Versions are text: 6.10 is not 6.1.
-    return tabulate(lines, headers, disable_numparse=[1, 2])
-
-
-def _skips(cell: Cell) -> str:
-    reasons = (f"{count} ({reason})" for reason, count in sorted(cell.skipped.items()))
-    return "; ".join(reasons) or "0"
-
-
-def complaints(results: Sequence[RowResult]) -> list[str]:
-    """A line for each cause of failures with the first test that met it, and for all else."""
-    lines = []
-    for result in results:
-        where = f"{result.row.suite} ({result.kernel}, BCC {upstream(result.bcc)})"
-        lines += [f"{where}: {result.trouble}"] if result.trouble else []
-        lines += [
-            f"{where}: nothing was tested in mode {mode}"
-            for mode in result.untested
-            if not result.cells.get(mode, Cell()).failures
-        ]
-        for cell in result.cells.values():
-            causes = Counter(failure.message for failure in cell.failures)
-            firsts = {failure.message: failure.test for failure in reversed(cell.failures)}
-            for message, count in causes.items():
-                others = f" and {count - 1} more" if count > 1 else ""
-                lines.append(f"{where}: {firsts[message]}{others}: {message}")
-    return lines
-
-
-def as_json(results: Sequence[RowResult]) -> list[dict[str, Any]]:
-    """The table's lines with the reasons, for a file."""
-    return [
-        {
-            "row": result.row.suite,
-            "counts": result.row.counts,
-            "kernel": result.kernel,
-            "bcc": result.bcc,
-            "mode": mode,
-            "passed": cell.passed,
-            "failed": len(cell.failures),
-            "skipped": sum(cell.skipped.values()),
-            "skip_reasons": dict(cell.skipped),
-            "failures": [{"test": one.test, "message": one.message} for one in cell.failures],
-            "trouble": result.trouble,
-            "seconds": round(result.seconds, 1),
-        }
-        for result in results
-        for mode, cell in result.cells.items()
-    ]
-
-
-def verdict(results: Sequence[RowResult], all_count: bool) -> int:
-    """The exit status: 1 where a row that counts is not good."""
-    counted = [result for result in results if all_count or result.row.counts]
-    return 0 if all(result.good for result in counted) else 1
-
-
 def _run_logged(
-    row: Row, select: str | None, demanded: tuple[str, ...], verbose: bool
+    row: Row, select: str | None, demanded: tuple[str, ...], place: Place | None, verbose: bool
 ) -> RowResult:
     """Run a row; what its guest prints goes to a file in the cache, or to our own output."""
     if verbose:
-        return run_row(row, select, write_through(sys.stdout), demanded)
-    path = cache_directory() / "matrix" / f"{row.suite}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb", buffering=0) as log:
-        result = run_row(row, select, log.write, demanded)
-    state = "good" if result.good else f"BAD, see {path}"
-    print(f"{row.suite}: {state}, {result.seconds:.0f} s in its guest", flush=True)
+        return run_row(row, select, write_through(sys.stdout), demanded, place)
+    with log_of(row).open("wb", buffering=0) as log:
+        result = run_row(row, select, log.write, demanded, place)
+    print(progress(result), flush=True)
     return result
 
 
-def _matrix_command(arguments: argparse.Namespace) -> int:
-    select = " or ".join(CORE) if arguments.core else arguments.select
-    chosen = arguments.rows or ROWS
+def _results(arguments: argparse.Namespace) -> list[RowResult]:
     # Whoever selects tests by name may mean such as have nothing to do with the modes.
     demanded = () if arguments.select else MODES
-    results = [_run_logged(row, select, demanded, arguments.verbose) for row in chosen]
+    chosen = arguments.rows or ROWS
+    if arguments.guests == 1:
+        select = " or ".join(CORE) if arguments.core else arguments.select
+        place = None
+        if arguments.place:
+            kernel, root = arguments.place
+            place = Place(kernel, root, fresh=False)
+        # Before there is a guest, what makes its tree has to be ended too.
+        with sigterm_ends_program():
+            return [_run_logged(row, select, demanded, place, arguments.verbose) for row in chosen]
+    selection = ["--core"] if arguments.core else []
+    selection += [f"--select={arguments.select}"] if arguments.select else []
+    return run_rows(
+        [row for row in ROWS if row in chosen],
+        arguments.guests,
+        lambda row, place, report: row_words(row, place, report, selection),
+        demanded,
+        lambda result: print(progress(result), flush=True),
+    )
+
+
+def _matrix_command(refuse: Callable[[str], NoReturn], arguments: argparse.Namespace) -> int:
+    if arguments.verbose and arguments.guests > 1:
+        refuse("--verbose is for one guest at a time: what several print would be mixed")
+    if arguments.place and (arguments.guests > 1 or len(arguments.rows or ROWS) > 1):
+        refuse("--place is for one row")
+    results = _results(arguments)
     print(table(results), *complaints(results), sep="\n", flush=True)
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(as_json(results), indent=2) + "\n")
     return verdict(results, arguments.all)
+
+
+def _guest_count(text: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of guests from 1 to 99")
+    return int(text)
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -349,9 +265,19 @@ def add_parser(subparsers: Subparsers) -> None:
         "--rows", metavar="ROW", nargs="+", type=trees.row_named, help=f"of {suites}"
     )
     parser.add_argument("--all", action="store_true", help="the newest kernels' rows count too")
+    parser.add_argument(
+        "--guests", metavar="N", type=_guest_count, default=1, help="rows at a time; default 1"
+    )
+    parser.add_argument(
+        "--place",
+        metavar=("IMAGE", "TREE"),
+        nargs=2,
+        type=Path,
+        help="boot this kernel over this tree, not what is newest for the one row",
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the table there as JSON")
     parser.add_argument("--verbose", action="store_true", help="show what the guests print")
     subset = parser.add_mutually_exclusive_group()
     subset.add_argument("--core", action="store_true", help=f"only {', '.join(CORE)}")
     subset.add_argument("--select", metavar="EXPRESSION", help="pytest's -k")
-    parser.set_defaults(run=_matrix_command)
+    parser.set_defaults(run=functools.partial(_matrix_command, parser.error))

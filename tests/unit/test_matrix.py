@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lab import matrix
+from lab import matrix, matrix_report
 from lab.checks import REPOSITORY
 from lab.guest import GuestDiedError, GuestOptions
 from lab.package_cache import IMAGE_VARIABLE
@@ -75,8 +75,8 @@ def real_report(directory: Path, body: str) -> str:
     return report.read_text()
 
 
-def good_cells() -> dict[str, matrix.Cell]:
-    return {mode: matrix.Cell(passed=1) for mode in matrix.MODES}
+def good_cells() -> dict[str, matrix_report.Cell]:
+    return {mode: matrix_report.Cell(passed=1) for mode in matrix_report.MODES}
 
 
 class TestCells:
@@ -111,10 +111,12 @@ class TestCells:
         assert "tool: refused; why: locked; remedy: none" in tool.message
 
     def test_failures_of_one_cause_are_one_complaint(self) -> None:
-        failures = [matrix.Failure(test, "lost") for test in ("a", "b", "c")]
-        failures.append(matrix.Failure("d", "late"))
-        result = matrix.RowResult(FIRST, {**good_cells(), "kprobe": matrix.Cell(0, failures)})
-        told = [line.split(": ", 1)[1] for line in matrix.complaints([result])]
+        failures = [matrix_report.Failure(test, "lost") for test in ("a", "b", "c")]
+        failures.append(matrix_report.Failure("d", "late"))
+        result = matrix_report.RowResult(
+            FIRST, {**good_cells(), "kprobe": matrix_report.Cell(0, failures)}
+        )
+        told = [line.split(": ", 1)[1] for line in matrix_report.complaints([result])]
         assert told == ["a and 2 more: lost", "d: late"]
 
     @pytest.mark.parametrize(
@@ -134,66 +136,80 @@ class TestVerdict:
     @pytest.mark.parametrize(
         ("mode", "cell"),
         [
-            ("fentry", matrix.Cell(passed=5, failures=[matrix.Failure("t", "m")])),
-            ("any", matrix.Cell(passed=5, failures=[matrix.Failure("t", "m")])),
-            ("kprobe", matrix.Cell()),
-            ("kprobe", matrix.Cell(skipped=Counter({"no kprobes": 9}))),
+            ("fentry", matrix_report.Cell(passed=5, failures=[matrix_report.Failure("t", "m")])),
+            ("any", matrix_report.Cell(passed=5, failures=[matrix_report.Failure("t", "m")])),
+            ("kprobe", matrix_report.Cell()),
+            ("kprobe", matrix_report.Cell(skipped=Counter({"no kprobes": 9}))),
         ],
     )
     def test_a_mode_with_a_failure_or_without_a_pass_is_bad(
-        self, mode: str, cell: matrix.Cell
+        self, mode: str, cell: matrix_report.Cell
     ) -> None:
-        result = matrix.RowResult(FIRST, {**good_cells(), mode: cell})
+        result = matrix_report.RowResult(FIRST, {**good_cells(), mode: cell})
         assert not result.good
-        assert matrix.verdict([result], all_count=False) == 1
-        assert matrix.complaints([result])
+        assert matrix_report.verdict([result], all_count=False) == 1
+        assert matrix_report.complaints([result])
 
     def test_a_mode_that_only_some_tests_name_may_be_empty(self) -> None:
-        result = matrix.RowResult(FIRST, {**good_cells(), "any": matrix.Cell()})
-        assert matrix.verdict([result], all_count=False) == 0
-        assert matrix.complaints([result]) == []
+        result = matrix_report.RowResult(FIRST, {**good_cells(), "any": matrix_report.Cell()})
+        assert matrix_report.verdict([result], all_count=False) == 0
+        assert matrix_report.complaints([result]) == []
 
     @pytest.mark.parametrize(
         ("cells", "good"),
         [
-            ({"any": matrix.Cell(passed=2)}, True),
-            ({"any": matrix.Cell(passed=2), "kprobe": matrix.Cell(passed=1)}, True),
-            ({"any": matrix.Cell(passed=2), "kprobe": matrix.Cell(skipped=Counter("x"))}, False),
-            ({"any": matrix.Cell(passed=2, failures=[matrix.Failure("t", "m")])}, False),
-            ({"any": matrix.Cell(skipped=Counter({"no image": 2}))}, False),
+            ({"any": matrix_report.Cell(passed=2)}, True),
+            ({"any": matrix_report.Cell(passed=2), "kprobe": matrix_report.Cell(passed=1)}, True),
+            (
+                {
+                    "any": matrix_report.Cell(passed=2),
+                    "kprobe": matrix_report.Cell(skipped=Counter("x")),
+                },
+                False,
+            ),
+            (
+                {"any": matrix_report.Cell(passed=2, failures=[matrix_report.Failure("t", "m")])},
+                False,
+            ),
+            ({"any": matrix_report.Cell(skipped=Counter({"no image": 2}))}, False),
             ({}, False),
         ],
     )
     def test_tests_selected_by_name_need_not_be_of_any_mode(
-        self, cells: dict[str, matrix.Cell], good: bool
+        self, cells: dict[str, matrix_report.Cell], good: bool
     ) -> None:
-        all_cells = {**{mode: matrix.Cell() for mode in matrix.MODES}, **cells}
-        result = matrix.RowResult(FIRST, all_cells, demanded=())
+        all_cells = {**{mode: matrix_report.Cell() for mode in matrix_report.MODES}, **cells}
+        result = matrix_report.RowResult(FIRST, all_cells, demanded=())
         assert result.good == good
-        assert bool(matrix.complaints([result])) != good
+        assert bool(matrix_report.complaints([result])) != good
 
     def test_trouble_outside_the_tests_is_bad_however_many_passed(self) -> None:
-        result = matrix.RowResult(FIRST, good_cells(), trouble="cut off")
-        assert matrix.verdict([result], all_count=False) == 1
-        assert "cut off" in matrix.complaints([result])[0]
+        result = matrix_report.RowResult(FIRST, good_cells(), trouble="cut off")
+        assert matrix_report.verdict([result], all_count=False) == 1
+        assert "cut off" in matrix_report.complaints([result])[0]
 
     def test_the_newest_count_only_when_asked(self) -> None:
-        bad = {mode: matrix.Cell() for mode in matrix.MODES}
-        results = [matrix.RowResult(FIRST, good_cells()), matrix.RowResult(NEWEST, bad)]
-        assert matrix.verdict(results, all_count=False) == 0
-        assert matrix.verdict(results, all_count=True) == 1
-        assert matrix.complaints(results)
+        bad = {mode: matrix_report.Cell() for mode in matrix_report.MODES}
+        results = [
+            matrix_report.RowResult(FIRST, good_cells()),
+            matrix_report.RowResult(NEWEST, bad),
+        ]
+        assert matrix_report.verdict(results, all_count=False) == 0
+        assert matrix_report.verdict(results, all_count=True) == 1
+        assert matrix_report.complaints(results)
 
 
 class TestReport:
     RESULTS = (
-        matrix.RowResult(FIRST, good_cells(), "2.2.10", "0.18.0+ds-2"),
-        matrix.RowResult(
+        matrix_report.RowResult(FIRST, good_cells(), "2.2.10", "0.18.0+ds-2"),
+        matrix_report.RowResult(
             NEWEST,
             {
-                "fentry": matrix.Cell(skipped=Counter({"no trampolines": 2, "slow": 1})),
-                "kprobe": matrix.Cell(passed=3, failures=[matrix.Failure("t[kprobe]", "lost")]),
-                "any": matrix.Cell(passed=1),
+                "fentry": matrix_report.Cell(skipped=Counter({"no trampolines": 2, "slow": 1})),
+                "kprobe": matrix_report.Cell(
+                    passed=3, failures=[matrix_report.Failure("t[kprobe]", "lost")]
+                ),
+                "any": matrix_report.Cell(passed=1),
             },
             "2.4",
             "0.37.0+ds-8",
@@ -201,7 +217,7 @@ class TestReport:
     )
 
     def test_the_table_has_a_line_for_each_row_and_mode(self) -> None:
-        lines = [line.split() for line in matrix.table(self.RESULTS).splitlines()[2:]]
+        lines = [line.split() for line in matrix_report.table(self.RESULTS).splitlines()[2:]]
         assert [line[:4] for line in lines] == [
             ["potato", "2.2.10", "0.18.0", "fentry"],
             ["potato", "2.2.10", "0.18.0", "kprobe"],
@@ -212,8 +228,8 @@ class TestReport:
         assert " ".join(lines[2]).endswith("0 0 2 (no trampolines); 1 (slow) reported only")
 
     def test_the_file_says_the_same_and_why(self) -> None:
-        written = json.loads(json.dumps(matrix.as_json(self.RESULTS)))
-        table = matrix.table(self.RESULTS).splitlines()[2:]
+        written = json.loads(json.dumps(matrix_report.as_json(self.RESULTS)))
+        table = matrix_report.table(self.RESULTS).splitlines()[2:]
         assert len(written) == len(table)
         for entry, line in zip(written, table):
             words = line.split()
@@ -223,7 +239,7 @@ class TestReport:
         assert written[3]["failures"] == [{"test": "t[kprobe]", "message": "lost"}]
 
     def test_every_failure_is_told_with_its_kernel_and_an_empty_mode_too(self) -> None:
-        told = matrix.complaints(self.RESULTS)
+        told = matrix_report.complaints(self.RESULTS)
         assert len(told) == 2
         assert all("woody (2.4, BCC 0.37.0)" in line for line in told)
         assert "nothing was tested in mode fentry" in told[0]
@@ -281,4 +297,4 @@ class TestGuest:
         assert kept == [b"Kernel panic"]
         assert result.trouble == "the guest did not boot: QEMU ended early"
         assert not result.good
-        assert matrix.UNKNOWN in matrix.table([result])
+        assert matrix_report.UNKNOWN in matrix_report.table([result])
