@@ -12,8 +12,10 @@
  * in between would pass unseen.
  *
  * On PREEMPT_RT only a lock of local_bh_disable()'s keeps packets of one CPU apart, and where it is
- * not taken one may come between another's entry and return. The scratch shows that of some SYNs
- * (LOSS_COOKIES_UNMATCHED), of an ACK never: a declared gap, softirq_gaps in tcpstuck_bpf/probes.py.
+ * not taken (SOFTIRQS_INTERLEAVE) one may come between another's entry and return. Each task has a
+ * scratch of its own then. What is left is a declared gap, softirq_gaps in tcpstuck_bpf/softirqs.py:
+ * by fentry the kernel runs no program that a packet of the same CPU is in the midst of, and its
+ * counters, too, are per CPU.
  *
  * All in one text, because BCC translates map accesses only in the text it is given, not in what
  * that includes.
@@ -69,7 +71,7 @@ struct counter_pair {
 };
 
 struct counters_before {
-	u64 cpu_offset; /* of this CPU's copy of per-CPU data; read once, it never changes */
+	u64 cpu_offset; /* of this CPU's copy of per-CPU data; it never changes */
 	u64 this_cpu; /* this CPU's struct linux_mib of the segment's namespace */
 	struct counter_pair cookies; /* SyncookiesRecv, SyncookiesFailed */
 	struct counter_pair listen; /* ListenOverflows, ListenDrops */
@@ -77,7 +79,7 @@ struct counters_before {
 
 /*
  * One per CPU: no probed function is entered while another one is at work on the same CPU, so
- * they share the segment and the counters.
+ * they share the segment and the counters. One per task where softirqs may preempt each other.
  */
 struct scratch {
 	struct segment segment;
@@ -116,6 +118,7 @@ enum loss {
 	LOSS_COOKIES_UNMATCHED, /* a cookie was chosen outside tcp_conn_request */
 	LOSS_LISTENERS_UNKNOWN, /* SYNs and ACKs of listeners there was no room for */
 	LOSS_STACKS_UNKNOWN, /* dropped ACKs whose callers there was no room for */
+	LOSS_TASKS_UNKNOWN, /* SYNs and ACKs in softirqs of tasks there was no room for */
 	LOSS_MAX,
 };
 
@@ -134,7 +137,12 @@ BPF_ARRAY(cookie_ports, struct port_marks, 1);
 #endif
 BPF_ARRAY(config, struct trace_config, 1);
 BPF_ARRAY(wanted_ports, u64, 1024); /* one bit per port; BCC is slow with arrays in a value */
+#ifdef SOFTIRQS_INTERLEAVE
+BPF_TABLE("lru_hash", u64, struct scratch, scratches, MAX_TASKS);
+BPF_ARRAY(no_scratch, struct scratch, 1); /* zeros, for a task's first: too much for the stack */
+#else
 BPF_PERCPU_ARRAY(scratches, struct scratch, 1);
+#endif
 BPF_PERCPU_ARRAY(losses, u64, LOSS_MAX);
 
 static __always_inline u16 swap16(u16 value)
@@ -147,25 +155,70 @@ static __always_inline u32 swap32(u32 value)
 	return __builtin_bswap32(value);
 }
 
-static __always_inline struct scratch *this_cpu_scratch(void)
-{
-	u32 zero = 0;
-
-	return scratches.lookup(&zero);
-}
+/* Counts are per CPU: plain additions are exact where no packet's program preempts another's. */
+#ifdef SOFTIRQS_INTERLEAVE
+#define ADD(place, number) __sync_fetch_and_add(&(place), number)
+#define TASKS_CHANGE_CPUS  true
+#else
+#define ADD(place, number) ((place) += (number))
+#define TASKS_CHANGE_CPUS  false
+#endif
 
 static __always_inline void lose(u32 what)
 {
 	u64 *count = losses.lookup(&what);
 
 	if (count)
-		*count += 1;
+		ADD(*count, 1);
 }
 
-/*
- * The counts of a namespace, looked up once per segment. They are per CPU and bottom halves are
- * off: plain additions are exact.
- */
+/* What the program at a function's entry left for the one at its return. */
+#ifdef SOFTIRQS_INTERLEAVE
+/* A task takes its softirqs one after the other, whichever packets of other tasks preempt it. */
+static __always_inline u64 this_task(void)
+{
+	u32 thread = bpf_get_current_pid_tgid();
+
+	/* 0 is the idle task of every CPU. */
+	return thread ? thread : 1ULL << 32 | bpf_get_smp_processor_id();
+}
+
+static __always_inline struct scratch *own_scratch(void)
+{
+	u64 task = this_task();
+
+	return scratches.lookup(&task);
+}
+
+static __always_inline struct scratch *begin_scratch(void)
+{
+	struct scratch *found = own_scratch();
+	u64 task = this_task();
+	struct scratch *none;
+	u32 zero = 0;
+
+	if (found)
+		return found;
+	none = no_scratch.lookup(&zero);
+	if (none)
+		scratches.insert(&task, none);
+	found = own_scratch();
+	if (!found)
+		lose(LOSS_TASKS_UNKNOWN);
+	return found;
+}
+#else
+static __always_inline struct scratch *own_scratch(void)
+{
+	u32 zero = 0;
+
+	return scratches.lookup(&zero);
+}
+
+#define begin_scratch own_scratch
+#endif
+
+/* The counts of a namespace, looked up once per segment. */
 static __always_inline struct netns_counts *counts_of(struct scratch *scratch)
 {
 	u32 netns = scratch->segment.key.netns;
@@ -280,7 +333,7 @@ static __always_inline void read_listen_counters(struct counters_before *before,
 	struct net *net = READ(listener->skc_net);
 	u64 statistics = 0;
 
-	if (!before->cpu_offset)
+	if (TASKS_CHANGE_CPUS || !before->cpu_offset)
 		bpf_probe_read_kernel(
 			&before->cpu_offset, sizeof(before->cpu_offset),
 			(void *)(PER_CPU_OFFSET_TABLE + bpf_get_smp_processor_id() * sizeof(u64)));
@@ -426,7 +479,7 @@ static __always_inline bool tell(struct netns_counts *counted, u8 kind,
 	event.kind = kind;
 	if (events.ringbuf_output(&event, sizeof(event), 0) == 0)
 		return true;
-	counted->count[COUNT_EVENTS_LOST] += 1;
+	ADD(counted->count[COUNT_EVENTS_LOST], 1);
 	return false;
 }
 
@@ -440,7 +493,7 @@ static __always_inline void end(struct handshake *handshake, u8 ending, u64 now,
 /* tcp_conn_request, entry. */
 static __always_inline int syn_arrived(struct sock *listener, struct sk_buff *skb)
 {
-	struct scratch *scratch = this_cpu_scratch();
+	struct scratch *scratch = begin_scratch();
 
 	if (!scratch)
 		return 0;
@@ -464,7 +517,7 @@ static __always_inline void replaced(struct netns_counts *counted, struct segmen
 	u32 zero = 0;
 	struct trace_config *wanted = config.lookup(&zero);
 
-	counted->count[COUNT_REPLACED] += 1;
+	ADD(counted->count[COUNT_REPLACED], 1);
 	if (!wanted || now - entry->first_syn_ns < wanted->tell_completed_after_ns)
 		return;
 	end(entry, ENDING_REPLACED, now, 0);
@@ -569,7 +622,7 @@ static __always_inline void note_cookie_sent(struct scratch *scratch, bool owes,
  */
 static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 {
-	struct scratch *scratch = this_cpu_scratch();
+	struct scratch *scratch = own_scratch();
 	struct handshake fresh = {};
 	struct netns_counts *counted;
 	struct handshake *entry;
@@ -584,7 +637,7 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 	counted = counts_of(scratch);
 	if (!counted)
 		return 0;
-	counted->count[FILTERED(COUNT_COOKIES_SENT, segment)] += 1;
+	ADD(counted->count[FILTERED(COUNT_COOKIES_SENT, segment)], 1);
 	if (segment->outside)
 		return 0;
 	fresh.first_syn_ns = fresh.last_syn_ns = bpf_ktime_get_ns();
@@ -608,7 +661,8 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 			   (entry->acks_dropped && entry->client_isn != fresh.client_isn));
 	note_cookie_sent(scratch, begins, fresh.first_syn_ns);
 	if (!entry) {
-		counted->count[refused == REFUSED_FULL ? COUNT_TABLE_FULL : COUNT_TABLE_BUSY] += 1;
+		ADD(counted->count[refused == REFUSED_FULL ? COUNT_TABLE_FULL : COUNT_TABLE_BUSY],
+		    1);
 		return 0;
 	}
 	scratch->handshake_tracked = 1;
@@ -626,7 +680,7 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 	entry->syn_queue = fresh.syn_queue;
 	entry->mss = mss;
 	entry->syn_count += 1;
-	counted->count[COUNT_SYNS_REPEATED] += 1;
+	ADD(counted->count[COUNT_SYNS_REPEATED], 1);
 	tell(counted, EVENT_SYN_REPEATED, segment, entry, fresh.last_syn_ns, 0);
 	return 0;
 }
@@ -649,7 +703,7 @@ static __always_inline bool syn_was_dropped(const struct segment *segment, u8 mo
  */
 static __always_inline int syn_handled(void)
 {
-	struct scratch *scratch = this_cpu_scratch();
+	struct scratch *scratch = own_scratch();
 	struct netns_counts *counted;
 	struct listener_facts *facts;
 	struct handshake *entry;
@@ -669,12 +723,12 @@ static __always_inline int syn_handled(void)
 		return 0;
 	moved = listen_counters_moved(&scratch->before);
 	if (moved & MOVED_LISTEN_OVERFLOWS)
-		counted->count[FILTERED(COUNT_LISTEN_OVERFLOWS, segment)] += 1;
+		ADD(counted->count[FILTERED(COUNT_LISTEN_OVERFLOWS, segment)], 1);
 	if (segment->outside)
 		return 0;
 	dropped = syn_was_dropped(segment, moved);
 	if (dropped)
-		counted->count[COUNT_SYNS_DROPPED] += 1;
+		ADD(counted->count[COUNT_SYNS_DROPPED], 1);
 	facts = facts_of(scratch);
 	if (facts) {
 		__sync_fetch_and_add(&facts->syns, 1);
@@ -690,7 +744,7 @@ static __always_inline int syn_handled(void)
 	if (!dropped || entry->client_isn != segment->sequence)
 		note_answer(facts, entry);
 	if (entry->client_isn != segment->sequence) {
-		counted->count[COUNT_REPLACED] += 1;
+		ADD(counted->count[COUNT_REPLACED], 1);
 		end(entry, ENDING_REPLACED, now, moved);
 		kind = EVENT_REPLACED;
 	} else if (dropped) {
@@ -699,7 +753,7 @@ static __always_inline int syn_handled(void)
 		entry->last_syn_ns = now;
 		kind = EVENT_SYN_DROPPED;
 	} else {
-		counted->count[COUNT_TAKEN_OVER] += 1;
+		ADD(counted->count[COUNT_TAKEN_OVER], 1);
 		end(entry, ENDING_TAKEN_OVER, now, moved);
 		kind = EVENT_TAKEN_OVER;
 	}
@@ -728,7 +782,7 @@ static __always_inline void forget(struct handshake_key *key)
  */
 static __always_inline int synack_made(struct sk_buff *made)
 {
-	struct scratch *scratch = this_cpu_scratch();
+	struct scratch *scratch = own_scratch();
 	struct synack synack = {};
 	u64 place;
 
@@ -745,7 +799,7 @@ static __always_inline int synack_made(struct sk_buff *made)
 /* inet_csk_complete_hashdance, return, within tcp_check_req: an ordinary handshake completed. */
 static __always_inline int request_completed(u64 child)
 {
-	struct scratch *scratch = this_cpu_scratch();
+	struct scratch *scratch = own_scratch();
 
 	if (child && scratch && scratch->request_checked && !scratch->segment.outside)
 		remember_client(&scratch->segment.key, bpf_ktime_get_ns());
@@ -756,7 +810,7 @@ static __always_inline int request_completed(u64 child)
 /* cookie_vX_check, entry: some segment other than a SYN reached a listener. */
 static __always_inline int ack_arrived(struct sock *listener, struct sk_buff *skb)
 {
-	struct scratch *scratch = this_cpu_scratch();
+	struct scratch *scratch = begin_scratch();
 
 	if (!scratch)
 		return 0;
@@ -798,10 +852,10 @@ static __always_inline u8 ack_completed(struct netns_counts *counted, struct seg
 	u32 zero = 0;
 	struct trace_config *wanted = config.lookup(&zero);
 
-	counted->count[COUNT_COMPLETED] += 1;
+	ADD(counted->count[COUNT_COMPLETED], 1);
 	remember_client(&segment->key, now);
 	if (!entry || !wanted) {
-		counted->count[COUNT_COMPLETED_UNTRACKED] += 1;
+		ADD(counted->count[COUNT_COMPLETED_UNTRACKED], 1);
 		return 0;
 	}
 	if (entry->ending == ENDING_NONE && entry->syn_count == 1 && !entry->acks_dropped &&
@@ -821,9 +875,9 @@ static __always_inline u8 ack_completed(struct netns_counts *counted, struct seg
 static __always_inline u8 ack_dropped(struct scratch *scratch, struct netns_counts *counted,
 				      struct handshake *entry, u64 now, u8 moved)
 {
-	counted->count[COUNT_ACKS_DROPPED] += 1;
+	ADD(counted->count[COUNT_ACKS_DROPPED], 1);
 	if (!entry) {
-		counted->count[COUNT_ACKS_DROPPED_UNTRACKED] += 1;
+		ADD(counted->count[COUNT_ACKS_DROPPED_UNTRACKED], 1);
 		return 0;
 	}
 	if (!entry->acks_dropped)
@@ -855,11 +909,11 @@ static __always_inline u8 segment_refused(struct netns_counts *counted, struct s
 			fits = fits && segment->acknowledgement == entry->cookie_isn + 1;
 	}
 	if (reset) {
-		counted->count[COUNT_RESETS] += 1;
-		counted->count[COUNT_RESETS_UNTRACKED] += !fits;
+		ADD(counted->count[COUNT_RESETS], 1);
+		ADD(counted->count[COUNT_RESETS_UNTRACKED], !fits);
 	} else {
-		counted->count[COUNT_ACKS_REJECTED] += 1;
-		counted->count[COUNT_ACKS_REJECTED_UNTRACKED] += !fits;
+		ADD(counted->count[COUNT_ACKS_REJECTED], 1);
+		ADD(counted->count[COUNT_ACKS_REJECTED_UNTRACKED], !fits);
 	}
 	if (!fits)
 		return 0;
@@ -900,7 +954,7 @@ static __always_inline struct listener_facts *ack_noted(struct scratch *scratch,
 /* cookie_vX_check, return: the listener (refused), NULL (dropped) or the child. */
 static __always_inline int ack_judged(u64 result)
 {
-	struct scratch *scratch = this_cpu_scratch();
+	struct scratch *scratch = own_scratch();
 	struct netns_counts *counted;
 	struct listener_facts *facts;
 	struct handshake *entry;
@@ -921,11 +975,11 @@ static __always_inline int ack_judged(u64 result)
 		return 0;
 	moved = listen_counters_moved(&scratch->before) | cookie_counters_moved(&scratch->before);
 	if (moved & MOVED_SYNCOOKIES_RECV)
-		counted->count[FILTERED(COUNT_COOKIES_RECEIVED, segment)] += 1;
+		ADD(counted->count[FILTERED(COUNT_COOKIES_RECEIVED, segment)], 1);
 	if (moved & MOVED_SYNCOOKIES_FAILED)
-		counted->count[FILTERED(COUNT_COOKIES_FAILED, segment)] += 1;
+		ADD(counted->count[FILTERED(COUNT_COOKIES_FAILED, segment)], 1);
 	if (moved & MOVED_LISTEN_OVERFLOWS)
-		counted->count[FILTERED(COUNT_LISTEN_OVERFLOWS, segment)] += 1;
+		ADD(counted->count[FILTERED(COUNT_LISTEN_OVERFLOWS, segment)], 1);
 	if (segment->outside)
 		return 0;
 	now = bpf_ktime_get_ns();
@@ -963,16 +1017,16 @@ static __always_inline int child_processed(struct scratch *scratch, struct sock 
 	if (!counted)
 		return 0;
 	if (error)
-		counted->count[COUNT_STILLBORN] += 1;
+		ADD(counted->count[COUNT_STILLBORN], 1);
 	else if (READ(child->skc_state) != TCP_STATE_SYN_RECV)
-		counted->count[COUNT_ESTABLISHED] += 1;
+		ADD(counted->count[COUNT_ESTABLISHED], 1);
 	return 0;
 }
 
 /* tcp_check_req, entry and return: ordinary handshakes meet a full accept queue here. */
 static __always_inline int request_arrived(struct sock *listener, struct sk_buff *skb)
 {
-	struct scratch *scratch = this_cpu_scratch();
+	struct scratch *scratch = begin_scratch();
 
 	if (!scratch)
 		return 0;
@@ -986,7 +1040,7 @@ static __always_inline int request_arrived(struct sock *listener, struct sk_buff
 
 static __always_inline int request_handled(void)
 {
-	struct scratch *scratch = this_cpu_scratch();
+	struct scratch *scratch = own_scratch();
 	struct netns_counts *counted;
 	struct listener_facts *facts;
 	u32 accept_queue;
@@ -1004,7 +1058,7 @@ static __always_inline int request_handled(void)
 		return 0;
 	counted = counts_of(scratch);
 	if (counted)
-		counted->count[FILTERED(COUNT_LISTEN_OVERFLOWS, &scratch->segment)] += 1;
+		ADD(counted->count[FILTERED(COUNT_LISTEN_OVERFLOWS, &scratch->segment)], 1);
 	if (!facts)
 		return 0;
 	__sync_fetch_and_add(&facts->acks_refused, 1);
@@ -1127,7 +1181,7 @@ static __always_inline bool answers(const struct segment *segment, const struct 
 static __always_inline bool dropped_by_check(u64 skb, const struct segment *segment, u64 place,
 					     u32 reason, struct handshake *entry)
 {
-	struct scratch *scratch = this_cpu_scratch();
+	struct scratch *scratch = own_scratch();
 
 	if (!scratch || scratch->checked != skb)
 		return false;
@@ -1231,7 +1285,7 @@ static __always_inline int packet_dropped(void *ctx, u64 skb, u64 place, u32 rea
 	entry->filter_place = place;
 	entry->filter_reason = reason;
 	entry->filter_stack = stack;
-	counted->count[COUNT_ACKS_FILTERED] += 1;
+	ADD(counted->count[COUNT_ACKS_FILTERED], 1);
 	tell(counted, EVENT_ACK_FILTERED, &segment, entry, now, 0);
 	return 0;
 }
@@ -1299,7 +1353,7 @@ static __always_inline u64 raw_argument(unsigned long long *ctx, int position)
 
 static __always_inline int cookie_chosen_for(struct sk_buff *skb, u64 mss_place, u32 cookie)
 {
-	struct scratch *scratch = this_cpu_scratch();
+	struct scratch *scratch = own_scratch();
 	u16 mss = 0;
 
 	if (!scratch || scratch->syn != (u64)skb) {
@@ -1312,7 +1366,7 @@ static __always_inline int cookie_chosen_for(struct sk_buff *skb, u64 mss_place,
 
 static __always_inline int child_returned(struct sock *child, u32 error)
 {
-	struct scratch *scratch = this_cpu_scratch();
+	struct scratch *scratch = own_scratch();
 
 	if (!scratch || !scratch->child || scratch->child != (u64)child)
 		return 0;
@@ -1412,7 +1466,7 @@ int tcp_conn_request_return(struct pt_regs *ctx)
 
 int cookie_init_sequence_entry(struct pt_regs *ctx)
 {
-	struct scratch *scratch = this_cpu_scratch();
+	struct scratch *scratch = own_scratch();
 
 	if (!scratch)
 		return 0;
@@ -1422,7 +1476,7 @@ int cookie_init_sequence_entry(struct pt_regs *ctx)
 
 int cookie_init_sequence_return(struct pt_regs *ctx)
 {
-	struct scratch *scratch = this_cpu_scratch();
+	struct scratch *scratch = own_scratch();
 	u16 mss = 0;
 
 	if (!scratch || !scratch->mss_place) {
@@ -1457,7 +1511,7 @@ int tcp_check_req_return(struct pt_regs *ctx)
 
 int tcp_child_process_entry(struct pt_regs *ctx)
 {
-	struct scratch *scratch = this_cpu_scratch();
+	struct scratch *scratch = own_scratch();
 
 	if (scratch && scratch->child)
 		scratch->child_entered = scratch->child == PT_REGS_PARM2(ctx);
@@ -1466,7 +1520,7 @@ int tcp_child_process_entry(struct pt_regs *ctx)
 
 int tcp_child_process_return(struct pt_regs *ctx)
 {
-	struct scratch *scratch = this_cpu_scratch();
+	struct scratch *scratch = own_scratch();
 
 	if (!scratch || !scratch->child_entered)
 		return 0;

@@ -18,7 +18,8 @@ from tcpstuck_bpf.kernel_report import KernelReport, describe
 from tcpstuck_bpf.kernel_types import KernelTypes
 from tcpstuck_bpf.layout import PER_CPU_OFFSET_SYMBOL
 from tcpstuck_bpf.model import SOFTIRQ_LOCK, CoverageGap, TraceSettings
-from tcpstuck_bpf.probes import BH_LOCK_OPTION, EVERY_PROBE, softirq_gaps
+from tcpstuck_bpf.probes import EVERY_PROBE
+from tcpstuck_bpf.softirqs import BH_LOCK_OPTION, softirq_gaps
 
 OK, NOTE, NO = "ok", "note", "NO"
 MODES = ("fentry", "kprobe")
@@ -236,12 +237,14 @@ def _counters() -> Check:
 
 
 def _softirq_lock(types: KernelTypes | None) -> Check:
-    why = "keeps the packets of one CPU apart, as the programs need it; without it that is a gap"
+    why = "keeps the packets of one CPU apart, as fentry and the counters need it; else a gap"
     if types is None:
         return Check(SOFTIRQ_LOCK, NOTE, "not known without type information", why)
     gaps = softirq_gaps(types, features.kernel_option(BH_LOCK_OPTION))
     if gaps:
-        remedy = f"a kernel with {BH_LOCK_OPTION}=y, or without PREEMPT_RT"
+        remedy = (
+            f"kprobes (chosen by auto); a kernel with {BH_LOCK_OPTION}=y, or without PREEMPT_RT"
+        )
         return Check(SOFTIRQ_LOCK, NOTE, gaps[0].why, why, remedy)
     return Check(SOFTIRQ_LOCK, OK, "no packet preempts another on its CPU", why)
 

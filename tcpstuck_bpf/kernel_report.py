@@ -22,6 +22,7 @@ from tcpstuck_bpf.layout import (
 )
 from tcpstuck_bpf.model import SOFTIRQ_LOCK, CoverageGap
 from tcpstuck_bpf.probes import ATTACH_ALL, EVERY_PROBE, Probe
+from tcpstuck_bpf.softirqs import softirq_gaps
 
 ANY_ADDRESS = 1
 """Of the per-CPU offsets: where they are is known of a running kernel only."""
@@ -162,7 +163,7 @@ def describe(
         if layout is not None and not layout.has_counters:
             gaps = (*gaps, probes.counter_gap("the kernel's types do not show where they are"))
         if types is not None:
-            gaps = (*gaps, *probes.softirq_gaps(types, None))
+            gaps = (*gaps, *softirq_gaps(types, None))
     except CannotTraceError as error:
         trouble = trouble or error.what
     if types is None:

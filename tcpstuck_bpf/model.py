@@ -386,7 +386,7 @@ class CoverageGap:
 
 
 SOFTIRQ_LOCK = "softirq lock"
-"""Of a gap that is no probe's: what keeps the packets of one CPU apart (`probes.softirq_gaps`)."""
+"""Of a gap that is no probe's: keeps the packets of one CPU apart (`softirqs.softirq_gaps`)."""
 
 
 @dataclass(frozen=True)

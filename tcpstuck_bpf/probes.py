@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from tcpstuck_bpf.errors import CannotTraceError, UsageError
 from tcpstuck_bpf.kernel_types import KernelTypes, Prototype
-from tcpstuck_bpf.model import SOFTIRQ_LOCK, CoverageGap
+from tcpstuck_bpf.model import CoverageGap
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,6 @@ OPTIONAL = (
     *(probe.function for probe in (*PROBES, *WHY_PROBES) if not probe.required),
     KERNEL_COUNTERS,
 )
-BH_LOCK_OPTION = "CONFIG_PREEMPT_RT_NEEDS_BH_LOCK"
 WITHOUT_VARIABLE = "TCPSTUCK_WITHOUT_PROBE"
 """A test switch: optional probes to leave out, to see that only a declared gap comes of it."""
 
@@ -312,30 +311,6 @@ def plan(
 def counter_gap(why: str) -> CoverageGap:
     """What is lost where the programs cannot read LINUX_MIB_*."""
     return CoverageGap(KERNEL_COUNTERS, why, "why an ACK was dropped or rejected is not known")
-
-
-def softirq_gaps(types: KernelTypes, option: str | None) -> tuple[CoverageGap, ...]:
-    """The gap where packets of one CPU may interleave, as the programs' scratch does not expect.
-
-    PREEMPT_RT counts a task's own softirqs, because it may be preempted in one. A lock per CPU in
-    __local_bh_disable_ip keeps them apart, since 3253cb49cbad ("softirq: Allow to drop the
-    softirq-BKL lock on PREEMPT_RT") only where `option`, that of BH_LOCK_OPTION, is y; softirq_ctrl
-    has the lock in either case. struct tasklet_sync_callback, of the commit before, tells: it is
-    what tasklets need without that lock.
-    """
-    if types.place("task_struct", "softirq_disable_cnt") is None or option == "y":
-        return ()
-    always_taken = types.place("softirq_ctrl", "lock") is not None
-    if always_taken and types.place("tasklet_sync_callback", "cb_lock") is None:
-        return ()
-    return (
-        CoverageGap(
-            SOFTIRQ_LOCK,
-            f"PREEMPT_RT, and {BH_LOCK_OPTION} is not known to be set",
-            "packets that preempt each other on one CPU may be taken for each other, so that a "
-            "stuck client is missed or a healthy one accused",
-        ),
-    )
 
 
 def attach(

@@ -41,6 +41,7 @@ _LOSSES = {
     "cookies_unmatched": "cookies chosen outside tcp_conn_request: not traced",
     "listeners_unknown": "segments of listeners there was no room for: missing in their figures",
     "stacks_unknown": "dropped ACKs whose callers there was no room for: their hook is not known",
+    "tasks_unknown": "segments in softirqs of tasks there was no room for: not traced",
     "programs_not_run": "times a program did not run, another one being at work on that CPU",
     "kernel_log_overruns": "times lines of the kernel's log were gone before they were read",
     "undecodable_events": "events that could not be decoded",

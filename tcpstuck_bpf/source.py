@@ -30,6 +30,7 @@ from tcpstuck_bpf.model import (
     TraceSettings,
 )
 from tcpstuck_bpf.probes import ATTACH_ALL, EVERY_PROBE, AttachRequest, Probe, ProbeRefusedError
+from tcpstuck_bpf.softirqs import BH_LOCK_OPTION, mode_to_try, softirq_gaps
 from tcpstuck_bpf.tables import Tables
 
 EVENT_PAGES = 256
@@ -38,7 +39,15 @@ MAX_KNOWN_CLIENTS = 65_536
 MAX_LISTENERS = 4096
 MAX_CHOSEN = 4096
 MAX_STACKS = 1024
-LOSSES = ("namespaces_uncounted", "cookies_unmatched", "listeners_unknown", "stacks_unknown")
+MAX_TASKS = 4096
+"""Whose softirqs are kept apart, where they may preempt each other."""
+LOSSES = (
+    "namespaces_uncounted",
+    "cookies_unmatched",
+    "listeners_unknown",
+    "stacks_unknown",
+    "tasks_unknown",
+)
 
 # BCC optimizes what clang hands it, so clang need not do the same before; and nobody debugs the
 # programs by their debugging information. A third of the compilation's time, the same code.
@@ -143,6 +152,7 @@ def compile_programs(
             f"-DMAX_LISTENERS={MAX_LISTENERS}",
             f"-DMAX_CHOSEN={MAX_CHOSEN}",
             f"-DMAX_STACKS={MAX_STACKS}",
+            f"-DMAX_TASKS={MAX_TASKS}",
             *probes.compiler_flags(wanted),
         ]
         if mode == "fentry":
@@ -178,6 +188,9 @@ class BccSource:
             self._header += f"#define ONLY_WANTED_PORT {settings.trace_filter.ports[0]}\n"
         has_reasons = (types.tracepoint_arguments(probes.KFREE_SKB) or 0) > probes.REASON_ARGUMENT
         self.drop_reasons = places.reason_names(types) if has_reasons else {}
+        self._softirq_gaps = softirq_gaps(types, features.kernel_option(BH_LOCK_OPTION))
+        if self._softirq_gaps:
+            self._header += "#define SOFTIRQS_INTERLEAVE\n"
         self._reason_defines = places.reason_defines(self.drop_reasons)
         left_out = dict(request.left_out)
         if layout.drop_obstacle is not None:
@@ -188,7 +201,7 @@ class BccSource:
             dataclasses.replace(request, types=types, left_out=left_out),
             layout.has_counters,
             lambda wanted: self._start(types, wanted),
-            probes.softirq_gaps(types, features.kernel_option(probes.BH_LOCK_OPTION)),
+            self._softirq_gaps,
         )
         self.coverage = Coverage(mode, frozenset(probe.function for probe in attached), gaps)
 
@@ -201,7 +214,7 @@ class BccSource:
     def _start(self, types: KernelTypes, wanted: tuple[Probe, ...]) -> str:
         """Compile, load and attach in the wished mode; `auto` falls back to kprobes."""
         self._probes = wanted
-        wished = self._settings.probe_mode
+        wished = mode_to_try(self._settings.probe_mode, self._softirq_gaps, features.has_kprobes())
         obstacle = None
         if wished != "kprobe":
             obstacle = features.fentry_obstacle() or probes.fentry_obstacle(types, wanted)

@@ -8,7 +8,6 @@ from tcpstuck_bpf.btf import Btf
 from tcpstuck_bpf.errors import CannotTraceError, UsageError
 from tcpstuck_bpf.model import SOFTIRQ_LOCK
 from tcpstuck_bpf.probes import (
-    BH_LOCK_OPTION,
     KERNEL_COUNTERS,
     OPTIONAL,
     PROBES,
@@ -20,8 +19,8 @@ from tcpstuck_bpf.probes import (
     attach,
     left_out,
     plan,
-    softirq_gaps,
 )
+from tcpstuck_bpf.softirqs import BH_LOCK_OPTION, mode_to_try, softirq_gaps
 from tests.btf_writer import RT, RT_INTERLEAVED, Types, with_functions, with_members
 
 EVERY = (*PROBES, *WHY_PROBES)
@@ -125,6 +124,24 @@ def test_packets_of_one_cpu_may_interleave_on_some_rt_kernels(
     """Where the lock itself is gone from an RT kernel, no option brings it back: it is a gap."""
     found = softirq_gaps(with_members(Types(), *members).btf(), option)
     assert [(one.probe, BH_LOCK_OPTION in one.why) for one in found] == [(SOFTIRQ_LOCK, True)] * gap
+
+
+@pytest.mark.parametrize(
+    ("wished", "interleave", "has_kprobes", "mode"),
+    [
+        ("auto", True, True, "kprobe"),
+        ("auto", True, False, "auto"),
+        ("auto", False, True, "auto"),
+        ("fentry", True, True, "fentry"),
+        ("kprobe", True, True, "kprobe"),
+    ],
+)
+def test_where_packets_may_preempt_fentry_programs_kprobes_come_first(
+    wished: str, interleave: bool, has_kprobes: bool, mode: str
+) -> None:
+    members = RT_INTERLEAVED if interleave else RT
+    gaps = softirq_gaps(with_members(Types(), *members).btf(), "n")
+    assert mode_to_try(wished, gaps, has_kprobes) == mode
 
 
 def test_a_gap_that_is_no_probes_is_kept_and_fatal_where_none_is_wanted() -> None:

@@ -39,6 +39,7 @@ OF_THE_KERNEL_SIDE = {
     "layout",
     "probes",
     "ruleset_reader",
+    "softirqs",
     "source",
     "typed_tracepoint",
     "vmlinux",
