@@ -30,6 +30,23 @@ TOOL = (sys.executable, "-m", "tcpstuck_bpf", "-p", "3311", "--json")
 COUNTERS = ("SyncookiesSent", "SyncookiesRecv", "SyncookiesFailed", "ListenOverflows")
 
 
+class _FailuresAtOnce:
+    """Writes a failure down when it happens: a guest that dies takes pytest's account along."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self._config.pluginmanager.getplugin("terminalreporter")
+        if report.failed and terminal is not None:
+            terminal.write_line("")
+            terminal.write_line(report.longreprtext)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_FailuresAtOnce(config))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _kernel_allows_tracing() -> None:
     refusal = tracing_refusal()
