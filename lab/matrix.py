@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import re
@@ -29,7 +30,7 @@ from lab.checks import (
 )
 from lab.ending import sigterm_ends_program
 from lab.errors import LabError
-from lab.guest import GuestDiedError, GuestOptions, run_in_guest, write_through
+from lab.guest import TIMEOUT_STATUS, GuestDiedError, GuestOptions, run_in_guest, write_through
 from lab.matrix_report import (
     ANY_MODE,
     MODES,
@@ -56,8 +57,10 @@ if TYPE_CHECKING:
 
 CORE = ("overflow", "ack-dropped", "ack-lost", "client-reset", "healthy", "mss")
 """The scenarios that are played where there is no time for all."""
-ROW_LIMIT_S = 3600.0
-"""For one guest: a slow machine is not a failure."""
+ROW_LIMIT_S = 3 * 3600.0
+"""For the tests of one guest: a slow machine is not a failure."""
+REPORTING_S = 900.0
+"""What boots the guest, and what is left to pytest for its report when the limit has passed."""
 REPORT_FILE = "report.xml"
 KERNEL_FILE = "kernel"
 BCC_FILE = "bcc"
@@ -76,15 +79,18 @@ def mode_of(test: str) -> str:
 def cells_of(report: str) -> dict[str, Cell]:
     """The results by mode in a JUnit XML report, as pytest writes it.
 
-    A test that failed and then broke while it was cleaned up has two entries in such a report.
+    A test that failed and then broke while it was cleaned up has two entries in such a report. One
+    that was interrupted has an entry like one that passed, but the suite does not count it.
     """
     cells = {mode: Cell() for mode in MODES}
-    ended: dict[str, ElementTree.Element] = {}
-    for case in ElementTree.fromstring(report).iter("testcase"):
+    known: dict[str, ElementTree.Element] = {}
+    read = ElementTree.fromstring(report)
+    for case in read.iter("testcase"):
         name = f"{case.get('classname')}::{case.get('name')}"
-        if name not in ended or _complaint(ended[name]) is None:
-            ended[name] = case
-    for name, case in ended.items():
+        if name not in known or _complaint(known[name]) is None:
+            known[name] = case
+    ended = sum(int(suite.get("tests", 0)) for suite in read.iter("testsuite"))
+    for name, case in itertools.islice(known.items(), ended):
         cell = cells.setdefault(mode_of(name), Cell())
         complaint, skip = _complaint(case), case.find("skipped")
         if complaint is not None:
@@ -113,10 +119,14 @@ def _heard(case: ElementTree.Element) -> str:
     return f" (heard: {'; '.join(said[-HEARD_LINES:])[:MESSAGE_LENGTH]})" if said else ""
 
 
-def pytest_command(share: Path, select: str | None) -> list[str]:
-    """What a guest runs: it notes its versions, then the tests, by the distribution's Python."""
+def pytest_command(share: Path, select: str | None, limit_s: float) -> list[str]:
+    """What a guest runs: it notes its versions, then the tests, by the distribution's Python.
+
+    After the limit pytest is interrupted, so that it still reports what it has.
+    """
     settings = (f"timeout={KERNEL_TEST_LIMIT_S}", "junit_logging=all")
     tests = [
+        *("timeout", "--signal=INT", f"--kill-after={REPORTING_S / 2:g}", f"{limit_s:g}"),
         *("/usr/bin/python3", "-m", "pytest", "-v", "-rsfE", "--durations=10"),
         *("-p", "no:cacheprovider", "-m", "not slow"),
         *(word for setting in settings for word in ("-o", setting)),
@@ -176,10 +186,10 @@ def _test_in_guest(
         views=(REPOSITORY, place.kernel.parent),
         shares=(share,),
         environment=guest_environment(os.environ, place.kernel),
-        timeout_s=patient(ROW_LIMIT_S),
+        timeout_s=patient(ROW_LIMIT_S + REPORTING_S),
     )
     ran = run_in_guest(
-        pytest_command(share, select),
+        pytest_command(share, select, patient(ROW_LIMIT_S)),
         options=options,
         stdout_sink=sink,
         stderr_sink=sink,
@@ -192,8 +202,8 @@ def _test_in_guest(
             result.cells = cells_of(report.read_text())
         except (ElementTree.ParseError, UnicodeDecodeError) as error:
             result.trouble = f"the report is damaged: {error}"
-    if ran.timed_out:
-        result.trouble = f"cut off after {options.timeout_s:g} s"
+    if ran.timed_out or ran.status == TIMEOUT_STATUS:
+        result.trouble = f"cut off after {ran.total_s:.0f} s"
     elif ran.status != 0 and not any(cell.failures for cell in result.cells.values()):
         result.trouble = result.trouble or f"pytest ended with status {ran.status}"
 

@@ -15,7 +15,7 @@ import pytest
 
 from lab import matrix, matrix_report
 from lab.checks import REPOSITORY
-from lab.guest import GuestDiedError, GuestOptions
+from lab.guest import TIMEOUT_STATUS, GuestDiedError, GuestOptions
 from lab.package_cache import IMAGE_VARIABLE
 from lab.patience import PATIENCE_VARIABLE
 from lab.trees import Place, Row
@@ -68,7 +68,7 @@ def test_with_the_tool(tool):
 def real_report(directory: Path, body: str) -> str:
     (directory / "test_inner.py").write_text(body)
     report = directory / "report.xml"
-    words = shlex.split(matrix.pytest_command(directory, None)[2].splitlines()[-1])
+    words = shlex.split(matrix.pytest_command(directory, None, 60)[2].splitlines()[-1])
     options = words[words.index("pytest") + 1 : -1]
     inner = [sys.executable, "-m", "pytest", *options, "-c", os.devnull, str(directory)]
     subprocess.run(inner, capture_output=True, check=False)
@@ -262,10 +262,46 @@ class TestGuest:
 
     def test_the_command_is_valid_shell_and_hands_the_selection_over(self, tmp_path: Path) -> None:
         share = tmp_path / "with space"
-        shell, options, script = matrix.pytest_command(share, "a or b-c")
+        shell, options, script = matrix.pytest_command(share, "a or b-c", 60)
         subprocess.run([shell, "-n", options, script], check=True)
         assert "-k 'a or b-c'" in script
-        assert "-k" not in matrix.pytest_command(share, None)[2].split()
+        assert "-k" not in matrix.pytest_command(share, None, 60)[2].split()
+
+    def test_what_was_done_before_the_limit_is_reported(self, tmp_path: Path) -> None:
+        (tmp_path / "test_inner.py").write_text(
+            "import os, signal\n"
+            "def test_done():\n    pass\n"
+            # As if its time were up.
+            "def test_endless():\n    os.kill(os.getppid(), signal.SIGALRM)\n    signal.pause()\n"
+        )
+        script = matrix.pytest_command(tmp_path, None, 600)[2].splitlines()[-1]
+        _, *words, _ = shlex.split(script)
+        python = words.index("/usr/bin/python3")
+        ours = ("-p", "no:randomly", "-c", os.devnull, str(tmp_path))
+        ended = subprocess.run(
+            [*words[:python], sys.executable, *words[python + 1 :], *ours],
+            capture_output=True,
+            check=False,
+            timeout=60,
+        )
+        assert ended.returncode == TIMEOUT_STATUS
+        cells = matrix.cells_of((tmp_path / matrix.REPORT_FILE).read_text())
+        assert cells[matrix_report.ANY_MODE].passed == 1
+
+    def test_a_row_that_was_cut_off_keeps_what_it_has(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        report = real_report(tmp_path, "def test_done():\n    pass\n")
+
+        def cut_off(*_command: object, options: GuestOptions, **_rest: object) -> object:
+            (options.shares[0] / matrix.REPORT_FILE).write_text(report)
+            return SimpleNamespace(status=TIMEOUT_STATUS, timed_out=False, total_s=7.0)
+
+        monkeypatch.setattr(matrix, "run_in_guest", cut_off)
+        place = Place(Path("/boot/vmlinuz-2.4"), Path("/"), fresh=False)
+        result = matrix.run_row(FIRST, None, len, place=place)
+        assert (result.trouble, result.good) == ("cut off after 7 s", False)
+        assert result.cells[matrix_report.ANY_MODE].passed == 1
 
     @pytest.mark.parametrize("report", ["", "<testsuites><testsuite", "\udcff"])
     def test_a_report_that_was_not_written_to_its_end_is_a_result(
