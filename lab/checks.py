@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PYTEST = (sys.executable, "-m", "pytest", "-q", "--no-header", "-rsfE", "-p", "no:cacheprovider")
 UNIT_DIRECTORIES = ("tests/unit", "tests/property", "tests/replay")
 KERNEL_DIRECTORY = "tests/kernel"
-KERNEL_LIMIT_S = 3600.0
+KERNEL_LIMIT_S = 2 * 3600.0
 KERNEL_TEST_LIMIT_S = 600
 """For one kernel test: emulation is some 20 times slower than the machine itself."""
 FORCE_VARIABLE = "TCPSTUCK_FORCE_KERNEL_TESTS"
