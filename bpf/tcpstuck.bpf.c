@@ -951,6 +951,21 @@ static __always_inline struct listener_facts *ack_noted(struct scratch *scratch,
 	return facts;
 }
 
+/*
+ * A queue that another CPU filled between the segment's entry and the check that refused it was
+ * not full at entry. Nothing but accept() takes from it.
+ */
+static __always_inline void see_full_accept_queue(struct segment *segment, struct sock *listener,
+						  u8 moved)
+{
+	u32 accept_queue;
+
+	if (!(moved & (MOVED_LISTEN_OVERFLOWS | MOVED_UNKNOWN)))
+		return;
+	accept_queue = accept_queue_of(listener);
+	RAISE(segment->accept_queue, accept_queue);
+}
+
 /* cookie_vX_check, return: the listener (refused), NULL (dropped) or the child. */
 static __always_inline int ack_judged(u64 result)
 {
@@ -983,6 +998,8 @@ static __always_inline int ack_judged(u64 result)
 	if (segment->outside)
 		return 0;
 	now = bpf_ktime_get_ns();
+	if (!result)
+		see_full_accept_queue(segment, (struct sock *)listener, moved);
 	entry = awaiting_ack.lookup(&segment->key);
 	facts = ack_noted(scratch, (struct sock *)listener, entry, result, moved);
 	if (result == listener) {

@@ -95,7 +95,7 @@ struct event {
 	__u64 time_ns;
 	__u32 sequence;
 	__u32 acknowledgement;
-	__u32 accept_queue; /* entries and limit when the segment came */
+	__u32 accept_queue; /* entries and limit when the segment came, or when that was refused */
 	__u32 accept_queue_limit;
 	__u16 payload_length; /* bytes */
 	__u8 tcp_flags; /* the 14th byte of the TCP header */

@@ -65,14 +65,26 @@ class TunClients:
 
         Raises LabTimeoutError where no SYN-ACK comes.
         """
+        who, ack = self.connect(client_port, server_port, isn)
+        if answer:
+            self.send(ack)
+        return who
+
+    def connect(self, client_port: int, server_port: int, isn: int) -> tuple[FourTuple, bytes]:
+        """SYN and SYN-ACK; the client, and the packet with the ACK that is due.
+
+        Raises LabTimeoutError where no SYN-ACK comes.
+        """
         template = SynTemplate(self.server_ip, server_port)
         source = ipaddress.ip_address(self.client_ip).packed
-        os.write(self._tun, template.packet(source, client_port, isn))
+        self.send(template.packet(source, client_port, isn))
         cookie = self._synack(client_port)
-        if answer:
-            ends = (self.client_ip, client_port, self.server_ip, server_port)
-            os.write(self._tun, segment_packet(ends, isn + 1, cookie + 1))
-        return FourTuple(self.client_ip, client_port, self.server_ip, server_port)
+        who = FourTuple(self.client_ip, client_port, self.server_ip, server_port)
+        return who, segment_packet(who, isn + 1, cookie + 1)
+
+    def send(self, packet: bytes) -> None:
+        """Have the kernel receive a packet, whole, before this returns."""
+        os.write(self._tun, packet)
 
     def _synack(self, client_port: int) -> int:
         """The sequence number of the SYN-ACK to a port, in host order."""

@@ -90,7 +90,7 @@ class Finding:
 
 
 def _accept_queue_was_full(report: FlowReport) -> bool:
-    """By the kernel's counters; where they could not be read, by its length a moment before.
+    """By the kernel's counters; where they could not be read, by its length before and after.
 
     sk_acceptq_is_full() of include/net/sock.h: full is more entries than the limit.
     """

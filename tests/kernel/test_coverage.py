@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from functools import partial
 
 import pytest
 
-from lab.patience import COMMAND_S, Deadline
+from lab.patience import COMMAND_S, Deadline, patient
+from lab.records import FourTuple
 from lab.scenarios import play
 from lab.scene import PORT, READY, Stage
-from lab.syns import make_syn, send_syn
+from lab.syns import FIRST_PORT, ISN_STEP, make_syn, send_syn
+from lab.topology import Topology
 from lab.tracer import READY_PLACEHOLDER, Tracer
+from lab.tun import TunClients
 from tcpstuck_bpf.probes import KERNEL_COUNTERS, OPTIONAL, PROBES, WITHOUT_VARIABLE
-from tests.kernel.conftest import TOOL, Traced, tracing
+from tests.kernel.conftest import TOOL, Traced, told_by, tracing
 from tests.kernel.handmade import ISN, Client, Site, site, told
 
 pytestmark = pytest.mark.kernel
 
 IPV6_PROBES = ("cookie_v6_init_sequence", "cookie_v6_check")
+PAIRS = 80
+LATER_TURNS = (0, 30, 100, 300, 1000)
+"""Of an empty loop."""
 
 
 MODES = pytest.mark.parametrize("mode", ["fentry", "kprobe"])
@@ -78,6 +90,63 @@ def test_without_counters_a_dropped_syn_is_not_believed_to_be_queued(
         _await_counter(where, "ListenDrops", 2)
         line = told(tracer, where.netns, slow.four_tuple, "accept-queue-full")
     assert (line["stuck"], line["certainty"], line["syn_count"]) == (True, "likely", 2)
+
+
+@MODES
+def test_without_counters_a_queue_that_another_cpu_fills_is_seen_full(
+    monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """It had room when the ACK came, and none when the kernel looked, right after."""
+    monkeypatch.setenv(WITHOUT_VARIABLE, KERNEL_COUNTERS)
+    refused: set[FourTuple] = set()
+    with ExitStack() as opened:
+        server = opened.enter_context(Topology()).server
+        server.pin({"net/ipv4/tcp_syncookies": "2"})
+        listen = partial(socket.create_server, family=socket.AF_INET6, backlog=0)
+        listener = opened.enter_context(server.run(listen, ("::", PORT)))
+        clients = [opened.enter_context(TunClients(server, number)) for number in (1, 2)]
+        options = ("-p", str(PORT), "--netns", server.name, "--probe-mode", mode)
+        (tracer,) = opened.enter_context(tracing(options))
+        threads = opened.enter_context(ThreadPoolExecutor(len(clients)))
+        for number in range(PAIRS):
+            refused |= _refused_of_two_at_once(listener, clients, threads, number)
+        dropped = server.counters()["ListenOverflows"]
+        reported = tracer.await_reported(dict.fromkeys(refused, "accept-queue-full"), server.inode)
+        told = [(name, verdict) for _, name, verdict in told_by(tracer, server.inode)]
+    assert dropped == len(refused) > 0
+    assert reported, told
+    assert sorted(told) == sorted((name, "accept-queue-full") for name in refused)
+
+
+def _refused_of_two_at_once(
+    listener: socket.socket, clients: list[TunClients], threads: ThreadPoolExecutor, number: int
+) -> set[FourTuple]:
+    """The ACKs of two clients, each received by a CPU of its own; the server accepts whom it has.
+
+    One is a little later, by more from pair to pair: how long the kernel's way is nobody knows.
+    """
+    together = threading.Barrier(len(clients))
+    later = number // 2 % len(LATER_TURNS)
+
+    def answer(which: int) -> FourTuple:
+        os.sched_setaffinity(0, {which})
+        isn = number * ISN_STEP & 0xFFFF_FFFF
+        who, ack = clients[which].connect(FIRST_PORT + number, PORT, isn)
+        together.wait(patient(COMMAND_S))
+        for _ in range(LATER_TURNS[later] if which == number % 2 else 0):
+            pass
+        clients[which].send(ack)
+        return who
+
+    both = set(threads.map(answer, range(len(clients))))
+    listener.setblocking(False)
+    known = set()
+    with suppress(BlockingIOError):
+        while True:
+            served, (client_ip, client_port, *_) = listener.accept()
+            known.add(FourTuple(client_ip, client_port, served.getsockname()[0], PORT))
+            served.close()
+    return both - known
 
 
 def _await_counter(where: Site, name: str, value: int) -> None:
