@@ -490,6 +490,26 @@ static __always_inline void end(struct handshake *handshake, u8 ending, u64 now,
 	handshake->ending = ending;
 }
 
+/* Whether the client answered a cookie's SYN-ACK; it is established then, and takes no other. */
+static __always_inline bool has_answered(const struct handshake *entry)
+{
+	return entry->acks_dropped || entry->acks_filtered;
+}
+
+/*
+ * The ACK for a cookie's SYN-ACK comes after a repeated SYN of the same client got a place in the
+ * SYN queue: that request will never be completed (tcp_check_req wants the ACK for its own SYN-ACK,
+ * and hands any other on to the listener and cookie_vX_check), the handshake under the cookie may.
+ */
+static __always_inline void go_on(struct handshake *entry)
+{
+	if (entry->ending != ENDING_TAKEN_OVER)
+		return;
+	entry->ending = ENDING_NONE;
+	entry->ended_ns = 0;
+	entry->end_counters = 0;
+}
+
 /* tcp_conn_request, entry. */
 static __always_inline int syn_arrived(struct sock *listener, struct sk_buff *skb)
 {
@@ -698,8 +718,8 @@ static __always_inline bool syn_was_dropped(const struct segment *segment, u8 mo
 
 /*
  * tcp_conn_request, return. A SYN without a cookie was dropped or got a place in the SYN queue;
- * where a cookie had been sent to the same 4-tuple before, that changes what is owed. A SYN with
- * another ISN is another handshake, whatever became of it: its client has given the first one up.
+ * where a cookie had been sent to the same 4-tuple before, that changes what is owed, unless the
+ * client has answered that one (the SYN was slower than its ACK). A SYN with another ISN is another handshake, whatever became of it: its client has given the first one up.
  */
 static __always_inline int syn_handled(void)
 {
@@ -741,10 +761,9 @@ static __always_inline int syn_handled(void)
 	if (!entry || entry->ending != ENDING_NONE)
 		return 0;
 	now = bpf_ktime_get_ns();
-	if (!dropped || entry->client_isn != segment->sequence)
-		note_answer(facts, entry);
 	if (entry->client_isn != segment->sequence) {
 		ADD(counted->count[COUNT_REPLACED], 1);
+		note_answer(facts, entry);
 		end(entry, ENDING_REPLACED, now, moved);
 		kind = EVENT_REPLACED;
 	} else if (dropped) {
@@ -754,7 +773,10 @@ static __always_inline int syn_handled(void)
 		kind = EVENT_SYN_DROPPED;
 	} else {
 		ADD(counted->count[COUNT_TAKEN_OVER], 1);
-		end(entry, ENDING_TAKEN_OVER, now, moved);
+		if (!has_answered(entry)) {
+			note_answer(facts, entry);
+			end(entry, ENDING_TAKEN_OVER, now, moved);
+		}
 		kind = EVENT_TAKEN_OVER;
 	}
 	tell(counted, kind, segment, entry, now, moved);
@@ -880,6 +902,7 @@ static __always_inline u8 ack_dropped(struct scratch *scratch, struct netns_coun
 		ADD(counted->count[COUNT_ACKS_DROPPED_UNTRACKED], 1);
 		return 0;
 	}
+	go_on(entry);
 	if (!entry->acks_dropped)
 		entry->first_ack_dropped_ns = now;
 	entry->last_ack_dropped_ns = now;
@@ -1186,9 +1209,13 @@ static __always_inline bool read_freed(struct segment *segment, const struct hea
 /* Whether it is this handshake's ACK, by what segment_refused asks of one. */
 static __always_inline bool answers(const struct segment *segment, const struct handshake *entry)
 {
-	if (entry->ending != ENDING_NONE || segment->sequence - entry->client_isn > NEAR_ISN)
+	bool for_cookie = segment->acknowledgement == entry->cookie_isn + 1;
+
+	if (segment->sequence - entry->client_isn > NEAR_ISN)
 		return false;
-	return entry->syn_count > 1 || segment->acknowledgement == entry->cookie_isn + 1;
+	if (entry->ending == ENDING_TAKEN_OVER)
+		return for_cookie;
+	return entry->ending == ENDING_NONE && (for_cookie || entry->syn_count > 1);
 }
 
 /*
@@ -1295,6 +1322,7 @@ static __always_inline int packet_dropped(void *ctx, u64 skb, u64 place, u32 rea
 		return 0;
 	stack = stack_number(ctx);
 	now = bpf_ktime_get_ns();
+	go_on(entry);
 	if (!entry->acks_filtered)
 		entry->first_ack_filtered_ns = now;
 	entry->last_ack_filtered_ns = now;

@@ -29,7 +29,7 @@ enum handshake_ending {
 	ENDING_COMPLETED = 1, /* cookie_vX_check made the child socket */
 	ENDING_REJECTED = 2, /* cookie_vX_check gave an ACK back to the listener: RST goes out */
 	ENDING_RESET = 3, /* the client's address answered by RST */
-	ENDING_TAKEN_OVER = 4, /* a repeated SYN got a place in the SYN queue: no longer a cookie */
+	ENDING_TAKEN_OVER = 4, /* a repeated SYN got into the SYN queue, no cookie was answered */
 	ENDING_REPLACED = 5, /* the client uses its 4-tuple for a new handshake, without a cookie */
 };
 

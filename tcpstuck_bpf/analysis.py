@@ -105,10 +105,7 @@ class Analysis:
         reports = self.reports = self.correlator.advance(now_ns)
         judged = (judge(report, self.header.coverage, self._names) for report in reports)
         findings = [self._with_warnings(finding) for finding in judged if finding is not None]
-        self._taken_over += sum(
-            report.handshake.ending == Ending.TAKEN_OVER and report.delay_ns is not None
-            for report in reports
-        )
+        self._taken_over += sum(map(_more_taken_over, reports))
         for finding in findings:
             self._verdicts[finding.verdict] += 1
             if finding.updates is not None:
@@ -207,6 +204,13 @@ class Analysis:
             rescued=rescued,
             left_alone=self._left_alone,
         )
+
+
+def _more_taken_over(report: FlowReport) -> int:
+    """Connections that the SYN queue is told to have made; -1 for one that turns out to be none."""
+    before = report.previous_facts
+    was = before is not None and before[0].ending == Ending.TAKEN_OVER
+    return (report.handshake.ending == Ending.TAKEN_OVER) - was
 
 
 def _total(start: NetnsCounts, end: NetnsCounts) -> Counter[NetnsCount]:

@@ -63,6 +63,9 @@ _DEADLINE_STEP_NS = SECOND_NS // 10
 # Flows that left the kernel's table are remembered for as long as an observation of them may come
 # late: a sweep's batch read before the end, or an event behind others in the ring buffer.
 _REMEMBERED_NS = 60 * SECOND_NS
+# What the SYN queue took over may still prove to be the cookie's, as long as that is valid: it was
+# made in this minute or the last (MAX_SYNCOOKIE_AGE).
+_COOKIE_VALID_NS = 120 * SECOND_NS
 # One in so many flows is evicted together, so that a flood does not search once per packet.
 _EVICTED_AT_ONCE = 16
 
@@ -329,7 +332,8 @@ class Correlator:
     def expired(self, now_ns: int, table_rows: int, table_capacity: int) -> list[HandshakeId]:
         """The entries that may be deleted from the kernel's table, each named once.
 
-        Ended ones, once told; judged open ones whose last SYN is older than `row_life_ns`; and
+        Ended ones, once told (what the SYN queue took over, once no cookie of it is valid any
+        more); judged open ones whose last SYN is older than `row_life_ns`; and
         where the `table_rows` fill more than three quarters of `table_capacity`, the oldest
         judged ones until half of it is free, those whose ACK was dropped last (no flood's address
         sends one). Never an entry not judged yet: it stays until it is.
@@ -343,7 +347,7 @@ class Correlator:
             judged = flow.state is not None and four_tuple not in self._touched
             if judged and flow.in_table:
                 last_syn_ns = flow.handshake.last_syn_ns
-                if flow.state in ENDED_STATES or now_ns - last_syn_ns > self._row_life_ns:
+                if self._has_left(flow, now_ns - last_syn_ns):
                     self._let_go(four_tuple, flow, leaving)
                 else:
                     dropped = flow.handshake.acks_dropped > 0
@@ -358,6 +362,13 @@ class Correlator:
             if self._flows.pop(four_tuple).state is None:
                 self._counts["unresolved"] += 1
         return leaving
+
+    def _has_left(self, flow: Flow, since_syn_ns: int) -> bool:
+        """Whether nothing more is to be learned of a judged flow by keeping its entry."""
+        if flow.handshake.ending == Ending.TAKEN_OVER:
+            return since_syn_ns > min(_COOKIE_VALID_NS, self._row_life_ns)
+        ended = flow.state in ENDED_STATES and not flow.unsettled
+        return ended or since_syn_ns > self._row_life_ns
 
     def _let_go(self, four_tuple: FourTuple, flow: Flow, leaving: list[HandshakeId]) -> None:
         flow.in_table = False

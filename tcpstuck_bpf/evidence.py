@@ -100,6 +100,13 @@ def _drop_sentences(report: FlowReport) -> Iterator[str]:
         yield "the kernel's counters could not be read here: judged by the accept queue's length"
     else:
         yield f"kernel counters that moved: {counters_text(entry.drop_counters)}"
+    for taken in _segments(report, EventKind.TAKEN_OVER)[:1]:
+        yield (
+            f"a SYN that it repeated got a place in the SYN queue at "
+            f"{_offset(report, taken.time_ns)}: until that request is gone (63 s by default, "
+            "net.ipv4.tcp_synack_retries) the kernel may refuse this ACK's socket, as the second "
+            "of one 4-tuple (found_dup_sk in tcp_v4_syn_recv_sock)"
+        )
     yield from _sent_data_sentence(report)
 
 
@@ -111,7 +118,8 @@ def _refusal_sentences(drop: Drop) -> Iterator[str]:
     elif drop.counter is not None:
         yield (
             "the cookie was valid and the accept queue had room; which of memory for the request, "
-            "a security module, the route back or MPTCP refused it cannot be told from here on "
+            "a security module, the route back, MPTCP or an own request of the same 4-tuple in the "
+            "SYN queue refused it cannot be told from here on "
             "this kernel"
         )
 

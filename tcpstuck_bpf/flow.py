@@ -40,7 +40,7 @@ class State(enum.Enum):
     RESCUED = "rescued"
     """Told as stuck once, and connected by the ACK that our repeated SYN-ACK drew."""
     TAKEN_OVER = "taken over"
-    """A repeated SYN got a place in the SYN queue; the normal handshake has it now."""
+    """A repeated SYN got a place in the SYN queue, and no ACK for a cookie's SYN-ACK was seen."""
     ACK_DROPPED = "ACK dropped"
     """Its ACK was dropped (cookie_vX_check returned NULL) and no later one got through."""
     ACK_FILTERED = "ACK filtered"
@@ -77,12 +77,13 @@ _STATE_OF_ENDING: dict[int, State] = {
     Ending.REPLACED: State.SUPERSEDED,
 }
 # Where two endings are seen of one handshake the connection that exists has the last word: a
-# stray RST or a rejected keep-alive probe does not undo it.
+# stray RST or a rejected keep-alive probe does not undo it. That the SYN queue took it over is the
+# only end that may turn out to be none, and any other was seen later.
 _RANK_OF_ENDING: dict[int, int] = {
-    Ending.RESET: 1,
-    Ending.REJECTED: 2,
-    Ending.REPLACED: 3,
-    Ending.TAKEN_OVER: 4,
+    Ending.TAKEN_OVER: 1,
+    Ending.RESET: 2,
+    Ending.REJECTED: 3,
+    Ending.REPLACED: 4,
     Ending.COMPLETED: 5,
 }
 
@@ -287,9 +288,22 @@ def _filtered(entry: Handshake) -> tuple[int, ...]:
     )
 
 
+_NO_END = (0, 0, 0, int(Ending.NONE))
+
+
 def _end(entry: Handshake) -> tuple[int, ...]:
     rank = _RANK_OF_ENDING.get(entry.ending, 0)
     return (rank, entry.ended_ns, entry.end_counters, entry.ending)
+
+
+def _end_of(one: Handshake, other: Handshake) -> tuple[int, ...]:
+    """How the handshake ended; an ACK for the cookie's SYN-ACK undoes that the SYN queue has it.
+
+    That client is established, and the request in the SYN queue is never completed (tcp_check_req).
+    """
+    end = max(_end(one), _end(other))
+    answered = any(view.acks_dropped or view.acks_filtered for view in (one, other))
+    return _NO_END if end[3] == Ending.TAKEN_OVER and answered else end
 
 
 def merge(one: Handshake, other: Handshake) -> Handshake:
@@ -299,7 +313,7 @@ def merge(one: Handshake, other: Handshake) -> Handshake:
     matters. What belongs to the last SYN is taken from the view that knows the later SYN.
     """
     syn = one if _last_syn(one) >= _last_syn(other) else other
-    end = one if _end(one) >= _end(other) else other
+    end = _end_of(one, other)
     drop, filtered = max(_last_drop(one), _last_drop(other)), max(_filtered(one), _filtered(other))
     filters = [t for t in (one.first_ack_filtered_ns, other.first_ack_filtered_ns) if t]
     drops = [t for t in (one.first_ack_dropped_ns, other.first_ack_dropped_ns) if t]
@@ -319,9 +333,9 @@ def merge(one: Handshake, other: Handshake) -> Handshake:
         drop_counters=one.drop_counters | other.drop_counters,
         syns_dropped=max(one.syns_dropped, other.syns_dropped),
         bytes_missed=max(one.bytes_missed, other.bytes_missed),
-        ended_ns=end.ended_ns,
-        ending=end.ending,
-        end_counters=end.end_counters,
+        ended_ns=end[1],
+        end_counters=end[2],
+        ending=end[3],
     )
 
 

@@ -194,7 +194,10 @@ RULES: tuple[Rule, ...] = (
         condition=_dropped(by_full_queue=False),
         meaning="ACK came, dropped by this host for another reason",
         proves="an ACK arrived and cookie_vX_check dropped it without an answer",
-        cannot_prove="which of memory, route, security module or bind refused it",
+        cannot_prove=(
+            "which of memory, route, security module, bind or an own request in the SYN queue "
+            "refused it"
+        ),
         advice=(
             "look at dmesg for denials and memory pressure (net.ipv4.tcp_mem, cgroup limits), and "
             "at the route back to the client"

@@ -127,6 +127,18 @@ def repeated(entry: Handshake, *times_ns: int) -> Handshake:
     )
 
 
+def has_answered(entry: Handshake) -> bool:
+    """Whether the client has acknowledged a cookie."""
+    return entry.acks_dropped > 0 or entry.acks_filtered > 0
+
+
+def gone_on(entry: Handshake) -> Handshake:
+    """The entry when such an ACK comes: that the SYN queue has it is no end."""
+    if entry.ending != Ending.TAKEN_OVER:
+        return entry
+    return entry._replace(ending=Ending.NONE, ended_ns=0, end_counters=0)
+
+
 def ack_dropped(entry: Handshake, time_ns: int, counters: int = OVERFLOW) -> Handshake:
     """The entry after a further ACK was dropped."""
     return entry._replace(
@@ -263,6 +275,8 @@ class Table:
         entry = self.entries.get(key)
         if entry is not None and entry.client_isn != isn:
             self._end(EventKind.REPLACED, Ending.REPLACED, key, now_ns)
+        elif entry is not None and not entry.ending and has_answered(entry):
+            self._tell(EventKind.TAKEN_OVER, key, now_ns)
         else:
             self._end(EventKind.TAKEN_OVER, Ending.TAKEN_OVER, key, now_ns)
 
@@ -284,14 +298,14 @@ class Table:
         """An ACK that cookie_vX_check drops."""
         entry = self.entries.get(key)
         if entry is not None:
-            self.entries[key] = ack_dropped(entry, now_ns, counters)
+            self.entries[key] = ack_dropped(gone_on(entry), now_ns, counters)
             self._tell(EventKind.ACK_DROPPED, key, now_ns)
 
     def ack_filtered(self, key: FourTuple, now_ns: int) -> None:
-        """An ACK that something drops before TCP."""
+        """An ACK for the last cookie's SYN-ACK that something drops before TCP."""
         entry = self.entries.get(key)
-        if entry is not None and not entry.ending:
-            self.entries[key] = ack_filtered(entry, now_ns)
+        if entry is not None and entry.ending in (Ending.NONE, Ending.TAKEN_OVER):
+            self.entries[key] = ack_filtered(gone_on(entry), now_ns)
             self._tell(EventKind.ACK_FILTERED, key, now_ns)
 
     def ack_too_late(self, key: FourTuple, now_ns: int) -> None:

@@ -81,22 +81,23 @@ class Client:
         self.port = next(_ports)
         address = source_addresses(SILENT_SOURCES[where.family], 1)[0]
         self.four_tuple = FourTuple(address, self.port, where.server_ip, PORT)
+        self.cookie_isn: int | None = None
 
     def connect(self, mss_index: int = 3, times: int = 1) -> None:
         """Have a SYN answered, several times if need be."""
         syn = make_syn(self.four_tuple, ISN, MSS_TABLE[self._site.family][mss_index])
         for _ in range(times):
             send_in_bursts(self._site.topology.client, self._site.watch, [syn])
+        self.cookie_isn = self._site.watch.records[self.four_tuple].cookie_isn
 
     def send(self, offset: int, payload: bytes = b"", wrong_by: int = 0) -> None:
         """A segment whose data begin so far into the stream; no data: an ACK."""
-        cookie = self._site.watch.records[self.four_tuple].cookie_isn
-        assert cookie is not None
+        assert self.cookie_isn is not None
         send_segment(
             self._site.topology.client,
             self.four_tuple,
             ISN + 1 + offset,
-            cookie + 1,
+            self.cookie_isn + 1,
             payload,
             wrong_by,
         )

@@ -107,6 +107,18 @@ def test_the_summary_counts_who_was_connected_by_an_ordinary_handshake() -> None
     assert summary["verdicts"] == {"completed": 1}
 
 
+def test_who_was_believed_connected_and_holds_a_cookie_is_not_counted_as_that() -> None:
+    kernel = FakeKernel()
+    kernel.at(at(0), handshake())
+    taken = ended(handshake(), Ending.TAKEN_OVER, at(5))
+    kernel.at(at(5), taken, event(EventKind.TAKEN_OVER, taken, at(5)))
+    stuck = ack_dropped(handshake(), at(6))
+    kernel.at(at(6), stuck, event(EventKind.ACK_DROPPED, stuck, at(6)))
+    *told, summary = live(kernel, 12)
+    assert [line["verdict"] for line in told] == ["ack-missing", "recovered", "accept-queue-full"]
+    assert summary["verdicts"] == {"accept-queue-full": 1, "completed": 0}
+
+
 def test_stop_ends_with_the_summary() -> None:
     assert live(FakeKernel(), None, stop=True)[-1]["type"] == "summary"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from tcpstuck_bpf.correlate import FlowFlags, FlowReport, State
@@ -14,6 +16,7 @@ from tests.builders import (
     START_NS,
     TIMEOUT_NS,
     ack_dropped,
+    ack_filtered,
     at,
     correlator,
     ended,
@@ -203,6 +206,37 @@ def test_a_connection_is_told_where_something_else_was_told_before(
     told = reports([event(kind, done, at(5))], at(5), watching)
     assert [(r.state, r.previous) for r in told] == [(State.COMPLETED, State.REPEATING)]
     assert watching.stats().told_now == {State.COMPLETED: 1}
+
+
+@pytest.mark.parametrize(
+    ("lose_ack", "kind", "state"),
+    [
+        (ack_dropped, EventKind.ACK_DROPPED, State.ACK_DROPPED),
+        (ack_filtered, EventKind.ACK_FILTERED, State.ACK_FILTERED),
+    ],
+)
+@pytest.mark.parametrize("told_before", [False, True])
+@pytest.mark.parametrize("late_event", [False, True])
+def test_a_client_that_holds_the_cookie_is_stuck_whatever_the_syn_queue_holds(
+    lose_ack: Callable[[Handshake, int], Handshake],
+    kind: EventKind,
+    state: State,
+    told_before: bool,
+    late_event: bool,
+) -> None:
+    """The request of its repeated SYN waits for an ACK that an established client never sends."""
+    watching = correlator()
+    silent = [sweep(at(3), SYN_ONCE)] if told_before else []
+    taken = event(EventKind.TAKEN_OVER, ended(SYN_ONCE, Ending.TAKEN_OVER, at(4)), at(4))
+    entry = lose_ack(SYN_ONCE, at(5))
+    lost = event(kind, entry, at(5))
+    told = reports(silent, at(3), watching)
+    for seen in (lost, taken) if late_event else (taken, lost):
+        told += reports([seen], at(5), watching)
+    told += reports([sweep(at(9), entry)], at(9), watching)
+    assert told[-1].state is state
+    assert watching.stats().told_now == {state: 1}
+    assert (watching.stats().ever_stuck, watching.stats().still_stuck) == (1, 1)
 
 
 @pytest.mark.parametrize("tell_healthy", [False, True])

@@ -47,6 +47,15 @@ class TestExpired:
         ]
         assert leaving(watching, at(1), 1, self.ROOMY) == []
 
+    def test_what_the_syn_queue_took_over_stays_as_long_as_a_cookie_of_it_is_valid(self) -> None:
+        """Its ACK may come yet, and be dropped: gone, that client would be stuck unseen."""
+        valid_s = 2 * 60
+        watching = correlator()
+        taken = ended(SYN_ONCE, Ending.TAKEN_OVER, at(1))
+        assert reports([sweep(at(1), taken)], at(1), watching) == []
+        assert leaving(watching, at(valid_s), 1, self.ROOMY) == []
+        assert leaving(watching, at(valid_s) + 1, 1, self.ROOMY) == [four_tuple()]
+
     def test_an_entry_that_is_still_there_goes_again(self) -> None:
         watching = correlator()
         rows = sweep(at(1), ended(SYN_ONCE, Ending.RESET, at(1)))
