@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from tcpstuck_bpf.correlate import Correlator
-from tcpstuck_bpf.flow import FlowReport, State
+from tcpstuck_bpf.flow import FlowReport, State, ending_of
 from tcpstuck_bpf.kernel_log import WarningHistory
 from tcpstuck_bpf.listener_history import ListenerHistory
 from tcpstuck_bpf.model import (
@@ -209,8 +209,8 @@ class Analysis:
 def _more_taken_over(report: FlowReport) -> int:
     """Connections that the SYN queue is told to have made; -1 for one that turns out to be none."""
     before = report.previous_facts
-    was = before is not None and before[0].ending == Ending.TAKEN_OVER
-    return (report.handshake.ending == Ending.TAKEN_OVER) - was
+    was = before is not None and ending_of(before[0]) == Ending.TAKEN_OVER
+    return (ending_of(report.handshake) == Ending.TAKEN_OVER) - was
 
 
 def _total(start: NetnsCounts, end: NetnsCounts) -> Counter[NetnsCount]:

@@ -31,6 +31,7 @@ from tcpstuck_bpf.flow import (
     State,
     TimelineEntry,
     decide,
+    ending_of,
     is_remarkable,
     is_torn,
 )
@@ -365,7 +366,7 @@ class Correlator:
 
     def _has_left(self, flow: Flow, since_syn_ns: int) -> bool:
         """Whether nothing more is to be learned of a judged flow by keeping its entry."""
-        if flow.handshake.ending == Ending.TAKEN_OVER:
+        if ending_of(flow.handshake) == Ending.TAKEN_OVER:
             return since_syn_ns > min(_COOKIE_VALID_NS, self._row_life_ns)
         ended = flow.state in ENDED_STATES and not flow.unsettled
         return ended or since_syn_ns > self._row_life_ns
@@ -373,7 +374,7 @@ class Correlator:
     def _let_go(self, four_tuple: FourTuple, flow: Flow, leaving: list[HandshakeId]) -> None:
         flow.in_table = False
         leaving.append(HandshakeId(four_tuple, flow.handshake.first_syn_ns))
-        if flow.handshake.ending == Ending.NONE:
+        if ending_of(flow.handshake) == Ending.NONE:
             self._counts["let_go"] += 1
 
     def stats(self) -> CorrelatorStats:

@@ -16,6 +16,7 @@ from tcpstuck_bpf.flow import (
     Segment,
     State,
     bytes_missed,
+    ending_of,
 )
 from tcpstuck_bpf.model import Ending, EventKind, Handshake, Moved
 from tcpstuck_bpf.netfilter import rule_text
@@ -212,7 +213,7 @@ def _connection(report: FlowReport) -> Iterator[str]:
     if entry.acks_dropped:
         yield from _drop_sentences(report)
     when = _offset(report, entry.ended_ns)
-    if entry.ending == Ending.TAKEN_OVER:
+    if ending_of(entry) == Ending.TAKEN_OVER:
         yield f"a repeated SYN was answered by a normal handshake at {when}"
         return
     segments = _segments(report, EventKind.COMPLETED)

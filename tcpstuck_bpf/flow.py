@@ -288,22 +288,9 @@ def _filtered(entry: Handshake) -> tuple[int, ...]:
     )
 
 
-_NO_END = (0, 0, 0, int(Ending.NONE))
-
-
 def _end(entry: Handshake) -> tuple[int, ...]:
     rank = _RANK_OF_ENDING.get(entry.ending, 0)
     return (rank, entry.ended_ns, entry.end_counters, entry.ending)
-
-
-def _end_of(one: Handshake, other: Handshake) -> tuple[int, ...]:
-    """How the handshake ended; an ACK for the cookie's SYN-ACK undoes that the SYN queue has it.
-
-    That client is established, and the request in the SYN queue is never completed (tcp_check_req).
-    """
-    end = max(_end(one), _end(other))
-    answered = any(view.acks_dropped or view.acks_filtered for view in (one, other))
-    return _NO_END if end[3] == Ending.TAKEN_OVER and answered else end
 
 
 def merge(one: Handshake, other: Handshake) -> Handshake:
@@ -313,7 +300,7 @@ def merge(one: Handshake, other: Handshake) -> Handshake:
     matters. What belongs to the last SYN is taken from the view that knows the later SYN.
     """
     syn = one if _last_syn(one) >= _last_syn(other) else other
-    end = _end_of(one, other)
+    end = max(_end(one), _end(other))
     drop, filtered = max(_last_drop(one), _last_drop(other)), max(_filtered(one), _filtered(other))
     filters = [t for t in (one.first_ack_filtered_ns, other.first_ack_filtered_ns) if t]
     drops = [t for t in (one.first_ack_dropped_ns, other.first_ack_dropped_ns) if t]
@@ -345,6 +332,15 @@ def bytes_missed(entry: Handshake) -> int:
     Below 0: it waits for so many before the first, which the client never sends.
     """
     return (entry.bytes_missed + 2**31) % 2**32 - 2**31
+
+
+def ending_of(entry: Handshake) -> int:
+    """How a handshake ended; an ACK for a cookie's SYN-ACK undoes that the SYN queue took it over.
+
+    That client is established, and the request in the SYN queue is never completed (tcp_check_req).
+    """
+    answered = entry.acks_dropped > 0 or entry.acks_filtered > 0
+    return Ending.NONE if entry.ending == Ending.TAKEN_OVER and answered else entry.ending
 
 
 def is_remarkable(entry: Handshake) -> bool:
@@ -395,7 +391,7 @@ def decide(entry: Handshake, told: State | None, timeout_ns: int) -> Decision:
     most twice the last interval, so a client that is still without a SYN-ACK would have repeated
     by then. (Linux from 6.5 repeats linearly first, see tcp_syn_linear_timeouts, i.e. earlier.)
     """
-    ended = _STATE_OF_ENDING.get(entry.ending)
+    ended = _STATE_OF_ENDING.get(ending_of(entry))
     if ended is State.COMPLETED and entry.bytes_missed:
         ended = State.DATA_LOST
     if ended is not None:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from tcpstuck_bpf.drops import NO_NAMES, Drop, drop_of
 from tcpstuck_bpf.evidence import evidence
-from tcpstuck_bpf.flow import FlowReport, State, TimelineEntry, bytes_missed
+from tcpstuck_bpf.flow import FlowReport, State, TimelineEntry, bytes_missed, ending_of
 from tcpstuck_bpf.model import (
     SOFTIRQ_LOCK,
     Coverage,
@@ -317,7 +317,7 @@ def _certainty(
     gave_up_maybe = report.state is State.SILENT and report.handshake.syn_count > 1
     if missing or gave_up_maybe or report.state is State.UNANSWERED:
         return "possible"
-    if report.handshake.ending == Ending.TAKEN_OVER:
+    if ending_of(report.handshake) == Ending.TAKEN_OVER:
         # Nobody has seen the end of the ordinary handshake that took over.
         return "likely"
     if drop is not None and drop.maybe_answered:

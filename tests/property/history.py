@@ -58,9 +58,15 @@ def _after(truth: Truth, when_ns: int, segment: str, isn: int) -> Truth:
         # The first one makes it.
         if truth.first_syn_ns and truth.over not in ("ack", "ack too late"):
             truth.over = segment
-    elif owed:
+    elif owed or _goes_on(truth, segment):
+        truth.over = None
         _count(truth, segment, isn)
     return truth
+
+
+def _goes_on(truth: Truth, segment: str) -> bool:
+    """Whether the client shows that it took the cookie's SYN-ACK, and not the SYN queue's."""
+    return truth.over == "syn taken" and segment in ("ack dropped", "ack filtered")
 
 
 def _count(truth: Truth, segment: str, isn: int) -> None:
@@ -73,5 +79,8 @@ def _count(truth: Truth, segment: str, isn: int) -> None:
         truth.acks_dropped += 1
     elif segment == "ack filtered":
         truth.acks_filtered += 1
+    elif segment == "syn taken" and (truth.acks_dropped or truth.acks_filtered):
+        # An established client takes no other SYN-ACK: the SYN was slower than its ACK.
+        pass
     elif segment in ENDS:
         truth.over = segment
