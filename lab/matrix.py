@@ -57,6 +57,8 @@ if TYPE_CHECKING:
 
 CORE = ("overflow", "ack-dropped", "ack-lost", "client-reset", "healthy", "mss")
 """The scenarios that are played where there is no time for all."""
+CORE_TESTS = f"test_scenarios and ({' or '.join(CORE)})"
+"""pytest's -k for them: other tests, with starts of the tool of their own, have like names."""
 ROW_LIMIT_S = 3 * 3600.0
 """For the tests of one guest: a slow machine is not a failure."""
 REPORTING_S = 900.0
@@ -127,7 +129,7 @@ def pytest_command(share: Path, select: str | None, limit_s: float) -> list[str]
     settings = (f"timeout={KERNEL_TEST_LIMIT_S}", "junit_logging=all")
     tests = [
         *("timeout", "--signal=INT", f"--kill-after={REPORTING_S / 2:g}", f"{limit_s:g}"),
-        *("/usr/bin/python3", "-m", "pytest", "-v", "-rsfE", "--durations=10"),
+        *("/usr/bin/python3", "-m", "pytest", "-v", "-rsfE", "--durations=40"),
         *("-p", "no:cacheprovider", "-m", "not slow"),
         *(word for setting in settings for word in ("-o", setting)),
         f"--junitxml={share / REPORT_FILE}",
@@ -229,7 +231,7 @@ def _results(arguments: argparse.Namespace) -> list[RowResult]:
     demanded = () if arguments.select else MODES
     chosen = arguments.rows or ROWS
     if arguments.guests == 1:
-        select = " or ".join(CORE) if arguments.core else arguments.select
+        select = CORE_TESTS if arguments.core else arguments.select
         place = None
         if arguments.place:
             kernel, root = arguments.place

@@ -227,6 +227,10 @@ class TestReport:
         ]
         assert " ".join(lines[2]).endswith("0 0 2 (no trampolines); 1 (slow) reported only")
 
+    def test_the_notes_have_a_column_where_there_are_any(self) -> None:
+        assert matrix_report.table(self.RESULTS).splitlines()[0].split()[-1] == "note"
+        assert matrix_report.table(self.RESULTS[:1]).splitlines()[0].split()[-1] == "skipped"
+
     def test_the_file_says_the_same_and_why(self) -> None:
         written = json.loads(json.dumps(matrix_report.as_json(self.RESULTS)))
         table = matrix_report.table(self.RESULTS).splitlines()[2:]
