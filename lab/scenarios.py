@@ -7,13 +7,12 @@ scenario knows the tracer; a caller that wants one watching starts and stops it 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lab.clients import WAITING
 from lab.errors import LabError
-from lab.faults import ack_rule, dropping, held_back, syn_rule, synack_rule
+from lab.faults import ack_rule, dropping, held_back, synack_rule
 from lab.patience import LOAD_S
 from lab.records import FourTuple, Outcome
 from lab.scene import FAMILIES, PORT, Scene, Settings, Stage, go_on
@@ -262,24 +261,15 @@ def play(
 
 
 def connect_in_one_batch(scene: Scene) -> None:
-    """All clients connect, and their SYN-ACKs reach them together.
-
-    From then on no SYN is repeated. The first ACKs make room in the SYN queue, and a SYN that came
-    before its client has heard of the cookie would be taken into it: that client's ACK would be
-    dropped because of its own request, not because of the accept queue.
-    """
-    clients, port = scene.settings.clients, scene.settings.port
-    with contextlib.ExitStack() as silence:
-        with held_back(scene.topology.server):
-            scene.connect()
-            scene.watch.until(
-                lambda: len(scene.watch.records) == clients and scene.syns_answered() >= clients,
-                "an answer to every SYN",
-            )
-            silence.enter_context(
-                dropping(scene.topology.client, syn_rule(port), scene.ip_version, "OUTPUT")
-            )
-        scene.clients.await_counts(settled=clients)
+    """All clients connect, and their SYN-ACKs reach them together."""
+    clients = scene.settings.clients
+    with held_back(scene.topology.server):
+        scene.connect()
+        scene.watch.until(
+            lambda: len(scene.watch.records) == clients and scene.syns_answered() >= clients,
+            "an answer to every SYN",
+        )
+    scene.clients.await_counts(settled=clients)
 
 
 def _stuck_once_all_is_quiet(scene: Scene) -> frozenset[FourTuple]:
