@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
@@ -33,6 +34,15 @@ KERNEL_TEST_LIMIT_S = 600
 """For one kernel test: emulation is some 20 times slower than the machine itself."""
 FORCE_VARIABLE = "TCPSTUCK_FORCE_KERNEL_TESTS"
 """Set, it turns the skip of a kernel test that cannot run here into a failure."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which tests of the groups that have some."""
+
+    slow: bool = False
+    kernel_files: str = "*"
+    """A shell pattern of names: where two guests share the kernel group, each has its own."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +102,7 @@ def _python_tool(*command: str) -> Tally:
     return _tool(sys.executable, "-m", *command)
 
 
-def _lint(_slow: bool) -> Tally:
+def _lint(_selection: Selection) -> Tally:
     """Check style: Python, C, and shell where shellcheck is installed."""
     sources = sorted(
         str(path)
@@ -106,7 +116,7 @@ def _lint(_slow: bool) -> Tally:
     return total
 
 
-def _types(_slow: bool) -> Tally:
+def _types(_selection: Selection) -> Tally:
     return _python_tool("mypy")
 
 
@@ -114,22 +124,34 @@ def _marks(slow: bool) -> list[str]:
     return [] if slow else ["-m", "not slow"]
 
 
-def _unit(slow: bool) -> Tally:
+def _unit(selection: Selection) -> Tally:
     """Run the tests that need neither root nor BCC."""
     directories = [name for name in UNIT_DIRECTORIES if (REPOSITORY / name).is_dir()]
     with tempfile.TemporaryDirectory(prefix="tcpstuck-tests-") as scratch:
         report = Path(scratch) / "unit.xml"
-        command = [*PYTEST, f"--junitxml={report}", *_marks(slow), *directories]
+        command = [*PYTEST, f"--junitxml={report}", *_marks(selection.slow), *directories]
         status = subprocess.run(command, cwd=REPOSITORY, stdin=subprocess.DEVNULL).returncode
         return tally_report(report, status)
 
 
-def _kernel(slow: bool) -> Tally:
+def kernel_files(pattern: str) -> list[str]:
+    """The kernel tests' files whose names match. Raises LabError where none does."""
+    files = sorted((REPOSITORY / KERNEL_DIRECTORY).glob("test_*.py"))
+    chosen = [
+        f"{KERNEL_DIRECTORY}/{file.name}" for file in files if fnmatchcase(file.name, pattern)
+    ]
+    if not chosen:
+        raise LabError("there is nothing to test", f"no file is like {pattern}", "see tests/kernel")
+    return chosen
+
+
+def _kernel(selection: Selection) -> Tally:
     """Run the tests that need a kernel, where they must not skip for the lack of one."""
+    slow, files = selection.slow, kernel_files(selection.kernel_files)
     with tempfile.TemporaryDirectory(prefix="tcpstuck-tests-") as scratch:
         report = Path(scratch) / "kernel.xml"
         limit = f"timeout={KERNEL_TEST_LIMIT_S}"
-        command = [*PYTEST, f"--junitxml={report}", *_marks(slow), "-o", limit, KERNEL_DIRECTORY]
+        command = [*PYTEST, f"--junitxml={report}", *_marks(slow), "-o", limit, *files]
         options = GuestOptions(
             shares=(Path(scratch),),
             environment={FORCE_VARIABLE: "1"},
@@ -155,7 +177,7 @@ def tally_report(report: Path, status: int) -> Tally:
     return counted
 
 
-GROUPS: dict[str, Callable[[bool], Tally]] = {
+GROUPS: dict[str, Callable[[Selection], Tally]] = {
     "lint": _lint,
     "types": _types,
     "unit": _unit,
@@ -163,13 +185,13 @@ GROUPS: dict[str, Callable[[bool], Tally]] = {
 }
 
 
-def run_groups(names: list[str], slow: bool) -> Tally:
+def run_groups(names: list[str], selection: Selection) -> Tally:
     """Run the groups in order, all of them whatever fails, with a line after each."""
     total = Tally()
     for name in names:
         began = time.monotonic()
         try:
-            counted = GROUPS[name](slow)
+            counted = GROUPS[name](selection)
         except LabError as error:
             print("\n".join(error.lines()))
             counted = Tally(errors=1)
@@ -181,7 +203,9 @@ def run_groups(names: list[str], slow: bool) -> Tally:
 
 def _test_command(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
-    total = run_groups(arguments.groups or list(GROUPS), arguments.slow)
+    total = run_groups(
+        arguments.groups or list(GROUPS), Selection(arguments.slow, arguments.kernel_files)
+    )
     print(total.closing_line(time.monotonic() - began))
     return 0 if total.good else 1
 
@@ -191,4 +215,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("test", help="run the project's checks and tests")
     parser.add_argument("groups", metavar="GROUP", nargs="*", help=f"of {', '.join(GROUPS)}")
     parser.add_argument("--slow", action="store_true", help="the slow tests too")
+    parser.add_argument(
+        "--kernel-files", metavar="PATTERN", default="*", help="of the kernel group only these"
+    )
     parser.set_defaults(run=_test_command)
