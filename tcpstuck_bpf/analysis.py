@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from tcpstuck_bpf.correlate import Correlator
-from tcpstuck_bpf.flow import FlowReport, State, ending_of
+from tcpstuck_bpf.flow import FlowReport, State
 from tcpstuck_bpf.kernel_log import WarningHistory
 from tcpstuck_bpf.listener_history import ListenerHistory
 from tcpstuck_bpf.model import (
     ATTEMPT_NOT_SENT,
     ATTEMPT_SENT,
-    Ending,
     HandshakeId,
     KernelNames,
     NetnsCount,
@@ -60,7 +59,6 @@ class Analysis:
         """The flows that came into another state at the latest Advanced."""
         self.told = 0
         self._verdicts: Counter[str] = Counter()
-        self._taken_over = 0
         self._names = KernelNames({}, {}, {}, {})
         self._listeners = ListenerHistory()
         self._warnings = WarningHistory()
@@ -105,7 +103,6 @@ class Analysis:
         reports = self.reports = self.correlator.advance(now_ns)
         judged = (judge(report, self.header.coverage, self._names) for report in reports)
         findings = [self._with_warnings(finding) for finding in judged if finding is not None]
-        self._taken_over += sum(map(_more_taken_over, reports))
         for finding in findings:
             self._verdicts[finding.verdict] += 1
             if finding.updates is not None:
@@ -151,7 +148,7 @@ class Analysis:
         recovered = stats.told_now.get(State.RECOVERED, 0)
         told = {name: number for name, number in self._verdicts.items() if number > 0}
         # Those that an ordinary handshake took over were connected without a cookie's ACK.
-        connected = counted[NetnsCount.COMPLETED] + self._taken_over
+        connected = counted[NetnsCount.COMPLETED] + stats.taken_over
         rescued = stats.told_now.get(State.RESCUED, 0)
         data_lost = stats.told_now.get(State.DATA_LOST, 0)
         told["completed"] = max(0, connected - recovered - rescued - data_lost)
@@ -204,13 +201,6 @@ class Analysis:
             rescued=rescued,
             left_alone=self._left_alone,
         )
-
-
-def _more_taken_over(report: FlowReport) -> int:
-    """Connections that the SYN queue is told to have made; -1 for one that turns out to be none."""
-    before = report.previous_facts
-    was = before is not None and ending_of(before[0]) == Ending.TAKEN_OVER
-    return (ending_of(report.handshake) == Ending.TAKEN_OVER) - was
 
 
 def _total(start: NetnsCounts, end: NetnsCounts) -> Counter[NetnsCount]:

@@ -92,6 +92,8 @@ class CorrelatorStats:
     """Flows told as stuck at any time."""
     still_stuck: int
     """Of these, the ones still in a stuck state."""
+    taken_over: int
+    """Flows told as connected that an ordinary handshake connected, and no cookie's ACK."""
     untold: Mapping[State, int]
     """Flows that ended without being told: healthy ones that user space came to see."""
     pending: int
@@ -282,6 +284,12 @@ class Correlator:
 
     def _settle(self, four_tuple: FourTuple, flow: Flow, now_ns: int) -> FlowReport | None:
         """Bring a flow into the state its facts put it in by `now_ns`; a report if that is told."""
+        report = self._settled(four_tuple, flow, now_ns)
+        was, flow.told_taken_over = flow.told_taken_over, _is_told_taken_over(flow)
+        self._counts["taken_over"] += flow.told_taken_over - was
+        return report
+
+    def _settled(self, four_tuple: FourTuple, flow: Flow, now_ns: int) -> FlowReport | None:
         decision = decide(flow.handshake, flow.told, self._timeout_ns)
         state = decision.state
         if state in _CONNECTED_STATES and flow.ever_stuck:
@@ -387,6 +395,7 @@ class Correlator:
             told_now=told_now,
             ever_stuck=self._counts["ever_stuck"],
             still_stuck=sum(told_now.get(state, 0) for state in STUCK_STATES),
+            taken_over=self._counts["taken_over"],
             untold={state: number for state, number in self._untold.items() if number},
             pending=self._young_in_sweep + undecided,
             flows=len(self._flows),
@@ -398,6 +407,14 @@ class Correlator:
             duplicate=self._counts["duplicate"],
             torn=self._counts["torn"],
         )
+
+
+def _is_told_taken_over(flow: Flow) -> bool:
+    """Whether it is told as connected by the SYN queue alone.
+
+    An ACK that undoes that (`ending_of`) does so here only when that is told.
+    """
+    return flow.told in _CONNECTED_AT_LAST and flow.handshake.ending == Ending.TAKEN_OVER
 
 
 def _report(four_tuple: FourTuple, flow: Flow, state: State, decided_ns: int) -> FlowReport:

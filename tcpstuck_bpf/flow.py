@@ -178,6 +178,7 @@ class Flow:
         "state",
         "told",
         "told_facts",
+        "told_taken_over",
         "unanswered",
         "unsettled",
     )
@@ -192,6 +193,7 @@ class Flow:
         self.state: State | None = None
         self.told: State | None = None
         self.told_facts: tuple[Handshake, tuple[Segment, ...]] | None = None
+        self.told_taken_over = False
         self.ever_stuck = False
         self.in_table = False
         self.unsettled = True

@@ -11,12 +11,14 @@ from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.app import Live
 from tcpstuck_bpf.model import (
     Coverage,
+    Ending,
     Event,
     FourTuple,
     Handshake,
     HandshakeId,
     KernelCounters,
     ListenerFacts,
+    NetnsCount,
     NetnsCounts,
     Row,
     Sweep,
@@ -30,6 +32,11 @@ from tests.builders import (
     four_tuple,
     header,
 )
+
+
+def is_completed(entry: Handshake | None) -> bool:
+    """Whether the programs have counted it as completed."""
+    return entry is not None and entry.ending == Ending.COMPLETED
 
 
 class FakeKernel:
@@ -52,6 +59,7 @@ class FakeKernel:
         self.choices: list[int] = []
         self.sweep_cost_ns = 0
         self.forgotten: list[FourTuple] = []
+        self.completed = 0
         self.closed = False
 
     def at(self, time_ns: int, entry: Handshake | None, told: Event | None = None) -> None:
@@ -63,9 +71,10 @@ class FakeKernel:
         events = []
         while self.script and self.script[0][0] <= self.now_ns:
             _, who, entry, told = self.script.pop(0)
-            self.table.pop(who, None)
+            before = self.table.pop(who, None)
             if entry is not None:
                 self.table[who] = entry
+                self.completed += is_completed(entry) and not is_completed(before)
             if told is not None:
                 events.append(told)
         return events
@@ -92,7 +101,7 @@ class FakeKernel:
             del self.table[who]
 
     def counts(self) -> NetnsCounts:
-        return {}
+        return {four_tuple().netns: {NetnsCount.COMPLETED: self.completed}}
 
     def listeners(self) -> tuple[ListenerFacts, ...]:
         return ()

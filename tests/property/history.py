@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from tcpstuck_bpf.model import FourTuple
+from tcpstuck_bpf.model import FourTuple, HandshakeId
 
 ENDS = ("ack", "ack rejected", "reset", "syn taken")
 
@@ -45,6 +45,16 @@ class History:
                 break
             truth = _after(truth, when_ns, segment, isn)
         return truth
+
+    def ends(self) -> dict[HandshakeId, Truth]:
+        """Every handshake, and how things stood when the next one of its 4-tuple began, or now."""
+        found = {}
+        for key, segments in self._segments.items():
+            truth = Truth()
+            for segment in segments:
+                truth = _after(truth, *segment)
+                found[HandshakeId(key, truth.first_syn_ns)] = truth
+        return found
 
 
 def _after(truth: Truth, when_ns: int, segment: str, isn: int) -> Truth:

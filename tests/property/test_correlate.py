@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from tcpstuck_bpf.correlate import Correlator, FlowReport, State
@@ -26,6 +26,7 @@ from tests.property.history import Truth
 from tests.property.world import CLIENTS, World
 
 NO_PROBES = Coverage("none")
+CONNECTED_STATES = frozenset({State.COMPLETED, State.RECOVERED, State.RESCUED, State.DATA_LOST})
 
 # Values near each other, near the edges of their fields and far beyond sense.
 TIMES = st.one_of(
@@ -185,6 +186,31 @@ def test_verdicts_are_what_truly_happened(
             assert report.decided_ns - truth.first_syn_ns >= TIMEOUT_NS
     for client in range(CLIENTS):
         _assert_last_handshake_is_judged_right(world, client)
+
+
+TAKEN_OVER_LATE = ((0, "syn", 1), (1, "syn", seconds(4)), "tidy", (0, "syn taken", 1), "tidy")
+
+
+@given(world_steps, st.booleans())
+@example([*TAKEN_OVER_LATE, (0, "ack", 1), "tidy"], False)
+@example([*TAKEN_OVER_LATE, (0, "ack dropped", 1), "tidy", (0, "ack", 1)], False)
+@example([*TAKEN_OVER_LATE, (0, "ack dropped", 1), (1, "reset", seconds(9)), "tidy"], True)
+@example([*TAKEN_OVER_LATE, (0, "new syn", 1), (0, "ack", 1)], False)
+def test_who_is_told_as_connected_is_counted_once(
+    steps: list[tuple[int, str, int] | str], tell_healthy: bool
+) -> None:
+    """The programs count who completed a cookie; who is told and did not is added to them."""
+    world = _watched(steps, [], tell_healthy)
+    assume(not world.let_go and not world.correlator.stats().late)
+    told = {
+        HandshakeId(report.four_tuple, report.handshake.first_syn_ns): report.state
+        for report in world.told
+    }
+    truths = world.history.ends()
+    completed = {name for name in told if truths[name].over in ("ack", "ack too late")}
+    connected = {name for name, state in told.items() if state in CONNECTED_STATES}
+    assert completed <= connected
+    assert world.correlator.stats().taken_over == len(connected - completed)
 
 
 def _assert_last_handshake_is_judged_right(world: World, client: int) -> None:

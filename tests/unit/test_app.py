@@ -119,6 +119,25 @@ def test_who_was_believed_connected_and_holds_a_cookie_is_not_counted_as_that() 
     assert summary["verdicts"] == {"accept-queue-full": 1, "completed": 0}
 
 
+@pytest.mark.parametrize("repeats", [(), (1, 3)])
+def test_who_was_believed_connected_and_completes_a_cookie_is_counted_once(
+    repeats: tuple[float, ...],
+) -> None:
+    kernel = FakeKernel()
+    waiting = repeated(handshake(), *map(at, repeats)) if repeats else handshake()
+    kernel.at(at(3) if repeats else at(0), waiting)
+    taken = ended(waiting, Ending.TAKEN_OVER, at(5))
+    kernel.at(at(5), taken, event(EventKind.TAKEN_OVER, taken, at(5)))
+    done = ended(waiting, Ending.COMPLETED, at(6))
+    kernel.at(at(6), done, event(EventKind.COMPLETED, done, at(6)))
+    *told, summary = live(kernel, 12)
+    assert [line["verdict"] for line in told] == (
+        ["synack-missing", "completed"] if repeats else ["ack-missing", "recovered"]
+    )
+    connected = {"completed": 1} if repeats else {"completed": 0, "recovered": 1}
+    assert summary["verdicts"] == connected
+
+
 def test_stop_ends_with_the_summary() -> None:
     assert live(FakeKernel(), None, stop=True)[-1]["type"] == "summary"
 
