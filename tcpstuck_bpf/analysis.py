@@ -183,7 +183,7 @@ class Analysis:
             filtered=bool(wanted.ports or wanted.family or wanted.listener_address),
             notes=ended.notes,
             rescue=self._rescue_totals(rescued),
-            listeners=self._listeners.reports(),
+            listeners=self._listeners.reports(self.header.coverage.gaps),
         )
 
     def _rescue_totals(self, rescued: int) -> RescueTotals | None:

@@ -11,7 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from tcpstuck_bpf.model import ListenerFacts, ListenerSeen, address_text
+from tcpstuck_bpf.model import (
+    IPV4_MAPPED_PREFIX,
+    CoverageGap,
+    ListenerFacts,
+    ListenerSeen,
+    address_text,
+)
 
 SOMAXCONN = "core.somaxconn"
 SYNCOOKIES = "ipv4.tcp_syncookies"
@@ -31,6 +37,10 @@ _KNOBS = {
     "httpd": "ListenBacklog of Apache",
 }
 _GENERIC_KNOB = "the backlog that the application gives to listen()"
+_FIGURES_NEED = frozenset(
+    {"cookie_v6_init_sequence", "cookie_v6_check", "tcp_check_req", "kernel counters"}
+)
+"""What may be missing that counts who needed a place."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,17 @@ def cookie_reason(facts: ListenerFacts, settings: Mapping[str, int]) -> str | No
     return by_sysctl or by_queue
 
 
-def report(seen: Sequence[ListenerSeen], need: SynNeed) -> ListenerReport:
+def _unseen(seen: Iterable[ListenerSeen], gaps: Iterable[CoverageGap]) -> Iterable[str]:
+    """What the figures lack for want of probes."""
+    ipv4_only = all(one.facts.server_address.startswith(IPV4_MAPPED_PREFIX) for one in seen)
+    for gap in gaps:
+        if gap.probe in _FIGURES_NEED and not (ipv4_only and "_v6_" in gap.probe):
+            yield f"Without {gap.probe} {gap.lost}: rather more than less."
+
+
+def report(
+    seen: Sequence[ListenerSeen], need: SynNeed, gaps: Sequence[CoverageGap] = ()
+) -> ListenerReport:
     """Judge a listener by what was seen of each of its addresses (one at least)."""
     facts = merged([one.facts for one in seen])
     owners = tuple(sorted({owner for one in seen for owner in one.owners}))
@@ -151,6 +171,7 @@ def report(seen: Sequence[ListenerSeen], need: SynNeed) -> ListenerReport:
             f"Not counted: who sent the {facts.syns_refused} SYNs that were dropped for a full "
             "accept queue (a client tries again after 1, 3, 7 s), so rather more than less."
         )
+    working += _unseen(seen, gaps)
     advised = max(wanted, default=None)
     return ListenerReport(
         netns=facts.netns,

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 
 from tcpstuck_bpf.listener import ListenerReport, SynNeed, report
 from tcpstuck_bpf.model import (
+    CoverageGap,
     Ending,
     FourTuple,
     HandshakeId,
@@ -108,8 +109,11 @@ class ListenerHistory:
             sum(need.silent for need in needs),
         )
 
-    def reports(self) -> tuple[ListenerReport, ...]:
-        """Every listener that a SYN or an ACK came to, by namespace, port and address."""
+    def reports(self, gaps: Sequence[CoverageGap] = ()) -> tuple[ListenerReport, ...]:
+        """Every listener that a SYN or an ACK came to, by namespace, port and address.
+
+        `gaps` are the run's: what they hide is said where it makes a figure too low.
+        """
         together: dict[tuple[object, ...], list[Place]] = {}
         for place in sorted(self._seen, key=lambda place: (place[0], place[2], place[1])):
             one = self._seen[place]
@@ -117,7 +121,7 @@ class ListenerHistory:
             known = one.sockets if len(one.sockets) == 1 else place
             together.setdefault((place[0], place[2], one.facts.limit, known), []).append(place)
         return tuple(
-            report([self._seen[place] for place in places], self._highest(places))
+            report([self._seen[place] for place in places], self._highest(places), gaps)
             for places in together.values()
         )
 

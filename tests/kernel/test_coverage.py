@@ -21,7 +21,7 @@ from lab.topology import Topology
 from lab.tracer import READY_PLACEHOLDER, Tracer
 from lab.tun import TunClients
 from tcpstuck_bpf.probes import KERNEL_COUNTERS, OPTIONAL, PROBES, WITHOUT_VARIABLE
-from tests.kernel.conftest import TOOL, Traced, told_by, tracing
+from tests.kernel.conftest import TOOL, Traced, summary_of, told_by, tracing
 from tests.kernel.handmade import ISN, Client, Site, site, told
 
 pytestmark = pytest.mark.kernel
@@ -172,7 +172,11 @@ def test_without_a_probe_of_ipv6_nobody_is_accused_there(
         outcome = play("overflow", clients=70, family="6", after=only_start)
         tracer.stop()
     assert outcome.stuck
-    (summary,) = tracer.lines
+    summary = summary_of(tracer)
+    assert {line["type"] for line in tracer.lines} == {"listener", "summary"}
+    (listener,) = (line for line in tracer.lines if line.get("port") == PORT)
+    for probe in IPV6_PROBES:
+        assert any(probe in sentence for sentence in listener["working"]), listener
     assert {gap["probe"] for gap in summary["coverage_gaps"]} == set(IPV6_PROBES)
     assert summary["ever_stuck"] == 0
     assert outcome.moved("SyncookiesSent")

@@ -20,6 +20,7 @@ from tcpstuck_bpf.listener import (
 )
 from tcpstuck_bpf.listener_history import KEPT_HEIGHTS, ListenerHistory
 from tcpstuck_bpf.model import (
+    CoverageGap,
     Ending,
     HandshakeId,
     ListenerFacts,
@@ -29,6 +30,7 @@ from tcpstuck_bpf.model import (
     SweepPart,
     address_bytes,
 )
+from tcpstuck_bpf.probes import KERNEL_COUNTERS
 from tests.builders import ack_dropped, at, ended, four_tuple, handshake
 
 SERVER = four_tuple()
@@ -71,6 +73,32 @@ def seen(one: ListenerFacts, owner: str = "greeter (pid 7)", **settings: int) ->
 def judged(one: ListenerFacts, silent: int = 0, **words: Any) -> ListenerReport:
     need = SynNeed(one.syn_need_syn_queue, one.syn_need_owed - silent, silent)
     return report([seen(one, **words)], need)
+
+
+def gap(probe: str) -> CoverageGap:
+    return CoverageGap(probe, "left out", f"what {probe} shows is not seen")
+
+
+@pytest.mark.parametrize("probe", ["tcp_check_req", "cookie_v6_check", KERNEL_COUNTERS])
+def test_what_is_not_seen_is_said_where_the_backlog_is_advised(probe: str) -> None:
+    reached = overflown(server_address=address_bytes("2001:db8::25"))
+    gaps = (gap("kfree_skb"), gap(probe), gap("tcp_child_process"))
+    told = report([seen(reached)], SynNeed(50, 149, 0), gaps)
+    missing = f"Without {probe} what {probe} shows is not seen: rather more than less."
+    assert told.working == (*report([seen(reached)], SynNeed(50, 149, 0)).working, missing)
+    nothing_seen = report([seen(facts())], SynNeed(0, 0, 0), (gap("tcp_check_req"),))
+    assert len(nothing_seen.working) == 1
+
+
+def test_what_is_not_seen_of_ipv6_concerns_no_listener_for_ipv4() -> None:
+    history = ListenerHistory()
+    history.take_listeners([seen(overflown())])
+    gaps = (gap("cookie_v6_check"), gap("cookie_v6_init_sequence"))
+    assert history.reports(gaps) == history.reports()
+    also_ipv6 = overflown(server_address=address_bytes("::1"))
+    history.take_listeners([seen(also_ipv6)])
+    (told,) = history.reports(gaps)
+    assert len(told.working) == len(history.reports()[0].working) + len(gaps)
 
 
 def test_the_working_is_shown() -> None:
