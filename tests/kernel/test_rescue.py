@@ -68,8 +68,11 @@ def test_clients_whose_ack_was_dropped_are_greeted(mode: str, family: str) -> No
             assert set(attempts(tracer)) == stuck
             scene.watch.take_in()
             wire = [scene.watch.records[who] for who in stuck]
-            # The kernel sends a cookie's SYN-ACK once for each SYN; the others are ours.
-            assert sum(one.synacks - one.syns for one in wire) == len(attempts(tracer))
+            # The kernel answers a client's first SYN; one that it repeats on a slow machine may
+            # meet the full accept queue, and gets no SYN-ACK then. The others are ours.
+            repeated = sum(one.syns for one in wire) - len(stuck)
+            ours = sum(one.synacks for one in wire) - len(stuck)
+            assert len(attempts(tracer)) <= ours <= len(attempts(tracer)) + repeated
             summary = summary_of(tracer)
             assert summary["verdicts"]["rescued"] == len(stuck)
             assert summary["stuck"] == summary["recovered"] == 0
@@ -156,7 +159,8 @@ def test_a_client_that_sends_data_is_not_touched_and_not_harmed() -> None:
             tracer.stop()
             scene.watch.take_in()
             wire = [scene.watch.records[who] for who in stuck]
-            assert [one.synacks - one.syns for one in wire] == [0] * len(stuck)
+            # A SYN that is repeated on a slow machine may meet the full accept queue.
+            assert all(1 <= one.synacks <= one.syns for one in wire), wire
             assert sum(record.server_resets for record in scene.watch.records.values()) == 0
             assert [record.error for record in scene.clients.records() if record.error] == []
     assert attempts(tracer) == []
