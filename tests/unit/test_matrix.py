@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -263,6 +264,14 @@ class TestGuest:
     def test_a_scenario_of_the_core_is_one_that_kernel_tests_play(self) -> None:
         source = (REPOSITORY / "tests" / "kernel" / "test_scenarios.py").read_text()
         assert all(f'"{scenario}"' in source for scenario in matrix.CORE)
+
+    def test_no_other_scenario_is_played_for_a_like_name(self) -> None:
+        collect = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+        selected = [*collect, "-m", "not slow", "-k", matrix.CORE_TESTS, "tests/kernel"]
+        told = subprocess.run(selected, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        ids = re.findall(r"_gets_its_verdict\[(\w+)-(.+?)-\d", told.stdout)
+        played = {(mode, scenario) for mode in matrix.MODES for scenario in matrix.CORE}
+        assert set(ids) == {one for one in played if one[1] not in ("healthy", "mss")}
 
     def test_the_command_is_valid_shell_and_hands_the_selection_over(self, tmp_path: Path) -> None:
         share = tmp_path / "with space"
