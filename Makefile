@@ -20,7 +20,7 @@ setup: ## install what is missing (root or sudo), fetch the guests' kernel, make
 demo: setup ## a real MariaDB whose clients get stuck, and the tool naming them (5 minutes)
 	@$(PYTHON) -m lab demo
 
-test: setup ## every check and test, the kernel tests in a guest (half an hour)
+test: setup ## every check and test, the kernel tests in a guest (45 minutes)
 	@$(PYTHON) -m lab test
 
 lint: setup ## style of Python, C and shell
