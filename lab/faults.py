@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import subprocess
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from lab.errors import LabError, LabTimeoutError
+from lab.patience import COMMAND_S, patient
 from lab.topology import CLIENT_ADDRESS, INTERFACE
 
 if TYPE_CHECKING:
@@ -58,15 +61,35 @@ def held_back(namespace: Namespace) -> Iterator[None]:
     This is the extra batching that the article's client had from its virtual machine: all
     SYN-ACKs arrive at once, and so do the ACKs they draw. A token bucket of a byte per second
     holds everything but the first packet (its burst has to be a whole packet).
+
+    The requests in a SYN queue that is more than half full live for 7 s (reqsk_timer_handler), so
+    the process that lets go is started before anything is held.
     """
-    bucket = ("dev", INTERFACE, "root", "tbf", "limit", "16mb")
-    namespace.command("tc", "qdisc", "add", *bucket, "rate", "8bit", "burst", "100")
+    bucket = f"dev {INTERFACE} root tbf limit 16mb"
+    namespace.command("tc", *f"qdisc add {bucket} rate 8bit burst 100".split())
+    with namespace.popen(
+        ["tc", "-batch", "-"], stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as letting_go:
+        try:
+            yield
+        finally:
+            change = f"qdisc change {bucket} rate 10gbit burst 1mb\n"
+            said = _finished(letting_go, change)
+            # The bucket looks at its new rate when its timer ends, in minutes, or when a packet
+            # comes.
+            namespace.run(_send_datagram)
+    if letting_go.returncode != 0:
+        raise LabError(f"`{change.strip()}` failed", " ".join(said.split()), "see man tc-tbf")
+
+
+def _finished(process: subprocess.Popen[bytes], text: str) -> str:
+    """What it complains of, given this text as all its input."""
+    limit_s = patient(COMMAND_S)
     try:
-        yield
-    finally:
-        namespace.command("tc", "qdisc", "change", *bucket, "rate", "10gbit", "burst", "1mb")
-        # The bucket looks at its new rate when its timer ends, in minutes, or when a packet comes.
-        namespace.run(_send_datagram)
+        return process.communicate(text.encode(), limit_s)[1].decode()
+    except subprocess.TimeoutExpired as error:
+        process.kill()
+        raise LabTimeoutError(str(process.args), limit_s, "still running") from error
 
 
 def _send_datagram() -> None:

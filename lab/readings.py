@@ -1,9 +1,12 @@
-"""Reading what `ss` and /proc/net/netstat print. Pure."""
+"""Reading what `ss`, /proc/net/tcp and /proc/net/netstat print. Pure."""
 
 from __future__ import annotations
 
 import ipaddress
 from typing import NamedTuple
+
+KNOWN_STATES = ("01", "03")
+"""TCP_ESTABLISHED and TCP_SYN_RECV (include/net/tcp_states.h) as /proc/net/tcp prints them."""
 
 
 class SocketRow(NamedTuple):
@@ -48,6 +51,15 @@ def parse_ss(text: str) -> list[SocketRow]:
             )
         )
     return rows
+
+
+def count_known(text: str, port: int) -> int:
+    """The connections and handshakes at a server's port, by /proc/net/tcp or /proc/net/tcp6."""
+    rows = (line.split()[1:4] for line in text.splitlines()[1:])
+    return sum(
+        state in KNOWN_STATES and int(local.rpartition(":")[2], 16) == port
+        for local, _, state in rows
+    )
 
 
 def parse_netstat(text: str, group: str = "TcpExt") -> dict[str, int]:

@@ -29,7 +29,7 @@ from pyroute2 import config as pyroute2_settings
 from lab.ending import sigterm_ends_program
 from lab.errors import LabError, LabTimeoutError
 from lab.patience import COMMAND_S, patient
-from lab.readings import SocketRow, parse_netstat, parse_ss
+from lab.readings import SocketRow, count_known, parse_netstat, parse_ss
 
 INTERFACE = "veth0"
 SERVER_ADDRESS = {4: "10.9.0.1", 6: "fd09::1"}
@@ -137,6 +137,13 @@ class Namespace:
     def counters(self) -> dict[str, int]:
         """The TcpExt counters of this namespace (SyncookiesSent, ListenOverflows ...)."""
         return parse_netstat(self.run(Path("/proc/thread-self/net/netstat").read_text))
+
+    def count_known(self, port: int) -> int:
+        """The connections and handshakes at this port, without the time a start of `ss` takes."""
+        return sum(
+            count_known(self.run(Path(f"/proc/thread-self/net/{table}").read_text), port)
+            for table in ("tcp", "tcp6")
+        )
 
     def sockets(self, state: str, *conditions: str) -> list[SocketRow]:
         """The TCP sockets of this namespace in one of `ss`'s states, such as `established`."""

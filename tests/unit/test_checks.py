@@ -77,7 +77,7 @@ def test_a_pattern_that_no_kernel_test_is_like_is_refused() -> None:
 
 
 def test_ci_runs_every_kernel_test_once() -> None:
-    """Two guests share them: what the one's pattern leaves out must be the other's."""
+    """Two of three guests share them: what the one's pattern leaves out must be the other's."""
     script = (checks.REPOSITORY / ".ci" / "run").read_text()
     patterns = re.findall(r"--kernel-files '([^']+)'", script)
     assert len(patterns) == 2

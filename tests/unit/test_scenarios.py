@@ -178,6 +178,27 @@ class TestReadings:
         (row,) = readings.parse_ss(text)
         assert (row.local_ip, row.local_port, row.receive_queue) == (LOOPBACK, port, 0)
 
+    def test_who_is_known_at_a_port_of_this_kernel(self) -> None:
+        """A connection has two ends here, and only one of them is at that port."""
+        table = Path("/proc/net/tcp")
+        with socket.create_server((LOOPBACK, 0)) as listener:
+            port = listener.getsockname()[1]
+            assert readings.count_known(table.read_text(), port) == 0
+            with (
+                socket.create_connection((LOOPBACK, port)),
+                socket.create_connection((LOOPBACK, port)),
+            ):
+                assert readings.count_known(table.read_text(), port) == 2
+
+    def test_a_handshake_is_known_and_an_end_is_not(self) -> None:
+        head = "  sl  local_address rem_address   st tx_queue rx_queue\n"
+        rows = (
+            "   0: 0100090A:0CEF 0200090A:9C40 03 00000000:00000000\n"
+            "   1: 0100090A:0CEF 0200090A:9C41 06 00000000:00000000\n"
+            "   2: 0100090A:0CF0 0200090A:9C42 01 00000000:00000000\n"
+        )
+        assert readings.count_known(head + rows, 3311) == 1
+
     def test_counters_of_this_kernel(self) -> None:
         text = Path("/proc/net/netstat").read_text(encoding="ascii")
         counters = readings.parse_netstat(text)
