@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 from tcpstuck_bpf.correlate import Correlator
 from tcpstuck_bpf.flow import FlowReport, State
@@ -25,7 +26,7 @@ from tcpstuck_bpf.model import (
     SweepPart,
     Tally,
 )
-from tcpstuck_bpf.reconcile import count_difference, reconcile
+from tcpstuck_bpf.reconcile import count_difference, reconcile, unseen_acks
 from tcpstuck_bpf.replay import (
     Advanced,
     Ended,
@@ -41,6 +42,14 @@ from tcpstuck_bpf.replay import (
 )
 from tcpstuck_bpf.report import RescueTotals, Status, Summary
 from tcpstuck_bpf.verdict import Finding, judge
+
+
+class _Unseen(NamedTuple):
+    """The ACKs of one namespace that no program saw."""
+
+    number: int
+    known_ns: int
+    """The time of the tally that was the first to show the last of them: it had come by then."""
 
 
 class Analysis:
@@ -65,6 +74,7 @@ class Analysis:
         self._rows = 0
         self._table_seen = False
         self._tallies: list[Tally] = []
+        self._unseen: dict[int, _Unseen] = {}
         self._attempts: Counter[str] = Counter()
         self._left_alone: Mapping[str, int] | None = None
 
@@ -87,7 +97,7 @@ class Analysis:
         elif isinstance(step, Logged):
             self._warnings.take(step.warnings)
         elif isinstance(step, TallyTaken):
-            self._tallies = [*self._tallies[:1], step.tally]
+            self._take_tally(step.tally)
         elif isinstance(step, Advanced):
             return self._advance(step.now_ns)
         return []
@@ -101,7 +111,10 @@ class Analysis:
 
     def _advance(self, now_ns: int) -> list[Finding]:
         reports = self.reports = self.correlator.advance(now_ns)
-        judged = (judge(report, self.header.coverage, self._names) for report in reports)
+        judged = (
+            judge(report, self.header.coverage, self._names, self._unseen_beside(report))
+            for report in reports
+        )
         findings = [self._with_warnings(finding) for finding in judged if finding is not None]
         for finding in findings:
             self._verdicts[finding.verdict] += 1
@@ -115,6 +128,21 @@ class Analysis:
             self._rows = 0
             self._table_seen = False
         return findings
+
+    def _take_tally(self, tally: Tally) -> None:
+        self._tallies = [*self._tallies[:1], tally]
+        unseen = unseen_acks(self._tallies[0], tally, self.header.coverage)
+        for netns, number in unseen.items():
+            known = self._unseen.get(netns)
+            if known is None or number > known.number:
+                self._unseen[netns] = _Unseen(number, tally.time_ns)
+
+    def _unseen_beside(self, report: FlowReport) -> int:
+        """How many unseen ACKs there are in its namespace, if its own may be among them."""
+        unseen = self._unseen.get(report.four_tuple.netns)
+        if unseen is None or report.handshake.first_syn_ns > unseen.known_ns:
+            return 0
+        return unseen.number
 
     def _with_warnings(self, finding: Finding) -> Finding:
         timeline = self._warnings.added_to(

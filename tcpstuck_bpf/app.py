@@ -150,6 +150,7 @@ class Live:
     """None where it may not be read."""
     _soonest_choice_ns: int = field(default=0, init=False)
     _regular_choice_ns: int = field(default=0, init=False)
+    _next_tally_ns: int = field(default=0, init=False)
     _untold: deque[Finding | Attempt] = field(default_factory=deque, init=False)
     """In the order in which it is to be told."""
 
@@ -200,7 +201,7 @@ class Live:
         done_ns = self.clock_ns()
         self._soonest_choice_ns = done_ns + SWEEP_SHARE * (done_ns - begun_ns)
         self._regular_choice_ns = max(done_ns + self._interval_ns, self._soonest_choice_ns)
-        self._step(Advanced(done_ns))
+        self._judge()
         self._rescue((), self.analysis.reports)
 
     def _step(self, step: Step) -> None:
@@ -235,7 +236,7 @@ class Live:
         if events:
             self._name(Row(event.four_tuple, event.handshake) for event in events)
             self._step(Observed(events))
-            self._step(Advanced(self.clock_ns()))
+            self._judge()
             self._rescue((), self.analysis.reports)
 
     def _read_log(self) -> None:
@@ -271,7 +272,7 @@ class Live:
             batch = next(batches)
             self._take_in(batch)
             cost_ns += self.clock_ns() - begun_ns
-            self._step(Advanced(self.clock_ns()))
+            self._judge()
             leaving = self.analysis.leaving
             self._rescue((), self.analysis.reports)
             if batch.part is SweepPart.LAST:
@@ -283,6 +284,15 @@ class Live:
             self._step(Listened(changed))
         self._tell()
         return cost_ns
+
+    def _judge(self) -> None:
+        """What is told from silence is told beside the kernel's own count of the ACKs that came."""
+        now_ns = self.clock_ns()
+        if now_ns >= self._next_tally_ns and self.analysis.correlator.judges_silence(now_ns):
+            self._tally()
+            done_ns = self.clock_ns()
+            self._next_tally_ns = done_ns + SWEEP_SHARE * (done_ns - now_ns)
+        self._step(Advanced(now_ns))
 
     def _tally(self) -> int:
         before = self.read_kernel_counters()

@@ -24,6 +24,7 @@ from tcpstuck_bpf.flow import (
     ENDED_STATES,
     SECOND_NS,
     STUCK_STATES,
+    Decision,
     Flow,
     FlowFlags,
     FlowReport,
@@ -301,7 +302,7 @@ class Correlator:
         flow.unsettled = state is not flow.state
         if not flow.unsettled:
             return None
-        if not decision.at_once and decision.due_ns > min(now_ns, flow.open_as_of_ns):
+        if not _is_due(decision, flow, now_ns):
             self._note_deadline(decision.due_ns)
             return None
         flow.unsettled = False
@@ -329,6 +330,14 @@ class Correlator:
         Up to 100 ms late.
         """
         return self._deadlines[0] if self._deadlines else None
+
+    def judges_silence(self, now_ns: int) -> bool:
+        """Whether `advance` would conclude something from an ACK that has not been seen."""
+        return any(self._is_silent(self._flows[four_tuple], now_ns) for four_tuple in self._touched)
+
+    def _is_silent(self, flow: Flow, now_ns: int) -> bool:
+        decision = decide(flow.handshake, flow.told, self._timeout_ns)
+        return flow.handshake.ending == Ending.NONE and _is_due(decision, flow, now_ns)
 
     def _count_change(self, flow: Flow, state: State, tell: bool) -> None:
         if flow.state is not None:
@@ -407,6 +416,10 @@ class Correlator:
             duplicate=self._counts["duplicate"],
             torn=self._counts["torn"],
         )
+
+
+def _is_due(decision: Decision, flow: Flow, now_ns: int) -> bool:
+    return decision.at_once or decision.due_ns <= min(now_ns, flow.open_as_of_ns)
 
 
 def _is_told_taken_over(flow: Flow) -> bool:

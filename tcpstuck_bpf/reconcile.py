@@ -72,6 +72,23 @@ def _kernel_interval(
     return (low, high), ""
 
 
+def unseen_acks(start: Tally, end: Tally, coverage: Coverage) -> dict[int, int]:
+    """By namespace: valid ACKs of cookies that the kernel counted and no program saw, at the least.
+
+    The kernel runs no kprobe program on a CPU where another one, or a system call of bpf(2), is at
+    work (trace_call_bpf in kernel/trace/bpf_trace.c), and counts that from 6.7 on only; its own
+    counter of the ACKs shows it everywhere. Where a probe is missing the difference says nothing.
+    """
+    return {
+        row.netns: row.kernel[0] - row.traced - row.outside
+        for row in reconcile(start, end, coverage)
+        if row.counter == "SyncookiesRecv"
+        and row.agrees is False
+        and row.kernel is not None
+        and row.traced + row.outside < row.kernel[0]
+    }
+
+
 def reconcile(start: Tally, end: Tally, coverage: Coverage) -> tuple[Reconciled, ...]:
     """Every counter of every namespace in which either side saw anything."""
     rows = []

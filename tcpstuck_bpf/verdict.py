@@ -327,10 +327,24 @@ def _certainty(
     return "likely" if report.state is State.ACK_DROPPED and cause_unsure else rule.certainty
 
 
-def judge(report: FlowReport, coverage: Coverage, names: KernelNames = NO_NAMES) -> Finding | None:
+def _unseen_sentences(unseen_acks: int) -> Iterator[str]:
+    if unseen_acks:
+        yield (
+            f"the kernel counted {unseen_acks} valid ACK{'s' * (unseen_acks > 1)} of cookies in "
+            "this network namespace that no program saw: this client's may be among them"
+        )
+
+
+def judge(
+    report: FlowReport,
+    coverage: Coverage,
+    names: KernelNames = NO_NAMES,
+    unseen_acks: int = 0,
+) -> Finding | None:
     """The verdict on a flow, weakened by what missing probes or mixed-up packets leave unknown.
 
-    None where the flow's state has no verdict.
+    `unseen_acks`: how many valid ACKs passed unseen that may be of this flow. None where the flow's
+    state has no verdict.
     """
     rule = rule_for(report)
     if rule is None:
@@ -341,7 +355,9 @@ def judge(report: FlowReport, coverage: Coverage, names: KernelNames = NO_NAMES)
     missing = missing_probes(rule, report.four_tuple.family, coverage)
     certainty = _certainty(rule, report, missing, drop)
     mixed_up = [gap for gap in coverage.gaps if gap.probe == SOFTIRQ_LOCK]
-    if mixed_up:
+    if not (rule.stuck or rule.needs):
+        unseen_acks = 0
+    if mixed_up or unseen_acks:
         certainty = "likely" if certainty == "certain" else "possible"
     return Finding(
         verdict=rule.name,
@@ -361,6 +377,7 @@ def judge(report: FlowReport, coverage: Coverage, names: KernelNames = NO_NAMES)
             *_sight_of_drops(rule, coverage),
             *_gap_sentences(missing, coverage),
             *(f"no {gap.probe} ({gap.why}): {gap.lost}" for gap in mixed_up),
+            *_unseen_sentences(unseen_acks),
         ),
         cannot_prove=rule.cannot_prove,
         advice=advice,

@@ -61,6 +61,10 @@ class FakeKernel:
         self.forgotten: list[FourTuple] = []
         self.completed = 0
         self.closed = False
+        self.unseen_acks: list[int] = []
+        """When valid ACKs came that the kernel's counter has and no program saw."""
+        self.readings = 0
+        """Of the kernel's counters."""
 
     def at(self, time_ns: int, entry: Handshake | None, told: Event | None = None) -> None:
         """Client 0's entry becomes this, None for gone, and perhaps an event tells of it."""
@@ -101,7 +105,11 @@ class FakeKernel:
             del self.table[who]
 
     def counts(self) -> NetnsCounts:
-        return {four_tuple().netns: {NetnsCount.COMPLETED: self.completed}}
+        return {
+            four_tuple().netns: dict.fromkeys(
+                (NetnsCount.COMPLETED, NetnsCount.COOKIES_RECEIVED), self.completed
+            )
+        }
 
     def listeners(self) -> tuple[ListenerFacts, ...]:
         return ()
@@ -111,6 +119,11 @@ class FakeKernel:
 
     def close(self) -> None:
         self.closed = True
+
+    def counters(self) -> KernelCounters:
+        self.readings += 1
+        unseen = sum(came_ns <= self.now_ns for came_ns in self.unseen_acks)
+        return {four_tuple().netns: {"SyncookiesRecv": self.completed + unseen}}
 
 
 def no_counters() -> KernelCounters:
@@ -129,7 +142,7 @@ def live(
     output = JsonOutput(stream, header().clock, Selection([only] if only else [], nothing=False))
     recorder = None if record is None else Recorder(record, header())
     run = Live(
-        kernel, Analysis(header()), output, recorder, no_counters, lambda: kernel.now_ns, **more
+        kernel, Analysis(header()), output, recorder, kernel.counters, lambda: kernel.now_ns, **more
     )
     run.run(None if seconds is None else int(seconds * SECOND_NS), None)
     if recorder is not None:

@@ -83,6 +83,43 @@ def test_a_lost_event_does_not_hide_a_completion() -> None:
     assert [line.get("verdict") for line in live(kernel, 8)][:2] == ["ack-missing", "recovered"]
 
 
+def test_an_ack_that_no_program_saw_may_be_of_who_seems_silent() -> None:
+    kernel = FakeKernel()
+    kernel.at(at(0), handshake())
+    kernel.unseen_acks = [at(0.1)]
+    anew = handshake(first_syn_ns=at(20))
+    kernel.at(at(20), anew)
+    early, late, summary = live(kernel, 28)
+    assert (early["verdict"], early["certainty"]) == ("ack-missing", "possible")
+    assert "1 valid ACK of cookies" in " ".join(early["evidence"])
+    # It had come before the client began anew.
+    assert (late["verdict"], late["certainty"]) == ("ack-missing", "likely")
+    assert [row["agrees"] for row in summary["reconciliation"]] == [False]
+
+
+def test_an_ack_that_passed_unseen_since_counts_again() -> None:
+    kernel = FakeKernel()
+    kernel.at(at(0), handshake())
+    kernel.at(at(20), handshake(first_syn_ns=at(20)))
+    kernel.unseen_acks = [at(0.1), at(20.1)]
+    told = live(kernel, 28)[:2]
+    assert [line["certainty"] for line in told] == ["possible", "possible"]
+
+
+def test_the_kernels_counters_are_read_where_something_is_told_from_silence() -> None:
+    kernel = FakeKernel()
+    kernel.at(at(0), handshake())
+    done = ended(handshake(), Ending.COMPLETED, at(0.5))
+    kernel.at(at(0.5), done, event(EventKind.COMPLETED, done, at(0.5)))
+    live(kernel, 8)
+    begin_and_end = kernel.readings
+    kernel = FakeKernel()
+    kernel.at(at(0), handshake())
+    live(kernel, 8)
+    assert begin_and_end == 4
+    assert 4 < kernel.readings <= 4 + 2 * len(kernel.sweeps)
+
+
 def test_what_is_not_shown_is_counted() -> None:
     kernel = FakeKernel()
     kernel.at(at(0), ack_dropped(handshake(), at(0.1)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tcpstuck_bpf.model import Coverage, CoverageGap, NetnsCount, Tally
-from tcpstuck_bpf.reconcile import reconcile
+from tcpstuck_bpf.reconcile import reconcile, unseen_acks
 from tcpstuck_bpf.report import Reconciled
 
 NETNS = 7
@@ -61,6 +61,32 @@ def test_a_missing_probe_makes_ours_a_lower_bound() -> None:
     row = sent(reading(0, 0, 0), reading(5, 4, 5), Coverage("fentry", gaps=(gap,)))
     assert row.agrees is None
     assert "cookie_v6_init_sequence" in row.note
+
+
+@pytest.mark.parametrize(
+    ("kernel_before", "traced", "outside", "gap", "unseen"),
+    [
+        (5, 5, 0, None, {}),
+        (5, 2, 3, None, {}),
+        (5, 3, 0, None, {NETNS: 2}),
+        (5, 7, 0, None, {}),
+        (5, 3, 0, "cookie_v6_check", {}),
+        (5, 3, 0, "kfree_skb", {NETNS: 2}),
+    ],
+)
+def test_acks_that_the_kernel_counted_and_nobody_saw(
+    kernel_before: int, traced: int, outside: int, gap: str | None, unseen: dict[int, int]
+) -> None:
+    received, beside = NetnsCount.COOKIES_RECEIVED, NetnsCount.COOKIES_RECEIVED_OUTSIDE
+    start = Tally(0, {}, {}, {})
+    end = Tally(
+        9,
+        {NETNS: {"SyncookiesRecv": kernel_before}},
+        {NETNS: {received: traced, beside: outside}},
+        {NETNS: {"SyncookiesRecv": kernel_before + 1}},
+    )
+    gaps = () if gap is None else (CoverageGap(gap, "no such function", "something"),)
+    assert unseen_acks(start, end, Coverage("kprobe", gaps=gaps)) == unseen
 
 
 def test_what_did_not_move_is_left_out() -> None:

@@ -80,13 +80,14 @@ def finding_of(
     *observations: Event | Sweep | Rescue,
     coverage: Coverage = EVERY_PROBE,
     tell_healthy: bool = False,
+    unseen_acks: int = 0,
 ) -> Finding:
     """The verdict on the last report of these observations, each advanced to its time."""
     watching = correlator(tell_healthy=tell_healthy)
     told: list[FlowReport] = []
     for observation in observations:
         told += reports([observation], time_of(observation), watching)
-    finding = judge(told[-1], coverage)
+    finding = judge(told[-1], coverage, unseen_acks=unseen_acks)
     assert finding is not None
     return finding
 
@@ -437,6 +438,20 @@ class TestCoverage:
         lower = {"certain": "likely", "likely": "possible", "possible": "possible"}
         assert (unsure.verdict, unsure.certainty) == (sure.verdict, lower[sure.certainty])
         assert unsure.evidence[-1] == f"no {SOFTIRQ_LOCK} (PREEMPT_RT): {gap.lost}"
+
+    @pytest.mark.parametrize("name", sorted(CASES))
+    def test_acks_that_passed_unseen_leave_no_silence_certain(self, name: str) -> None:
+        sure, unsure = (
+            finding_of(*CASES[name], tell_healthy=name == "completed", unseen_acks=unseen)
+            for unseen in (0, 2)
+        )
+        assert unsure.verdict == sure.verdict
+        if sure.stuck or name == "synack-missing":
+            lower = {"certain": "likely", "likely": "possible", "possible": "possible"}
+            assert unsure.certainty == lower[sure.certainty]
+            assert "2 valid ACKs of cookies" in unsure.evidence[-1]
+        else:
+            assert unsure == sure
 
     @pytest.mark.parametrize(("family", "other"), [(4, "cookie_v6_check"), (6, "cookie_v4_check")])
     def test_the_other_family_does_not_matter(self, family: int, other: str) -> None:
