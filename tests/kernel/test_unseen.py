@@ -33,6 +33,8 @@ MAP_CREATE, MAP_LOOKUP_BATCH = 0, 24
 MAP_TYPE_HASH = 1
 NO_PREALLOC = 1
 FOUND_AT_ONCE = 64
+TIMEOUT_S = "10"
+"""So that a slow machine has sent every ACK before the first client is judged."""
 
 
 @contextlib.contextmanager
@@ -68,7 +70,7 @@ def test_who_seems_silent_beside_acks_that_passed_unseen_is_accused_as_possible(
     receiving = max(os.sched_getaffinity(0))
     with (
         site(4) as where,
-        tracing(("-p", str(PORT), "--all", "--probe-mode", mode)) as (tracer,),
+        tracing(("-p", str(PORT), "--all", "-t", TIMEOUT_S, "--probe-mode", mode)) as (tracer,),
     ):
         steering = f"/sys/class/net/{INTERFACE}/queues/rx-0/rps_cpus"
         in_server = ("ip", "netns", "exec", where.topology.server.name)
