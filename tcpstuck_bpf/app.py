@@ -10,7 +10,7 @@ import itertools
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -138,7 +138,8 @@ class Live:
     analysis: Analysis
     output: Output
     recorder: Recorder | None
-    read_kernel_counters: Callable[[], KernelCounters]
+    read_kernel_counters: Callable[[Collection[int] | None], KernelCounters]
+    """Of the network namespaces with these inode numbers; None: of all."""
     clock_ns: Callable[[], int] = time.monotonic_ns
     stop: bool = False
     rescuing: Rescuing | None = None
@@ -288,17 +289,20 @@ class Live:
     def _judge(self) -> None:
         """What is told from silence is told beside the kernel's own count of the ACKs that came."""
         now_ns = self.clock_ns()
-        if now_ns >= self._next_tally_ns and self.analysis.correlator.judges_silence(now_ns):
-            self._tally()
-            done_ns = self.clock_ns()
-            self._next_tally_ns = done_ns + SWEEP_SHARE * (done_ns - now_ns)
+        if now_ns >= self._next_tally_ns:
+            silent = self.analysis.correlator.netns_of_silent(now_ns)
+            if silent:
+                self._tally(silent)
+                done_ns = self.clock_ns()
+                self._next_tally_ns = done_ns + SWEEP_SHARE * (done_ns - now_ns)
         self._step(Advanced(now_ns))
 
-    def _tally(self) -> int:
-        before = self.read_kernel_counters()
+    def _tally(self, wanted: Collection[int] | None = None) -> int:
+        before = self.read_kernel_counters(wanted)
         traced = self.source.counts()
         now_ns = self.clock_ns()
-        self._step(TallyTaken(Tally(now_ns, before, traced, self.read_kernel_counters())))
+        after = self.read_kernel_counters(wanted)
+        self._step(TallyTaken(Tally(now_ns, before, traced, after)))
         return now_ns
 
     @property

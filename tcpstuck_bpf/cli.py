@@ -220,7 +220,7 @@ def _trace(options: argparse.Namespace) -> int:
         recorder = None if options.record is None else Recorder(options.record, header)
         if not sys.stdout.isatty():
             print(watching(watched, source.coverage.mode), file=sys.stderr, flush=True)
-        live = Live(source, Analysis(header), output, recorder, netns.read_counters)
+        live = Live(source, Analysis(header), output, recorder, netns.CounterReader().read)
         live.name = Namer(source.drop_reasons, source.stack, read_ruleset, time.monotonic_ns)
         live.describe = ListenerWatch().changed
         live.kernel_log = kernel_log

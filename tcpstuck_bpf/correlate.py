@@ -331,9 +331,13 @@ class Correlator:
         """
         return self._deadlines[0] if self._deadlines else None
 
-    def judges_silence(self, now_ns: int) -> bool:
-        """Whether `advance` would conclude something from an ACK that has not been seen."""
-        return any(self._is_silent(self._flows[four_tuple], now_ns) for four_tuple in self._touched)
+    def netns_of_silent(self, now_ns: int) -> set[int]:
+        """Network namespaces of those whose ACK's not being seen `advance` would judge."""
+        found: set[int] = set()
+        for who in self._touched:
+            if who.netns not in found and self._is_silent(self._flows[who], now_ns):
+                found.add(who.netns)
+        return found
 
     def _is_silent(self, flow: Flow, now_ns: int) -> bool:
         decision = decide(flow.handshake, flow.told, self._timeout_ns)

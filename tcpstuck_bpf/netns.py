@@ -12,7 +12,7 @@ import errno
 import fcntl
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -86,12 +86,7 @@ def _on_nsfs(path: Path) -> bool:
 
 def names() -> dict[int, str]:
     """Names people know namespaces by: those of `ip netns`, and `host` for that of process 1."""
-    found: dict[int, str] = {}
-    for path in _named_paths():
-        try:
-            found[path.stat().st_ino] = path.name
-        except OSError:
-            continue
+    found = {inode: path.name for inode, path in _with_names().items()}
     try:
         found[Path("/proc/1/ns/net").stat().st_ino] = "host"
     except OSError:
@@ -99,11 +94,15 @@ def names() -> dict[int, str]:
     return found
 
 
-def _named_paths() -> Iterator[Path]:
-    try:
-        yield from sorted(_NAMED.iterdir())
-    except OSError:
-        return
+def _with_names() -> dict[int, Path]:
+    """The paths of the namespaces that `ip netns` knows, or a link beside them leads to."""
+    found: dict[int, Path] = {}
+    with contextlib.suppress(OSError):
+        for path in sorted(_NAMED.iterdir()):
+            with contextlib.suppress(OSError):
+                if _on_nsfs(path):
+                    found[path.stat().st_ino] = path
+    return found
 
 
 def _pids_by_namespace() -> dict[int, list[int]]:
@@ -174,20 +173,19 @@ def _inside(path: Path, function: Callable[[], Result], inode: int | None = None
     return results[0]
 
 
-def _read_inside(path: Path, read_own: Callable[[], dict[str, int]]) -> dict[str, int]:
+def _read_inside(path: Path, read_own: Callable[[], dict[str, int]], inode: int) -> dict[str, int]:
     """What `read_own` finds in another namespace; empty where it cannot be entered."""
     try:
-        return _inside(path, read_own)
+        return _inside(path, read_own, inode)
     except (OSError, ValueError):
         return {}
 
 
 def _ways_into(inode: int) -> Iterator[Path]:
     """Paths that lead to a namespace, those with a name first: a process may end at any moment."""
-    for path in _named_paths():
-        with contextlib.suppress(OSError):
-            if path.stat().st_ino == inode and _on_nsfs(path):
-                yield path
+    path = _with_names().get(inode)
+    if path is not None:
+        yield path
     for pid in _pids_by_namespace().get(inode, ()):
         yield Path(f"/proc/{pid}/ns/net")
 
@@ -222,50 +220,77 @@ def read_queue_settings() -> dict[int, dict[str, int]]:
         inode: [Path(f"/proc/{pid}/ns/net") for pid in pids]
         for inode, pids in _pids_by_namespace().items()
     }
-    for path in _named_paths():
-        with contextlib.suppress(OSError):
-            if _on_nsfs(path):
-                paths.setdefault(path.stat().st_ino, []).append(path)
+    for inode, path in _with_names().items():
+        paths.setdefault(inode, []).append(path)
     own = own_netns()
     found = {}
     for inode, ways in paths.items():
         settings = _own_queue_settings() if inode == own else {}
         for way in ways:
-            settings = settings or _read_inside(way, _own_queue_settings)
+            settings = settings or _read_inside(way, _own_queue_settings, inode)
         found[inode] = settings
     return found
 
 
-def read_counters() -> KernelCounters:
-    """TcpExt counters of every namespace that can be reached, by inode number.
+def _counters_by_process(pid: int, inode: int) -> dict[str, int]:
+    """Empty where the process has ended, or lives in another namespace by now."""
+    try:
+        counters = parse_netstat(Path(f"/proc/{pid}/net/netstat").read_text("ascii"))
+        return counters if Path(f"/proc/{pid}/ns/net").stat().st_ino == inode else {}
+    except (OSError, ValueError):
+        return {}
 
-    One that cannot be reached is left out; the reconciliation names it as unknown. Raises
-    CannotTraceError where not even our own can be read (no /proc).
+
+class CounterReader:
+    """Reads the kernel's TcpExt counters of network namespaces.
+
+    To find the namespaces means to look at every process. So the process through which each one
+    was read is kept, for those who want few of them, and often.
     """
-    found: dict[int, dict[str, int]] = {}
-    for inode, pids in _pids_by_namespace().items():
-        for pid in pids:
-            try:
-                counters = parse_netstat(Path(f"/proc/{pid}/net/netstat").read_text("ascii"))
-                # The process may have changed namespaces since.
-                if Path(f"/proc/{pid}/ns/net").stat().st_ino == inode:
+
+    def __init__(self) -> None:
+        self._processes: dict[int, int] = {}
+
+    def read(self, wanted: Collection[int] | None = None) -> KernelCounters:
+        """Counters by inode number, of those namespaces or of every one that can be reached.
+
+        One that cannot be reached is left out; the reconciliation names it as unknown. Raises
+        CannotTraceError where not even our own can be read (no /proc).
+        """
+        if wanted is None:
+            return self._read_all()
+        found = {inode: self._read_again(inode) for inode in wanted}
+        if not all(found.values()):
+            for inode, path in _with_names().items():
+                if found.get(inode) == {}:
+                    found[inode] = _read_inside(path, _own_counters, inode)
+        if all(found.values()):
+            return found
+        everything = self._read_all()
+        return {inode: everything[inode] for inode in wanted if inode in everything}
+
+    def _read_again(self, inode: int) -> dict[str, int]:
+        pid = self._processes.get(inode)
+        return {} if pid is None else _counters_by_process(pid, inode)
+
+    def _read_all(self) -> KernelCounters:
+        self._processes.clear()
+        found: dict[int, dict[str, int]] = {}
+        for inode, pids in _pids_by_namespace().items():
+            for pid in pids:
+                counters = _counters_by_process(pid, inode)
+                if counters:
                     found[inode] = counters
+                    self._processes[inode] = pid
                     break
-            except (OSError, ValueError):
-                continue
-    for path in _named_paths():
-        try:
-            inode = path.stat().st_ino
-        except OSError:
-            continue
-        if inode not in found and _on_nsfs(path):
-            counters = _read_inside(path, _own_counters)
+        for inode, path in _with_names().items():
+            counters = {} if inode in found else _read_inside(path, _own_counters, inode)
             if counters:
                 found[inode] = counters
-    if not found:
-        raise CannotTraceError(
-            "the kernel's TCP counters cannot be read",
-            "no /proc/PID/net/netstat is readable",
-            "mount /proc; in a container, share the host's PID namespace",
-        )
-    return found
+        if not found:
+            raise CannotTraceError(
+                "the kernel's TCP counters cannot be read",
+                "no /proc/PID/net/netstat is readable",
+                "mount /proc; in a container, share the host's PID namespace",
+            )
+        return found

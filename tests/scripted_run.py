@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from tcpstuck_bpf.analysis import Analysis
@@ -63,8 +63,8 @@ class FakeKernel:
         self.closed = False
         self.unseen_acks: list[int] = []
         """When valid ACKs came that the kernel's counter has and no program saw."""
-        self.readings = 0
-        """Of the kernel's counters."""
+        self.readings: list[Collection[int] | None] = []
+        """Of which network namespaces the kernel's counters were wanted, each time."""
 
     def at(self, time_ns: int, entry: Handshake | None, told: Event | None = None) -> None:
         """Client 0's entry becomes this, None for gone, and perhaps an event tells of it."""
@@ -120,13 +120,13 @@ class FakeKernel:
     def close(self) -> None:
         self.closed = True
 
-    def counters(self) -> KernelCounters:
-        self.readings += 1
+    def counters(self, wanted: Collection[int] | None) -> KernelCounters:
+        self.readings.append(wanted)
         unseen = sum(came_ns <= self.now_ns for came_ns in self.unseen_acks)
         return {four_tuple().netns: {"SyncookiesRecv": self.completed + unseen}}
 
 
-def no_counters() -> KernelCounters:
+def no_counters(_wanted: Collection[int] | None) -> KernelCounters:
     return {}
 
 

@@ -116,8 +116,11 @@ def test_the_kernels_counters_are_read_where_something_is_told_from_silence() ->
     kernel = FakeKernel()
     kernel.at(at(0), handshake())
     live(kernel, 8)
-    assert begin_and_end == 4
-    assert 4 < kernel.readings <= 4 + 2 * len(kernel.sweeps)
+    assert begin_and_end == [None] * 4
+    assert kernel.readings[:2] == kernel.readings[-2:] == [None] * 2
+    silent = kernel.readings[2:-2]
+    assert 0 < len(silent) <= 2 * len(kernel.sweeps)
+    assert all(wanted == {four_tuple().netns} for wanted in silent)
 
 
 def test_what_is_not_shown_is_counted() -> None:
