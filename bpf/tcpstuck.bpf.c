@@ -20,11 +20,11 @@
  * All in one text, because BCC translates map accesses only in the text it is given, not in what
  * that includes.
  *
- * kernel_layout.h is generated from the running kernel's BTF (tcpstuck_bpf/layout.py): structs
- * that hold only the members named here, at their true offsets.
+ * KERNEL_LAYOUT_H is generated from the kernel's BTF (tcpstuck_bpf/layout.py): structs that hold
+ * only the members named here, at their true offsets.
  */
 #include <uapi/linux/ptrace.h>
-#include "kernel_layout.h"
+#include KERNEL_LAYOUT_H
 #include "tcpstuck.h"
 
 #define ETH_P_IP_NETWORK_ORDER	 0x0008
@@ -72,7 +72,7 @@ struct counter_pair {
 
 struct counters_before {
 	u64 cpu_offset; /* of this CPU's copy of per-CPU data; it never changes */
-	u64 this_cpu; /* this CPU's struct linux_mib of the segment's namespace */
+	u64 this_cpu; /* this CPU's struct linux_mib of the segment's namespace; 0: not known */
 	struct counter_pair cookies; /* SyncookiesRecv, SyncookiesFailed */
 	struct counter_pair listen; /* ListenOverflows, ListenDrops */
 };
@@ -122,23 +122,26 @@ enum loss {
 	LOSS_MAX,
 };
 
-BPF_TABLE("hash", struct handshake_key, struct handshake, awaiting_ack, MAX_HANDSHAKES);
-BPF_TABLE("percpu_hash", u32, struct netns_counts, counts, MAX_NAMESPACES);
-BPF_TABLE("hash", struct listener_key, struct listener_facts, listeners, MAX_LISTENERS);
-BPF_RINGBUF_OUTPUT(events, EVENT_PAGES);
+/* The loader makes these tables as large as they are to be (table_entries in source.py). */
+#define SIZED_WHEN_LOADED 1
+
+BPF_TABLE("hash", struct handshake_key, struct handshake, awaiting_ack, SIZED_WHEN_LOADED);
+BPF_TABLE("percpu_hash", u32, struct netns_counts, counts, SIZED_WHEN_LOADED);
+BPF_TABLE("hash", struct listener_key, struct listener_facts, listeners, SIZED_WHEN_LOADED);
+BPF_RINGBUF_OUTPUT(events, SIZED_WHEN_LOADED);
 #ifdef PROBE_tcp_make_synack
-BPF_TABLE("hash", struct handshake_key, struct synack, synacks, MAX_HANDSHAKES);
-BPF_TABLE("lru_hash", struct known_client, u64, known_clients, MAX_KNOWN_CLIENTS);
-BPF_TABLE("hash", struct handshake_key, u8, chosen, MAX_CHOSEN);
+BPF_TABLE("hash", struct handshake_key, struct synack, synacks, SIZED_WHEN_LOADED);
+BPF_TABLE("lru_hash", struct known_client, u64, known_clients, SIZED_WHEN_LOADED);
+BPF_TABLE("hash", struct handshake_key, u8, chosen, SIZED_WHEN_LOADED);
 #endif
 #ifdef PROBE_kfree_skb
-BPF_TABLE("stacktrace", u32, struct stack, stacks, MAX_STACKS);
+BPF_TABLE("stacktrace", u32, struct stack, stacks, SIZED_WHEN_LOADED);
 BPF_ARRAY(cookie_ports, struct port_marks, 1);
 #endif
 BPF_ARRAY(config, struct trace_config, 1);
 BPF_ARRAY(wanted_ports, u64, 1024); /* one bit per port; BCC is slow with arrays in a value */
 #ifdef SOFTIRQS_INTERLEAVE
-BPF_TABLE("lru_hash", u64, struct scratch, scratches, MAX_TASKS);
+BPF_TABLE("lru_hash", u64, struct scratch, scratches, SIZED_WHEN_LOADED);
 BPF_ARRAY(no_scratch, struct scratch, 1); /* zeros, for a task's first: too much for the stack */
 #else
 BPF_PERCPU_ARRAY(scratches, struct scratch, 1);
@@ -306,6 +309,21 @@ static __always_inline void read_segment(struct segment *segment, struct sock *l
 }
 
 #ifdef HAVE_MIB_COUNTERS
+/* 0 where it is not known, which no CPU's offset is. */
+static __always_inline u64 offset_of_this_cpu(void)
+{
+	u32 zero = 0;
+	struct trace_config *wanted = config.lookup(&zero);
+	u64 offset = 0;
+
+	if (!wanted || !wanted->per_cpu_offset_table)
+		return 0;
+	bpf_probe_read_kernel(
+		&offset, sizeof(offset),
+		(void *)(wanted->per_cpu_offset_table + bpf_get_smp_processor_id() * sizeof(u64)));
+	return offset;
+}
+
 static __always_inline struct counter_pair counter_pair(u64 this_cpu, u32 first)
 {
 	struct counter_pair pair = {};
@@ -333,10 +351,11 @@ static __always_inline void read_listen_counters(struct counters_before *before,
 	struct net *net = READ(listener->skc_net);
 	u64 statistics = 0;
 
+	before->this_cpu = 0;
 	if (TASKS_CHANGE_CPUS || !before->cpu_offset)
-		bpf_probe_read_kernel(
-			&before->cpu_offset, sizeof(before->cpu_offset),
-			(void *)(PER_CPU_OFFSET_TABLE + bpf_get_smp_processor_id() * sizeof(u64)));
+		before->cpu_offset = offset_of_this_cpu();
+	if (!before->cpu_offset)
+		return;
 	bpf_probe_read_kernel(&statistics, sizeof(statistics), &net->net_statistics);
 	before->this_cpu = statistics + before->cpu_offset;
 	before->listen = counter_pair(before->this_cpu, MIB_LISTENOVERFLOWS);
@@ -344,17 +363,22 @@ static __always_inline void read_listen_counters(struct counters_before *before,
 
 static __always_inline void read_cookie_counters(struct counters_before *before)
 {
-	before->cookies = counter_pair(before->this_cpu, MIB_SYNCOOKIESRECV);
+	if (before->this_cpu)
+		before->cookies = counter_pair(before->this_cpu, MIB_SYNCOOKIESRECV);
 }
 
 static __always_inline u8 listen_counters_moved(const struct counters_before *before)
 {
+	if (!before->this_cpu)
+		return MOVED_UNKNOWN;
 	return moved_between(before->listen, counter_pair(before->this_cpu, MIB_LISTENOVERFLOWS),
 			     MOVED_LISTEN_OVERFLOWS, MOVED_LISTEN_DROPS);
 }
 
 static __always_inline u8 cookie_counters_moved(const struct counters_before *before)
 {
+	if (!before->this_cpu)
+		return MOVED_UNKNOWN;
 	return moved_between(before->cookies, counter_pair(before->this_cpu, MIB_SYNCOOKIESRECV),
 			     MOVED_SYNCOOKIES_RECV, MOVED_SYNCOOKIES_FAILED);
 }
@@ -459,9 +483,12 @@ static __always_inline void note_answer(struct listener_facts *facts, const stru
 /* Every *_OUTSIDE count follows its counterpart inside the filters. */
 #define FILTERED(which, segment) ((which) + ((segment)->outside ? 1 : 0))
 
+/* The unit of told_at is 2^20 ns, about a millisecond: 32 bits last for weeks. */
+#define TOLD_SHIFT 20
+
 /* Returns whether user space will hear of it; if not, the table's entry has to keep the fact. */
 static __always_inline bool tell(struct netns_counts *counted, u8 kind,
-				 const struct segment *segment, const struct handshake *handshake,
+				 const struct segment *segment, struct handshake *handshake,
 				 u64 now, u8 moved)
 {
 	struct event event = {};
@@ -477,10 +504,30 @@ static __always_inline bool tell(struct netns_counts *counted, u8 kind,
 	event.tcp_flags = segment->tcp_flags;
 	event.counters = moved;
 	event.kind = kind;
-	if (events.ringbuf_output(&event, sizeof(event), 0) == 0)
-		return true;
-	ADD(counted->count[COUNT_EVENTS_LOST], 1);
-	return false;
+	if (events.ringbuf_output(&event, sizeof(event), 0)) {
+		ADD(counted->count[COUNT_EVENTS_LOST], 1);
+		return false;
+	}
+	handshake->told_kind = kind;
+	handshake->told_at = now >> TOLD_SHIFT;
+	return true;
+}
+
+/*
+ * For segments that a peer may repeat as fast as it likes: an event only where it says more than
+ * the last one about this entry, or that one is some time ago. The entry has every one of them.
+ */
+static __always_inline bool tell_if_new(struct netns_counts *counted, u8 kind,
+					const struct segment *segment, struct handshake *handshake,
+					u64 now, u8 moved)
+{
+	u32 zero = 0, since = (u32)(now >> TOLD_SHIFT) - handshake->told_at;
+	struct trace_config *wanted = config.lookup(&zero);
+
+	if (handshake->told_kind == kind && wanted &&
+	    since < (u32)(wanted->tell_again_after_ns >> TOLD_SHIFT))
+		return false;
+	return tell(counted, kind, segment, handshake, now, moved);
 }
 
 static __always_inline void end(struct handshake *handshake, u8 ending, u64 now, u8 moved)
@@ -608,14 +655,8 @@ static __always_inline void mark_port(u16 port)
 
 static __always_inline bool port_marked(u16 port)
 {
-	u8 *mark;
+	u8 *mark = port_mark(port);
 
-#ifdef ONLY_WANTED_PORT
-	/* A constant instead of a lookup, for nearly every packet that is dropped on this host. */
-	if (port != swap16(ONLY_WANTED_PORT))
-		return false;
-#endif
-	mark = port_mark(port);
 	return mark && *mark;
 }
 #else
@@ -701,7 +742,7 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 	entry->mss = mss;
 	entry->syn_count += 1;
 	ADD(counted->count[COUNT_SYNS_REPEATED], 1);
-	tell(counted, EVENT_SYN_REPEATED, segment, entry, fresh.last_syn_ns, 0);
+	tell_if_new(counted, EVENT_SYN_REPEATED, segment, entry, fresh.last_syn_ns, 0);
 	return 0;
 }
 
@@ -779,7 +820,7 @@ static __always_inline int syn_handled(void)
 		}
 		kind = EVENT_TAKEN_OVER;
 	}
-	tell(counted, kind, segment, entry, now, moved);
+	tell_if_new(counted, kind, segment, entry, now, moved);
 	return 0;
 }
 
@@ -1038,7 +1079,7 @@ static __always_inline int ack_judged(u64 result)
 		return 0;
 	if (facts && result == listener && facts->owed && !entry->acks_dropped)
 		__sync_fetch_and_add(&facts->owed, -1);
-	if (tell(counted, kind, segment, entry, now, moved) && kind == EVENT_COMPLETED)
+	if (tell_if_new(counted, kind, segment, entry, now, moved) && kind == EVENT_COMPLETED)
 		forget(&segment->key);
 	return 0;
 }
@@ -1331,7 +1372,7 @@ static __always_inline int packet_dropped(void *ctx, u64 skb, u64 place, u32 rea
 	entry->filter_reason = reason;
 	entry->filter_stack = stack;
 	ADD(counted->count[COUNT_ACKS_FILTERED], 1);
-	tell(counted, EVENT_ACK_FILTERED, &segment, entry, now, 0);
+	tell_if_new(counted, EVENT_ACK_FILTERED, &segment, entry, now, 0);
 	return 0;
 }
 

@@ -70,7 +70,9 @@ struct handshake {
 	__u8 ending;
 	__u8 drop_counters; /* enum counter_moved, all dropped ACKs together */
 	__u8 end_counters; /* enum counter_moved, at the segment that ended it */
-	__u8 padding[7];
+	__u8 told_kind; /* the programs' own: of the last event about it, 0: none */
+	__u8 padding[2];
+	__u32 told_at; /* the programs' own: its time in units of 2^20 ns */
 };
 
 enum event_kind {
@@ -196,6 +198,8 @@ struct netns_counts {
 /* What the user asked to see; one entry, read by every program. */
 struct trace_config {
 	__u64 tell_completed_after_ns; /* a completion older than this is told; 0: every one */
+	__u64 tell_again_after_ns; /* a segment like the last one told is told again after this */
+	__u64 per_cpu_offset_table; /* kernel address of __per_cpu_offset; 0: not known */
 	__u32 netns; /* 0: every network namespace */
 	__u8 match_ports; /* nonzero: only the server ports set in wanted_ports */
 	__u8 match_listener; /* nonzero: only this server address */

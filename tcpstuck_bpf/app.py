@@ -64,7 +64,7 @@ MAX_UNTOLD = 4096
 
 
 class Source(Protocol):
-    """Where observations come from; `source.BccSource` is the running kernel."""
+    """Where observations come from; `source.KernelSource` is the running kernel."""
 
     @property
     def coverage(self) -> Coverage:
@@ -78,8 +78,15 @@ class Source(Protocol):
     def table_capacity(self) -> int:
         """How many handshakes the table holds."""
 
+    @property
+    def most_waiting(self) -> int:
+        """How many events may wait to be read at any moment."""
+
     def poll(self, timeout_ns: int) -> list[Event]:
-        """Events that came, waiting at most that long for the first."""
+        """A bounded number of events that came, waiting at most that long for the first.
+
+        A signal ends the waiting.
+        """
 
     def sweep(self) -> Iterator[Sweep]:
         """The whole table in batches; their time is from before the first entry was read."""
@@ -132,7 +139,11 @@ class Log(Protocol):
 
 @dataclass
 class Live:
-    """A live run. `stop` is set by a signal handler and ends it with the summary."""
+    """A live run. `stop` is set by a signal handler and ends it with the summary.
+
+    `abandoned` is set by one as well, while `reading` is: an exception that it raised instead would
+    be lost in the C library that reads.
+    """
 
     source: Source
     analysis: Analysis
@@ -142,6 +153,8 @@ class Live:
     """Of the network namespaces with these inode numbers; None: of all."""
     clock_ns: Callable[[], int] = time.monotonic_ns
     stop: bool = False
+    reading: bool = field(default=False, init=False)
+    abandoned: bool = False
     rescuing: Rescuing | None = None
     name: Callable[[Iterable[Row]], KernelNames | None] | None = None
     """Says what numbers in entries mean that it has not said yet; None: nothing new."""
@@ -230,8 +243,19 @@ class Live:
             else:
                 self.output.findings([one for one in alike if isinstance(one, Finding)])
 
-    def _observe_events(self, timeout_ns: int) -> None:
-        events = tuple(self.source.poll(timeout_ns))
+    def _poll(self, timeout_ns: int) -> tuple[Event, ...]:
+        """Raises KeyboardInterrupt where a second signal came meanwhile."""
+        self.reading = True
+        try:
+            return tuple(self.source.poll(timeout_ns))
+        finally:
+            self.reading = False
+            if self.abandoned:
+                raise KeyboardInterrupt
+
+    def _observe_events(self, timeout_ns: int) -> int:
+        """Take in events that came; how many there were."""
+        events = self._poll(timeout_ns)
         # Who got in makes room for the next at once; to judge what came takes longer.
         self._rescue(events, ())
         if events:
@@ -239,6 +263,16 @@ class Live:
             self._step(Observed(events))
             self._judge()
             self._rescue((), self.analysis.reports)
+        return len(events)
+
+    def _observe_waiting(self) -> None:
+        """Take in the events that wait, and of those that go on coming no more than as many."""
+        left = self.source.most_waiting
+        while left > 0:
+            taken = self._observe_events(0)
+            if not taken:
+                return
+            left -= taken
 
     def _read_log(self) -> None:
         warnings = () if self.kernel_log is None else self.kernel_log.warnings(self.clock_ns())
@@ -311,7 +345,7 @@ class Live:
         return (f"the recording is incomplete: {failure}",) if failure else ()
 
     def _finish(self) -> Summary:
-        self._observe_events(0)
+        self._observe_waiting()
         self._sweep()
         self._tally()
         overruns = 0 if self.kernel_log is None else self.kernel_log.overruns

@@ -7,6 +7,7 @@ packages do not ship. Only what `kernel_types` asks for is looked at.
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,28 +50,31 @@ _KINDS = {
     19: kernel_types.ENUM,
 }
 
-# Bytes after struct btf_type, (fixed, per member), by kind.
-_TAIL = {
-    1: (4, 0),
-    2: (0, 0),
-    3: (12, 0),
-    4: (0, 12),
-    5: (0, 12),
-    6: (0, 8),
-    7: (0, 0),
-    8: (0, 0),
-    9: (0, 0),
-    10: (0, 0),
-    11: (0, 0),
-    12: (0, 0),
-    13: (0, 8),
-    14: (4, 0),
-    15: (0, 12),
-    16: (0, 0),
-    17: (4, 0),
-    18: (0, 0),
-    19: (0, 12),
+# Bytes of a type with its struct btf_type, and for each of its members, by kind.
+_LENGTHS = {
+    1: (16, 0),
+    2: (12, 0),
+    3: (24, 0),
+    4: (12, 12),
+    5: (12, 12),
+    6: (12, 8),
+    7: (12, 0),
+    8: (12, 0),
+    9: (12, 0),
+    10: (12, 0),
+    11: (12, 0),
+    12: (12, 0),
+    13: (12, 8),
+    14: (16, 0),
+    15: (12, 12),
+    16: (12, 0),
+    17: (16, 0),
+    18: (12, 0),
+    19: (12, 12),
 }
+_FOUND_BY_NAME = frozenset({_STRUCT, _FUNC, _TYPEDEF})
+_ENUMS = frozenset({_ENUM, _ENUM64})
+_KIND_BITS = 5
 
 
 class Btf(TypeGraph[int]):
@@ -89,8 +93,8 @@ class Btf(TypeGraph[int]):
             raise self._unreadable("it does not begin with BTF's magic number in our byte order")
         _, _, _, header_length, type_start, type_length, string_start, _ = _HEADER.unpack_from(data)
         self._strings = header_length + string_start
-        self._places = [0]
-        self._by_name: dict[tuple[int, int], int] = {}
+        self._places = array("I", [0])
+        self._by_name: dict[int, int] = {}
         self._enums: list[int] = []
         types = header_length + type_start
         if types + type_length > len(data) or self._strings >= len(data):
@@ -111,19 +115,31 @@ class Btf(TypeGraph[int]):
         with self._reading():
             return self._named(kernel_types.TYPEDEF, f"btf_trace_{tracepoint}")
 
+    @property
+    def is_of_running_kernel(self) -> bool:
+        """Whether programs can be attached by its numbers."""
+        return self._source == RUNNING_KERNEL
+
+    def function(self, name: str) -> int | None:
+        """The number of the type that programs are attached to a function by, None without."""
+        with self._reading():
+            return self._number(_FUNC, name)
+
     def _index(self, place: int, end: int) -> None:
+        """Find where each type begins: 130 000 in a kernel, and a start waits for this."""
+        unpack, data, places, by_name = _PAIR.unpack_from, self._data, self._places, self._by_name
         while place < end:
-            name, info, _ = _TYPE.unpack_from(self._data, place)
+            name, info = unpack(data, place)
             kind = info >> 24 & 0x1F
-            tail = _TAIL.get(kind)
-            if tail is None:
-                raise self._unreadable(f"type {len(self._places)} is of the unknown kind {kind}")
-            if kind in (_STRUCT, _FUNC, _TYPEDEF):
-                self._by_name.setdefault((kind, name), len(self._places))
-            elif kind in (_ENUM, _ENUM64):
-                self._enums.append(len(self._places))
-            self._places.append(place)
-            place += _TYPE.size + tail[0] + tail[1] * (info & 0xFFFF)
+            if kind not in _LENGTHS:
+                raise self._unreadable(f"type {len(places)} is of the unknown kind {kind}")
+            if kind in _FOUND_BY_NAME:
+                by_name.setdefault(name << _KIND_BITS | kind, len(places))
+            elif kind in _ENUMS:
+                self._enums.append(len(places))
+            places.append(place)
+            fixed, each = _LENGTHS[kind]
+            place += fixed + each * (info & 0xFFFF) if each else fixed
 
     def _string(self, offset: int) -> str:
         start = self._strings + offset
@@ -144,14 +160,18 @@ class Btf(TypeGraph[int]):
         name, info, size_or_type = _TYPE.unpack_from(self._data, place)
         return name, info, size_or_type, place + _TYPE.size
 
-    def _named(self, kind: str, name: str) -> int | None:
-        wanted = _NAMED[kind]
+    def _number(self, kind: int, name: str) -> int | None:
         for offset in self._string_offsets(name.encode() + b"\0"):
-            number = self._by_name.get((wanted, offset))
+            number = self._by_name.get(offset << _KIND_BITS | kind)
             if number is not None:
-                # A function's parameters are those of its prototype, another type.
-                return self._type(number)[2] if wanted == _FUNC else number
+                return number
         return None
+
+    def _named(self, kind: str, name: str) -> int | None:
+        number = self._number(_NAMED[kind], name)
+        # A function's parameters are those of its prototype, another type.
+        is_function = number is not None and kind == kernel_types.FUNCTION
+        return self._type(number)[2] if number is not None and is_function else number
 
     def _shape(self, node: int) -> Shape[int]:
         name, info, size_or_type, tail = self._type(node)

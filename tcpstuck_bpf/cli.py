@@ -43,7 +43,7 @@ from tcpstuck_bpf.resend import Resender
 from tcpstuck_bpf.ruleset_reader import read_ruleset
 
 if TYPE_CHECKING:
-    from tcpstuck_bpf.source import BccSource
+    from tcpstuck_bpf.source import KernelSource
 
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 WIDTH_OF_A_PIPE = 200
@@ -120,7 +120,10 @@ def _output(options: argparse.Namespace, header: Header) -> Output:
 
 
 class Interrupts:
-    """SIGINT, SIGTERM and a lost terminal end a run with its summary, a second one at once."""
+    """SIGINT, SIGTERM and a lost terminal end a run with its summary, a second one at once.
+
+    Nothing is raised while events are read, see `Live.reading`.
+    """
 
     def __init__(self) -> None:
         self.live: Live | None = None
@@ -138,8 +141,11 @@ class Interrupts:
             # The recording still gets its end.
             for stream in self._on_terminal:
                 _discard(stream)
-        if self.live is None or self.live.stop:
+        if self.live is None:
             raise KeyboardInterrupt
+        if self.live.stop and not self.live.reading:
+            raise KeyboardInterrupt
+        self.live.abandoned = self.live.stop
         self.live.stop = True
         self.interrupted = number == signal.SIGINT
 
@@ -159,17 +165,23 @@ def _attach_request(options: argparse.Namespace) -> AttachRequest:
         types = types_of_running_kernel(options.vmlinux)
     without = left_out(os.environ.get(WITHOUT_VARIABLE, ""))
     return AttachRequest(
-        types, options.strict, without, rescue=options.rescue is not None, why=options.why
+        types,
+        options.strict,
+        without,
+        rescue=options.rescue is not None,
+        why=options.why,
+        keep=options.cache,
+        programs=options.programs,
     )
 
 
-def _open_source(settings: TraceSettings, request: AttachRequest) -> BccSource:
+def _open_source(settings: TraceSettings, request: AttachRequest) -> KernelSource:
     from tcpstuck_bpf.source import open_source
 
     return open_source(settings, request)
 
 
-def _rescuing(options: argparse.Namespace, source: BccSource) -> Rescuing:
+def _rescuing(options: argparse.Namespace, source: KernelSource) -> Rescuing:
     policy = RescuePolicy(
         include_unknown="all" in options.rescue,
         rate=options.rescue_rate,
@@ -199,6 +211,8 @@ def _trace(options: argparse.Namespace) -> int:
     watched = _watched(options, settings.trace_filter)
     source = _open_source(settings, _attach_request(options))
     try:
+        for note in source.notes:
+            print(f"tcpstuck-trace: {note}", file=sys.stderr, flush=True)
         if options.dry_run:
             if options.ready_file is not None:
                 write_ready_file(options.ready_file)

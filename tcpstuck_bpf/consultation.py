@@ -43,9 +43,10 @@ def consult(
 
 
 def _this_machine(width: int, json: bool, verbose: bool) -> tuple[bool, Iterable[str]]:
-    from tcpstuck_bpf.source import bcc_version, open_source
+    from tcpstuck_bpf.kernel.compilation import require_bcc
+    from tcpstuck_bpf.source import open_source
 
-    report = doctor.examine(open_source, bcc_version)
+    report = doctor.examine(open_source, require_bcc)
     lines = (
         doctor_output.machine_json(report)
         if json

@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tcpstuck_bpf import bpf_trial, features, netns
+from tcpstuck_bpf import features, netns
 from tcpstuck_bpf.app import Source
 from tcpstuck_bpf.btf import RUNNING_KERNEL, read_running_kernel
 from tcpstuck_bpf.errors import CannotTraceError
+from tcpstuck_bpf.kernel import bpf_syscall
 from tcpstuck_bpf.kernel_report import KernelReport, describe
 from tcpstuck_bpf.kernel_types import KernelTypes
 from tcpstuck_bpf.layout import PER_CPU_OFFSET_SYMBOL
@@ -146,7 +147,7 @@ def _lockdown() -> Check:
 
 
 def _tracing_programs() -> Check:
-    refusal = bpf_trial.tracing_refusal()
+    refusal = bpf_syscall.tracing_refusal()
     return Check(
         "reading kernel memory",
         NO if refusal else OK,
@@ -190,7 +191,7 @@ def _mode(mode: str, trials: Mapping[str, Trial]) -> Check:
 
 
 def _ring_buffer() -> Check:
-    refusal = bpf_trial.ring_buffer_refusal()
+    refusal = bpf_syscall.ring_buffer_refusal()
     return Check(
         "ring buffer",
         NO if refusal else OK,
@@ -201,7 +202,7 @@ def _ring_buffer() -> Check:
 
 
 def _batch_lookup() -> Check:
-    refusal = bpf_trial.batch_lookup_refusal()
+    refusal = bpf_syscall.batch_lookup_refusal()
     return Check(
         "batch lookup",
         NOTE if refusal else OK,

@@ -177,7 +177,11 @@ def _readable_in_pairs(counters: Mapping[str, int]) -> bool:
 
 
 def header_text(layout: Layout) -> str:
-    """The generated header, kernel_layout.h."""
+    """The generated header, KERNEL_LAYOUT_H of the program text.
+
+    It is the same at each boot: what changes then, an address, the programs are told by their
+    configuration.
+    """
     structs: dict[str, list[str]] = {}
     checks: list[str] = []
     begin, length = layout.span
@@ -202,8 +206,7 @@ def header_text(layout: Layout) -> str:
     if length:
         lines.append(f"#define PACKET_SPAN_AT {begin}")
         checks.append(f'_Static_assert(sizeof(struct {PACKET_SPAN}) == {length}, "padded");')
-    if layout.has_counters:
+    if layout.counters:
         lines.append("#define HAVE_MIB_COUNTERS")
-        lines.append(f"#define PER_CPU_OFFSET_TABLE {layout.per_cpu_offset_table:#x}ULL")
         lines += [f"#define MIB_{name} {index}" for name, index in layout.counters.items()]
     return "\n".join(lines + checks) + "\n"

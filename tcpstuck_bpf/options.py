@@ -322,6 +322,18 @@ def _add_kernel(parser: argparse.ArgumentParser) -> None:
         help="struct members from this vmlinux or vmlinuz; with --doctor, report on that kernel",
     )
     kernel.add_argument(
+        "--no-cache",
+        dest="cache",
+        action="store_false",
+        help="compile anew, and do not keep what was compiled for the next start",
+    )
+    kernel.add_argument(
+        "--programs",
+        metavar="DIR",
+        type=file_name,
+        help="use programs that --build made, perhaps on another machine; needs no BCC",
+    )
+    kernel.add_argument(
         "--doctor", action="store_true", help="what stands in the way of tracing here, and remedies"
     )
     kernel.add_argument(

@@ -228,6 +228,11 @@ class AttachRequest:
     why: bool = True
     """Whether packets that are dropped before TCP are looked at."""
 
+    keep: bool = True
+    """Whether compiled programs are kept for the next start, and those that were are used."""
+    programs: str | None = None
+    """A directory of programs that were built elsewhere, to be used instead of the compiler."""
+
     @property
     def probes(self) -> tuple[Probe, ...]:
         """What is to be attached."""

@@ -1,25 +1,28 @@
-"""The running kernel as a source of observations. The only module that imports bcc."""
+"""The running kernel as a source of observations: what is compiled, loaded, attached and read."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
-import os
 import resource
-import tempfile
+import struct
+import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-from tcpstuck_bpf import features, places, probes, typed_tracepoint, wire
-from tcpstuck_bpf.bpf_trial import RefusedError, missed_runs
+from tcpstuck_bpf import features, probes, wire
 from tcpstuck_bpf.btf import Btf, read_running_kernel
 from tcpstuck_bpf.errors import CannotTraceError
+from tcpstuck_bpf.kernel import artifact
+from tcpstuck_bpf.kernel.artifact import Artifact
+from tcpstuck_bpf.kernel.artifact_store import BuiltPrograms, Cache, cache_directory
+from tcpstuck_bpf.kernel.compilation import Compilation, CompilerError, compile_in_child, decoded
+from tcpstuck_bpf.kernel.description import describe_running
+from tcpstuck_bpf.kernel.loader import LoadedPrograms, LoadError
+from tcpstuck_bpf.kernel.ring_buffer import RingBuffer, require_libbpf
 from tcpstuck_bpf.kernel_types import KernelTypes
-from tcpstuck_bpf.layout import PER_CPU_OFFSET_SYMBOL, find_layout, header_text
+from tcpstuck_bpf.layout import PER_CPU_OFFSET_SYMBOL
 from tcpstuck_bpf.model import (
     Coverage,
     Event,
@@ -29,11 +32,13 @@ from tcpstuck_bpf.model import (
     Sweep,
     TraceSettings,
 )
-from tcpstuck_bpf.probes import ATTACH_ALL, EVERY_PROBE, AttachRequest, Probe, ProbeRefusedError
-from tcpstuck_bpf.softirqs import BH_LOCK_OPTION, mode_to_try, softirq_gaps
+from tcpstuck_bpf.probes import ATTACH_ALL, AttachRequest, Probe, ProbeRefusedError
+from tcpstuck_bpf.softirqs import mode_to_try
 from tcpstuck_bpf.tables import Tables
 
 EVENT_PAGES = 256
+EVENTS_AT_ONCE = 512
+"""Of a poll: in a flood of events everything else has its turn as well."""
 MAX_NAMESPACES = 1024
 MAX_KNOWN_CLIENTS = 65_536
 MAX_LISTENERS = 4096
@@ -49,161 +54,63 @@ LOSSES = (
     "tasks_unknown",
 )
 
-# BCC optimizes what clang hands it, so clang need not do the same before; and nobody debugs the
-# programs by their debugging information. A third of the compilation's time, the same code.
-_FASTER_COMPILATION = ("-Xclang", "-disable-llvm-passes", "-g0")
+
+def table_entries(capacity: int, *, softirqs_interleave: bool) -> dict[str, int]:
+    """How many entries each table has that the text leaves open; of the ring buffer, bytes."""
+    entries = {
+        "awaiting_ack": capacity,
+        "synacks": capacity,
+        "counts": MAX_NAMESPACES,
+        "listeners": MAX_LISTENERS,
+        "events": EVENT_PAGES * resource.getpagesize(),
+        "known_clients": MAX_KNOWN_CLIENTS,
+        "chosen": MAX_CHOSEN,
+        "stacks": MAX_STACKS,
+    }
+    return {**entries, "scratches": MAX_TASKS} if softirqs_interleave else entries
 
 
-def program_directory() -> Path:
-    """Where the BPF text is: inside the installed package, or beside it in a source tree."""
-    package = Path(__file__).resolve().parent
-    for candidate in (package / "bpf", package.parent / "bpf"):
-        if (candidate / "tcpstuck.bpf.c").is_file():
-            return candidate
-    raise CannotTraceError(
-        "the BPF program text is missing",
-        f"neither {package / 'bpf'} nor {package.parent / 'bpf'} has tcpstuck.bpf.c",
-        "install tcpstuck-trace again",
-    )
-
-
-def _import_bcc() -> ModuleType:
-    try:
-        import bcc
-    except ImportError as error:
-        raise CannotTraceError(
-            "BCC's Python module cannot be imported",
-            f"import bcc: {error}",
-            "install it from the distribution (apt install python3-bpfcc, dnf install python3-bcc) "
-            "in an environment that sees system packages; `bcc` on PyPI is another thing",
-        ) from error
-    if not hasattr(bcc, "BPF"):
-        raise CannotTraceError(
-            "BCC's Python module is not the one that is imported",
-            f"{getattr(bcc, '__file__', 'bcc')} has no BPF class",
-            "remove the PyPI package `bcc` and install the distribution's python3-bpfcc",
-        )
-    module: ModuleType = bcc
-    return module
-
-
-@contextlib.contextmanager
-def _compiler_messages() -> Iterator[list[str]]:
-    """Collect what libbcc, with the compiler and the verifier, writes to file descriptor 2."""
-    messages: list[str] = []
-    saved = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield messages
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-            file.seek(0)
-            messages += file.read().decode("utf-8", "replace").splitlines()
-
-
-def _problem(error: Exception, messages: list[str]) -> str:
-    """One line: what bcc raised, and the most telling line of what libbcc printed."""
-    telling = [line for line in messages if "error" in line.lower() or "not permitted" in line]
-    return ": ".join([str(error), *(telling or messages)[:1]]).replace("\n", " ")
-
-
-def bcc_version() -> str:
-    """BCC's version and where its module is. Raises CannotTraceError where there is none."""
-    bcc = _import_bcc()
-    return f"{getattr(bcc, '__version__', 'of unknown version')} ({bcc.__file__})"
-
-
-def compile_programs(
-    header: str, wanted: Collection[Probe], mode: str, capacity: int, architecture: str = ""
-) -> Any:
-    """BCC's object with our text compiled and its tables made; no program is loaded.
-
-    `header` is kernel_layout.h, `capacity` the entries of the awaiting-ACK table, `architecture`
-    BCC's name, such as `arm64`, of another one than this machine's. Raises CannotTraceError
-    without BCC, and whatever BCC raises where the kernel or the compiler refuses.
-    """
-    bcc, directory = _import_bcc(), program_directory()
-    # BCC looks for kernel headers here instead of in /lib/modules.
-    os.environ["BCC_KERNEL_SOURCE"] = str(directory / "stub")
-    # Who builds kernels may have ARCH set for make; BCC would read arguments from the registers
-    # of that architecture, and none of the programs would notice.
-    os.environ.pop("ARCH", None)
-    if architecture:
-        os.environ["ARCH"] = architecture
-
-    class Bpf(bcc.BPF):  # type: ignore[misc,name-defined]
-        """BCC's class, which would load and attach kfunc programs while constructing."""
-
-        def _trace_autoload(self) -> None:
-            """Attach nothing: compile, load and attach are separate steps here."""
-
-    with tempfile.TemporaryDirectory(prefix="tcpstuck-") as generated:
-        Path(generated, "kernel_layout.h").write_text(header, encoding="ascii")
-        flags = [
-            *_FASTER_COMPILATION,
-            f"-I{generated}",
-            f"-I{directory}",
-            f"-DMAX_HANDSHAKES={capacity}",
-            f"-DMAX_NAMESPACES={MAX_NAMESPACES}",
-            f"-DEVENT_PAGES={EVENT_PAGES}",
-            f"-DMAX_KNOWN_CLIENTS={MAX_KNOWN_CLIENTS}",
-            f"-DMAX_LISTENERS={MAX_LISTENERS}",
-            f"-DMAX_CHOSEN={MAX_CHOSEN}",
-            f"-DMAX_STACKS={MAX_STACKS}",
-            f"-DMAX_TASKS={MAX_TASKS}",
-            *probes.compiler_flags(wanted),
-        ]
-        if mode == "fentry":
-            flags.append("-DTCPSTUCK_FENTRY")
-        if architecture:
-            # Since 0.37 BCC asks for what only the machine that it was itself built for has.
-            flags.append("-fcf-protection=none")
-        return Bpf(text=(directory / "tcpstuck.bpf.c").read_bytes(), cflags=flags)
-
-
-class BccSource:
+class KernelSource:
     """Our programs in the running kernel; see `app.Source` for what each method promises."""
 
     def __init__(self, settings: TraceSettings, request: AttachRequest = ATTACH_ALL) -> None:
         self.timings: dict[str, float] = {}
         self.table_capacity = settings.max_handshakes
+        self.notes: list[str] = []
         self._settings = settings
         self._rescue = request.rescue
-        self._events: list[Event] = []
         self._undecodable = 0
+        self._programs: LoadedPrograms | None = None
+        self._at_work_on: Probe | None = None
         features.require_privileges()
-        with self._timed("import"):
-            self._bcc = _import_bcc()
+        require_libbpf()
+        self._built = None if request.programs is None else BuiltPrograms(Path(request.programs))
+        self._cache = Cache(cache_directory()) if request.keep and self._built is None else None
         with self._timed("layout"):
-            types = request.types or read_running_kernel()
             symbols, table = features.read_symbols(
                 [probe.symbol for probe in request.probes], PER_CPU_OFFSET_SYMBOL
             )
             wants_counters = probes.KERNEL_COUNTERS not in request.left_out
-            layout = find_layout(types, table if wants_counters else None)
-        self._header = header_text(layout)
-        if len(settings.trace_filter.ports) == 1:
-            self._header += f"#define ONLY_WANTED_PORT {settings.trace_filter.ports[0]}\n"
-        has_reasons = (types.tracepoint_arguments(probes.KFREE_SKB) or 0) > probes.REASON_ARGUMENT
-        self.drop_reasons = places.reason_names(types) if has_reasons else {}
-        self._softirq_gaps = softirq_gaps(types, features.kernel_option(BH_LOCK_OPTION))
-        if self._softirq_gaps:
-            self._header += "#define SOFTIRQS_INTERLEAVE\n"
-        self._reason_defines = places.reason_defines(self.drop_reasons)
+            self._kernel = describe_running(request.types, table if wants_counters else None)
+            # Of the kernel itself, whatever file describes its structs.
+            self._own_types = _own_types(self._kernel.types)
+        self.drop_reasons = self._kernel.drop_reasons
+        layout = self._kernel.layout
         left_out = dict(request.left_out)
         if layout.drop_obstacle is not None:
             left_out.setdefault(probes.KFREE_SKB, layout.drop_obstacle)
-        self._tracepoint_types = tracepoint_types(types)
         mode, attached, gaps = probes.attach(
             symbols,
-            dataclasses.replace(request, types=types, left_out=left_out),
+            dataclasses.replace(request, types=self._kernel.types, left_out=left_out),
             layout.has_counters,
-            lambda wanted: self._start(types, wanted),
-            self._softirq_gaps,
+            self._start,
+            self._kernel.softirq_gaps,
         )
         self.coverage = Coverage(mode, frozenset(probe.function for probe in attached), gaps)
+        if self._cache is not None:
+            self.notes += self._cache.notes
+        # Its types are 20 MB, and what they say is in the kernel by now.
+        del self._kernel, self._own_types
 
     @contextlib.contextmanager
     def _timed(self, what: str) -> Iterator[None]:
@@ -211,20 +118,22 @@ class BccSource:
         yield
         self.timings[what] = time.monotonic() - begun
 
-    def _start(self, types: KernelTypes, wanted: tuple[Probe, ...]) -> str:
+    def _start(self, wanted: tuple[Probe, ...]) -> str:
         """Compile, load and attach in the wished mode; `auto` falls back to kprobes."""
-        self._probes = wanted
-        wished = mode_to_try(self._settings.probe_mode, self._softirq_gaps, features.has_kprobes())
+        gaps = self._kernel.softirq_gaps
+        wished = mode_to_try(self._settings.probe_mode, gaps, features.has_kprobes())
         obstacle = None
         if wished != "kprobe":
-            obstacle = features.fentry_obstacle() or probes.fentry_obstacle(types, wanted)
+            obstacle = features.fentry_obstacle() or probes.fentry_obstacle(
+                self._kernel.types, wanted
+            )
         if obstacle and wished == "fentry":
             raise CannotTraceError(
                 "fentry cannot be used on this kernel", obstacle, "use --probe-mode kprobe"
             )
         if wished != "kprobe" and not obstacle:
             try:
-                return self._attempt("fentry")
+                return self._attempt(wanted, "fentry")
             except ProbeRefusedError:
                 raise
             except CannotTraceError:
@@ -232,158 +141,110 @@ class BccSource:
                     raise
         if not features.has_kprobes():
             raise features.refusal(obstacle or "not asked for", wished)
-        return self._attempt("kprobe")
+        return self._attempt(wanted, "kprobe")
 
-    def _attempt(self, mode: str) -> str:
-        with _compiler_messages() as messages:
-            try:
-                self._load(mode)
-                return mode
-            except CannotTraceError:
-                raise
-            except Exception as error:  # bcc raises nothing more specific
-                failure = error
-        self.close()
-        refusal = features.refusal(_problem(failure, messages), self._settings.probe_mode)
-        if self._at_work_on is not None and not self._at_work_on.required:
-            raise ProbeRefusedError(self._at_work_on.function, refusal) from failure
-        raise refusal from failure
+    def _attempt(self, wanted: tuple[Probe, ...], mode: str) -> str:
+        try:
+            self._load(wanted, mode)
+        except (LoadError, CompilerError) as error:
+            self.close()
+            refusal = features.refusal(str(error), self._settings.probe_mode)
+            if self._at_work_on is not None and not self._at_work_on.required:
+                raise ProbeRefusedError(self._at_work_on.function, refusal) from error
+            raise refusal from error
+        except BaseException:
+            self.close()
+            raise
+        return mode
 
-    def _load(self, mode: str) -> None:
-        self._at_work_on: Probe | None = None
-        _allow_locked_memory()
+    def _load(self, wanted: tuple[Probe, ...], mode: str) -> None:
+        self._at_work_on = None
+        allow_locked_memory()
         with self._timed("compile"):
-            header = self._header
-            header += self._reason_defines
-            self._bpf = compile_programs(header, self._probes, mode, self.table_capacity)
-        self._check_sizes()
-        self._configure()
+            made = self._artifact(self._kernel.compilation(wanted, mode))
+        check_sizes(made)
+        entries = table_entries(
+            self.table_capacity, softirqs_interleave=bool(self._kernel.softirq_gaps)
+        )
         with self._timed("load"):
-            self._load_programs(mode)
-        with self._timed("attach"):
-            for probe in probes.attach_order(self._probes, mode):
+            self._programs = programs = LoadedPrograms(made, entries)
+            self._configure(programs)
+            for probe in probes.of_mode(wanted, mode):
                 self._at_work_on = probe
-                self._attach(probe, mode)
+                self._load_probe(programs, probe, mode)
+        with self._timed("attach"):
+            for probe in probes.attach_order(wanted, mode):
+                self._at_work_on = probe
+                _attach(programs, probe, mode)
         self._at_work_on = None
         # While it looks a batch up, which takes a walk over all empty buckets, the kernel runs no
         # kprobe program on that CPU (bpf_disable_instrumentation): packets that an interrupt
         # brings meanwhile would pass unseen. To find the next key it does not.
         self.tables = Tables(
-            self._bpf,
-            self._bcc.libbcc.lib,
-            self.table_capacity,
-            in_batches=mode == "fentry",
-            rescue=self._rescue,
+            programs.maps, self.table_capacity, in_batches=mode == "fentry", rescue=self._rescue
         )
-        self._bpf[b"events"].open_ring_buffer(self._on_event)
+        self._ring = RingBuffer(programs.maps["events"].file)
 
-    def _load_programs(self, mode: str) -> None:
-        self._typed_programs: dict[str, int] = {}
-        for probe in probes.of_mode(self._probes, mode):
-            self._at_work_on = probe
-            if self._load_typed(probe):
-                continue
-            if probe.raw_tracepoint is not None:
-                names = [probe.raw_tracepoint.encode()]
-                kind = self._bcc.BPF.RAW_TRACEPOINT
-            elif mode == "fentry":
-                names = [self._tracing_program("kfunc", probe)] if probe.fentry else []
-                names += [self._tracing_program("kretfunc", probe)]
-                kind = self._bcc.BPF.TRACING
-            else:
-                wanted = (probe.kprobe_entry, probe.kprobe_return)
-                names = [name.encode() for name in wanted if name]
-                kind = self._bcc.BPF.KPROBE
-            for name in names:
-                self._bpf.load_func(name, kind)
+    def _artifact(self, wanted: Compilation) -> Artifact:
+        """Built, kept, or compiled now and kept. Raises CompilerError, and CannotTraceError."""
+        if self._built is not None:
+            return self._built.find(wanted)
+        found = None if self._cache is None else self._cache.find(wanted)
+        if found is not None:
+            return found
+        data = compile_in_child(wanted)
+        if self._cache is not None:
+            self._cache.keep(wanted, data)
+        return decoded(data, wanted)
 
-    def _load_typed(self, probe: Probe) -> bool:
+    def _load_probe(self, programs: LoadedPrograms, probe: Probe, mode: str) -> None:
+        if probe.raw_tracepoint is not None:
+            if not self._load_typed(programs, probe):
+                programs.load(artifact.RAW_TRACEPOINT, probe.raw_tracepoint)
+        elif mode == "fentry":
+            number = None if self._own_types is None else self._own_types.function(probe.function)
+            if number is None:
+                raise LoadError(f"{probe.function} is not in the running kernel's BTF")
+            if probe.fentry:
+                programs.load(artifact.FENTRY, probe.function, number)
+            programs.load(artifact.FEXIT, probe.function, number)
+        else:
+            for name in (probe.kprobe_entry, probe.kprobe_return):
+                if name is not None:
+                    programs.load(artifact.KPROBE, name)
+
+    def _load_typed(self, programs: LoadedPrograms, probe: Probe) -> bool:
         """Load the variant that knows its arguments' types; False where the kernel has no such."""
-        number = self._tracepoint_types.get(probe.function)
-        if probe.typed_tracepoint is None or number is None:
+        if probe.typed_tracepoint is None or self._own_types is None:
             return False
-        name = probe.typed_tracepoint.encode()
+        number = self._own_types.tracepoint_type(probe.function)
+        if number is None:
+            return False
         try:
-            file = typed_tracepoint.load(name, self._bpf.dump_func(name), number)
-        except RefusedError:
+            programs.load(artifact.TYPED_TRACEPOINT, probe.typed_tracepoint, number)
+        except LoadError:
             return False
-        self._typed_programs[probe.function] = file
-        # BCC closes what is among its own.
-        self._bpf.funcs[name] = self._bcc.BPF.Function(self._bpf, name, file)
         return True
 
-    def _tracing_program(self, kind: str, probe: Probe) -> bytes:
-        """The name BCC's macro gave to a program: since 0.27 it also has the module's name."""
-        library, module = self._bcc.libbcc.lib, self._bpf.module
-        names = (f"{kind}__vmlinux__{probe.function}", f"{kind}__{probe.function}")
-        known = {
-            library.bpf_function_name(module, i) for i in range(library.bpf_num_functions(module))
-        }
-        return next((name.encode() for name in names if name.encode() in known), names[-1].encode())
-
-    def _attach(self, probe: Probe, mode: str) -> None:
-        if probe.function in self._typed_programs:
-            attached = typed_tracepoint.attach(self._typed_programs[probe.function])
-            self._bpf.raw_tracepoint_fds[probe.function.encode()] = attached
-            return
-        if probe.raw_tracepoint is not None:
-            self._bpf.attach_raw_tracepoint(
-                tp=probe.function.encode(), fn_name=probe.raw_tracepoint.encode()
-            )
-            return
-        if mode == "fentry":
-            # The return first: until its entry runs, it finds an empty scratch and does nothing.
-            self._bpf.attach_kretfunc(fn_name=self._tracing_program("kretfunc", probe))
-            if probe.fentry:
-                self._bpf.attach_kfunc(fn_name=self._tracing_program("kfunc", probe))
-            return
-        name = probe.function.encode()
-        # Without maxactive, for which BCC would go through tracefs: what is made there stays when
-        # the process is killed. The kernel's own number is enough, since all probed functions
-        # run with bottom halves off.
-        returned = str(probe.kprobe_return).encode()
-        self._bpf.attach_kretprobe(event=name, fn_name=returned)
-        if probe.kprobe_entry:
-            self._bpf.attach_kprobe(event=name, fn_name=probe.kprobe_entry.encode())
-
-    def _check_sizes(self) -> None:
-        table, counts = self._bpf[b"awaiting_ack"], self._bpf[b"counts"]
-        sizes = [
-            (ctypes.sizeof(table.Key), wire.KEY.size),
-            (ctypes.sizeof(table.Leaf), wire.HANDSHAKE.size),
-            (ctypes.sizeof(self._bpf[b"config"].Leaf), wire.CONFIG.size),
-            (ctypes.sizeof(counts.sLeaf), wire.COUNTS.size),
-            (ctypes.sizeof(self._bpf[b"listeners"].Leaf), wire.LISTENER_FACTS.size),
-        ]
-        if self._rescue:
-            sizes += [
-                (ctypes.sizeof(self._bpf[b"synacks"].Leaf), wire.SYNACK.size),
-                (ctypes.sizeof(self._bpf[b"known_clients"].Key), wire.KNOWN_CLIENT.size),
-            ]
-        if any(kernel != ours for kernel, ours in sizes):
-            raise CannotTraceError(
-                "the BPF text and the Python code do not belong together",
-                f"sizes of their structs differ: {sizes}",
-                "install tcpstuck-trace again",
-            )
-
-    def _configure(self) -> None:
-        config = self._bpf[b"config"]
-        config[0] = config.Leaf.from_buffer_copy(wire.encode_config(self._settings))
+    def _configure(self, programs: LoadedPrograms) -> None:
+        config = wire.encode_config(self._settings, self._kernel.layout.per_cpu_offset_table)
+        programs.maps["config"].update(_index(0), config)
         for index, bits in wire.port_bits(self._settings.trace_filter.ports).items():
-            self._bpf[b"wanted_ports"][index] = ctypes.c_ulonglong(bits)
+            programs.maps["wanted_ports"].update(_index(index), struct.pack("=Q", bits))
 
-    def _on_event(self, _context: Any, data: int, size: int) -> None:
-        # An exception must not travel through ctypes: it would be printed and lost.
-        try:
-            self._events.append(wire.decode_event(ctypes.string_at(data, size)))
-        except Exception:
-            self._undecodable += 1
+    @property
+    def most_waiting(self) -> int:
+        """How many events the ring buffer has room for."""
+        return EVENT_PAGES * resource.getpagesize() // wire.EVENT.size
 
     def poll(self, timeout_ns: int) -> list[Event]:
-        """Events that came, waiting at most `timeout_ns` for the first."""
-        self._bpf.ring_buffer_poll(max(0, timeout_ns) // 1_000_000)
-        events, self._events = self._events, []
+        """Up to EVENTS_AT_ONCE events that came, waiting at most `timeout_ns` for the first."""
+        events = []
+        for record in self._ring.poll(max(0, timeout_ns) // 1_000_000, EVENTS_AT_ONCE):
+            try:
+                events.append(wire.decode_event(record))
+            except struct.error:
+                self._undecodable += 1
         return events
 
     def sweep(self) -> Iterator[Sweep]:
@@ -412,40 +273,94 @@ class BccSource:
 
     def losses(self) -> Mapping[str, int]:
         """Losses that belong to no namespace, by name."""
-        table = self._bpf[b"losses"]
-        named = {name: int(sum(table[index])) for index, name in enumerate(LOSSES)}
-        missed = 0
-        for function in self._bpf.funcs.values():
-            with contextlib.suppress(RefusedError):
-                missed += missed_runs(function.fd)
+        assert self._programs is not None
+        table = self._programs.maps["losses"]
+        named = {
+            name: sum(int.from_bytes(one, sys.byteorder) for one in table.per_cpu(_index(index)))
+            for index, name in enumerate(LOSSES)
+        }
+        missed = self._programs.missed_runs()
         return {**named, "undecodable_events": self._undecodable, "programs_not_run": missed}
 
     def loaded_programs(self) -> frozenset[str]:
-        """The programs' names in our text."""
-        return frozenset(name.decode() for name in self._bpf.funcs)
+        """The programs' names: of fentry and fexit those of their functions."""
+        return frozenset() if self._programs is None else self._programs.names
 
     def close(self) -> None:
         """Detach and unload. The kernel does the same when the process dies."""
-        bpf = self.__dict__.pop("_bpf", None)
-        if bpf is not None:
-            bpf.cleanup()
+        ring = self.__dict__.pop("_ring", None)
+        if ring is not None:
+            ring.close()
+        programs, self._programs = self._programs, None
+        if programs is not None:
+            programs.close()
 
 
-def tracepoint_types(types: KernelTypes) -> dict[str, int]:
-    """By name, of the tracepoints that are traced; empty where the kernel has no BTF itself."""
-    if not isinstance(types, Btf):
-        return {}
-    names = [probe.function for probe in EVERY_PROBE if probe.typed_tracepoint is not None]
-    numbers = {name: types.tracepoint_type(name) for name in names}
-    return {name: number for name, number in numbers.items() if number is not None}
+def _own_types(types: KernelTypes) -> Btf | None:
+    """The running kernel's own BTF, by which programs are attached; None where it has none."""
+    if isinstance(types, Btf) and types.is_of_running_kernel:
+        return types
+    try:
+        return read_running_kernel()
+    except CannotTraceError:
+        return None
 
 
-def _allow_locked_memory() -> None:
+def _index(number: int) -> bytes:
+    """The key of an array."""
+    return struct.pack("=I", number)
+
+
+def _attach(programs: LoadedPrograms, probe: Probe, mode: str) -> None:
+    function, typed, raw = probe.function, probe.typed_tracepoint, probe.raw_tracepoint
+    if typed is not None and programs.has(artifact.TYPED_TRACEPOINT, typed):
+        programs.attach(artifact.TYPED_TRACEPOINT, typed)
+    elif raw is not None:
+        programs.attach(artifact.RAW_TRACEPOINT, raw, function)
+    elif mode == "fentry":
+        # The return first: until its entry runs, it finds an empty scratch and does nothing.
+        programs.attach(artifact.FEXIT, function)
+        if probe.fentry:
+            programs.attach(artifact.FENTRY, function)
+    else:
+        assert probe.kprobe_return is not None
+        programs.attach(artifact.KPROBE, probe.kprobe_return, function, at_return=True)
+        if probe.kprobe_entry is not None:
+            programs.attach(artifact.KPROBE, probe.kprobe_entry, function)
+
+
+_SIZES = {
+    "awaiting_ack": (wire.KEY.size, wire.HANDSHAKE.size),
+    "config": (4, wire.CONFIG.size),
+    "counts": (4, wire.COUNTS.size),
+    "listeners": (wire.LISTENER_KEY.size, wire.LISTENER_FACTS.size),
+    "synacks": (wire.KEY.size, wire.SYNACK.size),
+    "known_clients": (wire.KNOWN_CLIENT.size, 8),
+    "chosen": (wire.KEY.size, 1),
+    "losses": (4, 8),
+}
+
+
+def check_sizes(made: Artifact) -> None:
+    """Raises CannotTraceError where the tables' keys and values are not as `wire` has them."""
+    sizes = {one.name: (one.key_bytes, one.value_bytes) for one in made.maps}
+    differing = {
+        name: (sizes[name], ours) for name, ours in _SIZES.items() if sizes.get(name, ours) != ours
+    }
+    if differing:
+        raise CannotTraceError(
+            "the BPF text and the Python code do not belong together",
+            f"sizes of their structs differ: {differing}",
+            "install tcpstuck-trace again",
+        )
+
+
+def allow_locked_memory() -> None:
     """Kernels before 5.11 charge maps to RLIMIT_MEMLOCK (commit 5d9d6e7a9b61's series)."""
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY,) * 2)
 
 
-def open_source(settings: TraceSettings, request: AttachRequest = ATTACH_ALL) -> BccSource:
+def open_source(settings: TraceSettings, request: AttachRequest = ATTACH_ALL) -> KernelSource:
     """Trace the running kernel. Raises CannotTraceError where it cannot be done."""
-    return BccSource(settings, request)
+    return KernelSource(settings, request)

@@ -32,7 +32,7 @@ SYNACK = struct.Struct("=60s")
 KNOWN_CLIENT = struct.Struct("=16s16sI2s2x")
 LISTENER_KEY = struct.Struct("=16sI2s2x")
 LISTENER_FACTS = struct.Struct("=5Q11I4x")
-CONFIG = struct.Struct("=QI4B16s")
+CONFIG = struct.Struct("=3QI4B16s")
 
 _KEY_FIELDS = 5
 _HANDSHAKE_FIELDS = len(Handshake._fields)
@@ -81,6 +81,11 @@ def decode_rows(keys: bytes, values: bytes) -> Iterator[Row]:
         yield Row(_four_tuple(*key), Handshake._make(value))
 
 
+def decode_handshake(data: bytes) -> Handshake:
+    """A struct handshake. Raises struct.error where the length is wrong."""
+    return Handshake._make(HANDSHAKE.unpack(data))
+
+
 def decode_event(data: bytes) -> Event:
     """A struct event.
 
@@ -96,11 +101,21 @@ def decode_event(data: bytes) -> Event:
     )
 
 
-def encode_config(settings: TraceSettings) -> bytes:
-    """The struct trace_config for what was asked; the ports are a table of their own."""
+TELL_AGAIN_AFTER_NS = 250_000_000
+"""Less than any TCP waits before it repeats a SYN (1 s; RFC 6298) or may answer a repeated SYN-ACK
+again (500 ms; tcp_invalid_ratelimit), so that it holds back events of floods alone."""
+
+
+def encode_config(settings: TraceSettings, per_cpu_offset_table: int | None) -> bytes:
+    """The struct trace_config for what was asked; the ports are a table of their own.
+
+    `per_cpu_offset_table` is the address of the kernel's __per_cpu_offset, None if not known.
+    """
     wanted = settings.trace_filter
     return CONFIG.pack(
         0 if settings.tell_healthy else settings.timeout_ns * 3 // 4,
+        TELL_AGAIN_AFTER_NS,
+        per_cpu_offset_table or 0,
         wanted.netns or 0,
         bool(wanted.ports),
         wanted.listener_address is not None,

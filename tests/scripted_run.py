@@ -70,6 +70,10 @@ class FakeKernel:
         """Client 0's entry becomes this, None for gone, and perhaps an event tells of it."""
         self.script.append((time_ns, four_tuple(), entry, told))
 
+    @property
+    def most_waiting(self) -> int:
+        return len(self.script)
+
     def poll(self, timeout_ns: int) -> list[Event]:
         self.now_ns += timeout_ns
         events = []

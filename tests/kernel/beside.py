@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 
 from lab.records import FourTuple
@@ -12,7 +14,7 @@ from lab.topology import SERVER_ADDRESS, SILENT_SOURCES, Topology, source_addres
 from lab.watch import Watch
 from tcpstuck_bpf import model
 from tcpstuck_bpf.model import Event, NetnsCount, Row
-from tcpstuck_bpf.source import BccSource
+from tcpstuck_bpf.source import KernelSource
 from tests.kernel.conftest import listening
 
 SERVER_IP = SERVER_ADDRESS[4]
@@ -38,7 +40,7 @@ class Beside:
     topology: Topology
     watch: Watch
 
-    def __init__(self, source: BccSource) -> None:
+    def __init__(self, source: KernelSource) -> None:
         self.source = source
         self._cleanup = ExitStack()
 
@@ -50,7 +52,7 @@ class Beside:
             building.enter_context(listening(self.topology.server))
             self.watch = building.enter_context(Watch(self.topology.client, PORT))
             self._cleanup = building.pop_all()
-        self.source.poll(0)
+        self.all_events()
         self.source.forget(map(identity, self.all_rows()))
         self._before = self._counts()
         self._kernel_before = self.topology.server.counters()
@@ -84,8 +86,12 @@ class Beside:
         (found,) = (row for row in self.rows() if lab_name(row.four_tuple) == four_tuple)
         return found.handshake
 
+    def all_events(self) -> list[Event]:
+        """Those that wait to be read."""
+        return list(itertools.chain.from_iterable(iter(partial(self.source.poll, 0), [])))
+
     def events(self) -> list[Event]:
-        return [event for event in self.source.poll(0) if event.four_tuple.netns == self.netns]
+        return [event for event in self.all_events() if event.four_tuple.netns == self.netns]
 
     def counted(self, which: NetnsCount) -> int:
         return self._counts().get(which, 0) - self._before.get(which, 0)

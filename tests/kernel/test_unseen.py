@@ -24,7 +24,7 @@ import pytest
 from lab.patience import COMMAND_S, patient
 from lab.scene import PORT
 from lab.topology import INTERFACE
-from tcpstuck_bpf.bpf_trial import RefusedError, bpf
+from tcpstuck_bpf.kernel.bpf_syscall import RefusedError, bpf
 from tests.kernel.conftest import summary_of, tracing
 from tests.kernel.handmade import Client, Site, site
 

@@ -7,18 +7,16 @@ arguments are read is from the attach plan, which the kernel's own prototypes ar
 
 from __future__ import annotations
 
-import ctypes
-import os
 import platform
 import struct
-from collections.abc import Callable, Mapping
 
 import pytest
 
-from tcpstuck_bpf import bpf_trial
+from tcpstuck_bpf.kernel import artifact, bpf_syscall, compilation
+from tcpstuck_bpf.kernel.artifact import Program
+from tcpstuck_bpf.kernel.compilation import Compilation, compile_in_child, decoded
 from tcpstuck_bpf.layout import find_layout, header_text
-from tcpstuck_bpf.probes import PROBES, Probe
-from tcpstuck_bpf.source import compile_programs
+from tcpstuck_bpf.probes import PROBES, compiler_flags
 from tests.btf_writer import kernel
 
 WORD = 8
@@ -39,8 +37,6 @@ _CALL, _MOVE, _ADD = 0x85, 0xBF, 0x07
 _LOADS = (0x61, 0x69, 0x71, 0x79)
 _STORE_CLASSES = (2, 3, 5, 6)
 """Stores and jumps: classes of instructions that write no register, but for calls."""
-
-Programs = Mapping[str, "set[int]"]
 
 
 def context_read(code: bytes) -> set[int]:
@@ -65,29 +61,14 @@ def context_read(code: bytes) -> set[int]:
     return found
 
 
-def programs(bpf: object) -> Programs:
-    """What each compiled program reads of its context, by the program's name."""
-    from bcc.libbcc import lib
-
-    module = bpf.module  # type: ignore[attr-defined]
-    found = {}
-    for number in range(lib.bpf_num_functions(module)):
-        name = lib.bpf_function_name(module, number)
-        size = lib.bpf_function_size(module, name)
-        code = ctypes.string_at(lib.bpf_function_start(module, name), size)
-        found[name.decode()] = context_read(code)
-    return found
-
-
 @pytest.fixture
-def header(monkeypatch: pytest.MonkeyPatch) -> str:
-    """kernel_layout.h; skips where BCC cannot compile. The environment is restored afterwards."""
-    pytest.importorskip("bcc", reason="BCC is not installed")
-    refusal = bpf_trial.ring_buffer_refusal()
+def header() -> str:
+    """KERNEL_LAYOUT_H; skips where BCC cannot compile."""
+    if compilation.bcc_version() == compilation.NO_BCC:
+        pytest.skip("BCC is not installed")
+    refusal = bpf_syscall.ring_buffer_refusal()
     if refusal is not None:
         pytest.skip(f"BCC makes the programs' tables while it compiles, and may not: {refusal}")
-    for name in ("ARCH", "BCC_KERNEL_SOURCE"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))
     return header_text(find_layout(kernel().btf(), 4096))
 
 
@@ -96,24 +77,16 @@ def architecture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture
-def compiled(header: str, architecture: str) -> Callable[[str], Programs]:
-    """Compile for the architecture, in a mode."""
-
-    def compile_text(mode: str) -> Programs:
-        bpf = compile_programs(header, PROBES, mode, 64, architecture)
-        try:
-            return programs(bpf)
-        finally:
-            bpf.cleanup()
-
-    return compile_text
+def compile_text(header: str, mode: str, architecture: str = "") -> list[Program]:
+    wanted = Compilation(header, compiler_flags(PROBES), mode, {}, "a test", architecture)
+    return list(decoded(compile_in_child(wanted), wanted).programs)
 
 
 def test_kprobe_programs_read_the_registers_that_hold_the_arguments(
-    compiled: Callable[[str], Programs], architecture: str
+    header: str, architecture: str
 ) -> None:
-    found = compiled("kprobe")
+    compiled = compile_text(header, "kprobe", architecture)
+    found = {program.name: context_read(program.code) for program in compiled}
     expected: dict[str, set[int]] = {}
     for probe in PROBES:
         if probe.kprobe_entry:
@@ -122,22 +95,17 @@ def test_kprobe_programs_read_the_registers_that_hold_the_arguments(
         if probe.kprobe_return:
             expected[probe.kprobe_return] = result
     assert found == expected
+    assert {program.kind for program in compiled} == {artifact.KPROBE}
 
 
-def test_fentry_programs_read_arguments_by_their_place(
-    compiled: Callable[[str], Programs],
-) -> None:
-    found = compiled("fentry")
-
-    def read_by(kind: str, probe: Probe) -> set[int] | None:
-        names = (f"{kind}__vmlinux__{probe.function}", f"{kind}__{probe.function}")
-        return next((found[name] for name in names if name in found), None)
-
+def test_fentry_programs_read_arguments_by_their_place(header: str, architecture: str) -> None:
+    compiled = compile_text(header, "fentry", architecture)
+    found = {(program.kind, program.name): context_read(program.code) for program in compiled}
     for probe in PROBES:
         arguments = {WORD * number for number in probe.arguments}
         if probe.fentry:
-            assert read_by("kfunc", probe) == arguments
-        result = read_by("kretfunc", probe)
+            assert found[artifact.FENTRY, probe.function] == arguments
+        result = found.get((artifact.FEXIT, probe.function))
         assert (result is not None) == probe.fexit
         if result is None:
             continue
@@ -155,9 +123,10 @@ def test_a_kernel_builder_s_environment_chooses_no_other_registers(
     if own is None:
         pytest.skip(f"the ABI of {platform.machine()} is not written down here")
     monkeypatch.setenv("ARCH", "arm64" if own == "x86" else "x86")
-    bpf = compile_programs(header, PROBES, "kprobe", 64)
-    try:
-        read = programs(bpf)["cookie_check_entry"]
-    finally:
-        bpf.cleanup()
-    assert read == set(ARGUMENTS[own][:2])
+    (program,) = (p for p in compile_text(header, "kprobe") if p.name == "cookie_check_entry")
+    assert context_read(program.code) == set(ARGUMENTS[own][:2])
+
+
+def test_the_same_text_compiles_to_the_same_bytes(header: str) -> None:
+    wanted = Compilation(header, compiler_flags(PROBES), "fentry", {}, "a test")
+    assert compile_in_child(wanted) == compile_in_child(wanted)

@@ -330,7 +330,7 @@ import os, signal, types
 signal.signal(signal.SIGHUP, signal.{before})
 from tcpstuck_bpf.cli import Interrupts
 interrupts = Interrupts()
-interrupts.live = types.SimpleNamespace(stop=False)
+interrupts.live = types.SimpleNamespace(stop=False, reading=False)
 os.kill(os.getpid(), signal.SIGHUP)
 print("for the terminal", flush=True)
 os.write({result}, b"stopped" if interrupts.live.stop else b"goes on")

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from tcpstuck_bpf import bpf_trial, doctor, features
+from tcpstuck_bpf import doctor, features
 from tcpstuck_bpf.cli import main
 from tcpstuck_bpf.doctor import NO, NOTE, OK, MachineReport, examine
 from tcpstuck_bpf.doctor_output import change_lines, kernel_lines, machine_json, machine_lines
 from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE, EXIT_USAGE, CannotTraceError
+from tcpstuck_bpf.kernel import bpf_syscall
 from tcpstuck_bpf.kernel_report import Change, KernelReport, changes, describe
 from tcpstuck_bpf.layout import COUNTER_MEMBER, REQUIRED_MEMBERS
 from tcpstuck_bpf.model import SOFTIRQ_LOCK, Coverage, TraceSettings
@@ -194,7 +195,7 @@ class Machine:
             self.refuse(name, None)
 
     def refuse(self, trial: str, why: str | None) -> None:
-        self._set(bpf_trial, f"{trial}_refusal", lambda: why)
+        self._set(bpf_syscall, f"{trial}_refusal", lambda: why)
 
     def without_types(self) -> None:
         def read() -> None:

@@ -29,7 +29,6 @@ PURE = (
     "listener_history",
 )
 OF_THE_KERNEL_SIDE = {
-    "bpf_trial",
     "btf",
     "doctor",
     "dwarf",
@@ -41,7 +40,6 @@ OF_THE_KERNEL_SIDE = {
     "ruleset_reader",
     "softirqs",
     "source",
-    "typed_tracepoint",
     "vmlinux",
 }
 # What talks to the machine: none of it is needed to judge what others have observed.
@@ -64,7 +62,11 @@ TALKS_TO_THE_MACHINE = {
 
 def modules() -> dict[str, Path]:
     """Every module of the package by its name within it."""
-    return {path.stem: path for path in (ROOT / PACKAGE).glob("*.py")}
+    folder = ROOT / PACKAGE
+    return {
+        ".".join(path.relative_to(folder).with_suffix("").parts): path
+        for path in folder.rglob("*.py")
+    }
 
 
 def imports_of(path: Path) -> set[str]:
@@ -84,7 +86,7 @@ def imports_of(path: Path) -> set[str]:
 
 def within_package(path: Path) -> set[str]:
     """The modules of the package that a module imports."""
-    names = {n.split(".")[1] for n in imports_of(path) if n.startswith(f"{PACKAGE}.")}
+    names = {n.partition(".")[2] for n in imports_of(path) if n.startswith(f"{PACKAGE}.")}
     return names & set(modules())
 
 
@@ -99,19 +101,23 @@ def closure(name: str) -> set[str]:
     return reached
 
 
-def test_only_the_source_imports_bcc() -> None:
+def test_only_the_compiler_imports_bcc_and_nobody_imports_the_compiler() -> None:
     importers = {
         name
         for name, path in modules().items()
         if any(imported.split(".")[0] == "bcc" for imported in imports_of(path))
     }
-    assert importers == {"source"}
+    assert importers == {"kernel.compiler"}
+    assert not [
+        name for name, path in modules().items() if "kernel.compiler" in within_package(path)
+    ]
 
 
 @pytest.mark.parametrize("name", PURE)
 def test_what_judges_and_prints_needs_no_machine(name: str) -> None:
     for module in closure(name):
         assert module not in OF_THE_KERNEL_SIDE
+        assert not module.startswith("kernel.")
         imported = {full.split(".")[0] for full in imports_of(modules()[module])}
         assert not imported & TALKS_TO_THE_MACHINE, f"{module}.py"
 

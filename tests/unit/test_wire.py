@@ -118,6 +118,10 @@ def offsets_in_format(text: str) -> Iterator[int]:
             offset += size
 
 
+OWN_TO_PROGRAMS = ("told_kind", "told_at")
+"""Members of struct handshake that mean nothing to user space."""
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_sizes_are_the_compilers(name: str, run_c: CProgram) -> None:
     size = int(run_c(f'printf("%zu", sizeof(struct {name}));'))
@@ -129,7 +133,9 @@ def test_sizes_are_the_compilers(name: str, run_c: CProgram) -> None:
 )
 def test_offsets_are_the_compilers(name: str, run_c: CProgram) -> None:
     members = members_in_header(name)
-    fields = [m for m in members if m != "padding" or name == "trace_config"]
+    fields = [
+        m for m in members if m not in ("padding", *OWN_TO_PROGRAMS) or name == "trace_config"
+    ]
     body = "".join(f'printf("%zu\\n", offsetof(struct {name}, {field}));' for field in fields)
     expected = [int(line) for line in run_c(body).split()]
     offsets = list(offsets_in_format(FORMATS[name]))
@@ -140,7 +146,10 @@ def test_fields_are_named_and_ordered_as_in_the_header() -> None:
     own = [m for m in members_in_header("event") if m not in ("key", "handshake", "padding")]
     assert list(Event._fields[2:]) == own
     assert list(FourTuple._fields) == members_in_header("handshake_key")
-    assert [*Handshake._fields, "padding"] == members_in_header("handshake")
+    own_to_programs = [m for m in members_in_header("handshake") if m in OWN_TO_PROGRAMS]
+    assert own_to_programs == list(OWN_TO_PROGRAMS)
+    others = [m for m in members_in_header("handshake") if m not in OWN_TO_PROGRAMS]
+    assert [*Handshake._fields, "padding"] == others
     assert [*ListenerFacts._fields[3:], "padding"] == members_in_header("listener_facts")
 
 
@@ -208,17 +217,19 @@ def test_an_event_written_in_c_is_read_field_by_field(run_c: CProgram) -> None:
 def test_c_reads_the_settings_that_were_written(run_c: CProgram) -> None:
     listener = address_bytes("fd09::1")
     wanted = TraceFilter(ports=(3311,), family=6, listener_address=listener, netns=4_026_531_840)
-    packed = wire.encode_config(TraceSettings(wanted, timeout_ns=4_000_000_000))
+    packed = wire.encode_config(TraceSettings(wanted, timeout_ns=4_000_000_000), 0x1234)
     body = f"""
     static const __u8 bytes[] = {{{",".join(map(str, packed))}}};
     struct trace_config config;
     memcpy(&config, bytes, sizeof(config));
-    printf("%llu %u %u %u %u\\n", config.tell_completed_after_ns, config.netns,
+    printf("%llu %llu %llu %u %u %u %u\\n", config.tell_completed_after_ns,
+           config.tell_again_after_ns, config.per_cpu_offset_table, config.netns,
            config.match_ports, config.match_listener, config.family);
     fwrite(config.listener_address, 16, 1, stdout);
     """
     numbers, _, address = run_c(body).partition(b"\n")
-    assert numbers.split() == [b"3000000000", b"4026531840", b"1", b"1", b"6"]
+    again = str(wire.TELL_AGAIN_AFTER_NS).encode()
+    assert numbers.split() == [b"3000000000", again, b"4660", b"4026531840", b"1", b"1", b"6"]
     assert address == listener
 
 

@@ -1,0 +1,206 @@
+"""What is to be compiled, and having it compiled in a child process.
+
+The child gets one JSON object on standard input and answers by an artifact (`artifact`) on standard
+output, or with a status that is not 0 by words. Needs no BCC itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tcpstuck_bpf.errors import CannotTraceError
+from tcpstuck_bpf.kernel import artifact
+from tcpstuck_bpf.kernel.artifact import Artifact, DamagedError
+
+PROGRAM_TEXT = "tcpstuck.bpf.c"
+COMPILE_LIMIT_S = 600.0
+"""It takes a quarter of a second, and in an emulated machine that has other work a minute."""
+NO_BCC = "no BCC"
+REFUSED_STATUS = 3
+"""The child's exit status when an error's three lines come instead of an artifact."""
+_CHILD = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from tcpstuck_bpf.kernel import compiler; sys.exit(compiler.main())"
+)
+"""With our own search path and no other: what lies in the current directory is not to be run."""
+_VERSION = re.compile(r"__version__\s*=\s*['\"]([^'\"]+)['\"]")
+_KERNEL_S_NAMES = {"x86": "x86_64", "arm64": "aarch64"}
+"""What uname(2) calls an architecture, by BCC's name for it."""
+
+
+class CompilerError(Exception):
+    """The compiler said no, or the kernel did while it compiled; the text is one line."""
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """Everything that goes into an artifact."""
+
+    header: str
+    """kernel_layout.h: what is known of the kernel that the programs are for."""
+    flags: Sequence[str]
+    mode: str
+    kinds: Mapping[str, str]
+    """The kinds of programs that are not attached to functions, by their names in the text."""
+    made_for: str
+    """The kernel in words."""
+    compile_for: str = ""
+    """BCC's name, such as `arm64`, of another architecture than this machine's."""
+
+    @property
+    def architecture(self) -> str:
+        """What uname(2) calls the machine that the programs are for."""
+        own = platform.machine()
+        return _KERNEL_S_NAMES.get(self.compile_for, self.compile_for) or own
+
+    @property
+    def all_flags(self) -> list[str]:
+        """Of the compiler."""
+        return [*self.flags, *(["-DTCPSTUCK_FENTRY"] if self.mode == "fentry" else [])]
+
+    def identity(self) -> str:
+        """A hash of all this and of the text: programs that have the same one are the same.
+
+        The compiler is not in it, so that a machine without one can tell what fits.
+        """
+        told = json.dumps(
+            [self.header, self.all_flags, self.mode, dict(self.kinds), self.architecture],
+            sort_keys=True,
+        )
+        parts = (artifact.MAGIC, text_digest(), told.encode())
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+@functools.cache
+def program_directory() -> Path:
+    """Where the BPF text is: inside the installed package, or beside it in a source tree."""
+    package = Path(__file__).resolve().parents[1]
+    for candidate in (package / "bpf", package.parent / "bpf"):
+        if (candidate / PROGRAM_TEXT).is_file():
+            return candidate
+    raise CannotTraceError(
+        "the BPF program text is missing",
+        f"neither {package / 'bpf'} nor {package.parent / 'bpf'} has {PROGRAM_TEXT}",
+        "install tcpstuck-trace again",
+    )
+
+
+@functools.cache
+def text_digest() -> bytes:
+    """A hash of the program text and all that it includes."""
+    directory = program_directory()
+    digest = hashlib.sha256()
+    for path in sorted((*directory.glob("*.[ch]"), *directory.glob("stub/**/*.h"))):
+        text = path.read_bytes()
+        digest.update(f"{path.relative_to(directory)}\n{len(text)}\n".encode())
+        digest.update(text)
+    return digest.digest()
+
+
+@functools.cache
+def _find_bcc() -> tuple[str, str] | None:
+    """The version and the place of the BCC that the child will import; None where there is none.
+
+    Found without importing it, which would bring LLVM into this process.
+    """
+    try:
+        spec = importlib.util.find_spec("bcc")
+    except (ImportError, ValueError):
+        return None
+    places = None if spec is None else spec.submodule_search_locations
+    for place in places or ():
+        try:
+            found = _VERSION.search(Path(place, "version.py").read_text("utf-8"))
+        except (OSError, UnicodeDecodeError):
+            found = None
+        return (found.group(1) if found else "of unknown version"), place
+    return None
+
+
+def bcc_version() -> str:
+    """The version of the BCC that the child will import, NO_BCC where there is none."""
+    found = _find_bcc()
+    return NO_BCC if found is None else found[0]
+
+
+def require_bcc() -> str:
+    """BCC's version and place, in words. Raises CannotTraceError where there is none."""
+    found = _find_bcc()
+    if found is None:
+        raise CannotTraceError(
+            "BCC's Python module is not installed",
+            "it compiles the programs, and no `bcc` is on Python's search path",
+            "install it from the distribution (apt install python3-bpfcc, dnf install python3-bcc) "
+            "in an environment that sees system packages; `bcc` on PyPI is another thing",
+        )
+    return f"{found[0]} ({found[1]})"
+
+
+def _telling(messages: str) -> str:
+    """The most telling line of what the compiler, libbcc and Python printed."""
+    lines = [line.strip() for line in messages.splitlines() if line.strip()]
+    telling = [line for line in lines if "error" in line.lower() or "not permitted" in line]
+    last = lines[-1:] if lines else []
+    return ": ".join(dict.fromkeys([*telling[:1], *last])) or "it said nothing"
+
+
+def compile_in_child(wanted: Compilation) -> bytes:
+    """The artifact, as bytes that have been looked through.
+
+    Raises CannotTraceError where there is no BCC, and CompilerError where it refuses.
+    """
+    require_bcc()
+    request: dict[str, Any] = {
+        "directory": str(program_directory()),
+        "header": wanted.header,
+        "flags": wanted.all_flags,
+        "mode": wanted.mode,
+        "kinds": dict(wanted.kinds),
+        "compile_for": wanted.compile_for,
+        "identity": wanted.identity(),
+        "made_for": wanted.made_for,
+        "architecture": wanted.architecture,
+    }
+    try:
+        child = subprocess.run(
+            [sys.executable, "-I", "-c", _CHILD, json.dumps(sys.path)],
+            input=json.dumps(request).encode("ascii"),
+            capture_output=True,
+            timeout=COMPILE_LIMIT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise CompilerError(f"the compiler did not end within {COMPILE_LIMIT_S:.0f} s") from error
+    except OSError as error:
+        raise CompilerError(f"the compiler cannot be started: {error.strerror}") from error
+    if child.returncode == REFUSED_STATUS:
+        raise CannotTraceError(*json.loads(child.stdout))
+    messages = child.stderr.decode("utf-8", "replace")
+    if child.returncode < 0:
+        raise CompilerError(f"the compiler was ended by signal {-child.returncode}")
+    if child.returncode:
+        raise CompilerError(_telling(messages))
+    try:
+        artifact.decode(child.stdout)
+    except DamagedError as error:
+        raise CompilerError(f"what the compiler handed over is damaged: {error}") from error
+    return child.stdout
+
+
+def decoded(data: bytes, wanted: Compilation) -> Artifact:
+    """The artifact in these bytes. Raises DamagedError where it is none, or of something else."""
+    found = artifact.decode(data)
+    if found.identity != wanted.identity():
+        raise DamagedError("it was made from something else")
+    return found

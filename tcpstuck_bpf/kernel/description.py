@@ -1,0 +1,64 @@
+"""What is known of a kernel, running or in a file, as far as the programs' text depends on it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from tcpstuck_bpf import features, places, probes
+from tcpstuck_bpf.btf import read_running_kernel
+from tcpstuck_bpf.kernel import artifact
+from tcpstuck_bpf.kernel.compilation import Compilation
+from tcpstuck_bpf.kernel_types import KernelTypes
+from tcpstuck_bpf.layout import Layout, find_layout, header_text
+from tcpstuck_bpf.model import CoverageGap
+from tcpstuck_bpf.probes import Probe
+from tcpstuck_bpf.softirqs import BH_LOCK_OPTION, softirq_gaps
+
+
+@dataclass(frozen=True)
+class KernelDescription:
+    """Its types, and what was found in them."""
+
+    release: str
+    types: KernelTypes
+    layout: Layout
+    softirq_gaps: tuple[CoverageGap, ...]
+
+    @property
+    def drop_reasons(self) -> Mapping[int, str]:
+        """Names of enum skb_drop_reason, where skb:kfree_skb has one."""
+        arguments = self.types.tracepoint_arguments(probes.KFREE_SKB) or 0
+        return places.reason_names(self.types) if arguments > probes.REASON_ARGUMENT else {}
+
+    def compilation(self, wanted: Collection[Probe], mode: str) -> Compilation:
+        """What has to be compiled to attach these probes in a mode."""
+        header = header_text(self.layout)
+        if self.softirq_gaps:
+            header += "#define SOFTIRQS_INTERLEAVE\n"
+        header += places.reason_defines(self.drop_reasons)
+        kinds = {}
+        for probe in wanted:
+            if probe.raw_tracepoint is not None:
+                kinds[probe.raw_tracepoint] = artifact.RAW_TRACEPOINT
+            if probe.typed_tracepoint is not None:
+                kinds[probe.typed_tracepoint] = artifact.TYPED_TRACEPOINT
+        return Compilation(header, probes.compiler_flags(wanted), mode, kinds, self.release)
+
+
+def describe_running(
+    types: KernelTypes | None, per_cpu_offset_table: int | None
+) -> KernelDescription:
+    """The running kernel, by its own BTF or by these types.
+
+    `per_cpu_offset_table` is the address of __per_cpu_offset, None where it is not to be used.
+    Raises CannotTraceError.
+    """
+    types = types or read_running_kernel()
+    return KernelDescription(
+        os.uname().release,
+        types,
+        find_layout(types, per_cpu_offset_table),
+        softirq_gaps(types, features.kernel_option(BH_LOCK_OPTION)),
+    )

@@ -1,0 +1,163 @@
+"""One table of the programs, read and changed by bpf(2).
+
+Keys and values are packed bytes; `wire` knows what they mean. Every method raises RefusedError
+where the kernel refuses for any reason but that an entry is not there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tcpstuck_bpf.kernel.artifact import MapShape
+from tcpstuck_bpf.kernel.bpf_syscall import RefusedError, bpf, bpf_answering
+
+_LOOKUP, _UPDATE, _DELETE, _NEXT_KEY, _LOOKUP_AND_DELETE, _LOOKUP_BATCH = 1, 2, 3, 4, 21, 24
+"""enum bpf_cmd."""
+_ELEMENT = struct.Struct("=I4xQQQ")
+_BATCH = struct.Struct("=QQQQIIQQ")
+_BATCH_COUNT_AT = 32
+_PER_CPU_KINDS = frozenset({5, 6, 10})
+"""BPF_MAP_TYPE_PERCPU_HASH, PERCPU_ARRAY, LRU_PERCPU_HASH: each lookup gives every CPU's value."""
+ANY, NOEXIST = 0, 1
+"""Flags of `update`."""
+
+if TYPE_CHECKING:
+    _Buffer = ctypes.Array[ctypes.c_char]
+
+
+def possible_cpus() -> int:
+    """CPUs that a per-CPU value has places for: the kernel's possible ones, not those online."""
+    # `0-7`, or `0` for one alone; other gaps do not come (kernel/cpu.c, cpu_possible_mask).
+    text = Path("/sys/devices/system/cpu/possible").read_text("ascii")
+    return int(text.strip().split("-")[-1]) + 1
+
+
+class BpfMap:
+    """A table of the kernel's, by its file descriptor, which belongs to it from now on."""
+
+    def __init__(self, file: int, shape: MapShape) -> None:
+        self.file = file
+        self.shape = shape
+        self._copies = possible_cpus() if shape.kind in _PER_CPU_KINDS else 1
+        each = shape.value_bytes if self._copies == 1 else -(-shape.value_bytes // 8) * 8
+        self._value_bytes = self._copies * each
+
+    def close(self) -> None:
+        """The kernel frees the table once no program uses it any more."""
+        os.close(self.file)
+
+    def _element(
+        self, command: int, key: bytes | None, value: _Buffer | None = None, flags: int = 0
+    ) -> None:
+        packed = None if key is None else ctypes.create_string_buffer(key, self.shape.key_bytes)
+        addresses = (0 if one is None else ctypes.addressof(one) for one in (packed, value))
+        bpf(command, _ELEMENT.pack(self.file, *addresses, flags))
+
+    def lookup(self, key: bytes) -> bytes | None:
+        """The value of a key, all CPUs' one after the other where it has several; None without."""
+        return self._found(_LOOKUP, key)
+
+    def take(self, key: bytes) -> bytes | None:
+        """Remove an entry and return its value in one step; None where there is none.
+
+        A hash can do so from 5.14 on (commit 3e87f192b405).
+        """
+        return self._found(_LOOKUP_AND_DELETE, key)
+
+    def _found(self, command: int, key: bytes) -> bytes | None:
+        value = ctypes.create_string_buffer(self._value_bytes)
+        try:
+            self._element(command, key, value)
+        except RefusedError as error:
+            if error.number == errno.ENOENT:
+                return None
+            raise
+        return value.raw
+
+    def per_cpu(self, key: bytes) -> list[bytes]:
+        """Each CPU's value of a key; empty where there is none."""
+        values = self.lookup(key) or b""
+        each = self._value_bytes // self._copies
+        return [values[at : at + self.shape.value_bytes] for at in range(0, len(values), each)]
+
+    def update(self, key: bytes, value: bytes, flags: int = ANY) -> bool:
+        """Set the value of a key; False where flags is NOEXIST and it has one."""
+        packed = ctypes.create_string_buffer(value, self._value_bytes)
+        try:
+            self._element(_UPDATE, key, packed, flags)
+        except RefusedError as error:
+            if error.number == errno.EEXIST and flags == NOEXIST:
+                return False
+            raise
+        return True
+
+    def delete(self, key: bytes) -> bool:
+        """Remove an entry; False where there is none."""
+        try:
+            self._element(_DELETE, key)
+        except RefusedError as error:
+            if error.number == errno.ENOENT:
+                return False
+            raise
+        return True
+
+    def keys(self, most: int) -> Iterator[bytes]:
+        """Keys, found one after the other; behind one that has gone the kernel begins anew.
+
+        That may give a key twice. `most` ends what could go on for ever so.
+        """
+        found = ctypes.create_string_buffer(self.shape.key_bytes)
+        key: bytes | None = None
+        for _ in range(most):
+            try:
+                self._element(_NEXT_KEY, key, found)
+            except RefusedError as error:
+                if error.number == errno.ENOENT:
+                    return
+                raise
+            key = found.raw
+            yield key
+
+    def batches(self, most: int) -> Iterator[tuple[bytes, bytes]]:
+        """The whole table: keys and values of up to `most` entries at a time, each packed.
+
+        `most` has to be room enough for the fullest bucket.
+        """
+        keys = ctypes.create_string_buffer(most * self.shape.key_bytes)
+        values = ctypes.create_string_buffer(most * self.shape.value_bytes)
+        cursors = [ctypes.create_string_buffer(max(4, self.shape.key_bytes)) for _ in range(2)]
+        begun = False
+        while True:
+            before, after = (ctypes.addressof(cursor) for cursor in cursors)
+            packed = _BATCH.pack(
+                before if begun else 0,
+                after,
+                ctypes.addressof(keys),
+                ctypes.addressof(values),
+                most,
+                self.file,
+                *(0, 0),  # flags
+            )
+            count, ended = self._batch(packed)
+            yield (
+                keys.raw[: count * self.shape.key_bytes],
+                values.raw[: count * self.shape.value_bytes],
+            )
+            if ended:
+                return
+            begun = True
+            cursors.reverse()
+
+    @staticmethod
+    def _batch(packed: bytes) -> tuple[int, bool]:
+        """How many entries one call brought, and whether they are the last."""
+        answer, refused = bpf_answering(_LOOKUP_BATCH, packed)
+        if refused is not None and refused.number != errno.ENOENT:
+            raise refused
+        return struct.unpack_from("=I", answer, _BATCH_COUNT_AT)[0], refused is not None
