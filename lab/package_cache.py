@@ -71,6 +71,17 @@ def cached_kernel(link: str = "kernel") -> Path:
     return images[0].resolve()
 
 
+def running_kernel_image() -> Path | None:
+    """The file that the running kernel was booted from, None where it is not here."""
+    named = os.environ.get(IMAGE_VARIABLE)
+    release = os.uname().release
+    try:
+        image = Path(named) if named else cached_kernel()
+    except CacheError:
+        image = Path("/boot") / f"vmlinuz-{release}"
+    return image if image.exists() and image.name.endswith(release) else None
+
+
 def cached_busybox() -> Path:
     """The static busybox of the last fetch. Raises CacheError where none has been fetched."""
     busybox = cache_directory() / "busybox" / "bin" / "busybox"

@@ -4,47 +4,36 @@ from __future__ import annotations
 
 import functools
 import os
+import struct
 import subprocess
-import sys
 from pathlib import Path
 
-STUB_TREE = Path(__file__).resolve().parent.parent / "bpf" / "stub"
-TRIAL_LIMIT_S = 300.0
+from tcpstuck_bpf.kernel import bpf_syscall
+
 KVM_LIMIT_S = 10.0
 """A kernel without a root file system panics about 1 s after power-on where KVM works."""
 
-_TRACING_TRIAL = """
-from bcc import BPF
-program = BPF(text="int trial(void *ctx) { return 0; }")
-program.attach_kprobe(event="tcp_conn_request", fn_name="trial")
-"""
+_RETURN_0 = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 0, 0x95, 0, 0, 0)
+_PROBED = "tcp_conn_request"
 
 
 @functools.cache
 def tracing_refusal() -> str | None:
     """Why this kernel will not let us trace, in one line; None if it will.
 
-    The trial compiles, loads and attaches an empty kprobe in a child process, because BCC keeps
-    its compiler in memory and writes its complaints to standard error.
+    An empty program is loaded and attached to a function by kprobe, and goes at once.
     """
     if os.geteuid() != 0:
         return "not root"
     try:
-        trial = subprocess.run(
-            [sys.executable, "-c", _TRACING_TRIAL],
-            env={**os.environ, "BCC_KERNEL_SOURCE": str(STUB_TREE)},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=TRIAL_LIMIT_S,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"the trial did not end: {error}"
-    if trial.returncode == 0:
-        return None
-    return (trial.stderr.strip().splitlines() or [f"status {trial.returncode}"])[-1]
+        program = bpf_syscall.load_program(bpf_syscall.PROGRAM_KPROBE, "trial", _RETURN_0)
+        try:
+            os.close(bpf_syscall.attach_kprobe(program, _PROBED, at_return=False))
+        finally:
+            os.close(program)
+    except bpf_syscall.RefusedError as error:
+        return str(error)
+    return None
 
 
 @functools.cache

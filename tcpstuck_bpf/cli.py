@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
@@ -52,6 +53,7 @@ _OUTPUT_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 
 _REPLAY_OPTIONS = frozenset({"replay", "json", "verbose", "only", "summary"})
 _DOCTOR_OPTIONS = frozenset({"doctor", "vmlinux", "against", "json", "verbose"})
+_BUILD_OPTIONS = frozenset({"build", "vmlinux", "rescue", "why", "port"})
 
 
 def _refuse_beside(
@@ -150,6 +152,18 @@ class Interrupts:
         self.interrupted = number == signal.SIGINT
 
 
+def _vmlinux(options: argparse.Namespace) -> str | None:
+    """The one file of --vmlinux."""
+    files: list[str] = options.vmlinux or []
+    if len(files) > 1:
+        raise UsageError(
+            "--vmlinux names more than one kernel",
+            "only --build takes several",
+            "name one, or two with --doctor: --vmlinux FILE --against FILE",
+        )
+    return files[0] if files else None
+
+
 def _attach_request(options: argparse.Namespace) -> AttachRequest:
     if options.against is not None:
         raise UsageError(
@@ -157,12 +171,12 @@ def _attach_request(options: argparse.Namespace) -> AttachRequest:
             "it compares the kernels in two files",
             "write --doctor --vmlinux FILE --against FILE",
         )
-    types = None
-    if options.vmlinux is not None:
+    types, vmlinux = None, _vmlinux(options)
+    if vmlinux is not None:
         # Imported where it is used: pyelftools would delay every start.
         from tcpstuck_bpf.vmlinux import types_of_running_kernel
 
-        types = types_of_running_kernel(options.vmlinux)
+        types = types_of_running_kernel(vmlinux)
     without = left_out(os.environ.get(WITHOUT_VARIABLE, ""))
     return AttachRequest(
         types,
@@ -282,11 +296,27 @@ def _doctor(options: argparse.Namespace) -> int:
 
     width = shutil.get_terminal_size((WIDTH_OF_A_PIPE, 24)).columns
     able, lines = consult(
-        options.vmlinux, options.against, width=width, json=options.json, verbose=options.verbose
+        _vmlinux(options), options.against, width=width, json=options.json, verbose=options.verbose
     )
     for line in lines:
         print(line)
     return EXIT_NOTHING_STUCK if able else EXIT_CANNOT_TRACE
+
+
+def _build(options: argparse.Namespace) -> int:
+    _refuse_beside(
+        "--build",
+        _BUILD_OPTIONS,
+        options,
+        "it compiles programs for later, and traces nothing; they serve every port",
+        "leave it out; --vmlinux, --rescue and --no-why choose what is built",
+    )
+    from tcpstuck_bpf.kernel.builder import build
+
+    request = AttachRequest(rescue=options.rescue is not None, why=options.why)
+    for line in build(Path(options.build), options.vmlinux or [], request):
+        print(line, flush=True)
+    return EXIT_NOTHING_STUCK
 
 
 def _explain(options: argparse.Namespace) -> int:
@@ -314,6 +344,8 @@ def _run(options: argparse.Namespace) -> int:
         return _explain(options)
     if options.doctor:
         return _doctor(options)
+    if options.build is not None:
+        return _build(options)
     return _trace(options) if options.replay is None else _replay(options)
 
 

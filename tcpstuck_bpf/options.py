@@ -318,14 +318,22 @@ def _add_kernel(parser: argparse.ArgumentParser) -> None:
     kernel.add_argument(
         "--vmlinux",
         metavar="FILE",
+        action="append",
         type=file_name,
-        help="struct members from this vmlinux or vmlinuz; with --doctor, report on that kernel",
+        help="struct members from this vmlinux or vmlinuz; with --doctor, report on that kernel; "
+        "with --build, and as often as you like, build for it",
     )
     kernel.add_argument(
         "--no-cache",
         dest="cache",
         action="store_false",
         help="compile anew, and do not keep what was compiled for the next start",
+    )
+    kernel.add_argument(
+        "--build",
+        metavar="DIR",
+        type=file_name,
+        help="compile into this directory, for this kernel or those of --vmlinux; trace nothing",
     )
     kernel.add_argument(
         "--programs",

@@ -34,9 +34,13 @@ from tcpstuck_bpf.kernel_types import KernelTypes
 
 ELF_MAGIC = b"\x7fELF"
 FLAT_MAGIC_PLACE = 56
-FLAT_MAGICS = (b"ARM\x64", b"RSC\x05")
-"""Of a flat Image (Documentation/arch/arm64/booting.rst, arch/riscv/boot-image-header.rst)."""
+FLAT_MAGICS = {b"ARM\x64": "aarch64", b"RSC\x05": "riscv64"}
+"""Of a flat Image (Documentation/arch/arm64/booting.rst, arch/riscv/boot-image-header.rst), and the
+architecture as uname(2) names it."""
 HEAD_BYTES = FLAT_MAGIC_PLACE + 4
+_ELF_MACHINE = struct.Struct("<18xH")
+_ELF_MACHINES = {62: "x86_64", 183: "aarch64"}
+"""e_machine of elf.h."""
 BTF_HEADER = struct.pack("=HBBI", 0xEB9F, 1, 0, 24)
 BTF_HEADER_BYTES = 24
 LARGEST_UNPACKED = 1 << 30
@@ -104,6 +108,8 @@ class KernelImage:
     types: KernelTypes
     symbols: frozenset[str] | None
     """Names of its functions; None where it has no symbol table."""
+    architecture: str
+    """As in uname(2); empty for one that is not known here."""
 
 
 def read_image(path: str) -> KernelImage:
@@ -120,7 +126,14 @@ def read_image(path: str) -> KernelImage:
     banners = list(_BANNER.finditer(data))
     release = banners[0][1].decode("ascii")
     texts = tuple(banner[0].decode("ascii") for banner in banners)
-    return KernelImage(path, packing, release, texts, types, symbols)
+    machine = _architecture(data[:HEAD_BYTES])
+    return KernelImage(path, packing, release, texts, types, symbols, machine)
+
+
+def _architecture(head: bytes) -> str:
+    if _is_flat(head):
+        return FLAT_MAGICS[head[FLAT_MAGIC_PLACE:HEAD_BYTES]]
+    return _ELF_MACHINES.get(_ELF_MACHINE.unpack_from(head)[0], "")
 
 
 def _is_flat(head: bytes) -> bool:

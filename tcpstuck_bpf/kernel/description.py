@@ -25,6 +25,8 @@ class KernelDescription:
     types: KernelTypes
     layout: Layout
     softirq_gaps: tuple[CoverageGap, ...]
+    compile_for: str = ""
+    """BCC's name of its architecture, where that is not this machine's."""
 
     @property
     def drop_reasons(self) -> Mapping[int, str]:
@@ -44,7 +46,8 @@ class KernelDescription:
                 kinds[probe.raw_tracepoint] = artifact.RAW_TRACEPOINT
             if probe.typed_tracepoint is not None:
                 kinds[probe.typed_tracepoint] = artifact.TYPED_TRACEPOINT
-        return Compilation(header, probes.compiler_flags(wanted), mode, kinds, self.release)
+        flags = probes.compiler_flags(wanted)
+        return Compilation(header, flags, mode, kinds, self.release, self.compile_for)
 
 
 def describe_running(

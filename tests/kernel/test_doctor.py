@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lab.package_cache import IMAGE_VARIABLE, CacheError, cached_kernel
+from lab.package_cache import running_kernel_image
 from tests.kernel.conftest import Traced
 
 pytestmark = pytest.mark.kernel
@@ -23,12 +23,8 @@ ABOUT_THE_KERNEL = {"kernel", "function", "member", "counters", "drop_reasons"}
 @pytest.fixture
 def own_image() -> Path:
     """The file that this kernel was booted from."""
-    named = os.environ.get(IMAGE_VARIABLE)
-    try:
-        image = Path(named) if named else cached_kernel()
-    except CacheError:
-        image = Path("/boot") / f"vmlinuz-{os.uname().release}"
-    if not image.exists() or not image.name.endswith(os.uname().release):
+    image = running_kernel_image()
+    if image is None:
         pytest.skip(f"the image of the running kernel {os.uname().release} is not here")
     return image
 

@@ -1,0 +1,144 @@
+"""`--build`: programs for this kernel or for kernels in files, for machines without a compiler.
+
+Which probes a kernel has, and so what has to be compiled, is decided as it is on the machine that
+traces; the only difference is where the kernel's functions and options are looked up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from tcpstuck_bpf import features, probes
+from tcpstuck_bpf.errors import CannotTraceError, UsageError
+from tcpstuck_bpf.kernel.artifact_store import SUFFIX
+from tcpstuck_bpf.kernel.compilation import (
+    Compilation,
+    CompilerError,
+    compile_in_child,
+)
+from tcpstuck_bpf.kernel.description import KernelDescription, describe_running
+from tcpstuck_bpf.kernel_report import describe
+from tcpstuck_bpf.layout import PER_CPU_OFFSET_SYMBOL, find_layout
+from tcpstuck_bpf.probes import AttachRequest, Probe
+from tcpstuck_bpf.softirqs import softirq_gaps
+from tcpstuck_bpf.vmlinux import KernelImage, read_image
+
+MODES = ("fentry", "kprobe")
+_COMPILERS_NAMES = {"x86_64": "x86", "aarch64": "arm64"}
+"""BCC's name of an architecture, by that of uname(2)."""
+
+
+def build(directory: Path, images: Sequence[str], request: AttachRequest) -> Iterator[str]:
+    """Write programs for each kernel, the running one where no file is named; a line for each.
+
+    Raises UsageError for a file that is no kernel or a directory that cannot be written, and
+    CannotTraceError where a kernel cannot be traced or there is no compiler.
+    """
+    features.require_privileges()
+    _make(directory)
+    if not images:
+        symbols, _ = features.read_symbols(
+            [probe.symbol for probe in request.probes], PER_CPU_OFFSET_SYMBOL
+        )
+        yield from _build(directory, [describe_running(request.types, None)], symbols, request)
+    for path in images:
+        image = read_image(path)
+        yield from _build(directory, _variants(image), _symbols(image), request)
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"cannot make the directory {directory}",
+            str(error.strerror),
+            "name a directory that you may write to",
+        ) from error
+
+
+def _symbols(image: KernelImage) -> frozenset[str]:
+    """The functions that can be probed, as far as the file tells."""
+    report = describe(image.release, image.path, image.types, image.symbols)
+    return frozenset(fact.probe.symbol for fact in report.functions if fact.there)
+
+
+def _variants(image: KernelImage) -> list[KernelDescription]:
+    """The kernel in a file, and once more where an option of it decides that no file tells."""
+    if image.architecture not in _COMPILERS_NAMES:
+        raise CannotTraceError(
+            f"nothing can be built for {image.path}",
+            f"its architecture ({image.architecture or 'unknown'}) is not one of "
+            f"{', '.join(_COMPILERS_NAMES)}",
+            "name a kernel of one of these",
+        )
+    foreign = image.architecture != platform.machine()
+    compile_for = _COMPILERS_NAMES[image.architecture] if foreign else ""
+    layout = find_layout(image.types, None)
+    # Where the option is not known, and where it is set.
+    kinds = dict.fromkeys(softirq_gaps(image.types, option) for option in (None, "y"))
+    return [
+        KernelDescription(image.release, image.types, layout, gaps, compile_for) for gaps in kinds
+    ]
+
+
+def _build(
+    directory: Path,
+    variants: Sequence[KernelDescription],
+    symbols: Collection[str],
+    request: AttachRequest,
+) -> Iterator[str]:
+    release = variants[0].release
+    wanted = _planned(variants[0], symbols, request)
+    for mode in MODES:
+        if mode == "fentry":
+            obstacle = probes.fentry_obstacle(variants[0].types, wanted)
+            if obstacle is not None:
+                yield f"{release}: nothing for fentry: {obstacle}"
+                continue
+        for number, variant in enumerate(variants):
+            words = [release, mode]
+            words += ["rescue"] if request.rescue else []
+            words += [] if request.why else ["no-why"]
+            words += ["bh-lock"] if number else []
+            path = directory / ("-".join(words) + SUFFIX)
+            size = _write(path, variant.compilation(wanted, mode))
+            yield f"{path}: {size} bytes"
+
+
+def _planned(
+    kernel: KernelDescription, symbols: Collection[str], request: AttachRequest
+) -> tuple[Probe, ...]:
+    """What the machine that traces will ask for. Raises CannotTraceError."""
+    refused = probes.misread(kernel.types, request.probes)
+    if kernel.layout.drop_obstacle is not None:
+        refused.setdefault(probes.KFREE_SKB, kernel.layout.drop_obstacle)
+    wanted, _ = probes.plan(symbols, refused, request.probes)
+    return wanted
+
+
+def _write(path: Path, wanted: Compilation) -> int:
+    try:
+        data = compile_in_child(wanted)
+    except CompilerError as error:
+        raise CannotTraceError(
+            f"the programs for {wanted.made_for} cannot be compiled",
+            str(error),
+            "report it, with the kernel's and BCC's version",
+        ) from error
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    try:
+        unfinished.write_bytes(data)
+        unfinished.chmod(0o644)
+        unfinished.rename(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise UsageError(
+            f"cannot write {path}", str(error.strerror), "make room, or name another directory"
+        ) from error
+    return len(data)
