@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tcpstuck_bpf import probes, source
+from tcpstuck_bpf.kernel.compilation import program_directory
 from tcpstuck_bpf.model import TraceFilter, TraceSettings
 
 PORT = 3311
@@ -37,7 +38,7 @@ def _ours(mode: str, *, why: bool) -> Any:
 def _floor(what: str, mode: str) -> Any:
     import bcc
 
-    os.environ["BCC_KERNEL_SOURCE"] = str(source.program_directory() / "stub")
+    os.environ["BCC_KERNEL_SOURCE"] = str(program_directory() / "stub")
     text = (Path(__file__).parent / "empty.bpf.c").read_bytes()
     flags = ["-DTCPSTUCK_FENTRY"] if mode == "fentry" else []
     flags += ["-DONE_INSERT"] if what == "insert" else []

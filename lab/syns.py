@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import itertools
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from lab.patience import LOAD_S
@@ -87,6 +87,24 @@ def send_in_bursts(namespace: Namespace, watch: Watch, syns: Iterable[Syn]) -> N
                 raw.sendto(syn.packet, (server_ip, 0))
         sent += len(burst)
         watch.until(all_answered, f"SYN-ACKs for {sent} SYNs", LOAD_S)
+
+
+def repeat_until(
+    namespace: Namespace,
+    syns: Sequence[Syn],
+    is_over: Callable[[], bool],
+    note: Callable[[int], None],
+) -> None:
+    """Send the same SYNs to one server again and again, as fast as they can be sent.
+
+    `note` is told how many were sent, each time that all have been.
+    """
+    server_ip = syns[0].four_tuple.server_ip
+    with namespace.run(_raw_socket, ":" in server_ip) as raw:
+        while not is_over():
+            for syn in syns:
+                raw.sendto(syn.packet, (server_ip, 0))
+            note(len(syns))
 
 
 def send_syns(

@@ -72,6 +72,13 @@ class Tracer:
             self._process.kill()
             self._process.wait()
 
+    @property
+    def pid(self) -> int:
+        """The process that was started. Raises LabError before."""
+        if self._process is None:
+            raise LabError("the tracer has not been started", "it has no process", "start it")
+        return self._process.pid
+
     def after(self, stage: Stage) -> None:
         """The hook for a scenario's settings."""
         if stage.name == READY:

@@ -1,6 +1,7 @@
 """Every precondition of tracing on this machine, each looked at, or tried where only that tells.
 
-Nothing is left attached, and nothing of the machine is changed.
+Nothing is left attached, and nothing of the machine is changed, but that the programs compiled for
+the trial are kept, as those of every start are.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from tcpstuck_bpf.app import Source
 from tcpstuck_bpf.btf import RUNNING_KERNEL, read_running_kernel
 from tcpstuck_bpf.errors import CannotTraceError
 from tcpstuck_bpf.kernel import bpf_syscall
+from tcpstuck_bpf.kernel.artifact_store import Cache, cache_directory
 from tcpstuck_bpf.kernel_report import KernelReport, describe
 from tcpstuck_bpf.kernel_types import KernelTypes
 from tcpstuck_bpf.layout import PER_CPU_OFFSET_SYMBOL
@@ -102,6 +104,7 @@ def examine(open_source: OpenSource, bcc_version: Callable[[], str]) -> MachineR
             _counters(),
             _softirq_lock(types),
             _bcc(bcc_version),
+            _kept_programs(),
         ),
         trials=trials,
         namespaces=netns.read_queue_settings(),
@@ -259,3 +262,10 @@ def _bcc(bcc_version: Callable[[], str]) -> Check:
         return Check("BCC", OK, bcc_version(), why)
     except CannotTraceError as error:
         return Check("BCC", NO, f"{error.what}: {error.why}", why, error.remedy)
+
+
+def _kept_programs() -> Check:
+    usable, state = Cache(cache_directory()).state()
+    why = "programs that were compiled once are there for the next start, which is faster so"
+    remedy = "" if usable else "make it ours alone (chown, chmod 0700), or remove it"
+    return Check("kept programs", OK if usable else NOTE, state, why, remedy)

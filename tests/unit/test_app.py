@@ -16,6 +16,7 @@ from tcpstuck_bpf.app import Live, remove_ready_file, run_replay
 from tcpstuck_bpf.errors import UsageError
 from tcpstuck_bpf.model import (
     Ending,
+    Event,
     EventKind,
     KernelWarning,
 )
@@ -176,6 +177,64 @@ def test_who_was_believed_connected_and_completes_a_cookie_is_counted_once(
     )
     connected = {"completed": 1} if repeats else {"completed": 0, "recovered": 1}
     assert summary["verdicts"] == connected
+
+
+class Flooded(FakeKernel):
+    """A ring buffer that fills as fast as it is read."""
+
+    def __init__(self, waiting: int) -> None:
+        super().__init__()
+        self.waiting = waiting
+        self.read = 0
+
+    @property
+    def most_waiting(self) -> int:
+        return self.waiting
+
+    def poll(self, timeout_ns: int) -> list[Event]:
+        self.now_ns += timeout_ns + SECOND_NS // 1000
+        entry = repeated(handshake(), self.now_ns)
+        events = [event(EventKind.SYN_REPEATED, entry, self.now_ns)] * 100
+        self.read += len(events)
+        return events
+
+
+def test_a_flood_of_events_neither_holds_up_the_duration_nor_the_end() -> None:
+    kernel = Flooded(1000)
+    assert live(kernel, 2)[-1]["type"] == "summary"
+    assert len(kernel.sweeps) >= 2
+    stopped = Flooded(1000)
+    live(stopped, None, stop=True)
+    assert stopped.waiting <= stopped.read < stopped.waiting + 100
+
+
+class Impatient(FakeKernel):
+    """While it reads, what a second signal sets is set: nothing can be raised there."""
+
+    run: Live
+    returned = False
+
+    def poll(self, timeout_ns: int) -> list[Event]:
+        self.now_ns += timeout_ns
+        assert self.run.reading
+        self.run.stop = self.run.abandoned = True
+        self.returned = True
+        return []
+
+
+def test_a_second_signal_that_came_while_events_were_read_ends_at_once() -> None:
+    kernel = Impatient()
+    kernel.run = Live(
+        kernel,
+        Analysis(header()),
+        JsonOutput(io.StringIO(), header().clock, Selection([], nothing=False)),
+        None,
+        kernel.counters,
+        lambda: kernel.now_ns,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        kernel.run.run(None, None)
+    assert (kernel.returned, kernel.run.reading) == (True, False)
 
 
 def test_stop_ends_with_the_summary() -> None:

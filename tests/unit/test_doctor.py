@@ -248,6 +248,20 @@ def test_a_good_machine_is_able_and_left_as_it_was(machine: Machine) -> None:
     assert list(machine_lines(found, 100, verbose=False))[-1].startswith("able to trace")
 
 
+def test_the_directory_of_kept_programs_is_looked_at(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    directory = tmp_path / "cache"
+    monkeypatch.setattr(doctor, "cache_directory", lambda: directory)
+    assert levels(machine.examined())["kept programs"] == OK
+    directory.mkdir()
+    directory.chmod(0o777)
+    found = machine.examined()
+    (check,) = (one for one in found.checks if one.what == "kept programs")
+    assert (check.level, "0777" in check.state) == (NOTE, True)
+    assert found.able
+
+
 def test_one_mode_is_enough(machine: Machine) -> None:
     machine.problems["fentry"] = "no trampoline"
     found = machine.examined()
