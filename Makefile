@@ -42,7 +42,8 @@ bench: setup ## what tracing costs, in instructions
 	@$(PYTHON) -m bench
 
 install: ## as root: the tool in PREFIX, and tcpstuck-trace on root's PATH
-	@/usr/bin/python3 -c 'import bcc' || { echo 'install: python3-bpfcc is missing: apt install python3-bpfcc' >&2; exit 1; }
+	@/usr/bin/python3 -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("bcc"))' || \
+		echo 'install: no BCC here (apt install python3-bpfcc): this machine can trace with --programs only' >&2
 	/usr/bin/python3 -m venv --system-site-packages $(PREFIX)
 	copy=$$(mktemp -d) && trap 'rm -rf "$$copy"' EXIT && cp -r $(PACKAGED) "$$copy" && \
 		$(PREFIX)/bin/python -m pip install --quiet --force-reinstall --no-deps "$$copy" && \
