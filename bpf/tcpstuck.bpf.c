@@ -523,10 +523,14 @@ static __always_inline bool tell_if_new(struct netns_counts *counted, u8 kind,
 {
 	u32 zero = 0, since = (u32)(now >> TOLD_SHIFT) - handshake->told_at;
 	struct trace_config *wanted = config.lookup(&zero);
+	u64 again_after;
 
-	if (handshake->told_kind == kind && wanted &&
-	    since < (u32)(wanted->tell_again_after_ns >> TOLD_SHIFT))
-		return false;
+	if (handshake->told_kind == kind && wanted) {
+		again_after = segment->tcp_flags & TCP_FLAG_SYN ? wanted->tell_syn_again_after_ns
+								: wanted->tell_ack_again_after_ns;
+		if (since < (u32)(again_after >> TOLD_SHIFT))
+			return false;
+	}
 	return tell(counted, kind, segment, handshake, now, moved);
 }
 

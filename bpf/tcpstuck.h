@@ -198,7 +198,8 @@ struct netns_counts {
 /* What the user asked to see; one entry, read by every program. */
 struct trace_config {
 	__u64 tell_completed_after_ns; /* a completion older than this is told; 0: every one */
-	__u64 tell_again_after_ns; /* a segment like the last one told is told again after this */
+	__u64 tell_syn_again_after_ns; /* a SYN like the last one told is told again after this */
+	__u64 tell_ack_again_after_ns; /* the same of other segments */
 	__u64 per_cpu_offset_table; /* kernel address of __per_cpu_offset; 0: not known */
 	__u32 netns; /* 0: every network namespace */
 	__u8 match_ports; /* nonzero: only the server ports set in wanted_ports */

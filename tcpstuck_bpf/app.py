@@ -22,6 +22,7 @@ from tcpstuck_bpf.model import (
     Attempt,
     Coverage,
     Event,
+    EventKind,
     HandshakeId,
     KernelCounters,
     KernelNames,
@@ -253,26 +254,29 @@ class Live:
             if self.abandoned:
                 raise KeyboardInterrupt
 
-    def _observe_events(self, timeout_ns: int) -> int:
-        """Take in events that came; how many there were."""
+    def _observe_events(self, timeout_ns: int) -> None:
         events = self._poll(timeout_ns)
         # Who got in makes room for the next at once; to judge what came takes longer.
         self._rescue(events, ())
+        self._observe(events)
+
+    def _observe(self, events: tuple[Event, ...]) -> None:
         if events:
             self._name(Row(event.four_tuple, event.handshake) for event in events)
             self._step(Observed(events))
             self._judge()
             self._rescue((), self.analysis.reports)
-        return len(events)
 
     def _observe_waiting(self) -> None:
-        """Take in the events that wait, and of those that go on coming no more than as many."""
+        """Take in the events that wait at the end, not all those that go on coming.
+
+        But for repeated SYNs, which a flood may have filled the buffer with: all that such an event
+        tells is in the table's entry, which is read right after.
+        """
         left = self.source.most_waiting
-        while left > 0:
-            taken = self._observe_events(0)
-            if not taken:
-                return
-            left -= taken
+        while left > 0 and (events := self._poll(0)):
+            left -= len(events)
+            self._observe(tuple(e for e in events if e.kind is not EventKind.SYN_REPEATED))
 
     def _read_log(self) -> None:
         warnings = () if self.kernel_log is None else self.kernel_log.warnings(self.clock_ns())
@@ -312,7 +316,8 @@ class Live:
             self._rescue((), self.analysis.reports)
             if batch.part is SweepPart.LAST:
                 break
-            self._watch(begun_ns)
+            if not self.stop:
+                self._watch(begun_ns)
         self.source.forget(leaving)
         changed = self.describe(self.source.listeners()) if self.describe is not None else ()
         if changed:

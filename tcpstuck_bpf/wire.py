@@ -32,7 +32,7 @@ SYNACK = struct.Struct("=60s")
 KNOWN_CLIENT = struct.Struct("=16s16sI2s2x")
 LISTENER_KEY = struct.Struct("=16sI2s2x")
 LISTENER_FACTS = struct.Struct("=5Q11I4x")
-CONFIG = struct.Struct("=3QI4B16s")
+CONFIG = struct.Struct("=4QI4B16s")
 
 _KEY_FIELDS = 5
 _HANDSHAKE_FIELDS = len(Handshake._fields)
@@ -101,9 +101,11 @@ def decode_event(data: bytes) -> Event:
     )
 
 
-TELL_AGAIN_AFTER_NS = 250_000_000
-"""Less than any TCP waits before it repeats a SYN (1 s; RFC 6298) or may answer a repeated SYN-ACK
-again (500 ms; tcp_invalid_ratelimit), so that it holds back events of floods alone."""
+TELL_SYN_AGAIN_AFTER_NS = 900_000_000
+"""Less than any TCP waits before it repeats a SYN (1 s; RFC 6298): only floods are held back."""
+TELL_ACK_AGAIN_AFTER_NS = 250_000_000
+"""Less than a client waits before it may answer a repeated SYN-ACK again (500 ms, by default;
+tcp_invalid_ratelimit)."""
 
 
 def encode_config(settings: TraceSettings, per_cpu_offset_table: int | None) -> bytes:
@@ -114,7 +116,8 @@ def encode_config(settings: TraceSettings, per_cpu_offset_table: int | None) -> 
     wanted = settings.trace_filter
     return CONFIG.pack(
         0 if settings.tell_healthy else settings.timeout_ns * 3 // 4,
-        TELL_AGAIN_AFTER_NS,
+        TELL_SYN_AGAIN_AFTER_NS,
+        TELL_ACK_AGAIN_AFTER_NS,
         per_cpu_offset_table or 0,
         wanted.netns or 0,
         bool(wanted.ports),

@@ -217,7 +217,7 @@ def test_what_the_ring_buffer_has_no_room_for_is_counted(beside: Beside) -> None
 
 
 def test_a_flood_of_one_client_s_repeated_syns_is_told_now_and_then(beside: Beside) -> None:
-    """At most one event in TELL_AGAIN_AFTER_NS; the entry has every SYN."""
+    """At most one event in TELL_SYN_AGAIN_AFTER_NS; the entry has every SYN."""
     repeats = 5000
     client = silent_client(0)
     syn = make_syn(client, ISN)
@@ -228,7 +228,7 @@ def test_a_flood_of_one_client_s_repeated_syns_is_told_now_and_then(beside: Besi
     assert beside.row(client).syn_count == repeats + 1
     events = beside.events()
     # The unit of told_at adds some: a time that was cut off to it may look older than it is.
-    shortest_ns = wire.TELL_AGAIN_AFTER_NS - (1 << 21)
+    shortest_ns = wire.TELL_SYN_AGAIN_AFTER_NS - (1 << 21)
     assert 1 <= len(events) <= 1 + took_ns // shortest_ns
     times = [event.time_ns for event in events]
     assert all(later - earlier >= shortest_ns for earlier, later in zip(times, times[1:]))

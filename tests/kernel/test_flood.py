@@ -20,7 +20,7 @@ from tests.kernel.handmade import Site, site
 
 pytestmark = pytest.mark.kernel
 
-CLIENTS = 2000
+CLIENTS = 500
 ENDS_WITHIN_S = 2.0
 """More than where nothing comes, by which the machine's own speed is left out."""
 GROWTH_KIB = 4096

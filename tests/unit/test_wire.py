@@ -222,14 +222,23 @@ def test_c_reads_the_settings_that_were_written(run_c: CProgram) -> None:
     static const __u8 bytes[] = {{{",".join(map(str, packed))}}};
     struct trace_config config;
     memcpy(&config, bytes, sizeof(config));
-    printf("%llu %llu %llu %u %u %u %u\\n", config.tell_completed_after_ns,
-           config.tell_again_after_ns, config.per_cpu_offset_table, config.netns,
+    printf("%llu %llu %llu %llu %u %u %u %u\\n", config.tell_completed_after_ns,
+           config.tell_syn_again_after_ns, config.tell_ack_again_after_ns,
+           config.per_cpu_offset_table, config.netns,
            config.match_ports, config.match_listener, config.family);
     fwrite(config.listener_address, 16, 1, stdout);
     """
     numbers, _, address = run_c(body).partition(b"\n")
-    again = str(wire.TELL_AGAIN_AFTER_NS).encode()
-    assert numbers.split() == [b"3000000000", again, b"4660", b"4026531840", b"1", b"1", b"6"]
+    again = (wire.TELL_SYN_AGAIN_AFTER_NS, wire.TELL_ACK_AGAIN_AFTER_NS)
+    assert numbers.split()[1:3] == [str(interval).encode() for interval in again]
+    assert numbers.split()[:1] + numbers.split()[3:] == [
+        b"3000000000",
+        b"4660",
+        b"4026531840",
+        b"1",
+        b"1",
+        b"6",
+    ]
     assert address == listener
 
 
