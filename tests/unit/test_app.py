@@ -209,12 +209,15 @@ def test_a_flood_of_events_neither_holds_up_the_duration_nor_the_end() -> None:
 
 
 def test_what_waits_at_the_end_is_told_but_for_what_the_table_says_as_well() -> None:
-    """Of a client that repeats its SYN the entry tells all; one that has ended may have none."""
+    """Of a client that repeats its SYN its entry tells all, and here there is none."""
     kernel = FakeKernel()
-    entry = ended(ack_dropped(handshake(), at(1)), Ending.REPLACED, at(4))
-    replaced = event(EventKind.REPLACED, entry, at(4), four_tuple(1))
+    entry = ended(handshake(), Ending.REJECTED, at(4))
+    rejected = event(EventKind.ACK_REJECTED, entry, at(4), four_tuple(1))
     syn = event(EventKind.SYN_REPEATED, repeated(handshake(), at(1)), at(1), four_tuple(2))
-    kernel.script = [(at(4), who.four_tuple, None, who) for who in (replaced, syn)]
+    kernel.script = [
+        (at(4), rejected.four_tuple, entry, rejected),
+        (at(4), syn.four_tuple, None, syn),
+    ]
     kernel.now_ns = at(5)
     lines = live(kernel, None, stop=True)
     assert [line["client_port"] for line in lines if line["type"] == "verdict"] == [
