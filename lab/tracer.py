@@ -18,6 +18,7 @@ import sys
 import tempfile
 import termios
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -120,6 +121,19 @@ class Tracer:
         with self._news:
             return self._news.wait_for(lambda: len(self.lines) >= count, patient(limit_s))
 
+    def seconds_to_summary(self) -> float:
+        """Interrupt the tracer, and say how long its summary takes. Raises LabTimeoutError."""
+        begun = time.monotonic()
+        os.kill(self.pid, signal.SIGINT)
+        with self._news:
+            found = self._news.wait_for(
+                lambda: any(line.get("type") == "summary" for line in self.lines),
+                patient(COMMAND_S),
+            )
+        if not found:
+            raise LabTimeoutError("the summary", patient(COMMAND_S), f"{len(self.lines)} lines")
+        return time.monotonic() - begun
+
     def names(self, key: FourTuple) -> bool:
         """Whether the undecoded output so far contains a client's address and port."""
         return re.search(rf"{re.escape(endpoint(key))}(?!\d)", self._text) is not None
@@ -139,6 +153,12 @@ class Tracer:
         if self._process is None or self._reader is None:
             return
         self._process.send_signal(signal.SIGINT)
+        self.await_end()
+
+    def await_end(self) -> None:
+        """Wait for the end of a tracer that was asked to end, and read its output to the end."""
+        if self._process is None or self._reader is None:
+            return
         try:
             self.exit_status = self._process.wait(patient(COMMAND_S))
         except subprocess.TimeoutExpired as error:
