@@ -64,7 +64,7 @@ class Flood:
 
 @pytest.mark.parametrize("mode", ["fentry", "kprobe"])
 def test_a_flood_of_repeated_syns_fills_nothing_and_ends_with_the_summary(
-    mode: str, record_property: Callable[[str, object], None]
+    mode: str, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
     command = [*TOOL, "--probe-mode", mode, "--ready-file", READY_PLACEHOLDER]
     with site(4) as where, Tracer(command) as tracer:
@@ -78,9 +78,10 @@ def test_a_flood_of_repeated_syns_fills_nothing_and_ends_with_the_summary(
             flood.await_sent(20 * CLIENTS)
             after_kib = resident_kib(tracer)
             # The summary has to come while the flood goes on.
-            record_property("summary_after_s", round(tracer.seconds_to_summary(), 2))
+            seconds = round(tracer.seconds_to_summary(), 2)
+            record_testsuite_property(f"seconds to the summary, {mode}", seconds)
         tracer.await_end()
-    record_property("resident_kib", (before_kib, after_kib))
+    record_testsuite_property(f"KiB resident, {mode}", (before_kib, after_kib))
     assert after_kib - before_kib < GROWTH_KIB
     summary = summary_of(tracer)
     assert summary["lost_events"] == 0
