@@ -64,10 +64,15 @@ def _mode_of_shared_tracer(item: pytest.Item) -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let tests of the same shared tracer follow one another, after all that use none.
 
-    So it starts once, and runs beside no test that has a tracer of its own or counts probes. The
-    order within stays as it is: by chance.
+    So it starts once, and runs beside no test that has a tracer of its own or counts probes. A test
+    that leaves thousands of clients to it comes last: each sweep reads them all. Otherwise the
+    order stays as it is: by chance.
     """
-    items.sort(key=_mode_of_shared_tracer)
+
+    def order(item: pytest.Item) -> tuple[str, bool]:
+        return _mode_of_shared_tracer(item), item.get_closest_marker("leaves_many") is not None
+
+    items.sort(key=order)
 
 
 def _sharing(item: pytest.Item) -> str:

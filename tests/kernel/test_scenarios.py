@@ -42,7 +42,7 @@ def assert_told(run: Traced, verdict: str) -> None:
         pytest.param("overflow", 100, "6", "accept-queue-full", marks=CORE),
         pytest.param("overflow", 100, "mapped", "accept-queue-full", marks=CORE),
         ("late-fin", 20, "4", "recovered"),
-        ("spoofed", 6000, "4", "ack-missing"),
+        pytest.param("spoofed", 6000, "4", "ack-missing", marks=pytest.mark.leaves_many),
     ],
 )
 def test_every_client_gets_its_verdict(

@@ -157,10 +157,13 @@ def test_tests_of_one_tracer_follow_one_another_however_they_are_shuffled(
         capture_output=True,
         check=True,
     )
-    names = list(json.loads(written.read_text()).values())
+    tests = json.loads(written.read_text())
+    names = list(tests.values())
     modes = [mode for mode, _ in groupby(name for name in names if name.startswith(SHARED))]
     assert modes == [f"{SHARED}fentry", f"{SHARED}kprobe"]
     assert names[-1].startswith(SHARED)
+    for mode in modes:
+        assert "-spoofed-" in [test for test in tests if tests[test] == mode][-1]
 
 
 def test_without_a_test_there_is_no_guest() -> None:
