@@ -9,7 +9,7 @@ export PIP_ROOT_USER_ACTION := ignore
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit kernel-test test-kernels bench install uninstall clean
+.PHONY: help setup demo quick test lint types unit kernel-test test-kernels bench install uninstall clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -20,8 +20,11 @@ setup: ## install what is missing (root or sudo), fetch the guests' kernel, make
 demo: setup ## a real MariaDB whose clients get stuck, and the tool naming them (5 minutes)
 	@$(PYTHON) -m lab demo
 
-test: setup ## every check and test, the kernel tests in a guest (45 minutes)
-	@$(PYTHON) -m lab test
+quick: setup ## checks, tests without a kernel, and the core scenarios in one guest by fentry
+	@$(PYTHON) -m lab test --core
+
+test: setup ## every check and test but the slow ones, the kernel tests in two guests
+	@$(PYTHON) -m lab test --guests 2 --coverage
 
 lint: setup ## style of Python, C and shell
 	@$(PYTHON) -m lab test lint
@@ -32,7 +35,7 @@ types: setup ## static types
 unit: setup ## the tests that need neither root nor BCC
 	@$(PYTHON) -m lab test unit
 
-kernel-test: setup ## the tests on a real kernel, the slow ones too
+kernel-test: setup ## the tests on a real kernel, the slow ones too (hours)
 	@$(PYTHON) -m lab test --slow kernel
 
 test-kernels: setup ## the kernel tests on every kernel of the matrix (an hour or more)

@@ -1,90 +1,59 @@
 """`python3 -m lab test`: every check of the project, in groups, with one closing line for all.
 
-The kernel group runs in a guest (or natively, see `lab.guest`); its figures come back through a
-shared directory. Failed checks that are no tests, such as a linter's, count as errors.
+The kernel group runs in guests (or natively, see `lab.guest`), and the other groups beside it.
+Failed checks that are no tests, such as a linter's, count as errors.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING
-from xml.etree import ElementTree
+from typing import TYPE_CHECKING, NoReturn
 
+from lab import kernel_group
 from lab.errors import LabError
-from lab.guest import GuestOptions, run_in_guest, write_through
+from lab.kernel_group import (
+    BUILD,
+    DURATIONS,
+    NO_TESTS_STATUS,
+    PYTEST,
+    REPOSITORY,
+    guest_count,
+)
+from lab.selection import Selection
+from lab.tally import Tally, read_report, tally_report
 
 if TYPE_CHECKING:
     from lab.package_cache import Subparsers
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-PYTEST = (sys.executable, "-m", "pytest", "-q", "--no-header", "-rsfE", "-p", "no:cacheprovider")
 UNIT_DIRECTORIES = ("tests/unit", "tests/property", "tests/replay")
-KERNEL_DIRECTORY = "tests/kernel"
-KERNEL_LIMIT_S = 2 * 3600.0
-KERNEL_TEST_LIMIT_S = 600
-"""For one kernel test: emulation is some 20 times slower than the machine itself."""
-FORCE_VARIABLE = "TCPSTUCK_FORCE_KERNEL_TESTS"
-"""Set, it turns the skip of a kernel test that cannot run here into a failure."""
+UNIT, KERNEL = "unit", "kernel"
+PYTHON_COVERAGE = (sys.executable, "-m", "coverage")
+COVERAGE = BUILD / "coverage"
+QUICK_MODE = "fentry"
+"""In which mode the core scenarios are played where only they are."""
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Which tests of the groups that have some."""
+class Settings:
+    """What is run, and how."""
 
-    slow: bool = False
-    kernel_files: str = "*"
-    """A shell pattern of names: where two guests share the kernel group, each has its own."""
-
-
-@dataclass(frozen=True)
-class Tally:
-    """How tests ended; errors also count whatever broke outside a test."""
-
-    passed: int = 0
-    failed: int = 0
-    errors: int = 0
-    skipped: int = 0
-
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(
-            self.passed + other.passed,
-            self.failed + other.failed,
-            self.errors + other.errors,
-            self.skipped + other.skipped,
-        )
-
-    @property
-    def good(self) -> bool:
-        """Whether nothing failed or broke."""
-        return self.failed == 0 and self.errors == 0
-
-    def closing_line(self, seconds: float) -> str:
-        """A line such as pytest ends with; what is 0 is left out, except passed."""
-        parts = [f"{self.failed} failed"] if self.failed else []
-        parts.append(f"{self.passed} passed")
-        parts += [f"{self.skipped} skipped"] if self.skipped else []
-        parts += [f"{self.errors} errors"] if self.errors else []
-        return f"=== {', '.join(parts)} in {seconds:.0f} s ==="
-
-
-def tally_junit(report: str) -> Tally:
-    """The figures of a JUnit XML report, as pytest writes it."""
-    total = Tally()
-    for suite in ElementTree.fromstring(report).iter("testsuite"):
-        tests, failed, errors, skipped = (
-            int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")
-        )
-        total += Tally(tests - failed - errors - skipped, failed, errors, skipped)
-    return total
+    selection: Selection
+    guests: int = 1
+    """Over which the kernel tests are shared out."""
+    coverage: bool = False
+    """Measure which lines of the tool the tests execute that need no kernel."""
+    record: bool = False
+    """Write down what each kernel test took."""
 
 
 def _tool(*command: str) -> Tally:
@@ -102,7 +71,7 @@ def _python_tool(*command: str) -> Tally:
     return _tool(sys.executable, "-m", *command)
 
 
-def _lint(_selection: Selection) -> Tally:
+def _lint(_settings: Settings) -> Tally:
     """Check style: Python, C, and shell where shellcheck is installed."""
     sources = sorted(
         str(path)
@@ -116,96 +85,128 @@ def _lint(_selection: Selection) -> Tally:
     return total
 
 
-def _types(_selection: Selection) -> Tally:
+def _types(_settings: Settings) -> Tally:
     return _python_tool("mypy")
 
 
-def _marks(slow: bool) -> list[str]:
-    return [] if slow else ["-m", "not slow"]
-
-
-def _unit(selection: Selection) -> Tally:
+def _unit(settings: Settings) -> Tally:
     """Run the tests that need neither root nor BCC."""
+    selection = settings.selection
     directories = [name for name in UNIT_DIRECTORIES if (REPOSITORY / name).is_dir()]
     with tempfile.TemporaryDirectory(prefix="tcpstuck-tests-") as scratch:
         report = Path(scratch) / "unit.xml"
-        command = [*PYTEST, f"--junitxml={report}", *_marks(selection.slow), *directories]
+        options = [f"--junitxml={report}", "-o", f"cache_dir={BUILD / 'pytest' / 'unit'}"]
+        options += ["--lf"] if selection.last_failed else []
+        options += ["-x"] if selection.stop_early else []
+        _, *pytest = PYTEST
+        python = _measured("run") if settings.coverage else [sys.executable]
+        command = [*python, *pytest, *options, *selection.words(), *directories]
         status = subprocess.run(command, cwd=REPOSITORY, stdin=subprocess.DEVNULL).returncode
-        return tally_report(report, status)
+        if status == NO_TESTS_STATUS and selection.narrowed:
+            return Tally()
+        return tally_report(read_report(report), status)
 
 
-def kernel_files(pattern: str) -> list[str]:
-    """The kernel tests' files whose names match. Raises LabError where none does."""
-    files = sorted((REPOSITORY / KERNEL_DIRECTORY).glob("test_*.py"))
-    chosen = [
-        f"{KERNEL_DIRECTORY}/{file.name}" for file in files if fnmatchcase(file.name, pattern)
-    ]
-    if not chosen:
-        raise LabError("there is nothing to test", f"no file is like {pattern}", "see tests/kernel")
-    return chosen
+def _measured(*words: str) -> list[str]:
+    """A command of coverage.py, on what tests executed since `_forget_coverage`."""
+    return ["/usr/bin/env", f"COVERAGE_FILE={COVERAGE / 'data'}", *PYTHON_COVERAGE, *words]
 
 
-def _kernel(selection: Selection) -> Tally:
-    """Run the tests that need a kernel, where they must not skip for the lack of one."""
-    slow, files = selection.slow, kernel_files(selection.kernel_files)
-    with tempfile.TemporaryDirectory(prefix="tcpstuck-tests-") as scratch:
-        report = Path(scratch) / "kernel.xml"
-        limit = f"timeout={KERNEL_TEST_LIMIT_S}"
-        command = [*PYTEST, f"--junitxml={report}", *_marks(slow), "-o", limit, *files]
-        options = GuestOptions(
-            shares=(Path(scratch),),
-            environment={FORCE_VARIABLE: "1"},
-            timeout_s=KERNEL_LIMIT_S * (4 if slow else 1),
-        )
-        result = run_in_guest(
-            command,
-            options=options,
-            stdout_sink=write_through(sys.stdout),
-            stderr_sink=write_through(sys.stderr),
-            cwd=REPOSITORY,
-        )
-        if result.timed_out:
-            print(f"cut off after {options.timeout_s:g} s")
-        return tally_report(report, result.status)
+def _forget_coverage() -> None:
+    shutil.rmtree(COVERAGE, ignore_errors=True)
+    COVERAGE.mkdir(parents=True)
 
 
-def tally_report(report: Path, status: int) -> Tally:
-    """A report's figures; one error more where the exit status is worse than they are."""
-    counted = tally_junit(report.read_text()) if report.is_file() else Tally()
-    if status != 0 and counted.good:
-        return counted + Tally(errors=1)
-    return counted
+def _tell_coverage() -> None:
+    """One line of how much was executed, and in a file what was not."""
+    subprocess.run(_measured("combine", "--quiet"), cwd=REPOSITORY, check=True)
+    table = COVERAGE / "table.txt"
+    with table.open("wb") as stream:
+        missing = _measured("report", "--skip-covered", "--show-missing")
+        subprocess.run(missing, cwd=REPOSITORY, check=True, stdout=stream)
+    total = subprocess.run(
+        _measured("report", "--format=total"), cwd=REPOSITORY, check=True, capture_output=True
+    )
+    part = f"{total.stdout.decode().strip()} % of the tool's lines"
+    print(f"the tests without a kernel execute {part}; see {table.relative_to(REPOSITORY)}")
 
 
-GROUPS: dict[str, Callable[[Selection], Tally]] = {
-    "lint": _lint,
-    "types": _types,
-    "unit": _unit,
-    "kernel": _kernel,
-}
+GROUPS: dict[str, Callable[[Settings], Tally]] = {"lint": _lint, "types": _types, UNIT: _unit}
 
 
-def run_groups(names: list[str], selection: Selection) -> Tally:
-    """Run the groups in order, all of them whatever fails, with a line after each."""
+def run_groups(names: Sequence[str], settings: Settings) -> Tally:
+    """Run the groups, all of them whatever fails, with a line after each.
+
+    The guests of the kernel group boot and run beside the others.
+    """
+    others = [name for name in names if name != KERNEL]
     total = Tally()
-    for name in names:
+    with contextlib.ExitStack() as stack:
         began = time.monotonic()
-        try:
-            counted = GROUPS[name](selection)
-        except LabError as error:
-            print("\n".join(error.lines()))
-            counted = Tally(errors=1)
-        verdict = "good" if counted.good else "BAD"
-        print(f"{name}: {verdict} in {time.monotonic() - began:.0f} s", flush=True)
-        total += counted
+        guests = _begin_guests(stack, settings, bool(others)) if KERNEL in names else None
+        for name in others:
+            total += _timed(name, functools.partial(GROUPS[name], settings), time.monotonic())
+        if guests is not None:
+            total += _timed(KERNEL, guests, began)
+    if settings.selection.narrowed and {UNIT, KERNEL} & set(names) and total == Tally():
+        print("no test is like that")
+        total = Tally(errors=1)
     return total
 
 
-def _test_command(arguments: argparse.Namespace) -> int:
-    began = time.monotonic()
-    total = run_groups(
-        arguments.groups or list(GROUPS), Selection(arguments.slow, arguments.kernel_files)
+def _begin_guests(
+    stack: contextlib.ExitStack, settings: Settings, beside: bool
+) -> Callable[[], Tally]:
+    """What waits for the guests and counts; it says, too, that there are none to be had."""
+    try:
+        return stack.enter_context(
+            kernel_group.started(
+                settings.selection, settings.guests, beside=beside, record=settings.record
+            )
+        )
+    except LabError as error:
+        return functools.partial(_refuse, error)
+
+
+def _refuse(error: LabError) -> Tally:
+    raise error
+
+
+def _timed(name: str, run: Callable[[], Tally], began: float) -> Tally:
+    try:
+        counted = run()
+    except LabError as error:
+        print("\n".join(error.lines()))
+        counted = Tally(errors=1)
+    verdict = "good" if counted.good else "BAD"
+    print(f"{name}: {verdict} in {time.monotonic() - began:.0f} s", flush=True)
+    return counted
+
+
+def _test_command(refuse: Callable[[str], NoReturn], arguments: argparse.Namespace) -> int:
+    if arguments.record_durations and arguments.guests > 1:
+        refuse("--record-durations is for one guest: beside another everything takes longer")
+    groups = [*GROUPS, KERNEL]
+    if arguments.coverage and UNIT not in (arguments.groups or groups):
+        refuse(f"--coverage is measured in the group {UNIT}")
+    for name in arguments.groups:
+        if name not in groups:
+            refuse(f"there is no group {name!r}, only {', '.join(groups)}")
+    selection = Selection(
+        slow=arguments.slow,
+        core=arguments.core,
+        mode=QUICK_MODE if arguments.core else None,
+        matching=arguments.matching,
+        last_failed=arguments.last_failed,
+        stop_early=arguments.stop_early,
     )
+    settings = Settings(selection, arguments.guests, arguments.coverage, arguments.record_durations)
+    began = time.monotonic()
+    if settings.coverage:
+        _forget_coverage()
+    total = run_groups(arguments.groups or groups, settings)
+    if settings.coverage:
+        _tell_coverage()
     print(total.closing_line(time.monotonic() - began))
     return 0 if total.good else 1
 
@@ -213,9 +214,35 @@ def _test_command(arguments: argparse.Namespace) -> int:
 def add_parser(subparsers: Subparsers) -> None:
     """Add the `test` command."""
     parser = subparsers.add_parser("test", help="run the project's checks and tests")
-    parser.add_argument("groups", metavar="GROUP", nargs="*", help=f"of {', '.join(GROUPS)}")
+    parser.add_argument(
+        "groups", metavar="GROUP", nargs="*", help=f"of {', '.join([*GROUPS, KERNEL])}"
+    )
     parser.add_argument("--slow", action="store_true", help="the slow tests too")
     parser.add_argument(
-        "--kernel-files", metavar="PATTERN", default="*", help="of the kernel group only these"
+        "--core", action="store_true", help=f"of the kernel tests only the core, by {QUICK_MODE}"
     )
-    parser.set_defaults(run=_test_command)
+    parser.add_argument(
+        "-k", dest="matching", metavar="EXPR", help="only tests that match, as with pytest's -k"
+    )
+    parser.add_argument(
+        "--lf", dest="last_failed", action="store_true", help="only what failed last time"
+    )
+    parser.add_argument(
+        "-x", dest="stop_early", action="store_true", help="in each guest stop at the first failure"
+    )
+    parser.add_argument(
+        "--guests",
+        metavar="N",
+        type=guest_count,
+        default=1,
+        help="share the kernel tests out over so many; default 1",
+    )
+    parser.add_argument(
+        "--coverage", action="store_true", help="measure it in the tests that need no kernel"
+    )
+    parser.add_argument(
+        "--record-durations",
+        action="store_true",
+        help=f"write what each kernel test took to {DURATIONS.relative_to(REPOSITORY)}",
+    )
+    parser.set_defaults(run=functools.partial(_test_command, parser.error))

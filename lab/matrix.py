@@ -22,15 +22,16 @@ from typing import TYPE_CHECKING, NoReturn
 from xml.etree import ElementTree
 
 from lab import trees
-from lab.checks import (
+from lab.ending import sigterm_ends_program
+from lab.errors import LabError
+from lab.guest import TIMEOUT_STATUS, GuestDiedError, GuestOptions, run_in_guest, write_through
+from lab.kernel_group import (
     FORCE_VARIABLE,
     KERNEL_DIRECTORY,
     KERNEL_TEST_LIMIT_S,
     REPOSITORY,
+    guest_count,
 )
-from lab.ending import sigterm_ends_program
-from lab.errors import LabError
-from lab.guest import TIMEOUT_STATUS, GuestDiedError, GuestOptions, run_in_guest, write_through
 from lab.matrix_report import (
     ANY_MODE,
     MODES,
@@ -49,16 +50,13 @@ from lab.matrix_report import (
 from lab.matrix_rows import row_words, run_rows
 from lab.package_cache import IMAGE_VARIABLE
 from lab.patience import PATIENCE_VARIABLE, patient
+from lab.selection import Selection
 from lab.trees import ROWS, Place, Row
 
 if TYPE_CHECKING:
     from lab.guest import Sink
     from lab.package_cache import Subparsers
 
-CORE = ("overflow", "ack-dropped", "ack-lost", "client-reset", "healthy", "mss")
-"""The scenarios that are played where there is no time for all."""
-CORE_TESTS = f"test_scenarios and not synack-dropped and ({' or '.join(CORE)})"
-"""pytest's -k for them: other tests, with starts of the tool of their own, have like names."""
 ROW_LIMIT_S = 3 * 3600.0
 """For the tests of one guest: a slow machine is not a failure."""
 REPORTING_S = 900.0
@@ -121,7 +119,7 @@ def _heard(case: ElementTree.Element) -> str:
     return f" (heard: {'; '.join(said[-HEARD_LINES:])[:MESSAGE_LENGTH]})" if said else ""
 
 
-def pytest_command(share: Path, select: str | None, limit_s: float) -> list[str]:
+def pytest_command(share: Path, selection: Selection, limit_s: float) -> list[str]:
     """What a guest runs: it notes its versions, then the tests, by the distribution's Python.
 
     After the limit pytest is interrupted, so that it still reports what it has.
@@ -130,10 +128,10 @@ def pytest_command(share: Path, select: str | None, limit_s: float) -> list[str]
     tests = [
         *("timeout", "--signal=INT", f"--kill-after={REPORTING_S / 2:g}", f"{limit_s:g}"),
         *("/usr/bin/python3", "-m", "pytest", "-v", "-rsfE", "--durations=40"),
-        *("-p", "no:cacheprovider", "-m", "not slow"),
+        *("-p", "no:cacheprovider"),
         *(word for setting in settings for word in ("-o", setting)),
         f"--junitxml={share / REPORT_FILE}",
-        *(("-k", select) if select else ()),
+        *selection.kernel_words(),
         KERNEL_DIRECTORY,
     ]
     notes = (
@@ -154,7 +152,7 @@ def guest_environment(ours: Mapping[str, str], kernel: Path) -> dict[str, str]:
 
 def run_row(
     row: Row,
-    select: str | None,
+    selection: Selection,
     sink: Sink,
     demanded: tuple[str, ...] = MODES,
     place: Place | None = None,
@@ -167,7 +165,7 @@ def run_row(
     with tempfile.TemporaryDirectory(prefix="tcpstuck-matrix-") as scratch:
         share = Path(scratch)
         try:
-            _test_in_guest(result, share, select, sink, place)
+            _test_in_guest(result, share, selection, sink, place)
         except GuestDiedError as error:
             sink(error.console.encode())
             result.trouble = f"{error.what}: {error.why}"
@@ -179,7 +177,7 @@ def run_row(
 
 
 def _test_in_guest(
-    result: RowResult, share: Path, select: str | None, sink: Sink, place: Place | None
+    result: RowResult, share: Path, selection: Selection, sink: Sink, place: Place | None
 ) -> None:
     place = place or trees.prepare(result.row)
     options = GuestOptions(
@@ -191,7 +189,7 @@ def _test_in_guest(
         timeout_s=patient(ROW_LIMIT_S + REPORTING_S),
     )
     ran = run_in_guest(
-        pytest_command(share, select, patient(ROW_LIMIT_S)),
+        pytest_command(share, selection, patient(ROW_LIMIT_S)),
         options=options,
         stdout_sink=sink,
         stderr_sink=sink,
@@ -215,13 +213,13 @@ def _noted(path: Path) -> str:
 
 
 def _run_logged(
-    row: Row, select: str | None, demanded: tuple[str, ...], place: Place | None, verbose: bool
+    row: Row, selection: Selection, demanded: tuple[str, ...], place: Place | None, verbose: bool
 ) -> RowResult:
     """Run a row; what its guest prints goes to a file in the cache, or to our own output."""
     if verbose:
-        return run_row(row, select, write_through(sys.stdout), demanded, place)
+        return run_row(row, selection, write_through(sys.stdout), demanded, place)
     with log_of(row).open("wb", buffering=0) as log:
-        result = run_row(row, select, log.write, demanded, place)
+        result = run_row(row, selection, log.write, demanded, place)
     print(progress(result), flush=True)
     return result
 
@@ -231,14 +229,14 @@ def _results(arguments: argparse.Namespace) -> list[RowResult]:
     demanded = () if arguments.select else MODES
     chosen = arguments.rows or ROWS
     if arguments.guests == 1:
-        select = CORE_TESTS if arguments.core else arguments.select
+        wanted = Selection(core=arguments.core, matching=arguments.select)
         place = None
         if arguments.place:
             kernel, root = arguments.place
             place = Place(kernel, root, fresh=False)
         # Before there is a guest, what makes its tree has to be ended too.
         with sigterm_ends_program():
-            return [_run_logged(row, select, demanded, place, arguments.verbose) for row in chosen]
+            return [_run_logged(row, wanted, demanded, place, arguments.verbose) for row in chosen]
     selection = ["--core"] if arguments.core else []
     selection += [f"--select={arguments.select}"] if arguments.select else []
     return run_rows(
@@ -263,12 +261,6 @@ def _matrix_command(refuse: Callable[[str], NoReturn], arguments: argparse.Names
     return verdict(results, arguments.all)
 
 
-def _guest_count(text: str) -> int:
-    if not re.fullmatch(r"[1-9][0-9]?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of guests from 1 to 99")
-    return int(text)
-
-
 def add_parser(subparsers: Subparsers) -> None:
     """Add the `matrix` command."""
     parser = subparsers.add_parser("matrix", help="the kernel tests on every kernel")
@@ -278,7 +270,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--all", action="store_true", help="the newest kernels' rows count too")
     parser.add_argument(
-        "--guests", metavar="N", type=_guest_count, default=1, help="rows at a time; default 1"
+        "--guests", metavar="N", type=guest_count, default=1, help="rows at a time; default 1"
     )
     parser.add_argument(
         "--place",
@@ -290,6 +282,6 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the table there as JSON")
     parser.add_argument("--verbose", action="store_true", help="show what the guests print")
     subset = parser.add_mutually_exclusive_group()
-    subset.add_argument("--core", action="store_true", help=f"only {', '.join(CORE)}")
+    subset.add_argument("--core", action="store_true", help="only what is marked so")
     subset.add_argument("--select", metavar="EXPRESSION", help="pytest's -k")
     parser.set_defaults(run=functools.partial(_matrix_command, parser.error))

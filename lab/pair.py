@@ -14,7 +14,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +22,11 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 from tabulate import tabulate
 
 from lab import trees
-from lab.checks import REPOSITORY
 from lab.ending import sigterm_ends_program
 from lab.errors import LabError
 from lab.guest import GuestDiedError, GuestOptions, Wire, run_in_guest
+from lab.guest_machine import guest_words
+from lab.kernel_group import REPOSITORY
 from lab.package_cache import cache_directory
 from lab.pair_end import CLIENT, FAMILIES, HARDWARE, OPTION_SETS, SERVER
 from lab.patience import COMMAND_S, PATIENCE_VARIABLE, patient
@@ -146,17 +146,6 @@ def options_for(row: Row, part: str, descriptor: int) -> GuestOptions:
 def command_for(part: str) -> list[str]:
     """What its guest runs, by the distribution's Python."""
     return ["/usr/bin/python3", "-m", "lab.pair_end", part]
-
-
-def guest_words(options: GuestOptions, command: Sequence[str]) -> list[str]:
-    """The `guest` command that does what run_in_guest would, as a process of its own."""
-    assert options.wire is not None
-    words = [sys.executable, "-m", "lab", "guest", f"--kernel={options.kernel}"]
-    words += [f"--root={options.root}", f"--cpus={options.cpus}", f"--memory={options.memory}"]
-    words += [f"--view={view}" for view in options.views]
-    words += [f"--env={name}={value}" for name, value in options.environment.items()]
-    words += [f"--wire={options.wire.descriptor},{options.wire.address}"]
-    return [*words, f"--timeout={options.timeout_s}", "--", *command]
 
 
 @contextlib.contextmanager

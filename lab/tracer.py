@@ -50,7 +50,7 @@ class Tracer:
 
     def __init__(self, words: Sequence[str]) -> None:
         self.lines: list[Mapping[str, Any]] = []
-        """The decoded JSON lines so far."""
+        """The decoded JSON lines so far, or since they were forgotten."""
         self.exit_status: int | None = None
         self._words = list(words)
         self._decodes = "--json" in words
@@ -133,6 +133,16 @@ class Tracer:
         if not found:
             raise LabTimeoutError("the summary", patient(COMMAND_S), f"{len(self.lines)} lines")
         return time.monotonic() - begun
+
+    @property
+    def running(self) -> bool:
+        """Whether the process has been started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    def forget_lines(self) -> None:
+        """Begin anew with the decoded lines: what comes from now on is of another scenario."""
+        with self._news:
+            self.lines.clear()
 
     def names(self, key: FourTuple) -> bool:
         """Whether the undecoded output so far contains a client's address and port."""

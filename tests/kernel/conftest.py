@@ -6,12 +6,14 @@ The oracle is the clients' own record and the kernel's counters, read by the lab
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from lab.records import Comparison, FourTuple, Outcome, compare
 from lab.scenarios import play
 from lab.scene import PORT, READY, Stage
 from lab.servers import GREETING
+from lab.shares import COLLECTED_VARIABLE, ENDED_VARIABLE
 from lab.topology import Namespace, Topology
 from lab.tracer import READY_PLACEHOLDER, Tracer
 from lab.trial import tracing_refusal
@@ -30,21 +33,63 @@ TOOL = (sys.executable, "-m", "tcpstuck_bpf", "-p", "3311", "--json")
 COUNTERS = ("SyncookiesSent", "SyncookiesRecv", "SyncookiesFailed", "ListenOverflows")
 
 
-class _FailuresAtOnce:
-    """Writes a failure down when it happens: a guest that dies takes pytest's account along."""
+class _AtOnce:
+    """Writes down what happens when it happens: a guest that dies takes pytest's account along."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
+        self._ended = os.environ.get(ENDED_VARIABLE)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         terminal = self._config.pluginmanager.getplugin("terminalreporter")
         if report.failed and terminal is not None:
             terminal.write_line("")
             terminal.write_line(report.longreprtext)
+        if self._ended and report.when == "teardown":
+            with Path(self._ended).open("a") as ended:
+                ended.write(f"{report.nodeid}\n")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(_FailuresAtOnce(config))
+    config.pluginmanager.register(_AtOnce(config))
+
+
+def _mode_of_shared_tracer(item: pytest.Item) -> str:
+    """Empty for a test that does not use it."""
+    callspec = getattr(item, "callspec", None)
+    return str(callspec.params.get("session_tracer", "")) if callspec else ""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let tests of the same shared tracer follow one another, after all that use none.
+
+    So it starts once, and runs beside no test that has a tracer of its own or counts probes. A test
+    that leaves thousands of clients to it comes last: each sweep reads them all. Otherwise the
+    order stays as it is: by chance.
+    """
+
+    def order(item: pytest.Item) -> tuple[str, bool]:
+        return _mode_of_shared_tracer(item), item.get_closest_marker("leaves_many") is not None
+
+    items.sort(key=order)
+
+
+def _sharing(item: pytest.Item) -> str:
+    """A name for what a test shares with others and takes long to set up; its own if nothing."""
+    if mode := _mode_of_shared_tracer(item):
+        return f"tracer by {mode}"
+    definitions = item._fixtureinfo.name2fixturedefs.values()
+    if any(one[-1].scope == "module" for one in definitions):
+        return item.nodeid.partition("::")[0]
+    return item.nodeid
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Tell the lab, where it asks, which tests there are and what they share."""
+    if wanted := os.environ.get(COLLECTED_VARIABLE):
+        collected = {item.nodeid: _sharing(item) for item in session.items}
+        Path(wanted).write_text(json.dumps(collected))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -83,30 +128,43 @@ class Traced:
         assert found == expected
 
 
-@contextlib.contextmanager
-def sharing(mode: str) -> Iterator[Tracer]:
-    """A run of the tool in a mode, for a whole module."""
-    with Tracer([*TOOL, "--probe-mode", mode, "--ready-file", READY_PLACEHOLDER]) as tracer:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Whatever uses the session's tracer does so in both modes.
+
+    By kprobe only with the slow tests where what is tested does not depend on the mode.
+    """
+    if "session_tracer" in metafunc.fixturenames:
+        marks = [pytest.mark.slow] if "either_tracer" in metafunc.fixturenames else []
+        modes = ["fentry", pytest.param("kprobe", marks=marks)]
+        metafunc.parametrize("session_tracer", modes, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def session_tracer(request: pytest.FixtureRequest) -> Iterator[Tracer]:
+    """One run of the tool in a mode, for all tests that need no other options."""
+    words = [*TOOL, "--probe-mode", request.param, "--ready-file", READY_PLACEHOLDER]
+    with Tracer(words) as tracer:
         tracer.start()
         yield tracer
         tracer.stop()
 
 
-@pytest.fixture(scope="module", params=["fentry", "kprobe"])
-def shared_tracer(request: pytest.FixtureRequest) -> Iterator[Tracer]:
+@pytest.fixture
+def shared_tracer(session_tracer: Tracer) -> Tracer:
     """One run of the tool per mode, beside many scenarios: starting it is what takes long.
 
-    Each scenario has its own network namespaces, by which its verdicts are told apart.
+    Each scenario has its own network namespaces, by which its verdicts are told apart. A namespace
+    that is gone may have left its inode number: what was told before the test is forgotten.
     """
-    with sharing(request.param) as tracer:
-        yield tracer
+    assert session_tracer.running, "the tool that the tests share has ended"
+    session_tracer.forget_lines()
+    return session_tracer
 
 
-@pytest.fixture(scope="module", params=["fentry", pytest.param("kprobe", marks=pytest.mark.slow)])
-def either_tracer(request: pytest.FixtureRequest) -> Iterator[Tracer]:
+@pytest.fixture
+def either_tracer(shared_tracer: Tracer) -> Tracer:
     """The same, where the program that is tested does not depend on the mode."""
-    with sharing(request.param) as tracer:
-        yield tracer
+    return shared_tracer
 
 
 @pytest.fixture

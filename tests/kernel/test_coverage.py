@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import partial
+from unittest import mock
 
 import pytest
 
@@ -33,6 +34,23 @@ LATER_TURNS = (0, 30, 100, 300, 1000)
 
 
 MODES = pytest.mark.parametrize("mode", ["fentry", "kprobe"])
+
+
+@pytest.fixture(scope="module", params=["fentry", "kprobe"])
+def module_tracer(request: pytest.FixtureRequest) -> Iterator[Tracer]:
+    """One run of the tool per mode, to which the kernel's counters are not visible."""
+    options = ("-p", str(PORT), "--probe-mode", request.param)
+    with ExitStack() as opened:
+        with mock.patch.dict(os.environ, {WITHOUT_VARIABLE: KERNEL_COUNTERS}):
+            (tracer,) = opened.enter_context(tracing(options))
+        yield tracer
+
+
+@pytest.fixture
+def without_counters(module_tracer: Tracer) -> Tracer:
+    """The same for one test, without what was told before: namespaces' numbers are used again."""
+    module_tracer.forget_lines()
+    return module_tracer
 
 
 @MODES
@@ -74,11 +92,10 @@ def test_without_counters_other_verdicts_stay_as_they_are(
 
 
 def test_without_counters_a_dropped_syn_is_not_believed_to_be_queued(
-    monkeypatch: pytest.MonkeyPatch,
+    without_counters: Tracer,
 ) -> None:
     """It would end the handshake, and hide that the ACK of the first SYN-ACK is dropped as well."""
-    monkeypatch.setenv(WITHOUT_VARIABLE, KERNEL_COUNTERS)
-    with site(4, backlog=0) as where, tracing(["-p", str(PORT), "--timeout", "1"]) as (tracer,):
+    with site(4, backlog=0) as where:
         slow, served = Client(where), Client(where)
         slow.connect()
         served.connect()
@@ -88,16 +105,15 @@ def test_without_counters_a_dropped_syn_is_not_believed_to_be_queued(
         _await_counter(where, "ListenDrops", 1)
         slow.send(0)
         _await_counter(where, "ListenDrops", 2)
-        line = told(tracer, where.netns, slow.four_tuple, "accept-queue-full")
+        line = told(without_counters, where.netns, slow.four_tuple, "accept-queue-full")
     assert (line["stuck"], line["certainty"], line["syn_count"]) == (True, "likely", 2)
 
 
-@MODES
 def test_without_counters_a_queue_that_another_cpu_fills_is_seen_full(
-    monkeypatch: pytest.MonkeyPatch, mode: str
+    without_counters: Tracer,
 ) -> None:
     """It had room when the ACK came, and none when the kernel looked, right after."""
-    monkeypatch.setenv(WITHOUT_VARIABLE, KERNEL_COUNTERS)
+    tracer = without_counters
     refused: set[FourTuple] = set()
     with ExitStack() as opened:
         server = opened.enter_context(Topology()).server
@@ -105,8 +121,6 @@ def test_without_counters_a_queue_that_another_cpu_fills_is_seen_full(
         listen = partial(socket.create_server, family=socket.AF_INET6, backlog=0)
         listener = opened.enter_context(server.run(listen, ("::", PORT)))
         clients = [opened.enter_context(TunClients(server, number)) for number in (1, 2)]
-        options = ("-p", str(PORT), "--netns", server.name, "--probe-mode", mode)
-        (tracer,) = opened.enter_context(tracing(options))
         threads = opened.enter_context(ThreadPoolExecutor(len(clients)))
         for number in range(PAIRS):
             refused |= _refused_of_two_at_once(listener, clients, threads, number)

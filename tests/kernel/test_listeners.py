@@ -50,29 +50,38 @@ def paused_greeter(scene: Scene, backlog: int) -> Iterator[None]:
 Server = Callable[[Scene, int], contextlib.AbstractContextManager[None]]
 
 
-def play(mode: str, backlog: int, server: Server = paused_greeter) -> Played:
+def play(mode: str, *backlogs: int, server: Server = paused_greeter) -> list[Played]:
+    """One server for each backlog, all beside one run of the tool."""
     with (
+        contextlib.ExitStack() as opened,
         tracing(["-p", str(PORT), "--probe-mode", mode]) as (tracer,),
-        Scene("overflow", Settings(CLIENTS), syncookies=1) as scene,
-        server(scene, backlog),
     ):
-        scene.ready()
-        connect_in_one_batch(scene)
-        (shown,) = scene.topology.server.sockets("listening", f"sport = :{PORT}")
-        before = scene.moved("ListenOverflows")
+        scenes = []
+        for backlog in backlogs:
+            scene = opened.enter_context(Scene("overflow", Settings(CLIENTS), syncookies=1))
+            opened.enter_context(server(scene, backlog))
+            scene.ready()
+            connect_in_one_batch(scene)
+            scenes.append(scene)
+        shown = [
+            row
+            for scene in scenes
+            for row in scene.topology.server.sockets("listening", f"sport = :{PORT}")
+        ]
+        before = [scene.moved("ListenOverflows") for scene in scenes]
         tracer.stop()
-        overflows = (before, scene.moved("ListenOverflows"))
-        cookies = scene.moved("SyncookiesSent")
-        netns = scene.topology.server.inode
-    (told,) = (
-        dict(line) for line in tracer.lines if line["type"] == "listener" and line["netns"] == netns
-    )
-    return Played(told, shown, cookies, overflows)
+        overflows = zip(before, [scene.moved("ListenOverflows") for scene in scenes])
+        cookies = [scene.moved("SyncookiesSent") for scene in scenes]
+        places = [scene.topology.server.inode for scene in scenes]
+    listeners = [dict(line) for line in tracer.lines if line["type"] == "listener"]
+    told = {line["netns"]: line for line in listeners}
+    assert len(told) == len(listeners)
+    return list(map(Played, (told[netns] for netns in places), shown, cookies, overflows))
 
 
 @MODES
 def test_the_advised_backlog_is_enough_and_half_of_it_is_not(mode: str) -> None:
-    short = play(mode, SMALL_BACKLOG)
+    (short,) = play(mode, SMALL_BACKLOG)
     assert short.cookies
     assert short.told["peak_accept_queue"] == short.shown.receive_queue
     assert short.told["limit"] == short.shown.send_queue == SMALL_BACKLOG
@@ -83,22 +92,21 @@ def test_the_advised_backlog_is_enough_and_half_of_it_is_not(mode: str) -> None:
     # One whose ACK came before the last SYN needed its place no more.
     assert SMALL_BACKLOG + 1 < short.told["syn_queue_needed"] <= CLIENTS
     advised = short.told["advised_backlog"]
-    enough = play(mode, advised)
+    enough, half = play(mode, advised, advised // 2)
     assert enough.cookies == enough.told["cookies_sent"] == 0
     assert enough.overflows == (0, 0)
     assert enough.told["peak_accept_queue"] == enough.shown.receive_queue == CLIENTS
     assert enough.told["limit"] == advised
     assert enough.told["advised_backlog"] is None
-    half = play(mode, advised // 2)
     assert half.cookies == half.told["cookies_sent"] > 0
     assert half.told["advised_backlog"] > half.told["limit"]
 
 
 @pytest.mark.slow
 def test_mariadb_with_the_back_log_that_it_is_advised_to_have() -> None:
-    short = play("fentry", SMALL_BACKLOG, paused_mariadb)
+    (short,) = play("fentry", SMALL_BACKLOG, server=paused_mariadb)
     (owner,) = short.told["owners"]
     assert owner.startswith("mariadbd (pid ")
     assert "back_log" in short.told["advice"][0]
-    enough = play("fentry", short.told["advised_backlog"], paused_mariadb)
+    (enough,) = play("fentry", short.told["advised_backlog"], server=paused_mariadb)
     assert enough.cookies == enough.told["cookies_sent"] == 0

@@ -15,6 +15,8 @@ pytestmark = pytest.mark.kernel
 EXIT_STUCK = 1
 
 MODES = pytest.mark.parametrize("mode", ["fentry", "kprobe"])
+CORE = pytest.mark.core
+"""Of what is played where there is no time for all: `lab test --core`, `lab matrix --core`."""
 
 
 def assert_told(run: Traced, verdict: str) -> None:
@@ -30,17 +32,17 @@ def assert_told(run: Traced, verdict: str) -> None:
 @pytest.mark.parametrize(
     ("scenario", "clients", "family", "verdict"),
     [
-        ("ack-dropped", 50, "4", "ack-filtered"),
-        ("ack-dropped", 20, "6", "ack-filtered"),
-        ("ack-lost", 20, "4", "ack-missing"),
-        ("ack-lost", 20, "6", "ack-missing"),
-        ("client-reset", 50, "4", "client-reset"),
+        pytest.param("ack-dropped", 50, "4", "ack-filtered", marks=CORE),
+        pytest.param("ack-dropped", 20, "6", "ack-filtered", marks=CORE),
+        pytest.param("ack-lost", 20, "4", "ack-missing", marks=CORE),
+        pytest.param("ack-lost", 20, "6", "ack-missing", marks=CORE),
+        pytest.param("client-reset", 50, "4", "client-reset", marks=CORE),
         ("synack-dropped", 20, "4", "synack-missing"),
-        ("overflow", 120, "4", "accept-queue-full"),
-        ("overflow", 100, "6", "accept-queue-full"),
-        ("overflow", 100, "mapped", "accept-queue-full"),
+        pytest.param("overflow", 120, "4", "accept-queue-full", marks=CORE),
+        pytest.param("overflow", 100, "6", "accept-queue-full", marks=CORE),
+        pytest.param("overflow", 100, "mapped", "accept-queue-full", marks=CORE),
         ("late-fin", 20, "4", "recovered"),
-        ("spoofed", 6000, "4", "ack-missing"),
+        pytest.param("spoofed", 6000, "4", "ack-missing", marks=pytest.mark.leaves_many),
     ],
 )
 def test_every_client_gets_its_verdict(
@@ -55,6 +57,7 @@ def test_every_client_gets_its_verdict(
     assert comparison.agrees, comparison
 
 
+@CORE
 @pytest.mark.parametrize(("family", "mss"), [("4", 1460), ("6", 1440)])
 def test_the_mss_that_the_cookie_keeps(
     compared: Callable[..., tuple[Outcome, Comparison]],
@@ -89,6 +92,7 @@ def test_a_paused_mariadb_again_and_again(traced: Callable[..., Traced], time: i
     assert_told(run, "accept-queue-full")
 
 
+@CORE
 @MODES
 def test_thousands_of_healthy_connections(traced: Callable[..., Traced], mode: str) -> None:
     run = traced("healthy", "--probe-mode", mode, clients=5000)

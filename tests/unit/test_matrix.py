@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -15,10 +14,11 @@ from types import SimpleNamespace
 import pytest
 
 from lab import matrix, matrix_report
-from lab.checks import REPOSITORY
 from lab.guest import TIMEOUT_STATUS, GuestDiedError, GuestOptions
+from lab.kernel_group import REPOSITORY
 from lab.package_cache import IMAGE_VARIABLE
 from lab.patience import PATIENCE_VARIABLE
+from lab.selection import Selection
 from lab.trees import Place, Row
 
 FIRST = Row("potato")
@@ -69,7 +69,7 @@ def test_with_the_tool(tool):
 def real_report(directory: Path, body: str) -> str:
     (directory / "test_inner.py").write_text(body)
     report = directory / "report.xml"
-    words = shlex.split(matrix.pytest_command(directory, None, 60)[2].splitlines()[-1])
+    words = shlex.split(matrix.pytest_command(directory, Selection(), 60)[2].splitlines()[-1])
     options = words[words.index("pytest") + 1 : -1]
     inner = [sys.executable, "-m", "pytest", *options, "-c", os.devnull, str(directory)]
     subprocess.run(inner, capture_output=True, check=False)
@@ -261,24 +261,12 @@ class TestGuest:
             "PYTHONPATH": str(REPOSITORY),
         }
 
-    def test_a_scenario_of_the_core_is_one_that_kernel_tests_play(self) -> None:
-        source = (REPOSITORY / "tests" / "kernel" / "test_scenarios.py").read_text()
-        assert all(f'"{scenario}"' in source for scenario in matrix.CORE)
-
-    def test_no_other_scenario_is_played_for_a_like_name(self) -> None:
-        collect = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
-        selected = [*collect, "-m", "not slow", "-k", matrix.CORE_TESTS, "tests/kernel"]
-        told = subprocess.run(selected, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-        ids = re.findall(r"_gets_its_verdict\[(\w+)-(.+?)-\d", told.stdout)
-        played = {(mode, scenario) for mode in matrix.MODES for scenario in matrix.CORE}
-        assert set(ids) == {one for one in played if one[1] not in ("healthy", "mss")}
-
     def test_the_command_is_valid_shell_and_hands_the_selection_over(self, tmp_path: Path) -> None:
         share = tmp_path / "with space"
-        shell, options, script = matrix.pytest_command(share, "a or b-c", 60)
+        shell, options, script = matrix.pytest_command(share, Selection(matching="a or b-c"), 60)
         subprocess.run([shell, "-n", options, script], check=True)
         assert "-k 'a or b-c'" in script
-        assert "-k" not in matrix.pytest_command(share, None, 60)[2].split()
+        assert "-k" not in matrix.pytest_command(share, Selection(), 60)[2].split()
 
     def test_what_was_done_before_the_limit_is_reported(self, tmp_path: Path) -> None:
         (tmp_path / "test_inner.py").write_text(
@@ -287,7 +275,7 @@ class TestGuest:
             # As if its time were up.
             "def test_endless():\n    os.kill(os.getppid(), signal.SIGALRM)\n    signal.pause()\n"
         )
-        script = matrix.pytest_command(tmp_path, None, 600)[2].splitlines()[-1]
+        script = matrix.pytest_command(tmp_path, Selection(), 600)[2].splitlines()[-1]
         _, *words, _ = shlex.split(script)
         python = words.index("/usr/bin/python3")
         ours = ("-p", "no:randomly", "-c", os.devnull, str(tmp_path))
@@ -312,7 +300,7 @@ class TestGuest:
 
         monkeypatch.setattr(matrix, "run_in_guest", cut_off)
         place = Place(Path("/boot/vmlinuz-2.4"), Path("/"), fresh=False)
-        result = matrix.run_row(FIRST, None, len, place=place)
+        result = matrix.run_row(FIRST, Selection(), len, place=place)
         assert (result.trouble, result.good) == ("cut off after 7 s", False)
         assert result.cells[matrix_report.ANY_MODE].passed == 1
 
@@ -330,7 +318,7 @@ class TestGuest:
         monkeypatch.setattr(
             matrix.trees, "prepare", lambda _row: Place(kernel, Path("/"), fresh=False)
         )
-        result = matrix.run_row(FIRST, None, len)
+        result = matrix.run_row(FIRST, Selection(), len)
         assert "the report is damaged" in str(result.trouble)
         assert not result.good
 
@@ -342,7 +330,7 @@ class TestGuest:
 
         monkeypatch.setattr(matrix, "_test_in_guest", die)
         kept: list[bytes] = []
-        result = matrix.run_row(FIRST, None, kept.append)
+        result = matrix.run_row(FIRST, Selection(), kept.append)
         assert kept == [b"Kernel panic"]
         assert result.trouble == "the guest did not boot: QEMU ended early"
         assert not result.good

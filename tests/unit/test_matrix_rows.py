@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lab import matrix, matrix_rows, trees
-from lab.checks import REPOSITORY
+from lab.kernel_group import REPOSITORY
 from lab.matrix_report import (
     ANY_MODE,
     MODES,

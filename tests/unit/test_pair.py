@@ -124,7 +124,7 @@ class TestWire:
             wire=WIRE,
             environment={"A": "b c"},
         )
-        words = pair.guest_words(options, pair.command_for("server"))
+        words = guest_machine.guest_words(options, pair.command_for("server"))
         assert words[:3] == [sys.executable, "-m", "lab"]
         arguments = parsed(*words[3:])
         assert guest.options_from(arguments) == options
