@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PYTEST = (sys.executable, "-m", "pytest", "-q", "--no-header", "-rsfE", "-p", "no:cacheprovider")
-UNIT_DIRECTORIES = ("tests/unit", "tests/property", "tests/replay")
+UNIT_DIRECTORIES = ("tests/unit", "tests/property", "tests/replay", "tests/golden")
 KERNEL_DIRECTORY = "tests/kernel"
 KERNEL_LIMIT_S = 2 * 3600.0
 KERNEL_TEST_LIMIT_S = 600
