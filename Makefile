@@ -9,7 +9,8 @@ export PIP_ROOT_USER_ACTION := ignore
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quick test lint types unit kernel-test test-kernels bench install uninstall clean
+.PHONY: help setup demo quick test lint types unit golden kernel-test test-kernels bench
+.PHONY: install uninstall clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -40,6 +41,9 @@ kernel-test: setup ## the tests on a real kernel, the slow ones too (hours)
 
 test-kernels: setup ## the kernel tests on every kernel of the matrix (an hour or more)
 	@$(PYTHON) -m lab matrix --json build/kernels.json
+
+golden: setup ## record tests/golden anew, in a guest; read the difference
+	@$(PYTHON) -m lab golden
 
 bench: setup ## what tracing costs, in instructions
 	@$(PYTHON) -m bench

@@ -35,7 +35,7 @@ from lab.tally import Tally, read_report, tally_report
 if TYPE_CHECKING:
     from lab.package_cache import Subparsers
 
-UNIT_DIRECTORIES = ("tests/unit", "tests/property", "tests/replay")
+UNIT_DIRECTORIES = ("tests/unit", "tests/property", "tests/replay", "tests/golden")
 UNIT, KERNEL = "unit", "kernel"
 PYTHON_COVERAGE = (sys.executable, "-m", "coverage")
 COVERAGE = BUILD / "coverage"

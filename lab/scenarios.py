@@ -287,15 +287,20 @@ def _stuck_once_all_is_quiet(scene: Scene) -> frozenset[FourTuple]:
 
 def _connect_without_acks(scene: Scene) -> dict[FourTuple, str]:
     """All clients connect while the firewall drops their ACKs; none is known to the server."""
-    clients = scene.settings.clients
     with dropping(scene.topology.server, ack_rule(scene.settings.port), scene.ip_version):
-        scene.connect()
-        scene.clients.await_counts(settled=clients)
-        scene.watch.until(
-            lambda: scene.watch.count(lambda record: record.acks > 0) == clients,
-            "the ACK of each client",
-        )
+        connect_in_vain(scene)
     return dict.fromkeys(scene.verified_stuck(), "ack-filtered")
+
+
+def connect_in_vain(scene: Scene) -> None:
+    """All clients connect, and every one's ACK is on its way to where it is dropped."""
+    clients = scene.settings.clients
+    scene.connect()
+    scene.clients.await_counts(settled=clients)
+    scene.watch.until(
+        lambda: scene.watch.count(lambda record: record.acks > 0) == clients,
+        "the ACK of each client",
+    )
 
 
 def _send_syns_from(scene: Scene, prefixes: Mapping[int, str]) -> set[FourTuple]:

@@ -181,6 +181,14 @@ class Scene:
             FourTuple(row.peer_ip, row.peer_port, row.local_ip, row.local_port) for row in rows
         )
 
+    def forgotten(self) -> frozenset[FourTuple]:
+        """The clients that the server knows nothing of, not even in its SYN queue; by `ss`."""
+        rows = self.topology.server.sockets("syn-recv", f"sport = :{self.settings.port}")
+        asked = {
+            FourTuple(row.peer_ip, row.peer_port, row.local_ip, row.local_port) for row in rows
+        }
+        return self.known_to_client() - self.known_to_server() - asked
+
     def server_is_idle(self) -> bool:
         """Whether no handshake is pending at the server and its accept queue is empty."""
         port = f"sport = :{self.settings.port}"

@@ -48,7 +48,7 @@ def share_out(sharing: Mapping[str, str], durations: Durations, guests: int) -> 
         unit.seconds += durations.get(test, typical)
     shares = [Share() for _ in range(guests)]
     for _, unit in sorted(units.items(), key=lambda item: (-item[1].seconds, item[0])):
-        idlest = min(shares, key=lambda share: share.seconds)
+        idlest = min(shares, key=lambda share: (share.seconds, len(share.tests)))
         idlest.tests += unit.tests
         idlest.seconds += unit.seconds
     place = {test: number for number, test in enumerate(sharing)}

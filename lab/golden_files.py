@@ -1,0 +1,153 @@
+"""The golden recordings as files in tests/golden: what is kept of each, what its replay prints.
+
+A recording is kept beside the truth that the lab's oracle told when it was made, so that a replay
+is held against both: what it printed before, and what really happened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+from lab.errors import LabError
+from lab.kernel_group import REPOSITORY
+from lab.play import comparison_text
+from lab.records import FourTuple, Outcome, compare
+from tcpstuck_bpf.cli import main
+from tcpstuck_bpf.errors import EXIT_NOTHING_STUCK, EXIT_STUCK
+
+DIRECTORY = REPOSITORY / "tests" / "golden"
+RECORDING, TRUTH, LINES, TABLE = SUFFIXES = (".tcpstuck.gz", ".truth.json", ".jsonl", ".txt")
+PRINTED_BESIDE = {"TZ": "UTC", "COLUMNS": "100"}
+"""A table prints local times, and is as wide as the terminal."""
+
+
+class Printed(NamedTuple):
+    """What a replay of a recording prints."""
+
+    lines: str
+    """With --json."""
+    table: str
+    """With -v."""
+
+    def decoded(self) -> list[dict[str, Any]]:
+        """The JSON lines."""
+        return [json.loads(line) for line in self.lines.splitlines()]
+
+
+def kept_file(name: str, suffix: str, directory: Path = DIRECTORY) -> Path:
+    """Where one of the four files of a recording is kept."""
+    return directory / f"{name}{suffix}"
+
+
+def keep(name: str, recording: bytes, truth: Outcome, directory: Path = DIRECTORY) -> None:
+    """Write all four files. Raises LabError where the replay contradicts the truth."""
+    printed = checked_replay(name, recording, truth)
+    directory.mkdir(exist_ok=True)
+    kept_file(name, RECORDING, directory).write_bytes(gzip.compress(recording, mtime=0))
+    kept_file(name, TRUTH, directory).write_text(truth_text(truth), encoding="ascii")
+    _write_printed(name, printed, directory)
+
+
+def expect_again(name: str, directory: Path = DIRECTORY) -> None:
+    """Write what the kept recording prints now. Raises LabError where the truth contradicts it."""
+    recording, truth = kept_recording(name, directory), kept_truth(name, directory)
+    _write_printed(name, checked_replay(name, recording, truth), directory)
+
+
+def kept_recording(name: str, directory: Path = DIRECTORY) -> bytes:
+    """The recording as the tool wrote it. Raises LabError where there is none."""
+    try:
+        return gzip.decompress(kept_file(name, RECORDING, directory).read_bytes())
+    except OSError as error:
+        raise _missing(name, error) from error
+
+
+def kept_truth(name: str, directory: Path = DIRECTORY) -> Outcome:
+    """What the lab's oracle said when it was recorded. Raises LabError where there is none."""
+    try:
+        values = json.loads(kept_file(name, TRUTH, directory).read_text(encoding="ascii"))
+    except OSError as error:
+        raise _missing(name, error) from error
+    expected = {FourTuple(*key): verdict for *key, verdict in values["expected"]}
+    return Outcome(values["scenario"], values["family"], values["netns"], expected=expected)
+
+
+def truth_text(truth: Outcome) -> str:
+    """The part of an outcome that is kept, as JSON with a line for each connection."""
+    values: Mapping[str, Any] = {
+        "scenario": truth.scenario,
+        "family": truth.family,
+        "netns": truth.netns,
+    }
+    told = ",".join(
+        f"\n{json.dumps([*key, verdict])}" for key, verdict in sorted(truth.expected.items())
+    )
+    return f'{json.dumps(values)[:-1]}, "expected": [{told}]}}\n'
+
+
+def checked_replay(name: str, recording: bytes, truth: Outcome) -> Printed:
+    """What a replay prints. Raises LabError where its verdicts are not the truth."""
+    printed = replayed(name, recording)
+    comparison = compare(truth, printed.decoded())
+    if not comparison.agrees:
+        raise LabError(
+            f"the recording {name} replays to wrong verdicts",
+            "; ".join(line.strip() for line in comparison_text(comparison, {}).splitlines()[1:]),
+            "mend the tool, or record again what was recorded wrongly",
+        )
+    return printed
+
+
+def replayed(name: str, recording: bytes) -> Printed:
+    """Replay a recording in this process. Raises LabError where the tool refuses it."""
+    with tempfile.TemporaryDirectory(prefix="tcpstuck-golden-") as scratch, _printing_alike():
+        path = Path(scratch) / name
+        path.write_bytes(recording)
+        return Printed(*(_run(name, "--replay", str(path), how) for how in ("--json", "-v")))
+
+
+@contextlib.contextmanager
+def _printing_alike() -> Iterator[None]:
+    """While it lasts neither the time zone nor the terminal of whoever runs this matters."""
+    try:
+        with patch.dict(os.environ, PRINTED_BESIDE):
+            time.tzset()
+            yield
+    finally:
+        time.tzset()
+
+
+def _run(name: str, *words: str) -> str:
+    said, complained = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
+        status = main(words)
+    if status not in (EXIT_NOTHING_STUCK, EXIT_STUCK) or complained.getvalue():
+        raise LabError(
+            f"the recording {name} cannot be replayed",
+            " ".join(complained.getvalue().split()) or f"exit status {status}",
+            f"record it again: python3 -m lab golden {name}",
+        )
+    return said.getvalue()
+
+
+def _write_printed(name: str, printed: Printed, directory: Path) -> None:
+    for suffix, text in ((LINES, printed.lines), (TABLE, printed.table)):
+        kept_file(name, suffix, directory).write_text(text, encoding="utf-8")
+
+
+def _missing(name: str, error: OSError) -> LabError:
+    return LabError(
+        f"there is no golden recording {name}",
+        str(error.strerror or error),
+        f"record it: python3 -m lab golden {name}",
+    )
