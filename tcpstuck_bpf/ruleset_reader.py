@@ -36,8 +36,8 @@ _MOST_WAYS = 10_000
 _STRANGE = (ValueError, KeyError, TypeError, AttributeError)
 """What comes of a ruleset in a shape that nobody has seen yet."""
 _WORD = re.compile(r'"(?:[^"\\]|\\.)*"|\S+')
-"""As xtables_save_string() writes them. shlex takes ten times as long, seconds for a large ruleset,
-and events wait meanwhile."""
+"""As xtables_save_string() writes them. shlex takes ten times as long:
+seconds for a large ruleset."""
 _OPTIONS = {
     "-p": "protocol",
     "-s": "saddr",
@@ -120,6 +120,8 @@ def _output(command: Sequence[str]) -> str:
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
+        # Ctrl-C at our terminal is meant for us: what is being read still tells something.
+        start_new_session=True,
         check=True,
     )
     return ended.stdout
