@@ -19,7 +19,8 @@ from typing import Any
 from tcpstuck_bpf import features, netns
 from tcpstuck_bpf.model import DropRule, Ruleset
 
-LIMIT_S = 5.0
+LIMIT_S = 60.0
+"""For one program. It ends a wait for one that hangs; nobody else waits for it."""
 _MODULE = Path("/sys/module/nf_tables")
 _BUILT_INTO_KERNEL = "nft_do_chain"
 """A function of nf_tables that the kernel itself has where it is no module."""
