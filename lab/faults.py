@@ -28,6 +28,16 @@ def syn_rule(port: int) -> tuple[str, ...]:
     return ("-p", "tcp", "--dport", str(port), "--syn")
 
 
+def repeated_syn_rule(port: int) -> tuple[str, ...]:
+    """The clients' SYNs but the first from each address and port; the kernel repeats them by time.
+
+    For the chain OUTPUT of the clients' own namespace.
+    """
+    allowed_once = "--hashlimit-above 1/hour --hashlimit-burst 1 --hashlimit-htable-expire 3600000"
+    by_client = "-m hashlimit --hashlimit-name lab-syns --hashlimit-mode srcip,srcport"
+    return (*syn_rule(port), *by_client.split(), *allowed_once.split())
+
+
 def no_syn_rule(port: int) -> tuple[str, ...]:
     """Whatever comes to the server but SYNs: ACKs, data, the end."""
     return ("-p", "tcp", "--dport", str(port), "!", "--syn")

@@ -123,19 +123,34 @@ class Comparison:
         return not (self.missing or self.extra or self.different)
 
 
-def reported_verdicts(lines: Iterable[Mapping[str, Any]], netns: int) -> dict[FourTuple, str]:
-    """The tracer's last verdict on every connection to one server namespace.
-
-    Takes the decoded JSON lines of `tcpstuck-trace --json`, in the order they were printed.
-    """
-    verdicts: dict[FourTuple, str] = {}
+def _last_lines(
+    lines: Iterable[Mapping[str, Any]], netns: int
+) -> dict[FourTuple, Mapping[str, Any]]:
+    found: dict[FourTuple, Mapping[str, Any]] = {}
     for line in lines:
         if line.get("type") == "verdict" and line.get("netns") == netns:
             key = FourTuple(
                 line["client_ip"], line["client_port"], line["server_ip"], line["server_port"]
             )
-            verdicts[key] = line["verdict"]
-    return verdicts
+            found[key] = line
+    return found
+
+
+def reported_verdicts(lines: Iterable[Mapping[str, Any]], netns: int) -> dict[FourTuple, str]:
+    """The tracer's last verdict on every connection to one server namespace.
+
+    Takes the decoded JSON lines of `tcpstuck-trace --json`, in the order they were printed.
+    """
+    return {key: line["verdict"] for key, line in _last_lines(lines, netns).items()}
+
+
+def settled_verdicts(lines: Iterable[Mapping[str, Any]], netns: int) -> dict[FourTuple, str]:
+    """The same without those that the tracer itself says it will tell again."""
+    return {
+        key: line["verdict"]
+        for key, line in _last_lines(lines, netns).items()
+        if not line.get("to_be_updated")
+    }
 
 
 def compare(outcome: Outcome, lines: Iterable[Mapping[str, Any]]) -> Comparison:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from lab.clients import WAITING
 from lab.errors import LabError
-from lab.faults import ack_rule, dropping, held_back, synack_rule
+from lab.faults import ack_rule, dropping, held_back, repeated_syn_rule, synack_rule
 from lab.patience import LOAD_S
 from lab.records import FourTuple, Outcome
 from lab.scene import FAMILIES, PORT, Scene, Settings, Stage, go_on
@@ -261,15 +261,23 @@ def play(
 
 
 def connect_in_one_batch(scene: Scene) -> None:
-    """All clients connect, and their SYN-ACKs reach them together."""
+    """All clients connect, and their SYN-ACKs reach them together.
+
+    No SYN is repeated, however long that takes. The first ACKs make room in the SYN queue, and a
+    SYN that came before its client has heard of the cookie would be taken into it: that client's
+    ACK would be dropped because of its own request, not because of the accept queue.
+    """
     clients = scene.settings.clients
-    with held_back(scene.topology.server):
-        scene.connect()
-        scene.watch.until(
-            lambda: len(scene.watch.records) == clients and scene.syns_answered() >= clients,
-            "an answer to every SYN",
-        )
-    scene.clients.await_counts(settled=clients)
+    repeated = repeated_syn_rule(scene.settings.port)
+    # The rule is there before anything is held back: to make one may take seconds.
+    with dropping(scene.topology.client, repeated, scene.ip_version, "OUTPUT"):
+        with held_back(scene.topology.server):
+            scene.connect()
+            scene.watch.until(
+                lambda: len(scene.watch.records) == clients and scene.syns_answered() >= clients,
+                "an answer to every SYN",
+            )
+        scene.clients.await_counts(settled=clients)
 
 
 def _stuck_once_all_is_quiet(scene: Scene) -> frozenset[FourTuple]:

@@ -29,7 +29,7 @@ from pyroute2.inotify.inotify_fd import Inotify
 from lab.child import pause
 from lab.errors import LabError, LabTimeoutError
 from lab.patience import COMMAND_S, START_S, Deadline, patient
-from lab.records import FourTuple, reported_verdicts
+from lab.records import FourTuple, settled_verdicts
 from lab.scene import DONE, READY, Stage
 
 READY_PLACEHOLDER = "{ready}"
@@ -102,6 +102,8 @@ class Tracer:
     def await_reported(self, expected: Mapping[FourTuple, str], netns: int, first: int = 0) -> bool:
         """Wait until the tracer has named everything expected; False where it does not in time.
 
+        What it says it will tell again has to be told again.
+
         Decoded lines count from the `first` on: a namespace that is gone may have left its inode
         number, and with the same addresses its clients' ports, to the one of this scenario.
         Undecoded output counts as soon as it contains every client's address and port.
@@ -109,7 +111,7 @@ class Tracer:
 
         def reported() -> bool:
             if self._decodes:
-                verdicts = reported_verdicts(self.lines[first:], netns)
+                verdicts = settled_verdicts(self.lines[first:], netns)
                 return all(verdicts.get(key) == verdict for key, verdict in expected.items())
             return all(self.names(key) for key in expected)
 

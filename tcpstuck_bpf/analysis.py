@@ -7,19 +7,20 @@ which is why a replay gives what the live run gave.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 from tcpstuck_bpf.correlate import Correlator
+from tcpstuck_bpf.drops import NO_NAMES
 from tcpstuck_bpf.flow import FlowReport, State
 from tcpstuck_bpf.kernel_log import WarningHistory
 from tcpstuck_bpf.listener_history import ListenerHistory
 from tcpstuck_bpf.model import (
     ATTEMPT_NOT_SENT,
     ATTEMPT_SENT,
+    FourTuple,
     HandshakeId,
-    KernelNames,
     NetnsCount,
     NetnsCounts,
     Sweep,
@@ -41,7 +42,23 @@ from tcpstuck_bpf.replay import (
     TallyTaken,
 )
 from tcpstuck_bpf.report import RescueTotals, Status, Summary
-from tcpstuck_bpf.verdict import Finding, judge
+from tcpstuck_bpf.verdict import (
+    NO_ROOM_FOR_UPDATE,
+    UPDATE_FOLLOWS,
+    Finding,
+    judge,
+    with_evidence,
+)
+
+MAX_RULES_AWAITED = 1024
+"""Flows that may wait for the firewall's rules: in a flood few of them tell as much as all."""
+
+
+class _Told(NamedTuple):
+    """What a verdict was made from."""
+
+    report: FlowReport
+    unseen_acks: int
 
 
 class _Unseen(NamedTuple):
@@ -68,7 +85,10 @@ class Analysis:
         """The flows that came into another state at the latest Advanced."""
         self.told = 0
         self._verdicts: Counter[str] = Counter()
-        self._names = KernelNames({}, {}, {}, {})
+        self._names = NO_NAMES
+        self._rules_awaited: dict[FourTuple, _Told] = {}
+        """What was told of flows before the rules were read; no more than MAX_RULES_AWAITED."""
+        self._never_updated = 0
         self._listeners = ListenerHistory()
         self._warnings = WarningHistory()
         self._rows = 0
@@ -79,7 +99,7 @@ class Analysis:
         self._left_alone: Mapping[str, int] | None = None
 
     def take(self, step: Step) -> list[Finding]:
-        """Findings that a step brings; only Advanced brings any."""
+        """Findings that a step brings: Advanced, and Named where rules were read late."""
         self.leaving = []
         if isinstance(step, Observed):
             for event in step.events:
@@ -92,6 +112,7 @@ class Analysis:
             self._left_alone = step.rescue.left_alone
         elif isinstance(step, Named):
             self._names = self._names.with_more(step.names)
+            return list(self._updates(step.names.rulesets))
         elif isinstance(step, Listened):
             self._listeners.take_listeners(step.listeners)
         elif isinstance(step, Logged):
@@ -111,11 +132,8 @@ class Analysis:
 
     def _advance(self, now_ns: int) -> list[Finding]:
         reports = self.reports = self.correlator.advance(now_ns)
-        judged = (
-            judge(report, self.header.coverage, self._names, self._unseen_beside(report))
-            for report in reports
-        )
-        findings = [self._with_warnings(finding) for finding in judged if finding is not None]
+        judged = (self._judged(_Told(report, self._unseen_beside(report))) for report in reports)
+        findings = [finding for finding in judged if finding is not None]
         for finding in findings:
             self._verdicts[finding.verdict] += 1
             if finding.updates is not None:
@@ -128,6 +146,33 @@ class Analysis:
             self._rows = 0
             self._table_seen = False
         return findings
+
+    def _judged(self, told: _Told) -> Finding | None:
+        """The verdict on a flow; where it needs rules that are not read yet another will follow."""
+        finding = judge(told.report, self.header.coverage, self._names, told.unseen_acks)
+        self._rules_awaited.pop(told.report.four_tuple, None)
+        if finding is None:
+            return None
+        finding = self._with_warnings(finding)
+        if finding.drop is None or not finding.drop.netfilter.needs_reading:
+            return finding
+        if len(self._rules_awaited) >= MAX_RULES_AWAITED:
+            self._never_updated += 1
+            return with_evidence(finding, NO_ROOM_FOR_UPDATE)
+        self._rules_awaited[told.report.four_tuple] = told
+        return replace(with_evidence(finding, UPDATE_FOLLOWS), to_be_updated=True)
+
+    def _updates(self, read: Collection[int]) -> Iterator[Finding]:
+        """The verdicts that waited for the rules of these network namespaces, with their part."""
+        for told in [one for who, one in self._rules_awaited.items() if who.netns in read]:
+            finding = self._judged(told)
+            if finding is not None and not finding.to_be_updated:
+                yield replace(finding, updates=finding.verdict)
+
+    @property
+    def awaits_rules(self) -> bool:
+        """Whether something was told that is to be updated once rules are read."""
+        return bool(self._rules_awaited)
 
     def _take_tally(self, tally: Tally) -> None:
         self._tallies = [*self._tallies[:1], tally]
@@ -187,6 +232,7 @@ class Analysis:
             "flows_unresolved": stats.unresolved,
             "children_stillborn": counted[NetnsCount.STILLBORN],
             "table_busy": counted[NetnsCount.TABLE_BUSY],
+            "causes_not_updated": self._never_updated + len(self._rules_awaited),
         }
         wanted = self.header.settings.trace_filter
         return Summary(

@@ -55,6 +55,9 @@ from tcpstuck_bpf.verdict import Finding
 
 SECOND_NS = 1_000_000_000
 LONGEST_POLL_NS = SECOND_NS // 5
+LAST_READING_NS = SECOND_NS
+"""The end of a run waits so long at most for rules that are being read."""
+LAST_POLL_NS = SECOND_NS // 50
 SWEEP_SHARE = 5
 """Reading and correlating the table takes at most one part in this many of the time. What a sweep
 brings to tell is not counted: it comes once, and must not hold up what comes after it."""
@@ -138,6 +141,19 @@ class Log(Protocol):
         """Those that came since it was asked last."""
 
 
+class Names(Protocol):
+    """What says what the kernel's numbers mean; `places.Namer` asks the running kernel."""
+
+    def __call__(self, rows: Iterable[Row]) -> KernelNames | None:
+        """Names of numbers in entries, and firewall rules, that it has not told yet.
+
+        None: nothing new.
+        """
+
+    def hurry(self) -> None:
+        """The run ends: what is still to be read is read without a pause."""
+
+
 @dataclass
 class Live:
     """A live run. `stop` is set by a signal handler and ends it with the summary.
@@ -157,8 +173,8 @@ class Live:
     reading: bool = field(default=False, init=False)
     abandoned: bool = False
     rescuing: Rescuing | None = None
-    name: Callable[[Iterable[Row]], KernelNames | None] | None = None
-    """Says what numbers in entries mean that it has not said yet; None: nothing new."""
+    name: Names | None = None
+    """None: no names are to be had."""
     describe: Callable[[Iterable[ListenerFacts]], tuple[ListenerSeen, ...]] | None = None
     """Says whose the listeners are, of those that have changed; None: they are of no interest."""
     kernel_log: Log | None = None
@@ -198,6 +214,7 @@ class Live:
         if self.rescuing is not None:
             until_ns = min(until_ns, self._next_choice_ns(), self.rescuing.due_ns or until_ns)
         self._read_log()
+        self._name(())
         self._observe_events(0 if self._untold else max(0, until_ns - self.clock_ns()))
         if self.rescuing is not None and self.clock_ns() >= self._next_choice_ns():
             self._look_at_chosen()
@@ -344,6 +361,17 @@ class Live:
         self._step(TallyTaken(Tally(now_ns, before, traced, after)))
         return now_ns
 
+    def _await_rules(self) -> None:
+        """Give the rules that a verdict still waits for a moment to be read."""
+        until_ns = self.clock_ns() + LAST_READING_NS
+        while self.name is not None and self.analysis.awaits_rules:
+            self.name.hurry()
+            self._name(())
+            now_ns = self.clock_ns()
+            if now_ns >= until_ns or not self.analysis.awaits_rules:
+                break
+            self._observe_events(min(LAST_POLL_NS, until_ns - now_ns))
+
     @property
     def _notes(self) -> tuple[str, ...]:
         failure = self.recorder.failure if self.recorder is not None else None
@@ -352,6 +380,7 @@ class Live:
     def _finish(self) -> Summary:
         self._observe_waiting()
         self._sweep()
+        self._await_rules()
         self._tally()
         overruns = 0 if self.kernel_log is None else self.kernel_log.overruns
         losses = {**self.source.losses(), "kernel_log_overruns": overruns}

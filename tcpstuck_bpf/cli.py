@@ -42,6 +42,7 @@ from tcpstuck_bpf.rescue_policy import RescuePolicy
 from tcpstuck_bpf.rescuing import Rescuing
 from tcpstuck_bpf.resend import Resender
 from tcpstuck_bpf.ruleset_reader import read_ruleset
+from tcpstuck_bpf.ruleset_watch import RulesetWatch
 
 if TYPE_CHECKING:
     from tcpstuck_bpf.source import KernelSource
@@ -249,7 +250,8 @@ def _trace(options: argparse.Namespace) -> int:
         if not sys.stdout.isatty():
             print(watching(watched, source.coverage.mode), file=sys.stderr, flush=True)
         live = Live(source, Analysis(header), output, recorder, netns.CounterReader().read)
-        live.name = Namer(source.drop_reasons, source.stack, read_ruleset, time.monotonic_ns)
+        rules = RulesetWatch(read_ruleset, time.monotonic_ns)
+        live.name = Namer(source.drop_reasons, source.stack, rules)
         live.describe = ListenerWatch().changed
         live.kernel_log = kernel_log
         interrupts.live = live

@@ -6,6 +6,7 @@ the function that called kfree_skb, by its symbol.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -257,6 +258,12 @@ def _cause(reason: str | None, place: str) -> Cause:
     return OTHER
 
 
+@functools.lru_cache(maxsize=1024)
+def is_by_netfilter(reason: str | None, place: str) -> bool:
+    """Whether a rule of the firewall's can have dropped it, by the kernel's reason and place."""
+    return _cause(reason, place) is NETFILTER
+
+
 def _hook(stack: tuple[str, ...]) -> str | None:
     """The hook that the nearest caller with hooks of its own runs.
 
@@ -312,8 +319,8 @@ def _before_tcp(report: FlowReport, names: KernelNames) -> Drop:
         return Drop(reason, place, cause)
     hook = _hook(names.stacks.get(entry.filter_stack, ()))
     by_nftables = function_of(place).startswith("nft_")
-    ruleset = rules_after(names.rulesets.get(who.netns, ()), entry.last_ack_filtered_ns)
-    return Drop(reason, place, cause, hook, netfilter=suspicion(ruleset, who, hook, by_nftables))
+    read = rules_after(names.rulesets.get(who.netns, ()), entry.last_ack_filtered_ns)
+    return Drop(reason, place, cause, hook, netfilter=suspicion(read, who, hook, by_nftables))
 
 
 def _by_check(entry: Handshake, names: KernelNames) -> Drop:

@@ -144,7 +144,8 @@ def _filter_sentences(report: FlowReport, drop: Drop) -> Iterator[str]:
     yield f"what dropped it: {drop.cause.words}{hook}"
     suspects, rule = drop.netfilter.suspects, drop.netfilter.rule
     if rule is not None:
-        yield f"by {rule_text(rule)}: no other rule that was there then can have done it"
+        after = duration_text(drop.netfilter.read_after_ns or 0)
+        yield f"by {rule_text(rule)}: the only one that matches of the rules {after} after the drop"
     elif len(suspects) == 1:
         yield f"whether {rule_text(suspects[0])} dropped it cannot be told from here"
     elif suspects:

@@ -44,6 +44,7 @@ def verdict_line(finding: Finding, clock: WallClock) -> str:
             "stuck": finding.stuck,
             "certainty": finding.certainty,
             "updates": finding.updates,
+            "to_be_updated": finding.to_be_updated,
             "client_ip": who.client_ip,
             "client_port": who.client_port,
             "server_ip": who.server_ip,

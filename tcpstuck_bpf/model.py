@@ -7,6 +7,7 @@ are in host order, addresses are 16 bytes as on the wire (IPv4 as ::ffff:a.b.c.d
 from __future__ import annotations
 
 import enum
+import functools
 import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -208,7 +209,18 @@ class Ruleset(NamedTuple):
 
 
 KEPT_READINGS = 16
-"""Of a namespace's rules: more than come between a drop and its verdict, as `places` reads them."""
+"""Of a namespace's rules, the latest. Of those in a row that are alike the first and the last are
+kept, so that these are at least half as many changes."""
+
+
+def _with_reading(known: tuple[Ruleset, ...], reading: Ruleset) -> tuple[Ruleset, ...]:
+    """Readings of one namespace and a further one."""
+    alike = [kept for kept in known[-2:] if kept[:2] == reading[:2]]
+    if alike:
+        # One copy of the rules is enough.
+        reading = alike[-1]._replace(read_ns=reading.read_ns)
+    kept = known[:-1] if len(alike) == 2 else known
+    return (*kept, reading)[-KEPT_READINGS:]
 
 
 class KernelNames(NamedTuple):
@@ -232,7 +244,7 @@ class KernelNames(NamedTuple):
             {
                 **self.rulesets,
                 **{
-                    netns: (*self.rulesets.get(netns, ()), *readings)[-KEPT_READINGS:]
+                    netns: functools.reduce(_with_reading, readings, self.rulesets.get(netns, ()))
                     for netns, readings in others.rulesets.items()
                 },
             },

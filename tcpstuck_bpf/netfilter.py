@@ -26,6 +26,10 @@ class Suspicion(NamedTuple):
     """Every rule, or chain's policy, that can have dropped it."""
     notes: tuple[str, ...]
     """Complete sentences: what is not known, and why."""
+    read_after_ns: int | None = None
+    """How long after the drop the rules were read; None where they were not."""
+    needs_reading: bool = False
+    """Whether the rules have not been read since the drop, and would tell more."""
 
     def _same(self, field: str) -> str | None:
         if self.notes:
@@ -47,7 +51,9 @@ class Suspicion(NamedTuple):
         """As JSON has it."""
         one = self.rule
         several = self.suspects if one is None else ()
+        after_ns = self.read_after_ns
         return {
+            "rules_read_ms": after_ns if after_ns is None else round(after_ns / 1_000_000, 3),
             "family": self._same("family"),
             "table": self._same("table"),
             "chain": self._same("chain"),
@@ -70,42 +76,62 @@ def rule_value(rule: DropRule) -> dict[str, Any]:
 
 
 def rule_text(rule: DropRule) -> str:
-    """A rule in words: `ip filter INPUT, rule with handle 4`."""
-    where = f"{rule.family} {rule.table} {rule.chain}"
+    """A rule in words: `ip filter INPUT, rule handle 4`.
+
+    Whoever may make rules in a namespace chooses the names: they are no terminal's control
+    characters here.
+    """
+    where = _printable(f"{rule.family} {rule.table} {rule.chain}")
     if rule.kind == "policy":
         return f"{where}, the chain's policy"
     return f"{where}, rule {rule.kind} {rule.number}"
 
 
-def rules_after(readings: Sequence[Ruleset], dropped_ns: int) -> Ruleset | None:
-    """The rules as they were read first after a drop.
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+class Read(NamedTuple):
+    """The reading of a namespace's rules that tells most of a drop."""
+
+    ruleset: Ruleset
+    after_ns: int | None
+    """How long after the drop it began; None: before the drop."""
+
+
+def rules_after(readings: Sequence[Ruleset], dropped_ns: int) -> Read | None:
+    """The rules as they were read first after a drop; None where they never were.
 
     Others are no proof of who did it, and say so: rules come and go.
     """
-    after = [reading for reading in readings if reading.read_ns >= dropped_ns]
-    if after and (len(after) < len(readings) or len(readings) < KEPT_READINGS):
-        return after[0]
     if not readings:
         return None
+    after = [reading for reading in readings if reading.read_ns >= dropped_ns]
+    if after and (len(after) < len(readings) or len(readings) < KEPT_READINGS):
+        return Read(after[0], after[0].read_ns - dropped_ns)
     nearest = after[0] if after else readings[-1]
     when = "long after" if after else "before"
     problem = f"the rules were read {when} that drop, and may have been others then"
-    return nearest._replace(problems=(*nearest.problems, problem))
+    told = nearest._replace(problems=(*nearest.problems, problem))
+    return Read(told, nearest.read_ns - dropped_ns if after else None)
 
 
-def suspicion(
-    ruleset: Ruleset | None, who: FourTuple, hook: str | None, by_nftables: bool
-) -> Suspicion:
+def suspicion(read: Read | None, who: FourTuple, hook: str | None, by_nftables: bool) -> Suspicion:
     """The rules that can have dropped a packet from this client at a hook (None: any hook).
 
     `by_nftables`: the packet was dropped within nf_tables, so no rule of xtables did it.
     """
-    if ruleset is None:
-        return Suspicion((), ("the rules were not read: which one dropped it cannot be told",))
     if hook == BRIDGE:
         return Suspicion(
             (), ("a bridge's rules are not looked at: which one dropped it cannot be told",)
         )
+    if read is None:
+        return Suspicion(
+            (),
+            ("the rules were not read: which one dropped it cannot be told",),
+            needs_reading=True,
+        )
+    ruleset, after_ns = read
     # A rule that can be come to in several ways is there once for each.
     suspects = dict.fromkeys(
         rule._replace(conditions=())
@@ -117,10 +143,8 @@ def suspicion(
     )
     notes = ruleset.problems
     if not suspects and not notes:
-        notes = (
-            "no rule that was there right after can have dropped it: cannot be told from here",
-        )
-    return Suspicion(tuple(suspects), notes)
+        notes = ("no rule loaded after the drop matches: which one dropped it cannot be told",)
+    return Suspicion(tuple(suspects), notes, after_ns, needs_reading=after_ns is None)
 
 
 def _surely_fails(name: str, value: str, who: FourTuple) -> bool:

@@ -7,17 +7,13 @@ was observed: a recording has to name them on another machine too.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
+from tcpstuck_bpf.drops import NO_NAMES, is_by_netfilter
 from tcpstuck_bpf.kernel_types import KernelTypes
 from tcpstuck_bpf.model import Handshake, KernelNames, Row, Ruleset
-
-RULES_INTERVAL_NS = 1_000_000_000
-RULES_SHARE = 4
-"""A namespace's rules are not read more often than that, nor for more than one part in so many of
-the time: a flood must not be paid for. A drop in between waits for the next time, which mostly
-comes before its verdict: another rule may have dropped it than those that were read."""
 
 _SYMBOLS = Path("/proc/kallsyms")
 _REASON_PREFIX = "SKB_DROP_REASON_"
@@ -89,36 +85,54 @@ def _functions(lines: Iterable[bytes]) -> Iterator[tuple[int, str]]:
             yield int(address, 16), name.split()[0].decode("ascii", "replace")
 
 
-class Namer:
-    """Says what the numbers in entries mean, each once, and reads rules when netfilter dropped.
+class Rules(Protocol):
+    """What reads firewall rules; `ruleset_watch.RulesetWatch` does it beside the loop."""
 
-    `read_stack` gives the addresses of a stack by its number, the innermost first; `read_ruleset`
-    the rules of a network namespace.
+    def want(self, netns: int, dropped_ns: int) -> None:
+        """Have the rules of a namespace read after a drop."""
+
+    def taken(self) -> Mapping[int, Ruleset]:
+        """What has been read since it was asked last, by namespace."""
+
+    def hurry(self) -> None:
+        """The run ends: make no pause between two readings."""
+
+
+class Namer:
+    """Says what the numbers in entries mean, each once, and has rules read when netfilter dropped.
+
+    `read_stack` gives the addresses of a stack by its number, the innermost first.
     """
 
     def __init__(
         self,
         reasons: Mapping[int, str],
         read_stack: Callable[[int], tuple[int, ...]],
-        read_ruleset: Callable[[int], Ruleset],
-        clock_ns: Callable[[], int],
+        rules: Rules,
     ) -> None:
         self._reasons = reasons
         self._read_stack = read_stack
-        self._read_ruleset = read_ruleset
-        self._clock_ns = clock_ns
+        self._rules = rules
         self._places: dict[int, str] = {0: ""}
         self._known_reasons: set[int] = set()
         self._known_stacks: set[int] = {0}
-        self._rules_read: dict[int, tuple[int, int]] = {}
-        """By namespace, when they were read last, and when they may be read again."""
 
     def __call__(self, rows: Iterable[Row]) -> KernelNames | None:
-        """Names of what is new in these entries; None where nothing is."""
+        """Names of what is new in these entries, and rules that have been read; None: nothing."""
         dropped = [row for row in rows if row.handshake.filter_place or row.handshake.drop_place]
-        if not dropped:
-            return None
-        entries = [row.handshake for row in dropped]
+        names = self._names([row.handshake for row in dropped]) if dropped else NO_NAMES
+        for four_tuple, entry in dropped:
+            if entry.filter_place and self._by_netfilter(entry):
+                self._rules.want(four_tuple.netns, entry.last_ack_filtered_ns)
+        rulesets = {netns: (ruleset,) for netns, ruleset in self._rules.taken().items()}
+        names = names._replace(rulesets=rulesets)
+        return names if any(names) else None
+
+    def hurry(self) -> None:
+        """The run ends: what rules are still to be read is read without a pause."""
+        self._rules.hurry()
+
+    def _names(self, entries: Sequence[Handshake]) -> KernelNames:
         places = {e.filter_place for e in entries} | {e.drop_place for e in entries}
         places -= self._places.keys()
         reasons = {e.filter_reason for e in entries} | {e.drop_reason for e in entries}
@@ -133,32 +147,16 @@ class Namer:
         addresses = {*places, *(address for stack in frames.values() for address in stack)}
         if addresses:
             self._places.update(place_names(addresses))
-        rulesets = dict(self._rulesets(dropped))
-        if not (places or reasons or frames or rulesets):
-            return None
         return KernelNames(
             {place: self._places[place] for place in sorted(places)},
             {number: reason_text(number, self._reasons) for number in sorted(reasons)},
             {number: tuple(map(self._places.__getitem__, s)) for number, s in frames.items()},
-            rulesets,
+            {},
         )
 
-    def _rulesets(self, dropped: Iterable[Row]) -> Iterator[tuple[int, tuple[Ruleset, ...]]]:
-        """Rules of the namespaces where netfilter dropped something since they were last read."""
-        for (_, _, _, _, netns), entry in dropped:
-            begun_ns = self._clock_ns()
-            read_ns, again_ns = self._rules_read.get(netns, (0, 0))
-            is_new = entry.last_ack_filtered_ns > read_ns and begun_ns >= again_ns
-            if entry.filter_place and is_new and self._by_netfilter(entry):
-                ruleset = self._read_ruleset(netns)
-                done_ns = self._clock_ns()
-                pause_ns = max(RULES_INTERVAL_NS, RULES_SHARE * (done_ns - begun_ns))
-                self._rules_read[netns] = begun_ns, done_ns + pause_ns
-                yield netns, (ruleset._replace(read_ns=begun_ns),)
-
     def _by_netfilter(self, entry: Handshake) -> bool:
-        place = self._places[entry.filter_place]
-        return self._reasons.get(entry.filter_reason) == "NETFILTER_DROP" or place.startswith("nf")
+        reason = reason_text(entry.filter_reason, self._reasons)
+        return is_by_netfilter(reason, self._places[entry.filter_place])
 
 
 def _callers(stack: tuple[int, ...], place: int) -> tuple[int, ...]:

@@ -49,6 +49,7 @@ _LOSSES = {
     "entries_let_go": "open table entries given up for age or want of room",
     "flows_unresolved": "flows forgotten undecided",
     "children_stillborn": "server sockets made but not left ESTABLISHED",
+    "causes_not_updated": "verdicts whose firewall rules were not read after the drop",
     "table_busy": "handshakes not tracked: their place in the table was being changed",
 }
 
@@ -169,8 +170,12 @@ class TableRenderer:
             words.append(f"({finding.certainty})")
         if finding.delay_ns is not None:
             words.append(f"after {duration_text(finding.delay_ns)}")
-        if finding.updates is not None:
+        if finding.updates == finding.verdict:
+            words.append("[updated]")
+        elif finding.updates is not None:
             words.append(f"[was {finding.updates}]")
+        if finding.to_be_updated:
+            words.append("[rules being read]")
         return " ".join(words)
 
     def _netns(self, inode: int) -> str:

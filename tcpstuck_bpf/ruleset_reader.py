@@ -19,7 +19,8 @@ from typing import Any
 from tcpstuck_bpf import features, netns
 from tcpstuck_bpf.model import DropRule, Ruleset
 
-LIMIT_S = 5.0
+LIMIT_S = 60.0
+"""For one program. It ends a wait for one that hangs; nobody else waits for it."""
 _MODULE = Path("/sys/module/nf_tables")
 _BUILT_INTO_KERNEL = "nft_do_chain"
 """A function of nf_tables that the kernel itself has where it is no module."""
@@ -36,8 +37,8 @@ _MOST_WAYS = 10_000
 _STRANGE = (ValueError, KeyError, TypeError, AttributeError)
 """What comes of a ruleset in a shape that nobody has seen yet."""
 _WORD = re.compile(r'"(?:[^"\\]|\\.)*"|\S+')
-"""As xtables_save_string() writes them. shlex takes ten times as long, seconds for a large ruleset,
-and events wait meanwhile."""
+"""As xtables_save_string() writes them. shlex takes ten times as long:
+seconds for a large ruleset."""
 _OPTIONS = {
     "-p": "protocol",
     "-s": "saddr",
@@ -120,6 +121,8 @@ def _output(command: Sequence[str]) -> str:
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
+        # Ctrl-C at our terminal is meant for us: what is being read still tells something.
+        start_new_session=True,
         check=True,
     )
     return ended.stdout

@@ -23,6 +23,7 @@ from tcpstuck_bpf.model import (
     KernelNames,
     Moved,
 )
+from tcpstuck_bpf.netfilter import rule_text
 
 Certainty = Literal["certain", "likely", "possible"]
 
@@ -80,7 +81,10 @@ class Finding:
     timeline_omitted: int
     """How many entries of the timeline's middle were left out."""
     updates: str | None
-    """The verdict on the same flow that this one replaces."""
+    """The verdict on the same flow that this one replaces; the same one where only what it says of
+    the drop is another."""
+    to_be_updated: bool = False
+    """Whether the firewall's rules are still to be read, and another verdict tells their part."""
     bytes_missed: int = 0
     """Of the client's, by the server's application."""
     rescue_tries: int = 0
@@ -294,7 +298,9 @@ def _gap_sentences(missing: tuple[str, ...], coverage: Coverage) -> Iterator[str
 def _of_cause(rule: Rule, drop: Drop | None) -> tuple[str, str]:
     """Meaning and advice, as far as the cause of the drop is known that of the cause."""
     if drop is not None and drop.cause is not None:
-        return f"ACK dropped here before TCP: {drop.cause.what}", drop.cause.advice
+        named = drop.netfilter.rule
+        what = drop.cause.what if named is None else f"{drop.cause.what}, {rule_text(named)}"
+        return f"ACK dropped here before TCP: {what}", drop.cause.advice
     if drop is not None and drop.refusal is not None and drop.refusal.advice:
         return f"ACK came, dropped by this host: {drop.refusal.what}", drop.refusal.advice
     return rule.meaning, rule.advice
@@ -323,8 +329,20 @@ def _certainty(
     if drop is not None and drop.maybe_answered:
         # The one rule that can have dropped it says that it answers.
         return "likely" if drop.netfilter.rule is None else "possible"
+    if drop is not None and drop.netfilter.needs_reading:
+        # Some rules answer by RST.
+        return "likely"
     cause_unsure = report.handshake.drop_counters & Moved.UNKNOWN
     return "likely" if report.state is State.ACK_DROPPED and cause_unsure else rule.certainty
+
+
+UPDATE_FOLLOWS = "the rules are being read: once they are, another verdict says what they tell"
+NO_ROOM_FOR_UPDATE = "too many verdicts wait for the rules already: this one is not told again"
+
+
+def with_evidence(finding: Finding, sentence: str) -> Finding:
+    """A finding with one more sentence."""
+    return replace(finding, evidence=(*finding.evidence, sentence))
 
 
 def _unseen_sentences(unseen_acks: int) -> Iterator[str]:

@@ -31,7 +31,7 @@ class Played(NamedTuple):
     shown: SocketRow
     cookies: int
     overflows: tuple[int, int]
-    """Right before the tool ended and right after: SYN-ACKs and SYNs go on being repeated."""
+    """Right before the tool ended and right after: SYN-ACKs go on being repeated."""
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from lab.records import Comparison, Outcome
+from lab.scene import Scene
 from lab.tracer import Tracer
 from tests.kernel.conftest import Traced
 
@@ -54,6 +55,26 @@ def test_every_client_gets_its_verdict(
 ) -> None:
     outcome, comparison = compared(scenario, clients, family)
     assert set(outcome.expected.values()) == {verdict}
+    assert comparison.agrees, comparison
+
+
+@pytest.mark.parametrize("family", ["4", "6"])
+def test_clients_whose_answer_is_held_back_for_long_repeat_no_syn(
+    compared: Callable[..., tuple[Outcome, Comparison]],
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+) -> None:
+    """As on a slow machine: nothing is let go before each client's kernel wanted to repeat it."""
+    answered = Scene.syns_answered
+
+    def answered_late(scene: Scene) -> int:
+        repeats = scene.topology.client.counters()["TCPSynRetrans"]
+        return answered(scene) if repeats >= scene.settings.clients else 0
+
+    monkeypatch.setattr(Scene, "syns_answered", answered_late)
+    outcome, comparison = compared("overflow", 100, family)
+    assert set(outcome.expected.values()) == {"accept-queue-full"}
+    assert {record.syns for record in outcome.wire.values()} == {1}
     assert comparison.agrees, comparison
 
 

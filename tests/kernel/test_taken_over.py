@@ -86,10 +86,11 @@ def test_it_is_stuck_where_its_ack_is_dropped_then(shared_tracer: Tracer) -> Non
         crowd.take_over()
         crowd.fill_accept_queue()
         crowd.drop_ack()
+        # The earlier it goes the shorter its next wait for an ACK; its client's cookie lives 60 s.
+        crowd.outlive_request()
         line = told(shared_tracer, where.netns, crowd.slow.four_tuple, "accept-queue-full")
         assert (line["stuck"], line["certainty"]) == (True, "certain")
         crowd.drain_accept_queue()
-        crowd.outlive_request()
         crowd.slow.send(0)
         line = told(shared_tracer, where.netns, crowd.slow.four_tuple, "recovered")
         assert crowd.slow.port in where.known_to_server()

@@ -7,7 +7,6 @@ starting is what takes long.
 from __future__ import annotations
 
 import socket
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -34,13 +33,12 @@ MORE_THAN_A_BATCH = READ_AT_ONCE * 17 // 16
 CAPACITY = 64
 MORE_THAN_FIT = 3 * CAPACITY
 GREETED = 5
-PATIENCE_S = 20.0
 ONLY_PORT = 20_000
 ISN = 0x1234_5678
 
 RUNS: Mapping[str, tuple[str, ...]] = {
     "flood": ("-t", "1"),
-    "full": ("-t", str(PATIENCE_S), "--max-handshakes", str(CAPACITY)),
+    "full": ("-t", "1", "--max-handshakes", str(CAPACITY)),
     "anew by syncookies=1": ("-t", "1"),
     "anew by syncookies=2": ("-t", "1"),
 }
@@ -103,12 +101,12 @@ def test_what_a_full_table_cannot_hold_is_counted_and_never_accused(
     stage = stages["full"]
     before = stage.topology.server.counters()
     syns = list(make_syns(SILENT_SOURCES[4], SERVER_IP, PORT, MORE_THAN_FIT))
-    begun = time.monotonic()
+    # Once judged, entries may be given back, and the table would take more than its capacity.
+    stage.tracer.pause()
     stage.send(*syns)
     for _ in range(GREETED):
         be_greeted(stage.topology, stage.listener, SERVER_IP)
-    # Once judged, entries may be given back, and the table would take more than its capacity.
-    assert time.monotonic() - begun < PATIENCE_S
+    stage.tracer.resume()
     tracked = {syn.four_tuple: SILENT for syn in syns[:CAPACITY]}
     assert stage.tracer.await_reported(tracked, stage.netns)
     after = stage.topology.server.counters()
@@ -146,7 +144,10 @@ def test_a_client_that_begins_anew_has_not_recovered(
         stage.send(make_syn(client, ISN))
     assert stage.tracer.await_reported({client: SILENT}, stage.netns)
     stage.topology.server.pin({"net/ipv4/tcp_syncookies": syncookies})
+    # It is no verdict on the second handshake if this machine takes longer for it than -t.
+    stage.tracer.pause()
     assert be_greeted(stage.topology, stage.listener, SERVER_IP, ONLY_PORT) == client
+    stage.tracer.resume()
     assert stage.watch.records[client].client_isn == ISN
     stage.watch.take_in()
     assert stage.watch.records[client].client_isn != ISN

@@ -36,8 +36,6 @@ MAP_CREATE, MAP_LOOKUP_BATCH = 0, 24
 MAP_TYPE_HASH = 1
 NO_PREALLOC = 1
 FOUND_AT_ONCE = 64
-TIMEOUT_S = "20"
-"""So that each client's ACK is on its way before anybody is judged, on a slow machine too."""
 
 
 @contextlib.contextmanager
@@ -82,14 +80,18 @@ def knows(where: Site, connections: int) -> bool:
 @pytest.mark.parametrize("mode", ["fentry", "kprobe"])
 def test_who_seems_silent_beside_acks_that_passed_unseen_is_accused_as_possible(mode: str) -> None:
     receiving = max(os.sched_getaffinity(0))
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("it takes two CPUs: one that reads, and one that sends")
     with (
         site(4) as where,
-        tracing(("-p", str(PORT), "--all", "-t", TIMEOUT_S, "--probe-mode", mode)) as (tracer,),
+        tracing(("-p", str(PORT), "--all", "--probe-mode", mode)) as (tracer,),
     ):
         steering = f"/sys/class/net/{INTERFACE}/queues/rx-0/rps_cpus"
         in_server = ("ip", "netns", "exec", where.topology.server.name)
         steer = f"echo {1 << receiving:x} > {steering}"
         where.topology.server.command(*in_server, "sh", "-c", steer)
+        # However long the clients take, nobody is judged before each has sent its ACK.
+        tracer.pause()
         clients = [Client(where) for _ in range(CLIENTS)]
         for client in clients:
             client.connect()
@@ -99,6 +101,7 @@ def test_who_seems_silent_beside_acks_that_passed_unseen_is_accused_as_possible(
                 where.watch.until(partial(knows, where, known), f"{known} known to the server")
         received = where.topology.server.counters()["SyncookiesRecv"]
         assert received == CLIENTS
+        tracer.resume()
         assert tracer.await_lines(CLIENTS)
         tracer.stop()
     told = [line for line in tracer.lines if line["type"] == "verdict"]

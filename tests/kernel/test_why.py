@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lab.faults import ack_rule
-from lab.patience import COMMAND_S, SETTLE_S, Deadline, patient
+from lab.patience import COMMAND_S, patient
 from lab.records import FourTuple
 from lab.scene import PORT
 from lab.topology import SERVER_ADDRESS, Namespace, Topology
 from lab.tracer import Tracer
+from tests.kernel.conftest import summary_of, tracing
 from tests.kernel.handmade import told
 from tests.kernel.rescue import cookie_server
 
@@ -88,7 +92,7 @@ def test_a_rule_in_a_named_chain(shared_tracer: Tracer, hook: str, family: int) 
 
 
 def test_rules_that_changed_since_the_drop_before(either_tracer: Tracer) -> None:
-    """Where it takes long to read rules, they are not read for every drop: then none is sure."""
+    """Where it takes long to read rules they are read later, and what was told is told again."""
     with cookie_server() as (topology, _):
         for table in ("one", "other"):
             topology.server.command(
@@ -98,11 +102,60 @@ def test_rules_that_changed_since_the_drop_before(either_tracer: Tracer) -> None
                 f"add rule inet {table} acks {BARE_ACK} drop",
             )
             drop = drop_told(either_tracer, topology)
-            deadline = Deadline(SETTLE_S)
-            while drop["table"] is None and not deadline.passed():
-                drop = drop_told(either_tracer, topology)
             topology.server.command("nft", "delete", "table", "inet", table)
             assert (drop["table"], drop["rule_candidates"]) == (table, [])
+
+
+@contextlib.contextmanager
+def rules_read_when_told(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Tracer, Callable[[], object]]]:
+    """The tool with an `nft` that waits to be let go, and what lets it go once."""
+    real, gate = shutil.which("nft"), directory / "gate"
+    os.mkfifo(gate)
+    waiting = directory / "nft"
+    waiting.write_text(f'#!/bin/sh\nread _ < {gate}\nexec {real} "$@"\n')
+    waiting.chmod(0o755)
+    opened = os.open(gate, os.O_RDWR)
+    try:
+        with contextlib.ExitStack() as running:
+            with monkeypatch.context() as patched:
+                patched.setenv("PATH", f"{directory}:{os.environ['PATH']}")
+                (tracer,) = running.enter_context(tracing(("-p", str(PORT), "-t", "1")))
+            yield tracer, lambda: os.write(opened, b"\n")
+    finally:
+        os.close(opened)
+
+
+def test_a_verdict_before_the_rules_are_read_is_told_again_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = (SERVER_ADDRESS[4], PORT)
+    with (
+        rules_read_when_told(tmp_path, monkeypatch) as (tracer, let_go),
+        cookie_server() as (topology, _),
+    ):
+        topology.server.command(
+            "nft", CHAIN.format(hook="input") + f"add rule inet guard acks {BARE_ACK} drop"
+        )
+        named = {"handle": handle(topology.server, "inet", "guard", "acks")}
+        limit_s = patient(COMMAND_S)
+        with topology.client.run(socket.create_connection, server, limit_s) as client:
+            who = FourTuple(*client.getsockname()[:2], *server)
+            assert tracer.await_lines(1)
+            let_go()
+            second = told(tracer, topology.server.inode, who, "ack-filtered")
+            # Once it closes it is connected: its FIN passes the rule.
+            tracer.stop()
+    first = tracer.lines[0]
+    assert (first["verdict"], first["certainty"]) == ("ack-filtered", "likely")
+    assert (first["to_be_updated"], first["drop"]["rule"]) == (True, None)
+    assert (second["updates"], second["certainty"]) == ("ack-filtered", "certain")
+    assert (second["drop"]["table"], second["drop"]["rule"]) == ("guard", named)
+    assert second["drop"]["rules_read_ms"] is not None
+    summary = summary_of(tracer)
+    assert summary["verdicts"]["ack-filtered"] == summary["stuck"] == 1
+    assert summary["losses"]["causes_not_updated"] == 0
 
 
 @pytest.mark.parametrize("backend", ["legacy", "nft"])

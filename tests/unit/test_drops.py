@@ -20,7 +20,7 @@ from tcpstuck_bpf.model import (
     Moved,
     Ruleset,
 )
-from tcpstuck_bpf.netfilter import rule_text, suspicion
+from tcpstuck_bpf.netfilter import Read, rule_text, suspicion
 from tcpstuck_bpf.report import WallClock
 from tcpstuck_bpf.verdict import KFREE_SKB, RULES, Finding, judge
 from tests.builders import (
@@ -126,7 +126,8 @@ def test_without_a_reason_the_place_has_to_do_and_it_is_said(
     finding = filtered(place, reason)
     assert drop_in(finding)["what"] == what
     assert drop_in(finding)["place"] == place
-    assert finding.certainty == ("likely" if what == "tcp" else "certain")
+    # A rule that was not read may have answered by RST, as TCP may have.
+    assert finding.certainty == ("likely" if what in ("tcp", "netfilter") else "certain")
     assert any("judged by the place alone" in sentence for sentence in finding.evidence)
 
 
@@ -204,7 +205,7 @@ def test_what_could_not_be_read_is_said() -> None:
     problem = "the rules of nft cannot be read: it is not installed"
     assert problem in with_rules(problems=(problem,)).evidence
     assert any("rules were not read" in s for s in filtered("nf_hook_slow+0x1", None).evidence)
-    assert any("no rule that was there" in s for s in with_rules().evidence)
+    assert any("no rule loaded after the drop" in s for s in with_rules().evidence)
 
 
 def test_a_client_that_a_rule_answers_by_rst_is_not_surely_stuck() -> None:
@@ -235,7 +236,10 @@ def test_a_drop_is_laid_to_the_rules_that_were_read_first_after_it() -> None:
     ("readings", "when"),
     [
         ([Ruleset((RULE,), (), at(0))], "before"),
-        ([Ruleset((RULE,), (), at(n)) for n in range(1, KEPT_READINGS + 2)], "long after"),
+        (
+            [Ruleset((RULE._replace(number=n),), (), at(n)) for n in range(1, KEPT_READINGS + 2)],
+            "long after",
+        ),
     ],
 )
 def test_rules_of_another_time_accuse_nobody(readings: list[Ruleset], when: str) -> None:
@@ -244,6 +248,26 @@ def test_rules_of_another_time_accuse_nobody(readings: list[Ruleset], when: str)
     assert drop["rule"] is None
     assert drop["rule_candidates"]
     assert any(f"were read {when} that drop" in sentence for sentence in finding.evidence)
+
+
+def test_rules_that_never_change_are_kept_however_often_they_are_read() -> None:
+    """A verdict may come minutes after the drop; the drop lies between two readings alike."""
+    readings = [Ruleset((RULE,), (), at(n / 100)) for n in range(4 * KEPT_READINGS)]
+    assert drop_in(with_readings(*readings))["rule"] == {"handle": 4}
+    assert drop_in(with_readings(*readings, Ruleset((LATER,), (), at(2))))["rule"] == {"handle": 4}
+
+
+def test_how_long_after_the_drop_the_rules_were_read_is_told() -> None:
+    finding = with_readings(Ruleset((RULE,), (), at(7.6)))
+    assert drop_in(finding)["rules_read_ms"] == 7500
+    assert any("rules 7.5 s after the drop" in sentence for sentence in finding.evidence)
+    assert drop_in(with_readings(Ruleset((RULE,), (), at(0))))["rules_read_ms"] is None
+
+
+def test_the_rule_is_in_the_table_and_no_control_character_of_its_name_is() -> None:
+    assert "netfilter, inet guard acks, rule handle 4" in with_rules(RULE).meaning
+    hostile = with_rules(RULE._replace(chain="\x1b[2Jacks\n"))
+    assert all(text.isprintable() for text in (hostile.meaning, *hostile.evidence))
 
 
 def test_nobody_is_accused_where_not_all_rules_could_be_read() -> None:
@@ -275,9 +299,9 @@ def test_nobody_is_accused_where_not_all_rules_could_be_read() -> None:
 def test_a_rule_is_ruled_out_only_by_what_surely_fails(
     conditions: tuple[tuple[str, str], ...], can_be: bool
 ) -> None:
-    ruleset = Ruleset((RULE._replace(conditions=conditions),), ())
-    assert bool(suspicion(ruleset, WHO, "input", False).suspects) == can_be
-    assert bool(suspicion(ruleset, WHO, None, True).suspects) == can_be
+    read = Read(Ruleset((RULE._replace(conditions=conditions),), ()), 0)
+    assert bool(suspicion(read, WHO, "input", False).suspects) == can_be
+    assert bool(suspicion(read, WHO, None, True).suspects) == can_be
 
 
 @pytest.mark.parametrize(
@@ -294,7 +318,8 @@ def test_another_family_and_another_back_end_are_no_suspects(
     rule: DropRule, family: int, by_nftables: bool, can_be: bool
 ) -> None:
     who = four_tuple(family=family)
-    assert bool(suspicion(Ruleset((rule,), ()), who, "input", by_nftables).suspects) == can_be
+    read = Read(Ruleset((rule,), ()), 0)
+    assert bool(suspicion(read, who, "input", by_nftables).suspects) == can_be
 
 
 names_of_matches = st.one_of(
@@ -307,7 +332,7 @@ names_of_matches = st.one_of(
 @given(st.lists(st.tuples(names_of_matches, st.text(max_size=20)), max_size=4))
 def test_no_match_however_strange_is_an_error(conditions: list[tuple[str, str]]) -> None:
     rule = RULE._replace(conditions=tuple(conditions))
-    assert len(suspicion(Ruleset((rule,), ()), WHO, None, False).suspects) <= 1
+    assert len(suspicion(Read(Ruleset((rule,), ()), 0), WHO, None, False).suspects) <= 1
 
 
 @pytest.mark.parametrize(

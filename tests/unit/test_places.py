@@ -1,4 +1,4 @@
-"""Numbers of a kernel become words: reasons, symbols, stacks; and when rules are read."""
+"""Numbers of a kernel become words: reasons, symbols, stacks; and whose rules are wanted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tcpstuck_bpf import places
-from tcpstuck_bpf.model import Row, Ruleset
+from tcpstuck_bpf.model import KernelNames, Row, Ruleset
 from tests.btf_writer import ENUM, INT, TYPEDEF, Types, add_tracepoint
 from tests.builders import (
     NF_PLACE,
@@ -97,24 +97,27 @@ def test_hidden_symbols_leave_the_address(kallsyms: Path) -> None:
 
 
 class Kernel:
-    """Stacks and rules, and how often they were asked for."""
+    """Stacks and rules, and what was asked for."""
 
     def __init__(self) -> None:
-        self.now_ns = at(0)
-        self.rulesets_read: list[int] = []
-        self.reading_ns = 0
-        self.namer = places.Namer(
-            {NF_REASON: "NETFILTER_DROP"}, self.stack, self.ruleset, lambda: self.now_ns
-        )
+        self.wanted: list[tuple[int, int]] = []
+        self.read: dict[int, Ruleset] = {}
+        self.hurries = 0
+        self.namer = places.Namer({NF_REASON: "NETFILTER_DROP"}, self.stack, self)
 
     def stack(self, number: int) -> tuple[int, ...]:
         assert number == NF_STACK
         return (16, NF_PLACE, NF_PLACE + 0x1010)
 
-    def ruleset(self, netns: int) -> Ruleset:
-        self.rulesets_read.append(netns)
-        self.now_ns += self.reading_ns
-        return Ruleset((), ())
+    def want(self, netns: int, dropped_ns: int) -> None:
+        self.wanted.append((netns, dropped_ns))
+
+    def taken(self) -> dict[int, Ruleset]:
+        read, self.read = self.read, {}
+        return read
+
+    def hurry(self) -> None:
+        self.hurries += 1
 
 
 @pytest.mark.usefixtures("kallsyms")
@@ -127,40 +130,22 @@ def test_everything_is_named_once() -> None:
     assert names.places == {NF_PLACE: "nf_hook_slow+0xa2"}
     assert names.reasons[NF_REASON] == "NETFILTER_DROP"
     assert names.stacks == {NF_STACK: ("nf_hook_slow+0xa2", "ip_rcv_finish_core.isra.0+0x10")}
-    assert names.rulesets == {NETNS: (Ruleset((), (), at(0)),)}
+    assert names.rulesets == {}
     assert kernel.namer([row]) is None
-    assert kernel.rulesets_read == [NETNS]
 
 
 @pytest.mark.usefixtures("kallsyms")
-def test_rules_are_read_again_only_for_a_later_drop_of_netfilter_s() -> None:
+def test_rules_are_wanted_after_a_drop_of_netfilter_s_and_told_when_they_are_read() -> None:
     kernel = Kernel()
-    dropped = Row(four_tuple(), ack_filtered(handshake(), at(0.1)))
-    again = Row(four_tuple(), ack_filtered(handshake(), at(0.5)))
-    soon_ns = at(0.2) + places.RULES_INTERVAL_NS
-    for now_ns, row, reads in (
-        (at(0.2), dropped, 1),
-        (soon_ns - 1, again, 1),
-        (soon_ns, dropped, 1),
-        (soon_ns, again, 2),
-        (at(60), again, 2),
-    ):
-        kernel.now_ns = now_ns
-        kernel.namer([row])
-        assert len(kernel.rulesets_read) == reads
     elsewhere = ack_filtered(handshake(), at(90), filter_place=NF_PLACE + 0x1010, filter_reason=2)
-    kernel.now_ns = at(91)
     kernel.namer([Row(four_tuple(), elsewhere)])
-    assert len(kernel.rulesets_read) == 2
-
-
-@pytest.mark.usefixtures("kallsyms")
-def test_many_rules_are_read_more_rarely() -> None:
-    kernel = Kernel()
-    kernel.reading_ns = 5 * places.RULES_INTERVAL_NS
-    began_ns = kernel.now_ns
-    while kernel.now_ns < began_ns + 100 * kernel.reading_ns:
-        kernel.namer([Row(four_tuple(), ack_filtered(handshake(), kernel.now_ns))])
-        kernel.now_ns += places.RULES_INTERVAL_NS
-    assert len(kernel.rulesets_read) >= 100 // (places.RULES_SHARE + 2)
-    assert len(kernel.rulesets_read) <= 100 // (places.RULES_SHARE + 1) + 1
+    assert kernel.wanted == []
+    kernel.namer([Row(four_tuple(), ack_filtered(handshake(), at(0.1)))])
+    assert kernel.wanted == [(NETNS, at(0.1))]
+    assert kernel.namer(()) is None
+    kernel.read[NETNS] = Ruleset((), (), at(0.2))
+    names = kernel.namer(())
+    assert names == KernelNames({}, {}, {}, {NETNS: (Ruleset((), (), at(0.2)),)})
+    assert kernel.namer(()) is None
+    kernel.namer.hurry()
+    assert kernel.hurries == 1

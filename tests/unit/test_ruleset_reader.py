@@ -208,7 +208,7 @@ def test_rules_are_read_as_nft_lists_them(tmp_path: Path) -> None:
         ["unshare", "-n", "sh", "-c", f'{words} "$0"', program],
         capture_output=True,
         text=True,
-        timeout=10 * LIMIT_S,
+        timeout=LIMIT_S,
         check=False,
     )
     if "not supported" in ended.stderr or "Unable to initialize" in ended.stderr:

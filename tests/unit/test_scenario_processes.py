@@ -219,6 +219,16 @@ class TestTracer:
             assert not beside.await_reported({KEY: "ack-missing"}, NETNS)
             beside.stop()
 
+    def test_what_will_be_told_again_is_waited_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tracer, "REPORT_S", ROUNDS_S)
+        for to_be_updated in (True, False):
+            says = json.dumps({**line_of(KEY, "ack-filtered"), "to_be_updated": to_be_updated})
+            with Tracer(tracer_words(says, "--json")) as beside:
+                beside.start()
+                found = beside.await_reported({KEY: "ack-filtered"}, NETNS)
+                beside.stop()
+            assert found != to_be_updated
+
     def test_what_was_said_of_an_earlier_namespace_does_not_count(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
