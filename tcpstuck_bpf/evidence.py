@@ -145,7 +145,7 @@ def _filter_sentences(report: FlowReport, drop: Drop) -> Iterator[str]:
     suspects, rule = drop.netfilter.suspects, drop.netfilter.rule
     if rule is not None:
         after = duration_text(drop.netfilter.read_after_ns or 0)
-        yield f"by {rule_text(rule)}: the only one that matches of the rules {after} after the drop"
+        yield f"by {rule_text(rule)}: the only match among the rules as they were {after} later"
     elif len(suspects) == 1:
         yield f"whether {rule_text(suspects[0])} dropped it cannot be told from here"
     elif suspects:
