@@ -260,7 +260,7 @@ def test_rules_that_never_change_are_kept_however_often_they_are_read() -> None:
 def test_how_long_after_the_drop_the_rules_were_read_is_told() -> None:
     finding = with_readings(Ruleset((RULE,), (), at(7.6)))
     assert drop_in(finding)["rules_read_ms"] == 7500
-    assert any("rules 7.5 s after the drop" in sentence for sentence in finding.evidence)
+    assert any("rules as they were 7.5 s later" in sentence for sentence in finding.evidence)
     assert drop_in(with_readings(Ruleset((RULE,), (), at(0))))["rules_read_ms"] is None
 
 
