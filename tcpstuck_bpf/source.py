@@ -110,8 +110,8 @@ class KernelSource:
         self.coverage = Coverage(mode, frozenset(probe.function for probe in attached), gaps)
         if self._cache is not None:
             self.notes += self._cache.notes
-        # Its types are 20 MB, and what they say is in the kernel by now.
-        del self._kernel, self._own_types
+        # Its types are 20 MB, and what they say is in the kernel by now; so is what was built.
+        del self._kernel, self._own_types, self._built
         _give_memory_back()
 
     @contextlib.contextmanager

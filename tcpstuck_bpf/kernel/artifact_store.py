@@ -23,6 +23,8 @@ SUFFIX = ".programs"
 MOST_KEPT = 64
 MOST_KEPT_BYTES = 16 << 20
 """Where more are kept, those that were used least recently are removed."""
+MOST_BUILT = 256
+"""Of a directory of built programs no more are looked at: both modes of a hundred kernels."""
 _UNFINISHED = ".unfinished"
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -211,8 +213,10 @@ class BuiltPrograms:
             raise self._refused(f"{path}: {error.strerror}") from error
         try:
             names = sorted(name for name in _names(directory) if name.endswith(SUFFIX))
-            for name in names:
+            for name in names[:MOST_BUILT]:
                 self._take(directory, name)
+            if len(names) > MOST_BUILT:
+                self._unusable.append(f"{len(names) - MOST_BUILT} more were not looked at")
         finally:
             os.close(directory)
 

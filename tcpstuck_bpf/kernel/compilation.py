@@ -142,7 +142,8 @@ def require_bcc() -> str:
             "BCC's Python module is not installed",
             "it compiles the programs, and no `bcc` is on Python's search path",
             "install it from the distribution (apt install python3-bpfcc, dnf install python3-bcc) "
-            "in an environment that sees system packages; `bcc` on PyPI is another thing",
+            "in an environment that sees system packages, where `bcc` on PyPI is another thing; or "
+            "trace with programs that --build made elsewhere: --programs DIR",
         )
     return f"{found[0]} ({found[1]})"
 

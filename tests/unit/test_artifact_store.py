@@ -238,6 +238,17 @@ def test_what_does_not_fit_is_refused_with_what_is_there(tmp_path: Path) -> None
     assert "--build" in raised.value.remedy
 
 
+def test_of_a_directory_without_end_a_part_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifact_store, "MOST_BUILT", 2)
+    others = [replace(WANTED, header=f"struct s{number};") for number in range(2)]
+    built(tmp_path / "built", *others, WANTED)
+    with pytest.raises(CannotTraceError) as raised:
+        BuiltPrograms(tmp_path / "built").find(WANTED)
+    assert "1 more were not looked at" in raised.value.why
+
+
 def test_a_directory_of_built_programs_must_not_be_writable_by_others(tmp_path: Path) -> None:
     directory = tmp_path / "built"
     built(directory, WANTED)
