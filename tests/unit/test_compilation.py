@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import select
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +17,7 @@ from tcpstuck_bpf.errors import CannotTraceError
 from tcpstuck_bpf.kernel import compilation
 from tcpstuck_bpf.kernel.compilation import Compilation, CompilerError, compile_in_child
 
+LIMIT_S = 60.0
 WANTED = Compilation("struct sock;", [], "kprobe", {}, "a test")
 RAISING = "class BPF:\n    def __init__(self, **_): raise Exception('no such thing')"
 EVIL = "raise SystemExit('what lies in the current directory was run')"
@@ -101,6 +105,30 @@ def test_a_compiler_that_hangs_is_ended(
     with pytest.raises(CompilerError, match="did not end"):
         compile_in_child(WANTED)
     assert not Path("/proc", own.read_text()).exists()
+
+
+def test_the_compiler_does_not_outlive_who_started_it(bcc_first: Path, tmp_path: Path) -> None:
+    """Killed, the tool can end nothing any more."""
+    own = tmp_path / "process"
+    os.mkfifo(own)
+    place_bcc(
+        bcc_first,
+        f"import os, signal\nopen({str(own)!r}, 'w').write(str(os.getpid()))\nsignal.pause()",
+    )
+    starting = (
+        "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+        "from tcpstuck_bpf.kernel.compilation import Compilation, compile_in_child; "
+        "compile_in_child(Compilation('', [], 'kprobe', {}, 'a test'))"
+    )
+    starter = subprocess.Popen([sys.executable, "-c", starting, json.dumps(sys.path)])
+    compiler = os.pidfd_open(int(own.read_text()))
+    try:
+        starter.kill()
+        starter.wait(LIMIT_S)
+        readable, _, _ = select.select([compiler], [], [], LIMIT_S)
+    finally:
+        os.close(compiler)
+    assert readable
 
 
 def test_nothing_of_the_current_directory_is_run(
