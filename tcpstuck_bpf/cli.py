@@ -210,9 +210,10 @@ def _rescuing(options: argparse.Namespace, source: KernelSource) -> Rescuing:
 def _refuse_without_rescue(options: argparse.Namespace) -> None:
     for name in ("rescue_exclude", "rescue_rate", "rescue_late"):
         default = build_parser().get_default(name)
-        if options.rescue is None and getattr(options, name) != default:
+        value = getattr(options, name)
+        if options.rescue is None and value != default:
             raise UsageError(
-                f"{as_written(name, default)} has no meaning without --rescue",
+                f"{as_written(name, value)} has no meaning without --rescue",
                 "nothing is sent to anybody",
                 "add --rescue, or leave it out",
             )

@@ -55,7 +55,9 @@ class Parser(argparse.ArgumentParser):
 
 def as_written(name: str, value: object) -> str:
     """An option as the user writes it, of its name and value among the parsed ones."""
-    return f"-{value}" if name == "family" else f"--{name.replace('_', '-')}"
+    if name == "family":
+        return f"-{value}"
+    return f"--{'no-' * (value is False)}{name.replace('_', '-')}"
 
 
 def file_name(text: str) -> str:

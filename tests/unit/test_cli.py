@@ -135,13 +135,25 @@ def test_help_fits_a_terminal_of_80_columns(
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("option", ["-4", "-6"])
+@pytest.mark.parametrize("option", ["-4", "-6", "--no-why", "--no-cache", "--strict"])
 @pytest.mark.parametrize("mode", ["--doctor", "--replay=some.tcpstuck", "--explain"])
 def test_what_is_refused_is_named_as_it_was_written(
     mode: str, option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([mode, option]) == EXIT_USAGE
     assert f": {option} has no meaning beside {mode.partition('=')[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", ["--rescue-late", "--rescue-rate=7", "--rescue-exclude=10.0.0.1"]
+)
+def test_what_goes_with_the_rescue_alone_is_named_as_it_was_written(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([option]) == EXIT_USAGE
+    assert (
+        f": {option.partition('=')[0]} has no meaning without --rescue" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("words", [["-t", "-1"], ["-t", "-4"], ["-d", "-0.5"]])
