@@ -145,9 +145,10 @@ class BpfMap:
                 *(0, 0),  # flags
             )
             count, ended = self._batch(packed)
+            # Not all of a buffer: most sweeps find a few entries.
             yield (
-                keys.raw[: count * self.shape.key_bytes],
-                values.raw[: count * self.shape.value_bytes],
+                ctypes.string_at(keys, count * self.shape.key_bytes),
+                ctypes.string_at(values, count * self.shape.value_bytes),
             )
             if ended:
                 return
