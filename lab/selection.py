@@ -12,9 +12,9 @@ class Selection:
     slow: bool = False
     """The slow ones too."""
     core: bool = False
-    """Of the kernel tests only those that are marked so, as what matters most."""
+    """Only the kernel tests that are marked so, as what matters most."""
     mode: str | None = None
-    """Of the kernel tests only those that are of this mode, by their ids."""
+    """Only the kernel tests of this mode, by their ids."""
     matching: str | None = None
     """An expression as pytest's -k has it."""
     last_failed: bool = False
