@@ -17,7 +17,6 @@ from tests.unit.test_artifact import CODE, MAPS
 
 WANTED = Compilation("struct sock;", ["-DPROBE_x"], "fentry", {}, "6.1.0-50-amd64")
 SOMEBODY_ELSE = 12_345
-HIDDEN = ".programs"
 
 
 def made(wanted: Compilation) -> Artifact:
@@ -193,8 +192,8 @@ def test_the_bytes_have_a_bound_too(directory: Path, monkeypatch: pytest.MonkeyP
 
 def test_what_a_killed_writer_left_is_removed(directory: Path) -> None:
     kept(directory)
-    dead = directory / f"x{HIDDEN}.{(1 << 22) + 1}.unfinished"
-    alive = directory / f"y{HIDDEN}.{os.getpid()}.unfinished"
+    dead = directory / f"x{artifact_store.SUFFIX}.{(1 << 22) + 1}.unfinished"
+    alive = directory / f"y{artifact_store.SUFFIX}.{os.getpid()}.unfinished"
     for path in (dead, alive):
         path.touch()
     Cache(directory).keep(WANTED, artifact.encode(made(WANTED)))
