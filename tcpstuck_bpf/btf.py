@@ -115,11 +115,6 @@ class Btf(TypeGraph[int]):
         with self._reading():
             return self._named(kernel_types.TYPEDEF, f"btf_trace_{tracepoint}")
 
-    @property
-    def is_of_running_kernel(self) -> bool:
-        """Whether programs can be attached by its numbers."""
-        return self._source == RUNNING_KERNEL
-
     def function(self, name: str) -> int | None:
         """The number of the type that programs are attached to a function by, None without."""
         with self._reading():

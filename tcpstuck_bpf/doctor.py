@@ -16,7 +16,7 @@ from tcpstuck_bpf.app import Source
 from tcpstuck_bpf.btf import RUNNING_KERNEL, read_running_kernel
 from tcpstuck_bpf.errors import CannotTraceError
 from tcpstuck_bpf.kernel import bpf_syscall
-from tcpstuck_bpf.kernel.artifact_store import Cache, cache_directory
+from tcpstuck_bpf.kernel.kept_files import KeptFiles, cache_directory
 from tcpstuck_bpf.kernel_report import KernelReport, describe
 from tcpstuck_bpf.kernel_types import KernelTypes
 from tcpstuck_bpf.layout import PER_CPU_OFFSET_SYMBOL
@@ -265,7 +265,7 @@ def _bcc(bcc_version: Callable[[], str]) -> Check:
 
 
 def _kept_programs() -> Check:
-    usable, state = Cache(cache_directory()).state()
+    usable, state = KeptFiles(cache_directory()).state()
     why = "programs that were compiled once are there for the next start, which is faster so"
     remedy = "" if usable else "make it ours alone (chown, chmod 0700), or remove it"
     return Check("kept programs", OK if usable else NOTE, state, why, remedy)

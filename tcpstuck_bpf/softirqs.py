@@ -10,6 +10,11 @@ from tcpstuck_bpf.model import SOFTIRQ_LOCK, CoverageGap
 BH_LOCK_OPTION = "CONFIG_PREEMPT_RT_NEEDS_BH_LOCK"
 
 
+def tasks_have_softirqs(types: KernelTypes) -> bool:
+    """Whether the kernel counts a task's own softirqs (PREEMPT_RT); else BH_LOCK_OPTION is moot."""
+    return types.place("task_struct", "softirq_disable_cnt") is not None
+
+
 def softirq_gaps(types: KernelTypes, option: str | None) -> tuple[CoverageGap, ...]:
     """The gap where packets of one CPU may preempt each other.
 
@@ -23,7 +28,7 @@ def softirq_gaps(types: KernelTypes, option: str | None) -> tuple[CoverageGap, .
     run for a packet that preempts it in its midst: what keeps it from recursion counts per CPU
     (__bpf_prog_enter_recur). A kprobe's program is not preempted.
     """
-    if types.place("task_struct", "softirq_disable_cnt") is None or option == "y":
+    if not tasks_have_softirqs(types) or option == "y":
         return ()
     always_taken = types.place("softirq_ctrl", "lock") is not None
     if always_taken and types.place("tasklet_sync_callback", "cb_lock") is None:

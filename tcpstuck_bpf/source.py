@@ -13,16 +13,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tcpstuck_bpf import features, probes, wire
-from tcpstuck_bpf.btf import Btf, read_running_kernel
 from tcpstuck_bpf.errors import CannotTraceError
-from tcpstuck_bpf.kernel import artifact
+from tcpstuck_bpf.kernel import artifact, artifact_store
 from tcpstuck_bpf.kernel.artifact import Artifact
-from tcpstuck_bpf.kernel.artifact_store import BuiltPrograms, Cache, cache_directory
+from tcpstuck_bpf.kernel.artifact_store import BuiltPrograms
 from tcpstuck_bpf.kernel.compilation import Compilation, CompilerError, compile_in_child, decoded
 from tcpstuck_bpf.kernel.description import describe_running
+from tcpstuck_bpf.kernel.kept_files import KeptFiles, cache_directory
 from tcpstuck_bpf.kernel.loader import LoadedPrograms, LoadError
 from tcpstuck_bpf.kernel.ring_buffer import RingBuffer, require_libbpf
-from tcpstuck_bpf.kernel_types import KernelTypes
+from tcpstuck_bpf.kernel.running_kernel import RunningKernel
 from tcpstuck_bpf.layout import PER_CPU_OFFSET_SYMBOL
 from tcpstuck_bpf.model import (
     Coverage,
@@ -86,15 +86,16 @@ class KernelSource:
         features.require_privileges()
         require_libbpf()
         self._built = None if request.programs is None else BuiltPrograms(Path(request.programs))
-        self._cache = Cache(cache_directory()) if request.keep and self._built is None else None
+        self._kept = KeptFiles(cache_directory()) if request.keep else None
+        self._running = RunningKernel(self._kept)
         with self._timed("layout"):
-            symbols, table = features.read_symbols(
+            symbols, table = self._running.symbols(
                 [probe.symbol for probe in request.probes], PER_CPU_OFFSET_SYMBOL
             )
             wants_counters = probes.KERNEL_COUNTERS not in request.left_out
-            self._kernel = describe_running(request.types, table if wants_counters else None)
-            # Of the kernel itself, whatever file describes its structs.
-            self._own_types = _own_types(self._kernel.types)
+            self._kernel = describe_running(
+                request.types or self._running, table if wants_counters else None
+            )
         self.drop_reasons = self._kernel.drop_reasons
         layout = self._kernel.layout
         left_out = dict(request.left_out)
@@ -108,10 +109,11 @@ class KernelSource:
             self._kernel.softirq_gaps,
         )
         self.coverage = Coverage(mode, frozenset(probe.function for probe in attached), gaps)
-        if self._cache is not None:
-            self.notes += self._cache.notes
+        self._running.keep()
+        if self._kept is not None:
+            self.notes += self._kept.notes
         # Its types are 20 MB, and what they say is in the kernel by now; so is what was built.
-        del self._kernel, self._own_types, self._built
+        del self._kernel, self._running, self._built
         _give_memory_back()
 
     @contextlib.contextmanager
@@ -191,12 +193,12 @@ class KernelSource:
         """Built, kept, or compiled now and kept. Raises CompilerError, and CannotTraceError."""
         if self._built is not None:
             return self._built.find(wanted)
-        found = None if self._cache is None else self._cache.find(wanted)
+        found = None if self._kept is None else artifact_store.find_kept(self._kept, wanted)
         if found is not None:
             return found
         data = compile_in_child(wanted)
-        if self._cache is not None:
-            self._cache.keep(wanted, data)
+        if self._kept is not None:
+            artifact_store.keep(self._kept, wanted, data)
         return decoded(data, wanted)
 
     def _load_probe(self, programs: LoadedPrograms, probe: Probe, mode: str) -> None:
@@ -204,7 +206,8 @@ class KernelSource:
             if not self._load_typed(programs, probe):
                 programs.load(artifact.RAW_TRACEPOINT, probe.raw_tracepoint)
         elif mode == "fentry":
-            number = None if self._own_types is None else self._own_types.function(probe.function)
+            # By the kernel's own types, whatever file describes its structs.
+            number = self._running.function(probe.function)
             if number is None:
                 raise LoadError(f"{probe.function} is not in the running kernel's BTF")
             if probe.fentry:
@@ -217,14 +220,15 @@ class KernelSource:
 
     def _load_typed(self, programs: LoadedPrograms, probe: Probe) -> bool:
         """Load the variant that knows its arguments' types; False where the kernel has no such."""
-        if probe.typed_tracepoint is None or self._own_types is None:
-            return False
-        number = self._own_types.tracepoint_type(probe.function)
-        if number is None:
+        if probe.typed_tracepoint is None:
             return False
         try:
+            number = self._running.tracepoint_type(probe.function)
+            if number is None:
+                return False
             programs.load(artifact.TYPED_TRACEPOINT, probe.typed_tracepoint, number)
-        except LoadError:
+        except (CannotTraceError, LoadError):
+            # The kernel has no BTF (a file describes its structs), or no such programs.
             return False
         return True
 
@@ -296,16 +300,6 @@ class KernelSource:
         programs, self._programs = self._programs, None
         if programs is not None:
             programs.close()
-
-
-def _own_types(types: KernelTypes) -> Btf | None:
-    """The running kernel's own BTF, by which programs are attached; None where it has none."""
-    if isinstance(types, Btf) and types.is_of_running_kernel:
-        return types
-    try:
-        return read_running_kernel()
-    except CannotTraceError:
-        return None
 
 
 def _index(number: int) -> bytes:

@@ -1,198 +1,42 @@
-"""Artifacts in directories: those that were kept, and those that were built for other machines.
-
-What is found there is loaded into the kernel by root, so a directory or a file that anybody else
-could have written is not used. Everything is opened relative to the directory that was looked at.
-"""
+"""Artifacts in directories: those that were kept, and those that were built for other machines."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 from tcpstuck_bpf.errors import CannotTraceError
 from tcpstuck_bpf.kernel import artifact, compilation
 from tcpstuck_bpf.kernel.artifact import Artifact, DamagedError
 from tcpstuck_bpf.kernel.compilation import Compilation
+from tcpstuck_bpf.kernel.kept_files import (
+    OTHERS_MAY_WRITE,
+    PROGRAMS,
+    KeptFiles,
+    UnsafeError,
+    names,
+    open_directory,
+    read_file,
+)
 
-ROOT_S_CACHE = Path("/var/cache/tcpstuck-trace")
-SUFFIX = ".programs"
-MOST_KEPT = 64
-MOST_KEPT_BYTES = 16 << 20
-"""Where more are kept, those that were used least recently are removed."""
 MOST_BUILT = 256
 """Of a directory of built programs no more are looked at: both modes of a hundred kernels."""
-_UNFINISHED = ".unfinished"
-_OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
-class UnsafeError(Exception):
-    """Others than we could have written it; the text says how."""
+def _name(wanted: Compilation) -> str:
+    made_by = f"{wanted.identity()} {compilation.bcc_version()}"
+    return hashlib.sha256(made_by.encode()).hexdigest() + PROGRAMS
 
 
-def cache_directory() -> Path:
-    """Where artifacts are kept: root's own directory, of others the one that XDG names."""
-    if os.geteuid() == 0:
-        return ROOT_S_CACHE
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "tcpstuck-trace"
+def find_kept(files: KeptFiles, wanted: Compilation) -> Artifact | None:
+    """What was kept of exactly this; None where nothing was, or nothing that can be used."""
+    return files.find(_name(wanted), lambda data: compilation.decoded(data, wanted))
 
 
-def _trusted(state: os.stat_result, forbidden: int) -> None:
-    """Raises UnsafeError for what belongs to somebody else, or has a mode bit that is forbidden."""
-    if state.st_uid not in (os.geteuid(), 0):
-        raise UnsafeError(f"it belongs to user {state.st_uid}")
-    if state.st_mode & forbidden:
-        raise UnsafeError(f"its mode is {stat.S_IMODE(state.st_mode):04o}")
-
-
-def _open_directory(path: Path, forbidden: int) -> int:
-    """Raises OSError, and UnsafeError."""
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        _trusted(os.fstat(directory), forbidden)
-    except UnsafeError:
-        os.close(directory)
-        raise
-    return directory
-
-
-def _read(directory: int, name: str) -> bytes:
-    """A file of the directory. Raises OSError, UnsafeError, and DamagedError where it is none."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    with os.fdopen(os.open(name, flags, dir_fd=directory), "rb") as file:
-        state = os.fstat(file.fileno())
-        if not stat.S_ISREG(state.st_mode):
-            raise DamagedError("it is no file")
-        _trusted(state, _OTHERS_MAY_WRITE)
-        return file.read(artifact.MOST_BYTES + 1)
-
-
-class Cache:
-    """The directory of kept artifacts. Whatever is wrong with it is a note, and no obstacle."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.notes: list[str] = []
-
-    def _name(self, wanted: Compilation) -> str:
-        made_by = f"{wanted.identity()} {compilation.bcc_version()}"
-        return hashlib.sha256(made_by.encode()).hexdigest() + SUFFIX
-
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[int]:
-        directory = _open_directory(self.path, 0o077)
-        try:
-            yield directory
-        finally:
-            os.close(directory)
-
-    def find(self, wanted: Compilation) -> Artifact | None:
-        """What was kept of exactly this; None where nothing was, or nothing that can be used."""
-        name = self._name(wanted)
-        try:
-            with self._opened() as directory:
-                found = compilation.decoded(_read(directory, name), wanted)
-                # The time says when it was used last.
-                os.utime(name, dir_fd=directory, follow_symlinks=False)
-                return found
-        except FileNotFoundError:
-            return None
-        except DamagedError as error:
-            self.notes.append(f"{self.path / name} is not used, and made anew: {error}")
-        except UnsafeError as error:
-            self._note(error)
-        except OSError as error:
-            self._note(error)
-        return None
-
-    def keep(self, wanted: Compilation, data: bytes) -> None:
-        """Keep an artifact for the next start."""
-        name = self._name(wanted)
-        unfinished = f"{name}.{os.getpid()}{_UNFINISHED}"
-        try:
-            with contextlib.suppress(FileExistsError):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.path.mkdir(mode=0o700)
-            with self._opened() as directory:
-                _make_room(directory, len(data))
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-                try:
-                    opened = os.open(unfinished, flags, 0o600, dir_fd=directory)
-                    with os.fdopen(opened, "wb") as file:
-                        file.write(data)
-                    os.rename(unfinished, name, src_dir_fd=directory, dst_dir_fd=directory)
-                except BaseException:
-                    _remove(directory, unfinished)
-                    raise
-        except (OSError, UnsafeError) as error:
-            self._note(error)
-
-    def _note(self, error: OSError | UnsafeError) -> None:
-        why = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-        note = f"compiled programs are not kept: {self.path}: {why}"
-        if isinstance(error, UnsafeError):
-            note += "; it must be ours alone (chmod 0700), or removed"
-        if note not in self.notes:
-            self.notes.append(note)
-
-    def state(self) -> tuple[bool, str]:
-        """Whether it can be used, and what it holds, in words."""
-        try:
-            with self._opened() as directory:
-                sizes = [size for _, size, _ in _kept(directory)]
-        except FileNotFoundError:
-            return True, f"{self.path} does not exist yet"
-        except (OSError, UnsafeError) as error:
-            why = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-            return False, f"{self.path}: {why}"
-        return True, f"{self.path} holds {len(sizes)}, {sum(sizes) >> 10} KiB"
-
-
-def _names(directory: int) -> list[str]:
-    with os.scandir(directory) as entries:
-        return [entry.name for entry in entries]
-
-
-def _kept(directory: int) -> list[tuple[float, int, str]]:
-    """Time of the last use, bytes and name of each file there; the oldest first."""
-    found = []
-    for name in _names(directory):
-        with contextlib.suppress(OSError):
-            state = os.stat(name, dir_fd=directory, follow_symlinks=False)
-            if stat.S_ISREG(state.st_mode):
-                found.append((state.st_mtime, state.st_size, name))
-    return sorted(found)
-
-
-def _make_room(directory: int, size: int) -> None:
-    """Remove what was used least recently, and what writers that are dead have left."""
-    kept = []
-    for time, length, name in _kept(directory):
-        if name.endswith(_UNFINISHED) and not _writer_lives(name):
-            _remove(directory, name)
-        elif name.endswith(SUFFIX):
-            kept.append((time, length, name))
-    total = size + sum(length for _, length, _ in kept)
-    for position, (_, length, name) in enumerate(kept):
-        if total <= MOST_KEPT_BYTES and len(kept) - position < MOST_KEPT:
-            return
-        _remove(directory, name)
-        total -= length
-
-
-def _remove(directory: int, name: str) -> None:
-    """Another process may have done so."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(name, dir_fd=directory)
-
-
-def _writer_lives(name: str) -> bool:
-    process = name[: -len(_UNFINISHED)].rsplit(".", 1)[-1]
-    return Path("/proc", process).exists()
+def keep(files: KeptFiles, wanted: Compilation, data: bytes) -> None:
+    """Keep an artifact for the next start."""
+    files.keep(_name(wanted), data)
 
 
 class BuiltPrograms:
@@ -206,23 +50,23 @@ class BuiltPrograms:
         self._artifacts: list[Artifact] = []
         self._unusable: list[str] = []
         try:
-            directory = _open_directory(path, _OTHERS_MAY_WRITE)
+            directory = open_directory(path, OTHERS_MAY_WRITE)
         except UnsafeError as error:
             raise self._refused(f"{path}: {error}") from error
         except OSError as error:
             raise self._refused(f"{path}: {error.strerror}") from error
         try:
-            names = sorted(name for name in _names(directory) if name.endswith(SUFFIX))
-            for name in names[:MOST_BUILT]:
+            found = sorted(name for name in names(directory) if name.endswith(PROGRAMS))
+            for name in found[:MOST_BUILT]:
                 self._take(directory, name)
-            if len(names) > MOST_BUILT:
-                self._unusable.append(f"{len(names) - MOST_BUILT} more were not looked at")
+            if len(found) > MOST_BUILT:
+                self._unusable.append(f"{len(found) - MOST_BUILT} more were not looked at")
         finally:
             os.close(directory)
 
     def _take(self, directory: int, name: str) -> None:
         try:
-            self._artifacts.append(artifact.decode(_read(directory, name)))
+            self._artifacts.append(artifact.decode(read_file(directory, name)))
         except (DamagedError, UnsafeError) as error:
             self._unusable.append(f"{name}: {error}")
         except OSError as error:

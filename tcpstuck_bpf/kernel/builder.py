@@ -13,14 +13,15 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from tcpstuck_bpf import features, probes
+from tcpstuck_bpf.btf import read_running_kernel
 from tcpstuck_bpf.errors import CannotTraceError, UsageError
-from tcpstuck_bpf.kernel.artifact_store import SUFFIX
 from tcpstuck_bpf.kernel.compilation import (
     Compilation,
     CompilerError,
     compile_in_child,
 )
 from tcpstuck_bpf.kernel.description import KernelDescription, describe_running
+from tcpstuck_bpf.kernel.kept_files import PROGRAMS
 from tcpstuck_bpf.kernel_report import describe
 from tcpstuck_bpf.layout import PER_CPU_OFFSET_SYMBOL, find_layout
 from tcpstuck_bpf.probes import AttachRequest, Probe
@@ -41,10 +42,11 @@ def build(directory: Path, images: Sequence[str], request: AttachRequest) -> Ite
     features.require_privileges()
     _make(directory)
     if not images:
+        types = request.types or read_running_kernel()
         symbols, _ = features.read_symbols(
             [probe.symbol for probe in request.probes], PER_CPU_OFFSET_SYMBOL
         )
-        yield from _build(directory, [describe_running(request.types, None)], symbols, request)
+        yield from _build(directory, [describe_running(types, None)], symbols, request)
     for path in images:
         image = read_image(path)
         yield from _build(directory, _variants(image), _symbols(image), request)
@@ -105,7 +107,7 @@ def _build(
             words += ["rescue"] if request.rescue else []
             words += [] if request.why else ["no-why"]
             words += ["bh-lock"] if number else []
-            path = directory / ("-".join(words) + SUFFIX)
+            path = directory / ("-".join(words) + PROGRAMS)
             size = _write(path, variant.compilation(wanted, mode))
             yield f"{path}: {size} bytes"
 

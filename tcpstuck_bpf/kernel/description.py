@@ -7,14 +7,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from tcpstuck_bpf import features, places, probes
-from tcpstuck_bpf.btf import read_running_kernel
 from tcpstuck_bpf.kernel import artifact
 from tcpstuck_bpf.kernel.compilation import Compilation
 from tcpstuck_bpf.kernel_types import KernelTypes
 from tcpstuck_bpf.layout import Layout, find_layout, header_text
 from tcpstuck_bpf.model import CoverageGap
 from tcpstuck_bpf.probes import Probe
-from tcpstuck_bpf.softirqs import BH_LOCK_OPTION, softirq_gaps
+from tcpstuck_bpf.softirqs import BH_LOCK_OPTION, softirq_gaps, tasks_have_softirqs
 
 
 @dataclass(frozen=True)
@@ -50,18 +49,17 @@ class KernelDescription:
         return Compilation(header, flags, mode, kinds, self.release, self.compile_for)
 
 
-def describe_running(
-    types: KernelTypes | None, per_cpu_offset_table: int | None
-) -> KernelDescription:
-    """The running kernel, by its own BTF or by these types.
+def describe_running(types: KernelTypes, per_cpu_offset_table: int | None) -> KernelDescription:
+    """The running kernel, by these types.
 
     `per_cpu_offset_table` is the address of __per_cpu_offset, None where it is not to be used.
     Raises CannotTraceError.
     """
-    types = types or read_running_kernel()
+    # A start waits for this; its configuration is read where it decides anything.
+    option = features.kernel_option(BH_LOCK_OPTION) if tasks_have_softirqs(types) else None
     return KernelDescription(
         os.uname().release,
         types,
         find_layout(types, per_cpu_offset_table),
-        softirq_gaps(types, features.kernel_option(BH_LOCK_OPTION)),
+        softirq_gaps(types, option),
     )

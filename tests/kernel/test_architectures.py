@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from tcpstuck_bpf.btf import Btf
+from tcpstuck_bpf.btf import Btf, read_running_kernel
 from tcpstuck_bpf.kernel import artifact
 from tcpstuck_bpf.kernel.compilation import compile_in_child, decoded
 from tcpstuck_bpf.kernel.description import describe_running
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.kernel
 
 @pytest.mark.parametrize("mode", ["fentry", "kprobe"])
 def test_the_verifier_accepts_the_programs_for_arm64(mode: str) -> None:
-    running = describe_running(None, None)
+    running = describe_running(read_running_kernel(), None)
     types = running.types
     assert isinstance(types, Btf)
     assert running.layout.counters

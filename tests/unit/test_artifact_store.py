@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from tcpstuck_bpf.errors import CannotTraceError
-from tcpstuck_bpf.kernel import artifact, artifact_store, compilation
+from tcpstuck_bpf.kernel import artifact, artifact_store, compilation, kept_files
 from tcpstuck_bpf.kernel.artifact import Artifact, Program
-from tcpstuck_bpf.kernel.artifact_store import BuiltPrograms, Cache
+from tcpstuck_bpf.kernel.artifact_store import BuiltPrograms, find_kept, keep
 from tcpstuck_bpf.kernel.compilation import Compilation
+from tcpstuck_bpf.kernel.kept_files import PROGRAMS, KeptFiles
 from tests.unit.test_artifact import CODE, MAPS
 
 WANTED = Compilation("struct sock;", ["-DPROBE_x"], "fentry", {}, "6.1.0-50-amd64")
@@ -35,8 +36,8 @@ def made(wanted: Compilation) -> Artifact:
 def kept(directory: Path, wanted: Compilation = WANTED) -> Path:
     """Keep one, and return its file."""
     before = set(directory.iterdir()) if directory.exists() else set()
-    cache = Cache(directory)
-    cache.keep(wanted, artifact.encode(made(wanted)))
+    cache = KeptFiles(directory)
+    keep(cache, wanted, artifact.encode(made(wanted)))
     assert cache.notes == []
     (path,) = set(directory.iterdir()) - before
     return path
@@ -48,9 +49,9 @@ def directory(tmp_path: Path) -> Path:
 
 
 def test_what_was_kept_is_found_and_nothing_else(directory: Path) -> None:
-    assert Cache(directory).find(WANTED) is None
+    assert find_kept(KeptFiles(directory), WANTED) is None
     path = kept(directory)
-    assert Cache(directory).find(WANTED) == made(WANTED)
+    assert find_kept(KeptFiles(directory), WANTED) == made(WANTED)
     assert (directory.stat().st_mode & 0o777, path.stat().st_mode & 0o777) == (0o700, 0o600)
 
 
@@ -68,7 +69,7 @@ def test_whatever_goes_into_the_programs_is_in_their_name(
     directory: Path, changed: dict[str, object]
 ) -> None:
     kept(directory)
-    assert Cache(directory).find(replace(WANTED, **changed)) is None  # type: ignore[arg-type]
+    assert find_kept(KeptFiles(directory), replace(WANTED, **changed)) is None  # type: ignore[arg-type]
 
 
 def test_another_text_or_compiler_finds_nothing(
@@ -77,11 +78,11 @@ def test_another_text_or_compiler_finds_nothing(
     kept(directory)
     with monkeypatch.context() as other:
         other.setattr(compilation, "text_digest", lambda: b"another text")
-        assert Cache(directory).find(WANTED) is None
+        assert find_kept(KeptFiles(directory), WANTED) is None
     with monkeypatch.context() as other:
         other.setattr(compilation, "bcc_version", lambda: "0.99")
-        assert Cache(directory).find(WANTED) is None
-    assert Cache(directory).find(WANTED) is not None
+        assert find_kept(KeptFiles(directory), WANTED) is None
+    assert find_kept(KeptFiles(directory), WANTED) is not None
 
 
 def test_a_damaged_one_is_said_and_replaced(directory: Path) -> None:
@@ -89,18 +90,18 @@ def test_a_damaged_one_is_said_and_replaced(directory: Path) -> None:
     whole = path.read_bytes()
     for damaged in (whole[:-1], whole[:100], b"", whole.replace(b"6.1.0", b"6.1.1"), b"\0" * 9):
         path.write_bytes(damaged)
-        cache = Cache(directory)
-        assert cache.find(WANTED) is None
+        cache = KeptFiles(directory)
+        assert find_kept(cache, WANTED) is None
         assert [path.name in note for note in cache.notes] == [True]
-        cache.keep(WANTED, whole)
-        assert Cache(directory).find(WANTED) == made(WANTED)
+        keep(cache, WANTED, whole)
+        assert find_kept(KeptFiles(directory), WANTED) == made(WANTED)
 
 
 def test_one_of_another_kind_under_this_name_is_not_used(directory: Path) -> None:
     path = kept(directory)
     path.write_bytes(artifact.encode(made(replace(WANTED, mode="kprobe"))))
-    cache = Cache(directory)
-    assert cache.find(WANTED) is None
+    cache = KeptFiles(directory)
+    assert find_kept(cache, WANTED) is None
     assert "something else" in cache.notes[0]
 
 
@@ -109,9 +110,9 @@ def test_a_directory_that_others_may_enter_is_not_used(directory: Path, mode: in
     path = kept(directory)
     before = path.read_bytes()
     directory.chmod(mode)
-    cache = Cache(directory)
-    assert cache.find(WANTED) is None
-    cache.keep(WANTED, b"other")
+    cache = KeptFiles(directory)
+    assert find_kept(cache, WANTED) is None
+    keep(cache, WANTED, b"other")
     assert len(cache.notes) == 1
     assert f"{mode:04o}" in cache.notes[0]
     assert path.read_bytes() == before
@@ -123,17 +124,17 @@ def test_what_belongs_to_somebody_else_is_not_used(directory: Path) -> None:
     path = kept(directory)
     for one in (path, directory):
         os.chown(one, SOMEBODY_ELSE, -1)
-        cache = Cache(directory)
-        assert cache.find(WANTED) is None
+        cache = KeptFiles(directory)
+        assert find_kept(cache, WANTED) is None
         assert str(SOMEBODY_ELSE) in cache.notes[0]
         os.chown(one, 0, -1)
-    assert Cache(directory).find(WANTED) is not None
+    assert find_kept(KeptFiles(directory), WANTED) is not None
 
 
 def test_a_file_that_others_may_write_is_not_used(directory: Path) -> None:
     kept(directory).chmod(0o666)
-    cache = Cache(directory)
-    assert cache.find(WANTED) is None
+    cache = KeptFiles(directory)
+    assert find_kept(cache, WANTED) is None
     assert "0666" in cache.notes[0]
 
 
@@ -142,23 +143,23 @@ def test_links_and_pipes_are_not_followed(directory: Path, tmp_path: Path) -> No
     elsewhere = tmp_path / "elsewhere"
     path.rename(elsewhere)
     path.symlink_to(elsewhere)
-    assert Cache(directory).find(WANTED) is None
+    assert find_kept(KeptFiles(directory), WANTED) is None
     path.unlink()
     os.mkfifo(path)
-    assert Cache(directory).find(WANTED) is None
+    assert find_kept(KeptFiles(directory), WANTED) is None
     path.unlink()
     directory.rmdir()
     directory.symlink_to(tmp_path)
-    cache = Cache(directory)
-    assert cache.find(WANTED) is None
+    cache = KeptFiles(directory)
+    assert find_kept(cache, WANTED) is None
     assert len(cache.notes) == 1
 
 
 def test_where_nothing_can_be_written_nothing_is_kept_and_it_is_said(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    cache = Cache(file / "tcpstuck-trace")
-    cache.keep(WANTED, b"data")
+    cache = KeptFiles(file / "tcpstuck-trace")
+    keep(cache, WANTED, b"data")
     assert len(cache.notes) == 1
     assert cache.state()[0] is False
 
@@ -166,48 +167,47 @@ def test_where_nothing_can_be_written_nothing_is_kept_and_it_is_said(tmp_path: P
 def test_the_ones_used_least_recently_make_room(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artifact_store, "MOST_KEPT", 3)
+    monkeypatch.setattr(kept_files, "MOST_KEPT", 3)
     each = [replace(WANTED, header=f"struct s{number};") for number in range(5)]
     for age, one in enumerate(each[:3]):
         os.utime(kept(directory, one), (age, age))
-    assert Cache(directory).find(each[0]) is not None  # used just now
+    assert find_kept(KeptFiles(directory), each[0]) is not None  # used just now
     for one in each[3:]:
-        path = artifact_store.Cache(directory)
-        path.keep(one, artifact.encode(made(one)))
-    found = [Cache(directory).find(one) is not None for one in each]
+        keep(KeptFiles(directory), one, artifact.encode(made(one)))
+    found = [find_kept(KeptFiles(directory), one) is not None for one in each]
     assert found == [True, False, False, True, True]
 
 
 def test_the_bytes_have_a_bound_too(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = kept(directory).stat().st_size
-    monkeypatch.setattr(artifact_store, "MOST_KEPT_BYTES", 2 * size)
+    monkeypatch.setattr(kept_files, "MOST_KEPT_BYTES", 2 * size)
     for number in range(4):
         kept_bytes = sum(path.stat().st_size for path in directory.iterdir())
         assert kept_bytes <= 2 * size
-        cache = Cache(directory)
+        cache = KeptFiles(directory)
         wanted = replace(WANTED, header=f"struct s{number};")
-        cache.keep(wanted, artifact.encode(made(wanted)))
-        assert cache.find(wanted) is not None
+        keep(cache, wanted, artifact.encode(made(wanted)))
+        assert find_kept(cache, wanted) is not None
 
 
 def test_what_a_killed_writer_left_is_removed(directory: Path) -> None:
     kept(directory)
-    dead = directory / f"x{artifact_store.SUFFIX}.{(1 << 22) + 1}.unfinished"
-    alive = directory / f"y{artifact_store.SUFFIX}.{os.getpid()}.unfinished"
+    dead = directory / f"x{PROGRAMS}.{(1 << 22) + 1}.unfinished"
+    alive = directory / f"y{PROGRAMS}.{os.getpid()}.unfinished"
     for path in (dead, alive):
         path.touch()
-    Cache(directory).keep(WANTED, artifact.encode(made(WANTED)))
+    keep(KeptFiles(directory), WANTED, artifact.encode(made(WANTED)))
     assert (dead.exists(), alive.exists()) == (False, True)
 
 
 def test_root_has_a_directory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert artifact_store.cache_directory() == artifact_store.ROOT_S_CACHE
+    assert kept_files.cache_directory() == kept_files.ROOT_S_CACHE
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert artifact_store.cache_directory() == Path("/somewhere/tcpstuck-trace")
+    assert kept_files.cache_directory() == Path("/somewhere/tcpstuck-trace")
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert artifact_store.cache_directory() == Path.home() / ".cache" / "tcpstuck-trace"
+    assert kept_files.cache_directory() == Path.home() / ".cache" / "tcpstuck-trace"
 
 
 def built(directory: Path, *wanted: Compilation) -> None:

@@ -1,0 +1,215 @@
+"""What a start asks of the running kernel, and keeps so that the next one need not ask.
+
+To find a dozen offsets, a start reads five megabytes of BTF and all of /proc/kallsyms: nearly half
+of its time where the programs are kept. The answers are as constant as the kernel. Kept are the
+answers, not what was made of them, so that another version of this tool asks its own questions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tcpstuck_bpf import btf, features, kernel_types
+from tcpstuck_bpf.btf import Btf, read_running_kernel
+from tcpstuck_bpf.kernel.artifact import DamagedError
+from tcpstuck_bpf.kernel.kept_files import FACTS, KeptFiles
+from tcpstuck_bpf.kernel_types import MemberPlace, Prototype
+
+_NOTES = Path("/sys/kernel/notes")
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+_FORMAT = b"tcpstuck-trace kernel 1"
+_NOTE = struct.Struct("=III")
+_BUILD_ID = 3
+"""NT_GNU_BUILD_ID of elf(5)."""
+
+_AS_IT_WAS: dict[str, Callable[[Any], Any]] = {
+    "place": lambda kept: MemberPlace(*kept),
+    "prototype": lambda kept: Prototype(str(kept[0]), tuple(kept[1])),
+    "enumerators": dict,
+    "parameter_count": int,
+    "tracepoint_arguments": int,
+    "function": int,
+    "tracepoint_type": int,
+}
+"""An answer from its JSON, by the question: a method of `Btf`."""
+
+_Question = tuple[str, ...]
+"""The question and its arguments."""
+
+
+@dataclass
+class _Answers:
+    """What is kept. Types belong to the kernel's build, symbols to the boot: addresses change."""
+
+    boot: str
+    types: dict[_Question, Any] = field(default_factory=dict)
+    functions: set[str] = field(default_factory=set)
+    addresses: dict[str, int] = field(default_factory=dict)
+
+    def encode(self) -> bytes:
+        told = {
+            "boot": self.boot,
+            "types": [[*question, answer] for question, answer in self.types.items()],
+            "functions": sorted(self.functions),
+            "addresses": self.addresses,
+        }
+        body = json.dumps(told).encode()
+        return b"\n".join((_FORMAT, hashlib.sha256(body).hexdigest().encode(), body))
+
+    @classmethod
+    def decode(cls, data: bytes) -> _Answers:
+        """Raises DamagedError for anything that `encode` did not write."""
+        head, _, rest = data.partition(b"\n")
+        digest, _, body = rest.partition(b"\n")
+        if head != _FORMAT or digest != hashlib.sha256(body).hexdigest().encode():
+            raise DamagedError("it is not as it was written")
+        try:
+            told = json.loads(body)
+            types = {}
+            for *question, answer in told["types"]:
+                decode = _AS_IT_WAS[question[0]]
+                types[tuple(question)] = None if answer is None else decode(answer)
+            return cls(told["boot"], types, set(told["functions"]), dict(told["addresses"]))
+        except (LookupError, TypeError, ValueError) as error:
+            raise DamagedError(f"it says nothing that is understood: {error}") from error
+
+
+class RunningKernel:
+    """The running kernel's own types (`kernel_types.KernelTypes`) and symbols.
+
+    Every question raises CannotTraceError where the kernel cannot answer it.
+    """
+
+    form = Btf.form
+
+    def __init__(
+        self, files: KeptFiles | None, read_types: Callable[[], Btf] = read_running_kernel
+    ) -> None:
+        self._files = files
+        self._read_types = read_types
+        self._types: Btf | None = None
+        self._learnt = False
+        self._name = None if files is None else _file_name()
+        boot = _boot()
+        kept = files.find(self._name, _Answers.decode) if files and self._name else None
+        self._answers = kept or _Answers(boot)
+        if not boot or self._answers.boot != boot:
+            self._answers = _Answers(boot, self._answers.types)
+
+    def _answer(self, *question: str) -> Any:
+        if question not in self._answers.types:
+            if self._types is None:
+                self._types = self._read_types()
+            method, *arguments = question
+            self._answers.types[question] = getattr(self._types, method)(*arguments)
+            self._learnt = True
+        return self._answers.types[question]
+
+    def place(self, struct_name: str, path: str) -> MemberPlace | None:
+        """See KernelTypes."""
+        found: MemberPlace | None = self._answer("place", struct_name, path)
+        return found
+
+    def parameter_count(self, function: str) -> int | None:
+        """See KernelTypes."""
+        found: int | None = self._answer("parameter_count", function)
+        return found
+
+    def prototype(self, function: str) -> Prototype | None:
+        """See KernelTypes."""
+        found: Prototype | None = self._answer("prototype", function)
+        return found
+
+    def tracepoint_arguments(self, tracepoint: str) -> int | None:
+        """See KernelTypes."""
+        found: int | None = self._answer("tracepoint_arguments", tracepoint)
+        return found
+
+    def enumerators(self, prefix: str) -> dict[str, int]:
+        """See KernelTypes."""
+        found: dict[str, int] = self._answer("enumerators", prefix)
+        return found
+
+    def function(self, name: str) -> int | None:
+        """See `Btf.function`."""
+        found: int | None = self._answer("function", name)
+        return found
+
+    def tracepoint_type(self, tracepoint: str) -> int | None:
+        """See `Btf.tracepoint_type`."""
+        found: int | None = self._answer("tracepoint_type", tracepoint)
+        return found
+
+    def symbols(
+        self, functions: Collection[str], data_symbol: str
+    ) -> tuple[frozenset[str], int | None]:
+        """See `features.read_symbols`.
+
+        What was missing is looked for anew: a module may have brought it, or the address may have
+        been hidden from the one who asked before.
+        """
+        known = self._answers
+        if not known.functions.issuperset(functions) or data_symbol not in known.addresses:
+            found, address = features.read_symbols(functions, data_symbol)
+            self._learnt |= not known.functions.issuperset(found)
+            known.functions |= found
+            if address is not None:
+                self._learnt |= data_symbol not in known.addresses
+                known.addresses[data_symbol] = address
+        return frozenset(known.functions.intersection(functions)), known.addresses.get(data_symbol)
+
+    def keep(self) -> None:
+        """Keep what was learnt since the last time, and let go of the types."""
+        self._types = None
+        if self._files is not None and self._name is not None and self._learnt:
+            self._files.keep(self._name, self._answers.encode())
+        self._learnt = False
+
+
+def _file_name() -> str | None:
+    """By the kernel's build and by the readers' text; None where one is not known."""
+    build = _build_id()
+    if build is None:
+        return None
+    digest = hashlib.sha256(_FORMAT + build + os.uname().release.encode())
+    try:
+        for module in (btf, kernel_types):
+            digest.update(Path(str(module.__file__)).read_bytes())
+    except OSError:
+        return None
+    return digest.hexdigest() + FACTS
+
+
+def _build_id() -> bytes | None:
+    """The running kernel's, a hash that the linker makes of all of it, BTF too.
+
+    Source: the ELF notes in /sys/kernel/notes (kernel/ksysfs.c).
+    """
+    try:
+        notes = _NOTES.read_bytes()
+    except OSError:
+        return None
+    place = 0
+    while place + _NOTE.size <= len(notes):
+        name_bytes, length, kind = _NOTE.unpack_from(notes, place)
+        name = place + _NOTE.size
+        value = name + -(-name_bytes // 4) * 4
+        if kind == _BUILD_ID and notes[name : name + name_bytes] == b"GNU\0":
+            return notes[value : value + length]
+        place = value + -(-length // 4) * 4
+    return None
+
+
+def _boot() -> str:
+    """A name of this boot; empty where it has none."""
+    try:
+        return _BOOT.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
