@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.errors import RecordingError, UsageError
@@ -50,8 +50,10 @@ from tcpstuck_bpf.replay import (
     TallyTaken,
 )
 from tcpstuck_bpf.report import Status, Summary
-from tcpstuck_bpf.rescuing import Rescuing
 from tcpstuck_bpf.verdict import Finding
+
+if TYPE_CHECKING:
+    from tcpstuck_bpf.rescuing import Rescuing
 
 SECOND_NS = 1_000_000_000
 LONGEST_POLL_NS = SECOND_NS // 5

@@ -12,8 +12,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 
-from tabulate import tabulate
-
 from tcpstuck_bpf.evidence import duration_text
 from tcpstuck_bpf.model import Attempt
 from tcpstuck_bpf.report import RescueTotals, Status, Summary, WallClock
@@ -230,6 +228,9 @@ class TableRenderer:
 
     def summary(self, summary: Summary) -> Iterator[str]:
         """The answer first, then what supports it."""
+        # Imported where it is used: it would delay every start, and JSON has no tables.
+        from tabulate import tabulate
+
         yield ""
         yield from self._answer(summary)
         yield ""
@@ -367,6 +368,8 @@ class TableRenderer:
                 rows[-1].insert(3, str(row.outside))
         if summary.filtered:
             headers.insert(3, "outside\nfilter")
+        from tabulate import tabulate  # where it is used, see `summary`
+
         table = tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
         yield from (line.rstrip() for line in table.splitlines())
         for row in summary.reconciliation:

@@ -323,9 +323,7 @@ def test_messages_do_not_go_into_the_output_where_theirs_is_closed() -> None:
 
 
 def test_ctrl_c_while_modules_are_read_is_no_traceback(tmp_path: Path) -> None:
-    (tmp_path / "tabulate.py").write_text(
-        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
-    )
+    (tmp_path / "difflib.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     ended = subprocess.run(
         [sys.executable, "-m", "tcpstuck_bpf", "--explain"],
         capture_output=True,

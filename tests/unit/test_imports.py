@@ -59,6 +59,27 @@ TALKS_TO_THE_MACHINE = {
     "threading",
 }
 
+ONLY_SOME_RUNS_NEED = {
+    # --rescue:
+    *(
+        f"{PACKAGE}.{name}"
+        for name in ("accept_room", "candidate", "rescue", "rescue_policy", "rescuing", "resend")
+    ),
+    "socket",
+    # --doctor, --build and --vmlinux:
+    *(f"{PACKAGE}.{name}" for name in ("consultation", "doctor", "dwarf", "vmlinux")),
+    "elftools",
+    # The table at the end of a run:
+    "html",
+    "tabulate",
+    # The compiler, which is a process of its own:
+    "bcc",
+    # What modules of the standard library draw in, and nobody here means to:
+    "importlib.resources",
+    "tempfile",
+    "zipfile",
+}
+
 
 def modules() -> dict[str, Path]:
     """Every module of the package by its name within it."""
@@ -120,6 +141,27 @@ def test_what_judges_and_prints_needs_no_machine(name: str) -> None:
         assert not module.startswith("kernel.")
         imported = {full.split(".")[0] for full in imports_of(modules()[module])}
         assert not imported & TALKS_TO_THE_MACHINE, f"{module}.py"
+
+
+def test_a_start_imports_nothing_that_only_some_runs_need() -> None:
+    """What a run without --rescue imports until the programs are attached."""
+    lines = (
+        "import sys",
+        f"import {PACKAGE}.cli, {PACKAGE}.source",
+        "print(*sorted(sys.modules))",
+    )
+    child = subprocess.run(
+        # Without site-packages' start-up files, which import what they like.
+        [sys.executable, "-S", "-c", "\n".join(lines)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=IMPORT_TIME_LIMIT_S,
+    )
+    assert (child.returncode, child.stderr) == (0, "")
+    loaded = set(child.stdout.split())
+    assert f"{PACKAGE}.render" in loaded
+    assert sorted(loaded & ONLY_SOME_RUNS_NEED) == []
 
 
 def test_the_walk_sees_imports_of_every_form(tmp_path: Path) -> None:
