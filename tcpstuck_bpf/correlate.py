@@ -35,6 +35,7 @@ from tcpstuck_bpf.flow import (
     ending_of,
     is_remarkable,
     is_torn,
+    sharing,
 )
 from tcpstuck_bpf.model import (
     Ending,
@@ -201,7 +202,7 @@ class Correlator:
         for attempt in rescue.attempts:
             flow = self._flow_named(attempt.handshake)
             if flow is not None:
-                flow.attempts.append(attempt)
+                flow.attempts += (attempt,)
         for handshake in rescue.unanswered:
             flow = self._flow_named(handshake)
             if flow is not None:
@@ -225,7 +226,7 @@ class Correlator:
             self._supersede(four_tuple, known)
         elif len(self._flows) >= self._max_flows:
             self._evict()
-        flow = self._flows[four_tuple] = Flow(handshake)
+        flow = self._flows[sharing(four_tuple)] = Flow(handshake)
         return flow
 
     def _supersede(self, four_tuple: FourTuple, flow: Flow) -> None:
@@ -314,7 +315,7 @@ class Correlator:
             return None
         report = _report(four_tuple, flow, state, decision.decided_ns)
         flow.told = state
-        flow.told_facts = (report.handshake, report.segments)
+        flow.told_handshake, flow.told_segments = flow.handshake, flow.segments
         return report
 
     def _note_deadline(self, due_ns: int) -> None:
@@ -363,6 +364,7 @@ class Correlator:
         """
         leaving = list(self._evicted_rows)
         self._evicted_rows.clear()
+        crowded = 4 * table_rows > 3 * table_capacity
         staying: list[tuple[bool, int, FourTuple]] = []
         forgotten: list[FourTuple] = []
         for four_tuple, flow in self._flows.items():
@@ -371,12 +373,12 @@ class Correlator:
                 last_syn_ns = flow.handshake.last_syn_ns
                 if self._has_left(flow, now_ns - last_syn_ns):
                     self._let_go(four_tuple, flow, leaving)
-                else:
+                elif crowded:
                     dropped = flow.handshake.acks_dropped > 0
                     staying.append((dropped, last_syn_ns, four_tuple))
             elif now_ns - flow.seen_ns > _REMEMBERED_NS and four_tuple not in self._touched:
                 forgotten.append(four_tuple)
-        if 4 * table_rows > 3 * table_capacity:
+        if crowded:
             excess = table_rows - len(leaving) - table_capacity // 2
             for _, _, four_tuple in heapq.nsmallest(excess, staying):
                 self._let_go(four_tuple, self._flows[four_tuple], leaving)
@@ -436,9 +438,7 @@ def _is_told_taken_over(flow: Flow) -> bool:
 
 def _report(four_tuple: FourTuple, flow: Flow, state: State, decided_ns: int) -> FlowReport:
     entry = flow.handshake
-    segments = tuple(flow.segments)
-    attempts = tuple(flow.attempts)
-    timeline, omitted = build_timeline(entry, segments, flow.segments_omitted, attempts)
+    timeline, omitted = build_timeline(entry, flow.segments, flow.segments_omitted, flow.attempts)
     connected = state in _CONNECTED_AT_LAST
     return FlowReport(
         four_tuple=four_tuple,
@@ -448,10 +448,10 @@ def _report(four_tuple: FourTuple, flow: Flow, state: State, decided_ns: int) ->
         handshake=entry,
         decided_ns=decided_ns,
         delay_ns=decided_ns - entry.first_syn_ns if connected else None,
-        segments=segments,
+        segments=flow.segments,
         timeline=timeline,
         timeline_omitted=omitted,
         flags=flow.flags,
         segments_omitted=flow.segments_omitted,
-        attempts=attempts,
+        attempts=flow.attempts,
     )

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import bisect
 import enum
+import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from tcpstuck_bpf.model import Attempt, Ending, Event, EventKind, FourTuple, Handshake
+
+Shared = TypeVar("Shared", bytes, int)
 
 SECOND_NS = 1_000_000_000
 SEGMENTS_KEPT_AT_EACH_END = 8
@@ -162,6 +165,36 @@ class Decision(NamedTuple):
     decided_ns: int
 
 
+@functools.lru_cache(maxsize=1024)
+def _shared(value: Shared) -> Shared:
+    """The same object for equal values, as far as they came lately."""
+    return value
+
+
+def sharing(who: FourTuple) -> FourTuple:
+    """An equal 4-tuple, which shares with others what they have in common.
+
+    Decoded, each has numbers and addresses of its own, of which a flood makes many.
+    """
+    return who._replace(
+        server_address=_shared(who.server_address),
+        server_port=_shared(who.server_port),
+        netns=_shared(who.netns),
+    )
+
+
+def _sharing(entry: Handshake) -> Handshake:
+    """The same of an entry."""
+    first_ns, last_ns = entry.first_syn_ns, entry.last_syn_ns
+    return entry._replace(
+        last_syn_ns=first_ns if last_ns == first_ns else last_ns,
+        accept_queue=_shared(entry.accept_queue),
+        accept_queue_limit=_shared(entry.accept_queue_limit),
+        syn_queue=_shared(entry.syn_queue),
+        mss=_shared(entry.mss),
+    )
+
+
 class Flow:
     """One handshake: (4-tuple, first_syn_ns). The 4-tuple is the key it is stored under."""
 
@@ -177,27 +210,30 @@ class Flow:
         "segments_omitted",
         "state",
         "told",
-        "told_facts",
+        "told_handshake",
+        "told_segments",
         "told_taken_over",
         "unanswered",
         "unsettled",
     )
 
     def __init__(self, handshake: Handshake) -> None:
-        self.handshake = handshake
+        self.handshake = _sharing(handshake)
         self.open_as_of_ns = 0
         self.seen_ns = 0
-        self.segments: list[Segment] = []
+        # Tuples: of most flows, those of a flood, they stay empty.
+        self.segments: tuple[Segment, ...] = ()
         self.segments_omitted = 0
         self.flags = FlowFlags.NOTHING
         self.state: State | None = None
         self.told: State | None = None
-        self.told_facts: tuple[Handshake, tuple[Segment, ...]] | None = None
+        self.told_handshake: Handshake | None = None
+        self.told_segments: tuple[Segment, ...] = ()
         self.told_taken_over = False
         self.ever_stuck = False
         self.in_table = False
         self.unsettled = True
-        self.attempts: list[Attempt] = []
+        self.attempts: tuple[Attempt, ...] = ()
         self.unanswered = False
 
     def note(self, handshake: Handshake, as_of_ns: int) -> bool:
@@ -236,16 +272,22 @@ class Flow:
         place = bisect.bisect_left(self.segments, segment)
         if place < len(self.segments) and self.segments[place] == segment:
             return False
-        self.segments.insert(place, segment)
-        if len(self.segments) > 2 * SEGMENTS_KEPT_AT_EACH_END:
-            del self.segments[SEGMENTS_KEPT_AT_EACH_END]
+        segments = [*self.segments[:place], segment, *self.segments[place:]]
+        if len(segments) > 2 * SEGMENTS_KEPT_AT_EACH_END:
+            del segments[SEGMENTS_KEPT_AT_EACH_END]
             self.segments_omitted += 1
+        self.segments = tuple(segments)
         if segment.kind not in (EventKind.SYN_REPEATED, EventKind.SYN_DROPPED):
             if segment.payload_length > 0:
                 self.flags |= FlowFlags.CLIENT_SENT_DATA
             if segment.tcp_flags & TCP_FLAG_FIN:
                 self.flags |= FlowFlags.CLIENT_SENT_FIN
         return True
+
+    @property
+    def told_facts(self) -> tuple[Handshake, tuple[Segment, ...]] | None:
+        """Its handshake and segments when it was told; None before."""
+        return None if self.told_handshake is None else (self.told_handshake, self.told_segments)
 
     def drawn_by_attempt(self) -> bool:
         """Whether what connected it is what a repeated SYN-ACK draws: a bare ACK, right after one.

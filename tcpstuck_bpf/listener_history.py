@@ -9,6 +9,7 @@ that time and have not answered since.
 from __future__ import annotations
 
 import bisect
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -37,8 +38,9 @@ class ListenerHistory:
     def __init__(self) -> None:
         self._seen: dict[Place, ListenerSeen] = {}
         self._heights: dict[Place, list[ListenerFacts]] = {}
-        self._silent: dict[Place, set[int]] = {}
-        self._silent_in_sweep: dict[Place, set[int]] = {}
+        self._silent: dict[Place, array[int]] = {}
+        """When each first sent a SYN, in no order. An array, for a flood has many."""
+        self._silent_in_sweep: dict[Place, array[int]] = {}
         self._gone: dict[Place, Counter[int]] = {}
 
     def take_listeners(self, seen: Iterable[ListenerSeen]) -> None:
@@ -68,26 +70,32 @@ class ListenerHistory:
         for row in sweep.rows:
             if _is_silent(row):
                 place = _place(row.four_tuple)
-                self._silent_in_sweep.setdefault(place, set()).add(row.handshake.first_syn_ns)
+                times = self._silent_in_sweep.get(place)
+                if times is None:
+                    times = self._silent_in_sweep[place] = array("Q")
+                times.append(row.handshake.first_syn_ns)
         if sweep.part is SweepPart.LAST:
             self._silent, self._silent_in_sweep = self._silent_in_sweep, {}
 
     def take_leaving(self, leaving: Iterable[HandshakeId]) -> None:
         """Entries that are removed from the table: silent ones are so for good."""
+        times: dict[Place, list[int]] = {}
         for four_tuple, first_syn_ns in leaving:
-            place = _place(four_tuple)
-            silent = self._silent.get(place, set())
-            if first_syn_ns in silent:
-                silent.remove(first_syn_ns)
-                # What the programs count as owed it stays part of, at every later height. By
-                # height and not by time, for a flood's would be too many to be kept for ever.
-                heights = self._heights.get(place, [])
+            times.setdefault(_place(four_tuple), []).append(first_syn_ns)
+        for place, left in times.items():
+            silent = set(self._silent.get(place, ()))
+            # What the programs count as owed they stay part of, at every later height. By height
+            # and not by time, for a flood's would be too many to be kept for ever.
+            heights = self._heights.get(place, [])
+            gone = silent.intersection(left)
+            for first_syn_ns in gone:
                 counted_ns = _first_height_from(heights, first_syn_ns)
                 self._gone.setdefault(place, Counter())[counted_ns] += 1
+            self._silent[place] = array("Q", silent - gone)
 
     def _silent_times(self, place: Place) -> list[int]:
         """When those of the table who never answered sent their SYN, in order."""
-        return sorted(self._silent.get(place, ()))
+        return sorted(set(self._silent.get(place, ())))
 
     def _need(self, place: Place, silent_times: Sequence[int], facts: ListenerFacts) -> SynNeed:
         gone = self._gone.get(place, Counter())
