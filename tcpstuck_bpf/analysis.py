@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
 from tcpstuck_bpf.correlate import Correlator
@@ -160,14 +159,14 @@ class Analysis:
             self._never_updated += 1
             return with_evidence(finding, NO_ROOM_FOR_UPDATE)
         self._rules_awaited[told.report.four_tuple] = told
-        return replace(with_evidence(finding, UPDATE_FOLLOWS), to_be_updated=True)
+        return with_evidence(finding, UPDATE_FOLLOWS)._replace(to_be_updated=True)
 
     def _updates(self, read: Collection[int]) -> Iterator[Finding]:
         """The verdicts that waited for the rules of these network namespaces, with their part."""
         for told in [one for who, one in self._rules_awaited.items() if who.netns in read]:
             finding = self._judged(told)
             if finding is not None and not finding.to_be_updated:
-                yield replace(finding, updates=finding.verdict)
+                yield finding._replace(updates=finding.verdict)
 
     @property
     def awaits_rules(self) -> bool:
@@ -193,7 +192,7 @@ class Analysis:
         timeline = self._warnings.added_to(
             finding.timeline, finding.four_tuple, finding.first_syn_ns, finding.verdict_ns
         )
-        return finding if timeline is finding.timeline else replace(finding, timeline=timeline)
+        return finding if timeline is finding.timeline else finding._replace(timeline=timeline)
 
     @property
     def tallied(self) -> bool:

@@ -18,7 +18,7 @@ import bisect
 import heapq
 from collections import Counter, deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tcpstuck_bpf.flow import (
     ENDED_STATES,
@@ -84,8 +84,7 @@ _ALWAYS_TOLD = STUCK_STATES | {
 }
 
 
-@dataclass(frozen=True)
-class CorrelatorStats:
+class CorrelatorStats(NamedTuple):
     """What the summary and the status line need; plain counts."""
 
     told_now: Mapping[State, int]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import bisect
 import enum
 import functools
-from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from tcpstuck_bpf.model import Attempt, Ending, Event, EventKind, FourTuple, Handshake
@@ -122,8 +121,7 @@ class TimelineEntry(NamedTuple):
     detail: str
 
 
-@dataclass(frozen=True)
-class FlowReport:
+class FlowReport(NamedTuple):
     """A flow that came into a state worth telling, with all that is known of it by then."""
 
     four_tuple: FourTuple

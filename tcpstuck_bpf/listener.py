@@ -9,7 +9,7 @@ which a cookie was sent tells which.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tcpstuck_bpf.model import (
     IPV4_MAPPED_PREFIX,
@@ -43,8 +43,7 @@ _FIGURES_NEED = frozenset(
 """What may be missing that counts who needed a place."""
 
 
-@dataclass(frozen=True)
-class SynNeed:
+class SynNeed(NamedTuple):
     """How much SYN queue was needed at one moment, in entries."""
 
     in_queue: int
@@ -59,8 +58,7 @@ class SynNeed:
         return self.in_queue + self.owed
 
 
-@dataclass(frozen=True)
-class ListenerReport:
+class ListenerReport(NamedTuple):
     """One listener at the end of a run. Queue lengths and limits are entries."""
 
     netns: int

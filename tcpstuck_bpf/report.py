@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tcpstuck_bpf.listener import ListenerReport
 from tcpstuck_bpf.model import CoverageGap
@@ -25,8 +26,7 @@ class WallClock:
         return self.realtime_ns + monotonic_ns - self.monotonic_ns
 
 
-@dataclass(frozen=True)
-class Reconciled:
+class Reconciled(NamedTuple):
     """One kernel counter of one namespace beside what was traced of it, in the traced period."""
 
     netns: int
@@ -44,8 +44,7 @@ class Reconciled:
     """Why it is unknown, differs, or is a lower bound; empty where there is nothing to say."""
 
 
-@dataclass(frozen=True)
-class Status:
+class Status(NamedTuple):
     """What the line says that is shown while nothing is wrong."""
 
     watched: str
@@ -58,8 +57,7 @@ class Status:
     running_ns: int
 
 
-@dataclass(frozen=True)
-class RescueTotals:
+class RescueTotals(NamedTuple):
     """What --rescue did in a run, or would have done."""
 
     sent: int
@@ -73,8 +71,7 @@ class RescueTotals:
     """Stuck clients that were not to be rescued, by reason."""
 
 
-@dataclass(frozen=True)
-class Summary:
+class Summary(NamedTuple):
     """The end of a run."""
 
     watched: str

@@ -8,8 +8,7 @@ a fact unknown, never absent, and the finding says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tcpstuck_bpf.drops import NO_NAMES, Drop, drop_of
 from tcpstuck_bpf.evidence import evidence
@@ -39,8 +38,7 @@ RAISE_BACKLOG = (
 )
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """One verdict. `meaning` is for the table: at most 60 characters."""
 
     name: str
@@ -56,8 +54,7 @@ class Rule:
     """Probes (kernel functions) without which what the verdict denies is not known."""
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """A verdict on one flow, ready to be printed. Times are CLOCK_MONOTONIC nanoseconds."""
 
     verdict: str
@@ -277,7 +274,7 @@ def _replaced(report: FlowReport) -> str | None:
     if report.previous is None or report.previous_facts is None:
         return None
     entry, segments = report.previous_facts
-    rule = rule_for(replace(report, state=report.previous, handshake=entry, segments=segments))
+    rule = rule_for(report._replace(state=report.previous, handshake=entry, segments=segments))
     return None if rule is None else rule.name
 
 
@@ -342,7 +339,7 @@ NO_ROOM_FOR_UPDATE = "too many verdicts wait for the rules already: this one is 
 
 def with_evidence(finding: Finding, sentence: str) -> Finding:
     """A finding with one more sentence."""
-    return replace(finding, evidence=(*finding.evidence, sentence))
+    return finding._replace(evidence=(*finding.evidence, sentence))
 
 
 def _unseen_sentences(unseen_acks: int) -> Iterator[str]:

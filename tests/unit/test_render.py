@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime, timezone
 
 import pytest
@@ -45,7 +44,7 @@ LONG_IPV6 = FourTuple(
 def finding(who: FourTuple) -> Finding:
     """An accept-queue-full of that client."""
     (report,) = reports([sweep(at(4), ack_dropped(handshake(), at(0.1)))], at(4))
-    found = judge(replace(report, four_tuple=who), header().coverage)
+    found = judge(report._replace(four_tuple=who), header().coverage)
     assert found is not None
     return found
 
@@ -139,7 +138,7 @@ def summed_up(width: int = 80, **changes: object) -> list[str]:
     )
     analysis = Analysis(header())
     analysis.take(TallyTaken(tally(at(0))))
-    return list(renderer.summary(replace(analysis.summary(Ended(at(9), {}, ())), **changes)))
+    return list(renderer.summary(analysis.summary(Ended(at(9), {}, ()))._replace(**changes)))
 
 
 @pytest.mark.parametrize("width", range(60, 90))
@@ -182,7 +181,7 @@ def test_the_listeners_of_the_summary_fit_and_json_says_the_same() -> None:
     ended = Ended(at(9), {}, ())
     analysis = Analysis(header())
     analysis.take(TallyTaken(tally(at(0))))
-    summary = replace(analysis.summary(ended), listeners=(told, judged(facts(syns=9))))
+    summary = analysis.summary(ended)._replace(listeners=(told, judged(facts(syns=9))))
     shown = list(renderer.summary(summary))
     assert max(map(len, shown)) <= 80
     text = " ".join(" ".join(shown).split())

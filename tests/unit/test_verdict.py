@@ -170,7 +170,7 @@ def test_names_are_unique() -> None:
 @pytest.mark.parametrize("state", [State.TAKEN_OVER, State.SUPERSEDED])
 def test_states_that_are_never_told_have_no_verdict(state: State) -> None:
     report = reports([swept(SYN_ONCE)], at(60))[0]
-    assert judge(FlowReport(**{**vars(report), "state": state}), EVERY_PROBE) is None
+    assert judge(report._replace(state=state), EVERY_PROBE) is None
 
 
 @pytest.mark.parametrize(
