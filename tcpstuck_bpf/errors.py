@@ -45,3 +45,11 @@ class UsageError(TcpstuckError):
 
 class RecordingError(UsageError):
     """A recording cannot be written or read."""
+
+
+def words_of(error: BaseException) -> str:
+    """What an exception of any kind says, in words; its kind where it says nothing."""
+    if isinstance(error, TcpstuckError):
+        return f"{error.what}: {error.why}"
+    told = error.strerror if isinstance(error, OSError) else None
+    return told or str(error) or type(error).__name__

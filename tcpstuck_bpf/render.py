@@ -56,7 +56,7 @@ _LOSSES = {
 
 def watching(watched: str, mode: str) -> str:
     """What is said once, where there is no terminal for a status line."""
-    return f"tcpstuck-trace: watching {watched} by {mode}; Ctrl-C ends with a summary"
+    return f"watching {watched} by {mode}; Ctrl-C ends with a summary"
 
 
 def endpoint(ip: str, port: int) -> str:

@@ -155,11 +155,13 @@ class Recorder:
             self._write_line(self._values(step))
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Nothing more will come. Raises OSError where only this fails."""
         try:
             self._file.close()
         except OSError as error:
-            self.failure = self.failure or str(error.strerror)
+            if self.failure is None:
+                self.failure = str(error.strerror)
+                raise
 
     def _write_line(self, values: Mapping[str, Any]) -> None:
         try:
