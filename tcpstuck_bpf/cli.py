@@ -11,13 +11,13 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
-from tcpstuck_bpf import netns
+from tcpstuck_bpf import netns, terminal
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.app import Live, Output, remove_ready_file, run_replay, write_ready_file
 from tcpstuck_bpf.ending import Ending
@@ -248,7 +248,9 @@ def _trace(options: argparse.Namespace) -> int:
         if options.dry_run:
             if options.ready_file is not None:
                 write_ready_file(options.ready_file)
-            print(f"able to trace: {len(source.coverage.probes)} probes by {source.coverage.mode}")
+            _print(
+                [f"able to trace: {len(source.coverage.probes)} probes by {source.coverage.mode}"]
+            )
             return EXIT_NOTHING_STUCK
         clock = WallClock(time.monotonic_ns(), time.time_ns())
         kernel_log, gaps = open_kernel_log()
@@ -320,8 +322,7 @@ def _doctor(options: argparse.Namespace) -> int:
     able, lines = consult(
         _vmlinux(options), options.against, width=width, json=options.json, verbose=options.verbose
     )
-    for line in lines:
-        print(line)
+    _print(lines)
     return EXIT_NOTHING_STUCK if able else EXIT_CANNOT_TRACE
 
 
@@ -336,8 +337,7 @@ def _build(options: argparse.Namespace) -> int:
     from tcpstuck_bpf.kernel.builder import build
 
     request = AttachRequest(rescue=options.rescue is not None, why=options.why)
-    for line in build(Path(options.build), options.vmlinux or [], request):
-        print(line, flush=True)
+    _print(build(Path(options.build), options.vmlinux or [], request))
     return EXIT_NOTHING_STUCK
 
 
@@ -351,8 +351,7 @@ def _explain(options: argparse.Namespace) -> int:
     )
     verdict: str = options.explain
     width = shutil.get_terminal_size((WIDTH_OF_A_PIPE, 24)).columns
-    for line in explanation(verdict, width) if verdict else verdict_list(width):
-        print(line)
+    _print(explanation(verdict, width) if verdict else verdict_list(width))
     return EXIT_NOTHING_STUCK
 
 
@@ -362,6 +361,8 @@ def _exit_status(summary: Summary) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.json:
+        terminal.in_utf8(sys.stdout)
     if options.explain is not None:
         return _explain(options)
     if options.doctor:
@@ -372,7 +373,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _open_standard_streams() -> None:
-    """Where the caller has closed one, the next file to be opened would take its place."""
+    """Standard streams that are there, and write whatever they are given.
+
+    Where the caller has closed one, the next file to be opened would take its place.
+    """
     for number in range(3):
         try:
             os.fstat(number)
@@ -380,6 +384,8 @@ def _open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    terminal.never_fail(sys.stdout)
+    terminal.never_fail(sys.stderr)
 
 
 def _discard(stream: TextIO) -> None:
@@ -388,19 +394,27 @@ def _discard(stream: TextIO) -> None:
 
 
 def _say(error: TcpstuckError) -> int:
-    _complain("\n".join(error.lines()))
+    _complain(error.lines())
     return error.exit_status
 
 
 def _note(text: str) -> None:
     """Something beside the answer, for whoever reads standard error."""
-    _complain(f"tcpstuck-trace: {text}")
+    _complain([f"tcpstuck-trace: {text}"])
 
 
-def _complain(text: str) -> None:
+def _print(lines: Iterable[str]) -> None:
+    """Lines of the answer as they come, where it is neither the table nor verdicts in JSON."""
+    for line in lines:
+        sys.stdout.write(terminal.line(line))
+        sys.stdout.flush()
+
+
+def _complain(lines: Iterable[str]) -> None:
     """Nobody who reads it is no reason to end otherwise."""
     try:
-        print(text, file=sys.stderr, flush=True)
+        sys.stderr.write("".join(map(terminal.line, lines)))
+        sys.stderr.flush()
     except OSError:  # most often the same full disk that is to be told of
         _discard(sys.stderr)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from tcpstuck_bpf.terminal import printable
+
 EXIT_NOTHING_STUCK = 0
 EXIT_STUCK = 1
 EXIT_USAGE = 2
@@ -28,7 +30,8 @@ class TcpstuckError(Exception):
 
     def lines(self) -> list[str]:
         """The message as it is printed, one line each of what, why and remedy."""
-        return [f"tcpstuck-trace: {self.what}", f"  why: {self.why}", f"  remedy: {self.remedy}"]
+        lines = (f"tcpstuck-trace: {self.what}", f"  why: {self.why}", f"  remedy: {self.remedy}")
+        return [*map(printable, lines)]
 
 
 class CannotTraceError(TcpstuckError):

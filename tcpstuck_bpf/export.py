@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
+from tcpstuck_bpf.json_text import json_text
 from tcpstuck_bpf.listener import MAX_SYN_BACKLOG, SOMAXCONN, SYNCOOKIES, ListenerReport
 from tcpstuck_bpf.model import Attempt
 from tcpstuck_bpf.report import Reconciled, RescueTotals, Summary, WallClock
@@ -29,14 +28,10 @@ def _milliseconds(nanoseconds: int | None) -> float | None:
     return None if nanoseconds is None else round(nanoseconds / 1_000_000, 3)
 
 
-def _line(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, separators=(", ", ": "), ensure_ascii=True)
-
-
 def verdict_line(finding: Finding, clock: WallClock) -> str:
     """One finding as a JSON object on one line, without the newline."""
     who = finding.four_tuple
-    return _line(
+    return json_text(
         {
             "type": "verdict",
             "format": FORMAT,
@@ -81,7 +76,7 @@ def verdict_line(finding: Finding, clock: WallClock) -> str:
 def attempt_line(attempt: Attempt, clock: WallClock) -> str:
     """One repeated SYN-ACK as a JSON object on one line, without the newline."""
     who = attempt.handshake.four_tuple
-    return _line(
+    return json_text(
         {
             "type": "rescue",
             "format": FORMAT,
@@ -102,7 +97,7 @@ def attempt_line(attempt: Attempt, clock: WallClock) -> str:
 def listener_line(listener: ListenerReport) -> str:
     """One listener as a JSON object on one line, without the newline. Queues are in entries."""
     facts, settings = listener.facts, listener.settings
-    return _line(
+    return json_text(
         {
             "type": "listener",
             "format": FORMAT,
@@ -163,7 +158,7 @@ def _reconciled(row: Reconciled) -> dict[str, Any]:
 
 def summary_line(summary: Summary, clock: WallClock) -> str:
     """The summary as a JSON object on one line, without the newline."""
-    return _line(
+    return json_text(
         {
             "type": "summary",
             "format": FORMAT,

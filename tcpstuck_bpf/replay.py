@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TextIO, Union
 
 from tcpstuck_bpf import __version__
 from tcpstuck_bpf.errors import RecordingError
+from tcpstuck_bpf.json_text import json_text
 from tcpstuck_bpf.model import (
     Coverage,
     CoverageGap,
@@ -165,7 +166,7 @@ class Recorder:
 
     def _write_line(self, values: Mapping[str, Any]) -> None:
         try:
-            self._file.write(json.dumps(values, separators=(",", ":")) + "\n")
+            self._file.write(json_text(values, (",", ":")) + "\n")
             self._file.flush()
         except OSError as error:
             self.failure = str(error.strerror)

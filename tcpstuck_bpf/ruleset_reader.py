@@ -119,7 +119,9 @@ def _output(command: Sequence[str]) -> str:
         [program, *command[1:]],
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        # A comment may hold any bytes, and is no reason not to read the rules.
+        errors="surrogateescape",
         timeout=LIMIT_S,
         # Ctrl-C at our terminal is meant for us: what is being read still tells something.
         start_new_session=True,
