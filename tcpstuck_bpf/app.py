@@ -18,6 +18,7 @@ from typing import Protocol, TypeVar
 
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.errors import RecordingError, UsageError, words_of
+from tcpstuck_bpf.files import write_whole
 from tcpstuck_bpf.flow import FlowReport
 from tcpstuck_bpf.model import (
     Attempt,
@@ -456,17 +457,19 @@ def remove_ready_file(path: str | None) -> None:
 
 
 def write_ready_file(path: str) -> None:
-    """Say that every probe is attached: a file with our process number appears.
+    """Say that every probe is attached: a file with our process number appears, whole.
+
+    A named pipe is written to; see `files` for what else may be there.
 
     Raises UsageError where it cannot be written.
     """
     try:
-        Path(path).write_text(f"{os.getpid()}\n", encoding="ascii")
+        write_whole(path, f"{os.getpid()}\n".encode("ascii"))
     except OSError as error:
         raise UsageError(
             f"cannot write the ready file {path}",
             str(error.strerror),
-            "name a file in a directory that you may write to",
+            "name a file in a directory that you may write to, or a named pipe",
         ) from error
 
 

@@ -12,10 +12,11 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO, Union
+from typing import Any, NamedTuple, Union
 
 from tcpstuck_bpf import __version__
 from tcpstuck_bpf.errors import RecordingError
+from tcpstuck_bpf.files import OutputFile
 from tcpstuck_bpf.json_text import json_text
 from tcpstuck_bpf.model import (
     Coverage,
@@ -133,6 +134,12 @@ Step = Union[Observed, Swept, Advanced, TallyTaken, Rescued, Named, Listened, Lo
 class Recorder:
     """Writes a recording. A full disk ends the recording, not the run.
 
+    The file appears with its header, in place of an older one, and grows by whole lines, each of
+    them written at once. So under its name there is always either what was there before or a
+    recording that can be replayed as far as it goes: a run that is killed has had no time to do
+    anything more, which is why it cannot appear at the end only. It holds the addresses of clients
+    and is for its owner alone (0600).
+
     Raises RecordingError where the file cannot be created.
     """
 
@@ -141,14 +148,16 @@ class Recorder:
         """Why the recording is incomplete; None while it is not."""
         self._table = RecordedTable()
         try:
-            self._file: TextIO = Path(path).open("w", encoding="ascii")  # noqa: SIM115  (close())
+            self._file = OutputFile(path, 0o600)
         except OSError as error:
-            raise RecordingError(
-                f"cannot record to {path}",
-                str(error.strerror),
-                "name a file in a directory that you may write to",
-            ) from error
+            raise _cannot_record(path, error) from error
         self._write_line(_header_values(header))
+        try:
+            if self.failure is None:
+                self._file.appear()
+        except OSError as error:
+            self._file.close()
+            raise _cannot_record(path, error) from error
 
     def write(self, step: Step) -> None:
         """Add a step; after a failure nothing more is written."""
@@ -166,8 +175,7 @@ class Recorder:
 
     def _write_line(self, values: Mapping[str, Any]) -> None:
         try:
-            self._file.write(json_text(values, (",", ":")) + "\n")
-            self._file.flush()
+            self._file.write(f"{json_text(values, (',', ':'))}\n".encode("ascii"))
         except OSError as error:
             self.failure = str(error.strerror)
 
@@ -189,6 +197,14 @@ class Recorder:
         if isinstance(step, Logged):
             return {"warnings": [warning_values(one) for one in step.warnings]}
         return {"end": step.now_ns, "losses": dict(step.losses), "notes": list(step.notes)}
+
+
+def _cannot_record(path: str, error: OSError) -> RecordingError:
+    return RecordingError(
+        f"cannot record to {path}",
+        str(error.strerror),
+        "name a file in a directory that you may write to",
+    )
 
 
 def _header_values(header: Header) -> dict[str, Any]:

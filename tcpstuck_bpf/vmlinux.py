@@ -13,7 +13,6 @@ import lzma
 import mmap
 import os
 import re
-import shutil
 import stat
 import struct
 import subprocess
@@ -31,6 +30,7 @@ from tcpstuck_bpf.btf import Btf
 from tcpstuck_bpf.dwarf import Dwarf, has_dwarf
 from tcpstuck_bpf.errors import CannotTraceError, TcpstuckError, UsageError
 from tcpstuck_bpf.kernel_types import KernelTypes
+from tcpstuck_bpf.programs import ENVIRONMENT, find_program
 
 ELF_MAGIC = b"\x7fELF"
 FLAT_MAGIC_PLACE = 56
@@ -247,7 +247,7 @@ def _unpacked(path: str, data: _Bytes) -> tuple[str, bytes]:
         for packing, place in _hits(data):
             if packing.unpacker is not None:
                 unpacked = _unpack(path, packing.unpacker, view[place:])
-            elif shutil.which(packing.program) is None:
+            elif find_program(packing.program) is None:
                 lacking = lacking or packing
                 continue
             else:
@@ -294,8 +294,9 @@ def _unpack_by_program(program: str, packed: memoryview) -> bytes | None:
     """None for a false hit. What follows the stream makes the program fail after its output."""
     try:
         ended = subprocess.run(
-            [program, "-dc"],
+            [find_program(program) or program, "-dc"],
             input=packed,
+            env=ENVIRONMENT,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             timeout=UNPACKING_LIMIT_S,

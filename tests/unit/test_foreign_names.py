@@ -52,7 +52,7 @@ def test_a_comment_of_any_bytes_does_not_hide_the_rules(
         b'-A INPUT -p tcp -m comment --comment "\\377\\033[2J" -j DROP\\nCOMMIT\\n\'\n'
     )
     program.chmod(0o700)
-    monkeypatch.setattr(ruleset_reader, "_found", lambda _name: str(program))
+    monkeypatch.setattr(ruleset_reader, "find_program", lambda _name: str(program))
     text = ruleset_reader._output([program.name])
     (rule,) = ruleset_reader.xtables_rules(text, "ip")
     assert (rule.chain, rule.number) == ("INPUT", 1)

@@ -147,7 +147,7 @@ DOORS = {
     "replay._write_line",
 }
 """Where text leaves: each passes it through `terminal` or `json_text`."""
-OTHER_WRITERS = {"kernel.compiler", "kernel.artifact_store", "kernel.builder"}
+OTHER_WRITERS = {"kernel.compiler", "kernel.artifact_store", "files"}
 """Their bytes are for programs, or their standard error is read by the process that traces."""
 
 

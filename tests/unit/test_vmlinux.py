@@ -20,7 +20,7 @@ from elftools.elf.elffile import ELFFile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tcpstuck_bpf import vmlinux
+from tcpstuck_bpf import programs, vmlinux
 from tcpstuck_bpf.errors import CannotTraceError, TcpstuckError, UsageError
 from tcpstuck_bpf.kernel_types import MemberPlace
 from tcpstuck_bpf.layout import find_layout
@@ -153,7 +153,7 @@ def test_a_missing_program_is_named(
 ) -> None:
     path = tmp_path / "vmlinuz"
     path.write_bytes(packed("zstd", kernel.read_bytes()))
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(programs, "PLACES", (str(tmp_path),))
     with pytest.raises(CannotTraceError) as raised:
         read_image(str(path))
     assert "apt install zstd" in raised.value.remedy
