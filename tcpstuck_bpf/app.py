@@ -474,7 +474,10 @@ def write_ready_file(path: str) -> None:
 
 
 def run_replay(replay: Replay, output: Output) -> Summary:
-    """Play a recording; gives what the live run gave. Raises RecordingError where it is damaged."""
+    """Play a recording; gives what the live run gave, as far as it goes.
+
+    Raises RecordingError where it is damaged.
+    """
     analysis = Analysis(replay.header)
     for step in replay.steps():
         findings = analysis.take(step)
@@ -486,10 +489,10 @@ def run_replay(replay: Replay, output: Output) -> Summary:
             if not analysis.tallied:
                 raise RecordingError(
                     f"the recording of {replay.header.watched} is damaged",
-                    "it holds no reading of the counters",
+                    "it holds no reading of the counters, with which a run begins",
                     "record again",
                 )
             summary = analysis.summary(step)
             output.summary(summary)
             return summary
-    raise AssertionError("a recording without an end is refused when it is opened")
+    raise AssertionError("the last of the steps is an end")

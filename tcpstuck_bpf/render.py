@@ -283,6 +283,10 @@ class TableRenderer:
             yield f"nothing is stuck any more: {ended}"
         else:
             yield "nothing stuck"
+        if summary.cut_off_ns is not None:
+            moment = self._clock.realtime(summary.cut_off_ns) // 1_000_000_000
+            until = datetime.fromtimestamp(moment).strftime("%H:%M:%S")
+            yield f"The recording breaks off at {until}: this is what it holds until then."
         yield from self._wrapped(seen, "")
 
     def _rescue(self, totals: RescueTotals) -> Iterator[str]:
