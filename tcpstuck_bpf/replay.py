@@ -9,6 +9,7 @@ nothing. Numbers stay integers; keys and addresses are hexadecimal.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -56,6 +57,8 @@ VERSION = 1
 _LONGEST_HEADER_BYTES = 1 << 20
 _LONGEST_LINE_BYTES = 1 << 28
 """A line holds a batch of the table (1 MB), or the rules of one firewall."""
+_ENDLESS_NUMBER = re.compile(rb"\d{1000}")
+"""Reading one takes the square of its length; Python refuses that itself from 3.10.7 on."""
 _TOO_LARGE = "takes more memory than there is"
 _MOST_ENTRIES = (1 << 32) - 1
 """Of a BPF map: max_entries of union bpf_attr."""
@@ -289,6 +292,8 @@ class Replay:
         )
 
     def _decoded(self, line: bytes) -> dict[str, Any]:
+        if _ENDLESS_NUMBER.search(line):
+            raise self._damaged("has a number without an end")
         try:
             values = json.loads(line.decode("ascii"))
         except (ValueError, RecursionError) as error:

@@ -303,6 +303,28 @@ def test_a_recording_that_is_larger_than_the_memory_is_refused(
         assert "more memory than there is" in refused.value.why
 
 
+@pytest.mark.parametrize("number", ["9" * 2_000_000, f'"{"9" * 2_000_000}"'])
+def test_a_number_without_an_end_is_not_read(tmp_path: Path, number: str) -> None:
+    """Where Python has no bound of its own it would take minutes."""
+    path = recorded(tmp_path / "run", STEPS[:1])
+    with path.open("a", encoding="ascii") as file:
+        file.write(f'{{"advance":{number}}}\n')
+    with pytest.raises(RecordingError, match="damaged") as refused:
+        complete(path)
+    assert "number without an end" in refused.value.why
+
+
+def test_few_bytes_do_not_become_many_rows(tmp_path: Path) -> None:
+    """Twenty million rows from 400 kB, before the runs had to be apart."""
+    many = sweep(at(1), *[handshake()] * 500)
+    path = recorded(tmp_path / "run", (STEPS[0], Swept(many)))
+    runs = ",".join(["[0,499]"] * 40_000)
+    with path.open("a", encoding="ascii") as file:
+        file.write(f'{{"sweep":{at(2)},"part":"last","rows":[],"kept":[{runs}]}}\n')
+    with pytest.raises(RecordingError, match="damaged"):
+        complete(path)
+
+
 KILLED = """
 import os, signal, sys
 from tests.builders import header
