@@ -43,6 +43,7 @@ OF_THE_KERNEL_SIDE = {
     "ruleset_reader",
     "softirqs",
     "source",
+    "unpacking",
     "vmlinux",
 }
 # What talks to the machine: none of it is needed to judge what others have observed.
@@ -147,7 +148,7 @@ DOORS = {
     "replay._write_line",
 }
 """Where text leaves: each passes it through `terminal` or `json_text`."""
-OTHER_WRITERS = {"kernel.compiler", "kernel.artifact_store", "files"}
+OTHER_WRITERS = {"kernel.compiler", "kernel.artifact_store", "files", "unpacking"}
 """Their bytes are for programs, or their standard error is read by the process that traces."""
 
 
