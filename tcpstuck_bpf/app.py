@@ -133,6 +133,9 @@ class Output(Protocol):
     def summary(self, summary: Summary) -> None:
         """The end."""
 
+    def close(self) -> None:
+        """Nothing more will come, with or without a summary. Raises OSError."""
+
 
 class Log(Protocol):
     """The kernel's warnings of full SYN queues; `kernel_log.KernelLog` is the real one."""

@@ -284,6 +284,7 @@ def _trace(options: argparse.Namespace) -> int:
             f"the ready file {options.ready_file} was not removed",
             lambda: remove_ready_file(options.ready_file),
         )
+        ending.add("the status line stays", output.close)
         # First of all: what ends is not to be interrupted, whoever goes on pressing Ctrl-C.
         ending.add("signals", interrupts.ignore)
         interrupts.live = live

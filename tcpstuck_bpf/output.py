@@ -70,6 +70,11 @@ class TableOutput:
             self._stream.flush()
             self._status_shown = True
 
+    def close(self) -> None:
+        """Nothing more will come: what is said next does not stand behind a status line."""
+        self._clear()
+        self._stream.flush()
+
     def summary(self, summary: Summary) -> None:
         """The end."""
         self._clear()
@@ -98,6 +103,9 @@ class JsonOutput:
             for attempt in attempts:
                 self._stream.write(attempt_line(attempt, self._clock) + "\n")
             self._stream.flush()
+
+    def close(self) -> None:
+        """Nothing is left to be done."""
 
     def status(self, status: Status) -> None:
         """Nothing: a program waits for lines, not for reassurance."""

@@ -31,6 +31,7 @@ from tcpstuck_bpf.kernel.bpf_syscall import RefusedError
 from tcpstuck_bpf.model import KernelCounters, Sweep
 from tcpstuck_bpf.output import JsonOutput, Selection
 from tcpstuck_bpf.replay import Recorder, Replay
+from tcpstuck_bpf.terminal import CLEAR_LINE
 from tests.builders import SECOND_NS, at, four_tuple, handshake, header
 from tests.scripted_run import FakeKernel
 
@@ -190,6 +191,30 @@ def test_notes_that_nobody_can_read_are_no_reason_to_end() -> None:
             assert ended.returncode == EXIT_NOTHING_STUCK
             assert b'"type": "summary"' in ended.stdout
     os.close(theirs)
+
+
+@pytest.mark.usefixtures("_signals_as_before")
+def test_no_status_line_stays_where_a_run_is_abandoned(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is said next, and the prompt, would stand behind it."""
+    source = Scripted()
+
+    def interrupt(_timeout_ns: int) -> list[Any]:
+        raise KeyboardInterrupt
+
+    def first(_timeout_ns: int) -> list[Any]:
+        if source.sweeps:
+            monkeypatch.setattr(source, "poll", interrupt)
+        return []
+
+    monkeypatch.setattr(source, "poll", first)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert run(source, monkeypatch, "-d", "60", "-t", "0.003") == cli.EXIT_INTERRUPTED
+    out = capsys.readouterr().out
+    assert "nothing stuck, watching every port" in out
+    assert out.endswith(CLEAR_LINE)
+    assert source.closed
 
 
 def refused(*_arguments: object) -> Any:
