@@ -10,7 +10,6 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -424,6 +423,9 @@ def _told(error: Exception, what: str = "it failed in a way that nobody foresaw"
     """Any exception as three lines; the exit status of a traceback would mean a stuck client."""
     if isinstance(error, TcpstuckError):
         return error
+    # Imported where it is used: it would delay every start.
+    import traceback
+
     frames = reversed(traceback.extract_tb(error.__traceback__)[-_FRAMES_TOLD:])
     where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
     return CannotTraceError(
