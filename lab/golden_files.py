@@ -96,8 +96,14 @@ def truth_text(truth: Outcome) -> str:
 
 
 def checked_replay(name: str, recording: bytes, truth: Outcome) -> Printed:
-    """What a replay prints. Raises LabError where its verdicts are not the truth."""
+    """What a replay prints. Raises LabError where its verdicts are wrong, or it has no end."""
     printed = replayed(name, recording)
+    if printed.decoded()[-1]["cut_off_time"] is not None:
+        raise LabError(
+            f"the recording {name} has no end",
+            "the tool was killed, or the disk of its guest was full",
+            f"record it again: python3 -m lab golden {name}",
+        )
     comparison = compare(truth, printed.decoded())
     if not comparison.agrees:
         raise LabError(

@@ -255,6 +255,7 @@ class Analysis:
             reconciliation=reconcile(start, end, self.header.coverage),
             filtered=bool(wanted.ports or wanted.family or wanted.listener_address),
             notes=ended.notes,
+            cut_off_ns=ended.now_ns if ended.cut_off else None,
             rescue=self._rescue_totals(rescued),
             listeners=self._listeners.reports(self.header.coverage.gaps),
         )

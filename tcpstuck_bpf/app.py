@@ -8,15 +8,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import stat
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from tcpstuck_bpf.analysis import Analysis
-from tcpstuck_bpf.errors import RecordingError, UsageError
+from tcpstuck_bpf.errors import RecordingError, UsageError, words_of
+from tcpstuck_bpf.files import write_whole
 from tcpstuck_bpf.flow import FlowReport
 from tcpstuck_bpf.model import (
     Attempt,
@@ -54,6 +56,8 @@ from tcpstuck_bpf.verdict import Finding
 
 if TYPE_CHECKING:
     from tcpstuck_bpf.rescuing import Rescuing
+
+Told = TypeVar("Told")
 
 SECOND_NS = 1_000_000_000
 LONGEST_POLL_NS = SECOND_NS // 5
@@ -131,6 +135,9 @@ class Output(Protocol):
     def summary(self, summary: Summary) -> None:
         """The end."""
 
+    def close(self) -> None:
+        """Nothing more will come, with or without a summary. Raises OSError."""
+
 
 class Log(Protocol):
     """The kernel's warnings of full SYN queues; `kernel_log.KernelLog` is the real one."""
@@ -162,6 +169,9 @@ class Live:
 
     `abandoned` is set by one as well, while `reading` is: an exception that it raised instead would
     be lost in the C library that reads.
+
+    What fails once the run traces ends it, and takes nothing from what it has found: the summary
+    comes, with a note. Only where the output itself fails there is nobody to tell.
     """
 
     source: Source
@@ -181,6 +191,10 @@ class Live:
     """Says whose the listeners are, of those that have changed; None: they are of no interest."""
     kernel_log: Log | None = None
     """None where it may not be read."""
+    failure: Exception | None = field(default=None, init=False)
+    """What ended the run before its time."""
+    _failed_at_end: list[str] = field(default_factory=list, init=False)
+    _output_failed: bool = field(default=False, init=False)
     _soonest_choice_ns: int = field(default=0, init=False)
     _regular_choice_ns: int = field(default=0, init=False)
     _next_tally_ns: int = field(default=0, init=False)
@@ -192,10 +206,23 @@ class Live:
         return min(SECOND_NS, self.analysis.header.settings.timeout_ns // 3)
 
     def run(self, duration_ns: int | None, ready_file: str | None) -> Summary:
-        """Trace until `duration_ns` (None: for ever) has passed or `stop` is set."""
+        """Trace until `duration_ns` (None: for ever) has passed or `stop` is set.
+
+        Raises what keeps it from beginning, and OSError where the output fails; what else ends it
+        is `failure` and a note in the summary.
+        """
         begun = self._tally()
         if ready_file is not None:
             write_ready_file(ready_file)
+        try:
+            self._trace(begun, duration_ns)
+        except Exception as error:  # whatever it is, what was found is still to be told
+            if self._output_failed:
+                raise
+            self.failure = error
+        return self._finish()
+
+    def _trace(self, begun: int, duration_ns: int | None) -> None:
         end_ns = None if duration_ns is None else begun + duration_ns
         self._soonest_choice_ns = self._regular_choice_ns = next_sweep_ns = begun
         while not self.stop:
@@ -208,8 +235,15 @@ class Live:
                 cost_ns = self._sweep()
                 done_ns = self.clock_ns()
                 next_sweep_ns = done_ns + max(self._interval_ns, SWEEP_SHARE * cost_ns)
-                self.output.status(self.analysis.status(self.source.counts(), done_ns))
-        return self._finish()
+                status = self.analysis.status(self.source.counts(), done_ns)
+                self._put_out(self.output.status, status)
+
+    def _put_out(self, put: Callable[[Told], None], told: Told) -> None:
+        try:
+            put(told)
+        except BaseException:
+            self._output_failed = True
+            raise
 
     def _watch(self, until_ns: int) -> None:
         """Take in what events tell, and where clients are to be mended, do so in time."""
@@ -259,9 +293,11 @@ class Live:
         some = [self._untold.popleft() for _ in range(min(most, len(self._untold)))]
         for kind, alike in itertools.groupby(some, type):
             if kind is Attempt:
-                self.output.attempts([one for one in alike if isinstance(one, Attempt)])
+                attempts = [one for one in alike if isinstance(one, Attempt)]
+                self._put_out(self.output.attempts, attempts)
             else:
-                self.output.findings([one for one in alike if isinstance(one, Finding)])
+                findings = [one for one in alike if isinstance(one, Finding)]
+                self._put_out(self.output.findings, findings)
 
     def _poll(self, timeout_ns: int) -> tuple[Event, ...]:
         """Raises KeyboardInterrupt where a second signal came meanwhile."""
@@ -376,54 +412,77 @@ class Live:
 
     @property
     def _notes(self) -> tuple[str, ...]:
+        early = "" if self.failure is None else f"the run ended early: {words_of(self.failure)}"
         failure = self.recorder.failure if self.recorder is not None else None
-        return (f"the recording is incomplete: {failure}",) if failure else ()
+        recording = f"the recording is incomplete: {failure}" if failure else ""
+        return tuple(filter(None, (early, *self._failed_at_end, recording)))
+
+    @contextlib.contextmanager
+    def _noted(self, what: str) -> Iterator[None]:
+        """What fails inside is a note of the summary, unless it is the output."""
+        try:
+            yield
+        except Exception as error:  # the answer is there; whatever this is, it adds to it only
+            if self._output_failed:
+                raise
+            self._failed_at_end.append(f"{what}: {words_of(error)}")
 
     def _finish(self) -> Summary:
-        self._observe_waiting()
-        self._sweep()
-        self._await_rules()
-        self._tally()
+        with self._noted("events that waited at the end were not read"):
+            self._observe_waiting()
+        with self._noted("the table was not read to its end once more"):
+            self._sweep()
+        with self._noted("rules that were to be read at the end were not"):
+            self._await_rules()
+        with self._noted("the counters were not compared at the end"):
+            self._tally()
         overruns = 0 if self.kernel_log is None else self.kernel_log.overruns
-        losses = {**self.source.losses(), "kernel_log_overruns": overruns}
+        losses: dict[str, int] = {"kernel_log_overruns": overruns}
+        with self._noted("the losses that the programs counted are not known"):
+            losses = {**self.source.losses(), **losses}
         ended = Ended(self.clock_ns(), losses, self._notes)
         self._step(ended)
         # The line that says so may be the first that found no room.
         ended = ended._replace(notes=self._notes)
         self._tell_first(len(self._untold))
         summary = self.analysis.summary(ended)
-        self.output.summary(summary)
+        self._put_out(self.output.summary, summary)
         return summary
 
 
 def remove_ready_file(path: str | None) -> None:
     """It stands for a run that traces: that of one that has ended must not be taken for another's.
 
-    A named pipe stays, for somebody waits at its other end; one that cannot be removed is refused
-    when it is written.
+    A named pipe stays, for somebody waits at its other end. Raises OSError where it cannot be
+    removed.
     """
-    with contextlib.suppress(OSError):
-        if path is not None and Path(path).is_file():
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if path is not None and stat.S_ISREG(Path(path).lstat().st_mode):
             Path(path).unlink()
 
 
 def write_ready_file(path: str) -> None:
-    """Say that every probe is attached: a file with our process number appears.
+    """Say that every probe is attached: a file with our process number appears, whole.
+
+    A named pipe is written to; see `files` for what else may be there.
 
     Raises UsageError where it cannot be written.
     """
     try:
-        Path(path).write_text(f"{os.getpid()}\n", encoding="ascii")
+        write_whole(path, f"{os.getpid()}\n".encode("ascii"))
     except OSError as error:
         raise UsageError(
             f"cannot write the ready file {path}",
             str(error.strerror),
-            "name a file in a directory that you may write to",
+            "name a file in a directory that you may write to, or a named pipe",
         ) from error
 
 
 def run_replay(replay: Replay, output: Output) -> Summary:
-    """Play a recording; gives what the live run gave. Raises RecordingError where it is damaged."""
+    """Play a recording; gives what the live run gave, as far as it goes.
+
+    Raises RecordingError where it is damaged.
+    """
     analysis = Analysis(replay.header)
     for step in replay.steps():
         findings = analysis.take(step)
@@ -435,10 +494,10 @@ def run_replay(replay: Replay, output: Output) -> Summary:
             if not analysis.tallied:
                 raise RecordingError(
                     f"the recording of {replay.header.watched} is damaged",
-                    "it holds no reading of the counters",
+                    "it holds no reading of the counters, with which a run begins",
                     "record again",
                 )
             summary = analysis.summary(step)
             output.summary(summary)
             return summary
-    raise AssertionError("a recording without an end is refused when it is opened")
+    raise AssertionError("the last of the steps is an end")

@@ -138,7 +138,9 @@ class Btf(TypeGraph[int]):
 
     def _string(self, offset: int) -> str:
         start = self._strings + offset
-        return self._data[start : self._data.index(b"\0", start)].decode("ascii", "replace")
+        return self._data[start : self._data.index(b"\0", start)].decode(
+            "ascii", "backslashreplace"
+        )
 
     def _string_offsets(self, wanted: bytes) -> Iterator[int]:
         """Offsets of the strings that begin with `wanted`."""

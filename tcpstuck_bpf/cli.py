@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
-from tcpstuck_bpf import netns
+from tcpstuck_bpf import netns, terminal
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.app import Live, Output, remove_ready_file, run_replay, write_ready_file
+from tcpstuck_bpf.ending import Ending
 from tcpstuck_bpf.errors import (
     EXIT_CANNOT_TRACE,
     EXIT_INTERRUPTED,
     EXIT_NOTHING_STUCK,
     EXIT_STUCK,
+    CannotTraceError,
     TcpstuckError,
     UsageError,
+    words_of,
 )
 from tcpstuck_bpf.explain import explanation, verdict_list
 from tcpstuck_bpf.kernel_log import open_kernel_log
@@ -46,7 +50,9 @@ if TYPE_CHECKING:
 
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 WIDTH_OF_A_PIPE = 200
-_OUTPUT_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+_FRAMES_TOLD = 3
+"""Of an error that nobody expected: where it was raised, and who called."""
+_OUTPUT_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EAGAIN})
 """Of a disk or terminal that standard output goes to; what else may meet them says so itself."""
 
 _REPLAY_OPTIONS = frozenset({"replay", "json", "verbose", "only", "summary"})
@@ -128,6 +134,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.live: Live | None = None
         self.interrupted = False
+        self._ignored = False
         signal.signal(signal.SIGINT, self._handle)
         signal.signal(signal.SIGTERM, self._handle)
         # A lost terminal cannot be told from anything else any more, so it is asked for now.
@@ -136,11 +143,17 @@ class Interrupts:
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             signal.signal(signal.SIGHUP, self._handle)
 
+    def ignore(self) -> None:
+        """The run is over; what is still to be let go of takes its time."""
+        self._ignored = True
+
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
             # The recording still gets its end.
             for stream in self._on_terminal:
                 _discard(stream)
+        if self._ignored:
+            return
         if self.live is None:
             raise KeyboardInterrupt
         if self.live.stop and not self.live.reading:
@@ -225,20 +238,26 @@ def _refuse_without_rescue(options: argparse.Namespace) -> None:
 def _trace(options: argparse.Namespace) -> int:
     interrupts = Interrupts()
     _refuse_without_rescue(options)
-    remove_ready_file(options.ready_file)
+    with contextlib.suppress(OSError):  # where it is to be written, that is refused as well
+        remove_ready_file(options.ready_file)
     settings = _settings(options)
     watched = _watched(options, settings.trace_filter)
     source = _open_source(settings, _attach_request(options))
-    try:
+    with Ending(_note) as ending:
+        ending.add("the programs were not detached in order", source.close)
         for note in source.notes:
-            print(f"tcpstuck-trace: {note}", file=sys.stderr, flush=True)
+            _note(note)
         if options.dry_run:
             if options.ready_file is not None:
                 write_ready_file(options.ready_file)
-            print(f"able to trace: {len(source.coverage.probes)} probes by {source.coverage.mode}")
+            _print(
+                [f"able to trace: {len(source.coverage.probes)} probes by {source.coverage.mode}"]
+            )
             return EXIT_NOTHING_STUCK
         clock = WallClock(time.monotonic_ns(), time.time_ns())
         kernel_log, gaps = open_kernel_log()
+        if kernel_log is not None:
+            ending.add("the kernel's log was not closed", kernel_log.close)
         coverage = replace(source.coverage, gaps=(*source.coverage.gaps, *gaps))
         header = Header(
             settings,
@@ -251,28 +270,30 @@ def _trace(options: argparse.Namespace) -> int:
         )
         output = _output(options, header)
         recorder = None if options.record is None else Recorder(options.record, header)
+        if recorder is not None:
+            ending.add("the recording is incomplete", recorder.close)
         if not sys.stdout.isatty():
-            print(watching(watched, source.coverage.mode), file=sys.stderr, flush=True)
+            _note(watching(watched, source.coverage.mode))
         live = Live(source, Analysis(header), output, recorder, netns.CounterReader().read)
         rules = RulesetWatch(read_ruleset, time.monotonic_ns)
         live.name = Namer(source.drop_reasons, source.stack, rules)
         live.describe = ListenerWatch().changed
         live.kernel_log = kernel_log
-        interrupts.live = live
         if options.rescue is not None:
             live.rescuing = _rescuing(options, source)
-        try:
-            summary = live.run(options.duration, options.ready_file)
-        finally:
-            remove_ready_file(options.ready_file)
-            if live.rescuing is not None:
-                live.rescuing.close()
-            if recorder is not None:
-                recorder.close()
-            if kernel_log is not None:
-                kernel_log.close()
-    finally:
-        source.close()
+            ending.add("the rescue's sockets were not closed", live.rescuing.close)
+        ending.add(
+            f"the ready file {options.ready_file} was not removed",
+            lambda: remove_ready_file(options.ready_file),
+        )
+        ending.add("the status line stays", output.close)
+        # First of all: what ends is not to be interrupted, whoever goes on pressing Ctrl-C.
+        ending.add("signals", interrupts.ignore)
+        interrupts.live = live
+        summary = live.run(options.duration, options.ready_file)
+    if live.failure is not None:
+        _say(_told(live.failure, "the run ended early"))
+        return _exit_status(summary) or EXIT_CANNOT_TRACE
     if interrupts.interrupted and not live.analysis.told:
         return EXIT_INTERRUPTED
     return _exit_status(summary)
@@ -304,8 +325,7 @@ def _doctor(options: argparse.Namespace) -> int:
     able, lines = consult(
         _vmlinux(options), options.against, width=width, json=options.json, verbose=options.verbose
     )
-    for line in lines:
-        print(line)
+    _print(lines)
     return EXIT_NOTHING_STUCK if able else EXIT_CANNOT_TRACE
 
 
@@ -320,8 +340,7 @@ def _build(options: argparse.Namespace) -> int:
     from tcpstuck_bpf.kernel.builder import build
 
     request = AttachRequest(rescue=options.rescue is not None, why=options.why)
-    for line in build(Path(options.build), options.vmlinux or [], request):
-        print(line, flush=True)
+    _print(build(Path(options.build), options.vmlinux or [], request))
     return EXIT_NOTHING_STUCK
 
 
@@ -335,8 +354,7 @@ def _explain(options: argparse.Namespace) -> int:
     )
     verdict: str = options.explain
     width = shutil.get_terminal_size((WIDTH_OF_A_PIPE, 24)).columns
-    for line in explanation(verdict, width) if verdict else verdict_list(width):
-        print(line)
+    _print(explanation(verdict, width) if verdict else verdict_list(width))
     return EXIT_NOTHING_STUCK
 
 
@@ -346,6 +364,8 @@ def _exit_status(summary: Summary) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.json:
+        terminal.in_utf8(sys.stdout)
     if options.explain is not None:
         return _explain(options)
     if options.doctor:
@@ -356,7 +376,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _open_standard_streams() -> None:
-    """Where the caller has closed one, the next file to be opened would take its place."""
+    """Standard streams that are there, and write whatever they are given.
+
+    Where the caller has closed one, the next file to be opened would take its place.
+    """
     for number in range(3):
         try:
             os.fstat(number)
@@ -364,6 +387,8 @@ def _open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    terminal.never_fail(sys.stdout)
+    terminal.never_fail(sys.stderr)
 
 
 def _discard(stream: TextIO) -> None:
@@ -372,11 +397,45 @@ def _discard(stream: TextIO) -> None:
 
 
 def _say(error: TcpstuckError) -> int:
+    _complain(error.lines())
+    return error.exit_status
+
+
+def _note(text: str) -> None:
+    """Something beside the answer, for whoever reads standard error."""
+    _complain([f"tcpstuck-trace: {text}"])
+
+
+def _print(lines: Iterable[str]) -> None:
+    """Lines of the answer as they come, where it is neither the table nor verdicts in JSON."""
+    for line in lines:
+        sys.stdout.write(terminal.line(line))
+        sys.stdout.flush()
+
+
+def _complain(lines: Iterable[str]) -> None:
+    """Nobody who reads it is no reason to end otherwise."""
     try:
-        print("\n".join(error.lines()), file=sys.stderr)
+        sys.stderr.write("".join(map(terminal.line, lines)))
+        sys.stderr.flush()
     except OSError:  # most often the same full disk that is to be told of
         _discard(sys.stderr)
-    return error.exit_status
+
+
+def _told(error: Exception, what: str = "it failed in a way that nobody foresaw") -> TcpstuckError:
+    """Any exception as three lines; the exit status of a traceback would mean a stuck client."""
+    if isinstance(error, TcpstuckError):
+        return error
+    # Imported where it is used: it would delay every start.
+    import traceback
+
+    frames = reversed(traceback.extract_tb(error.__traceback__)[-_FRAMES_TOLD:])
+    where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
+    return CannotTraceError(
+        what,
+        f"{type(error).__name__}: {words_of(error)} (at {where})",
+        "report these lines, with what --version and --doctor say",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -396,7 +455,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_BROKEN_PIPE
     except OSError as error:
         if error.errno not in _OUTPUT_ERRORS:
-            raise
+            return _say(_told(error))
         _discard(sys.stdout)
         return _say(
             UsageError(
@@ -405,6 +464,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "send it to where there is room",
             )
         )
+    except Exception as error:  # no traceback: its exit status is that of a stuck client
+        return _say(_told(error))
 
 
 if __name__ == "__main__":

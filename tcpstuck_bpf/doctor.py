@@ -14,6 +14,7 @@ from typing import NamedTuple
 from tcpstuck_bpf import features, netns
 from tcpstuck_bpf.app import Source
 from tcpstuck_bpf.btf import RUNNING_KERNEL, read_running_kernel
+from tcpstuck_bpf.ending import Ending
 from tcpstuck_bpf.errors import CannotTraceError
 from tcpstuck_bpf.kernel import bpf_syscall
 from tcpstuck_bpf.kernel.kept_files import KeptFiles, cache_directory
@@ -120,8 +121,12 @@ def _try(open_source: OpenSource, mode: str) -> Trial:
     except CannotTraceError as error:
         return Trial(frozenset(), (), f"{error.what}: {error.why}")
     coverage = source.coverage
-    source.close()
-    return Trial(coverage.probes, coverage.gaps, "")
+    failures: list[str] = []
+    with Ending(failures.append) as ending:
+        ending.add("the programs were not detached in order", source.close)
+    lost = "what it attached goes when this process ends"
+    gaps = (CoverageGap("clean end", failure, lost) for failure in failures)
+    return Trial(coverage.probes, (*coverage.gaps, *gaps), "")
 
 
 def _capabilities() -> Check:

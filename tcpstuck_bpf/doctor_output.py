@@ -5,7 +5,6 @@ The keys of the JSON are a public interface, like those of `export`.
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,9 +13,11 @@ from tabulate import tabulate
 
 from tcpstuck_bpf.doctor import SYNCOOKIES, MachineReport
 from tcpstuck_bpf.export import FORMAT
+from tcpstuck_bpf.json_text import json_text
 from tcpstuck_bpf.kernel_report import Change, KernelReport, place_text
 from tcpstuck_bpf.netns import QUEUE_SETTINGS
 from tcpstuck_bpf.probes import RESCUE_PROBES, WHY_PROBES, Probe
+from tcpstuck_bpf.terminal import printable
 
 NARROWEST_COLUMN = 10
 COLUMN_GAP = 2
@@ -35,7 +36,8 @@ def _fitted(
     widths = [max(map(len, column)) for column in zip(padded, *rows)]
     room = width - COLUMN_GAP * (len(widths) - 1)
     whole = [
-        max(map(len, (f"{word}{HEADER_PADDING}" for word in header.split()))) for header in headers
+        max((len(f"{word}{HEADER_PADDING}") for word in header.split()), default=0)
+        for header in headers
     ]
     for row in rows:
         whole = [max(size, *map(len, cell.split(" "))) for size, cell in zip(whole, row)]
@@ -62,6 +64,8 @@ def _wrap(text: str, width: int, following: str = "") -> list[str]:
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
     if not rows:
         return
+    headers = [*map(printable, headers)]
+    rows = [[*map(printable, row)] for row in rows]
     heading, fitted = _fitted(headers, rows, width)
     table = tabulate(fitted, headers=heading, tablefmt="simple", disable_numparse=True)
     yield from (line.rstrip() for line in table.splitlines())
@@ -69,7 +73,7 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int) ->
 
 
 def _wrapped(text: str, width: int) -> Iterator[str]:
-    yield from _wrap(text, width, "  ")
+    yield from _wrap(printable(text), width, "  ")
 
 
 def machine_lines(report: MachineReport, width: int, verbose: bool) -> Iterator[str]:
@@ -149,14 +153,14 @@ def change_lines(
     before: KernelReport, after: KernelReport, changes: Sequence[Change], width: int
 ) -> Iterator[str]:
     """What is not the same in two kernels."""
-    yield f"Linux {before.release} -> {after.release}"
+    yield printable(f"Linux {before.release} -> {after.release}")
     yield ""
     yield from _table(("what", before.release, after.release), changes, width)
     yield f"{len(changes)} changes" if changes else "nothing that tcpstuck-trace uses has changed"
 
 
 def _line(kind: str, values: Mapping[str, Any]) -> str:
-    return json.dumps({"type": kind, **values}, separators=(", ", ": "), ensure_ascii=True)
+    return json_text({"type": kind, **values})
 
 
 def _kernel_json(kernel: KernelReport) -> Iterator[str]:

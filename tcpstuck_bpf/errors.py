@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from tcpstuck_bpf.terminal import printable
+
 EXIT_NOTHING_STUCK = 0
 EXIT_STUCK = 1
 EXIT_USAGE = 2
@@ -28,7 +30,8 @@ class TcpstuckError(Exception):
 
     def lines(self) -> list[str]:
         """The message as it is printed, one line each of what, why and remedy."""
-        return [f"tcpstuck-trace: {self.what}", f"  why: {self.why}", f"  remedy: {self.remedy}"]
+        lines = (f"tcpstuck-trace: {self.what}", f"  why: {self.why}", f"  remedy: {self.remedy}")
+        return [*map(printable, lines)]
 
 
 class CannotTraceError(TcpstuckError):
@@ -45,3 +48,11 @@ class UsageError(TcpstuckError):
 
 class RecordingError(UsageError):
     """A recording cannot be written or read."""
+
+
+def words_of(error: BaseException) -> str:
+    """What an exception of any kind says, in words; its kind where it says nothing."""
+    if isinstance(error, TcpstuckError):
+        return f"{error.what}: {error.why}"
+    told = error.strerror if isinstance(error, OSError) else None
+    return told or str(error) or type(error).__name__

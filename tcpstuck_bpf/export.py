@@ -5,38 +5,25 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from datetime import datetime, timezone
 from typing import Any
 
+from tcpstuck_bpf.json_text import json_text
 from tcpstuck_bpf.listener import MAX_SYN_BACKLOG, SOMAXCONN, SYNCOOKIES, ListenerReport
 from tcpstuck_bpf.model import Attempt
-from tcpstuck_bpf.report import Reconciled, RescueTotals, Summary, WallClock
+from tcpstuck_bpf.report import Reconciled, RescueTotals, Summary, WallClock, utc_text
 from tcpstuck_bpf.verdict import Finding
 
 FORMAT = 1
-
-
-def _utc(realtime_ns: int) -> str:
-    """RFC 3339, UTC, microseconds. Integers only: a float cannot hold today's nanoseconds."""
-    seconds, nanoseconds = divmod(realtime_ns, 1_000_000_000)
-    moment = datetime.fromtimestamp(seconds, timezone.utc).replace(tzinfo=None)
-    return f"{moment.isoformat(timespec='seconds')}.{nanoseconds // 1000:06}Z"
 
 
 def _milliseconds(nanoseconds: int | None) -> float | None:
     return None if nanoseconds is None else round(nanoseconds / 1_000_000, 3)
 
 
-def _line(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, separators=(", ", ": "), ensure_ascii=True)
-
-
 def verdict_line(finding: Finding, clock: WallClock) -> str:
     """One finding as a JSON object on one line, without the newline."""
     who = finding.four_tuple
-    return _line(
+    return json_text(
         {
             "type": "verdict",
             "format": FORMAT,
@@ -54,8 +41,8 @@ def verdict_line(finding: Finding, clock: WallClock) -> str:
             "syn_count": finding.syn_count,
             "cookie_isn": finding.cookie_isn,
             "client_isn": finding.client_isn,
-            "syn_time": _utc(clock.realtime(finding.first_syn_ns)),
-            "verdict_time": _utc(clock.realtime(finding.verdict_ns)),
+            "syn_time": utc_text(clock.realtime(finding.first_syn_ns)),
+            "verdict_time": utc_text(clock.realtime(finding.verdict_ns)),
             "age_ms": _milliseconds(finding.age_ns),
             "delay_ms": _milliseconds(finding.delay_ns),
             "bytes_missed": finding.bytes_missed,
@@ -81,7 +68,7 @@ def verdict_line(finding: Finding, clock: WallClock) -> str:
 def attempt_line(attempt: Attempt, clock: WallClock) -> str:
     """One repeated SYN-ACK as a JSON object on one line, without the newline."""
     who = attempt.handshake.four_tuple
-    return _line(
+    return json_text(
         {
             "type": "rescue",
             "format": FORMAT,
@@ -93,8 +80,8 @@ def attempt_line(attempt: Attempt, clock: WallClock) -> str:
             "server_port": who.server_port,
             "family": who.family,
             "netns": who.netns,
-            "syn_time": _utc(clock.realtime(attempt.handshake.first_syn_ns)),
-            "time": _utc(clock.realtime(attempt.time_ns)),
+            "syn_time": utc_text(clock.realtime(attempt.handshake.first_syn_ns)),
+            "time": utc_text(clock.realtime(attempt.time_ns)),
         }
     )
 
@@ -102,7 +89,7 @@ def attempt_line(attempt: Attempt, clock: WallClock) -> str:
 def listener_line(listener: ListenerReport) -> str:
     """One listener as a JSON object on one line, without the newline. Queues are in entries."""
     facts, settings = listener.facts, listener.settings
-    return _line(
+    return json_text(
         {
             "type": "listener",
             "format": FORMAT,
@@ -163,14 +150,17 @@ def _reconciled(row: Reconciled) -> dict[str, Any]:
 
 def summary_line(summary: Summary, clock: WallClock) -> str:
     """The summary as a JSON object on one line, without the newline."""
-    return _line(
+    return json_text(
         {
             "type": "summary",
             "format": FORMAT,
             "watched": summary.watched,
             "mode": summary.mode,
-            "start_time": _utc(clock.realtime_ns),
+            "start_time": utc_text(clock.realtime_ns),
             "duration_ms": _milliseconds(summary.duration_ns),
+            "cut_off_time": (
+                None if summary.cut_off_ns is None else utc_text(clock.realtime(summary.cut_off_ns))
+            ),
             "verdicts": dict(summary.verdicts),
             "stuck": summary.still_stuck,
             "ever_stuck": summary.ever_stuck,

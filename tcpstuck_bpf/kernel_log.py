@@ -99,7 +99,7 @@ def warning_of(record: bytes, now_ns: int) -> KernelWarning | None:
         time_ns=stamp_ns if abs(now_ns - stamp_ns) <= CLOCKS_AGREE_NS else now_ns,
         port=int(match["port"]),
         address=address,
-        text=match["text"].decode("ascii", "replace").strip(),
+        text=match["text"].decode("utf-8", "backslashreplace").strip(),
     )
 
 

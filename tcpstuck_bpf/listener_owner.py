@@ -96,10 +96,15 @@ def owners_of(inodes: Iterable[int]) -> dict[int, tuple[str, ...]]:
                 with contextlib.suppress(OSError):
                     inode = wanted.get(str(Path(descriptor.path).readlink()))
                     if inode is not None:
-                        name = Path(f"/proc/{entry.name}/comm").read_text("utf-8", "replace")
-                        owner = f"{name.strip()} (pid {entry.name})"
+                        name = _name(Path(f"/proc/{entry.name}/comm").read_bytes())
+                        owner = f"{name} (pid {entry.name})"
                         found.setdefault(inode, {})[owner] = None
     return {inode: tuple(owners) for inode, owners in found.items()}
+
+
+def _name(comm: bytes) -> str:
+    """A process's name, which it chooses itself (PR_SET_NAME): any bytes but NUL."""
+    return comm[: -comm.endswith(b"\n") or None].decode("utf-8", "backslashreplace")
 
 
 class ListenerWatch:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from tcpstuck_bpf.model import KEPT_READINGS, DropRule, FourTuple, Ruleset
+from tcpstuck_bpf.terminal import printable
 
 _FAMILIES = {4: frozenset({"ip", "inet", "netdev"}), 6: frozenset({"ip6", "inet", "netdev"})}
 BRIDGE = "bridge"
@@ -81,14 +82,10 @@ def rule_text(rule: DropRule) -> str:
     Whoever may make rules in a namespace chooses the names: they are no terminal's control
     characters here.
     """
-    where = _printable(f"{rule.family} {rule.table} {rule.chain}")
+    where = printable(f"{rule.family} {rule.table} {rule.chain}")
     if rule.kind == "policy":
         return f"{where}, the chain's policy"
     return f"{where}, rule {rule.kind} {rule.number}"
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 class Read(NamedTuple):

@@ -166,7 +166,10 @@ def _inside(path: Path, function: Callable[[], Result], inode: int | None = None
             errors.append(error)
 
     thread = threading.Thread(target=call)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, "no thread can be made to enter it") from error
     thread.join()
     if errors:
         raise errors[0]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from tcpstuck_bpf import __version__
 from tcpstuck_bpf.errors import EXIT_USAGE
 from tcpstuck_bpf.model import address_bytes
+from tcpstuck_bpf.terminal import printable
 from tcpstuck_bpf.verdict import RULES, VERDICT_NAMES
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         if message.endswith("expected one argument"):
             message += ", not one that begins with -"
         self.print_usage(sys.stderr)
-        self.exit(EXIT_USAGE, f"{self.prog}: {message}\n{self.prog}: see --help\n")
+        self.exit(EXIT_USAGE, f"{self.prog}: {printable(message)}\n{self.prog}: see --help\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """Ends the program, once --help and --version are written: that may fail."""

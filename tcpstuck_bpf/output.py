@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TextIO
 
+from tcpstuck_bpf import terminal
 from tcpstuck_bpf.export import attempt_line, listener_line, summary_line, verdict_line
 from tcpstuck_bpf.model import Attempt
 from tcpstuck_bpf.render import TableRenderer
 from tcpstuck_bpf.report import Status, Summary, WallClock
+from tcpstuck_bpf.terminal import CLEAR_LINE, printable
 from tcpstuck_bpf.verdict import Finding
-
-CLEAR_LINE = "\r\x1b[K"
 
 
 class Selection:
@@ -50,7 +50,7 @@ class TableOutput:
             return
         self._clear()
         for line in self._renderer.findings(shown):
-            self._stream.write(line + "\n")
+            self._stream.write(terminal.line(line))
         self._stream.flush()
 
     def attempts(self, attempts: Sequence[Attempt]) -> None:
@@ -60,21 +60,26 @@ class TableOutput:
             return
         self._clear()
         for line in lines:
-            self._stream.write(line + "\n")
+            self._stream.write(terminal.line(line))
         self._stream.flush()
 
     def status(self, status: Status) -> None:
         """One line that the next output replaces; nothing where the stream is no terminal."""
         if self._terminal:
-            self._stream.write(CLEAR_LINE + self._renderer.status(status))
+            self._stream.write(CLEAR_LINE + printable(self._renderer.status(status)))
             self._stream.flush()
             self._status_shown = True
+
+    def close(self) -> None:
+        """Nothing more will come: what is said next does not stand behind a status line."""
+        self._clear()
+        self._stream.flush()
 
     def summary(self, summary: Summary) -> None:
         """The end."""
         self._clear()
         for line in self._renderer.summary(summary):
-            self._stream.write(line + "\n")
+            self._stream.write(terminal.line(line))
         self._stream.flush()
 
 
@@ -98,6 +103,9 @@ class JsonOutput:
             for attempt in attempts:
                 self._stream.write(attempt_line(attempt, self._clock) + "\n")
             self._stream.flush()
+
+    def close(self) -> None:
+        """Nothing is left to be done."""
 
     def status(self, status: Status) -> None:
         """Nothing: a program waits for lines, not for reassurance."""

@@ -82,7 +82,7 @@ def _functions(lines: Iterable[bytes]) -> Iterator[tuple[int, str]]:
     for line in lines:
         address, kind, name = line.split(maxsplit=2)
         if kind[0] in _FUNCTION_KINDS and address.strip(b"0"):
-            yield int(address, 16), name.split()[0].decode("ascii", "replace")
+            yield int(address, 16), name.split()[0].decode("ascii", "backslashreplace")
 
 
 class Rules(Protocol):

@@ -113,17 +113,25 @@ class RecordedTable:
             "kept": list(_runs(sorted(kept))),
         }
 
+    def _numbers_of(self, runs: Iterable[list[int]]) -> Iterator[int]:
+        """The numbers in runs as `_runs` writes them: each once, and none that was never given.
+
+        Raises ValueError for any other: a few bytes of overlapping runs would take the memory.
+        """
+        least = 0
+        for first, last in runs:
+            if not least <= integer(first) <= integer(last) < self._next:
+                raise ValueError(f"{first} to {last} is no run of numbers from {least} on")
+            yield from range(first, last + 1)
+            least = last + 1
+
     def sweep_of(self, values: dict[str, Any]) -> Sweep:
         """The batch of rows that was written so; the kept ones come first.
 
         Raises KeyError, TypeError or ValueError where the values are damaged.
         """
         part = SweepPart[str(values["part"]).upper()]
-        kept = [
-            number
-            for first, last in values["kept"]
-            for number in range(integer(first), min(integer(last) + 1, self._next))
-        ]
+        kept = list(self._numbers_of(values["kept"]))
         rows = [self._rows[number] for number in kept]
         changed = [Row(four_tuple_of(key), handshake_of(entry)) for key, entry in values["rows"]]
         self._end(part, [*kept, *(self._put(row) for row in changed)])

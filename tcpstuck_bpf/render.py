@@ -1,5 +1,7 @@
 """Findings and the summary as lines of text. Looks nothing up, prints nothing.
 
+What strangers wrote becomes part of a line here, so here it is made harmless (`terminal`).
+
 The table comes live, so its columns keep their widths: each is as wide as the widest seen so far.
 What does not fit beside the rest goes below the row. The summary's tables are tabulate's.
 """
@@ -15,6 +17,7 @@ from datetime import datetime
 from tcpstuck_bpf.evidence import duration_text
 from tcpstuck_bpf.model import Attempt
 from tcpstuck_bpf.report import RescueTotals, Status, Summary, WallClock
+from tcpstuck_bpf.terminal import BOLD, PLAIN, RED, printable
 from tcpstuck_bpf.timeline import attempt_text
 from tcpstuck_bpf.verdict import RULES, Finding
 
@@ -32,7 +35,6 @@ _GROUP = re.compile(r"(?<=\d) (?=\d{3}(?!\d))")
 """The space inside a number that `_grouped` wrote."""
 _UNBREAKABLE = "\xa0"
 
-_RED, _BOLD, _PLAIN = "\x1b[31;1m", "\x1b[1m", "\x1b[0m"
 _STUCK = {rule.name: rule.stuck for rule in RULES}
 _LOSSES = {
     "namespaces_uncounted": "segments in more network namespaces than are counted: not traced",
@@ -54,7 +56,7 @@ _LOSSES = {
 
 def watching(watched: str, mode: str) -> str:
     """What is said once, where there is no terminal for a status line."""
-    return f"tcpstuck-trace: watching {watched} by {mode}; Ctrl-C ends with a summary"
+    return f"watching {watched} by {mode}; Ctrl-C ends with a summary"
 
 
 def endpoint(ip: str, port: int) -> str:
@@ -157,10 +159,10 @@ class TableRenderer:
         line = self._laid_out(names)
         if not self._narrow and len(line) + 2 + MEANING_WIDTH <= self._width:
             line += "  what it means"
-        yield f"{_BOLD}{line}{_PLAIN}" if self._colour else line
+        yield f"{BOLD}{line}{PLAIN}" if self._colour else line
 
     def _painted(self, line: str, finding: Finding) -> str:
-        return f"{_RED}{line}{_PLAIN}" if self._colour and finding.stuck else line
+        return f"{RED}{line}{PLAIN}" if self._colour and finding.stuck else line
 
     def _meaning(self, finding: Finding) -> str:
         words = [finding.meaning]
@@ -177,11 +179,11 @@ class TableRenderer:
         return " ".join(words)
 
     def _netns(self, inode: int) -> str:
-        return self._names.get(inode, str(inode))
+        return printable(self._names.get(inode, str(inode)))
 
     def _wrapped(self, text: str, first: str = INDENT) -> Iterator[str]:
         lines = textwrap.wrap(
-            _GROUP.sub(_UNBREAKABLE, text),
+            _GROUP.sub(_UNBREAKABLE, printable(text)),
             self._width,
             initial_indent=first,
             subsequent_indent=" " * len(first),
@@ -224,7 +226,7 @@ class TableRenderer:
             f"{_grouped(status.cookies_sent)} cookies sent, "
             f"{_grouped(status.completed)} completed, {_grouped(status.waiting)} waiting"
         )
-        return line[: self._width - 1]
+        return printable(line)[: self._width - 1]
 
     def summary(self, summary: Summary) -> Iterator[str]:
         """The answer first, then what supports it."""
@@ -273,15 +275,19 @@ class TableRenderer:
             plural = "connection is" if summary.still_stuck == 1 else "connections are"
             line = f"{_grouped(summary.still_stuck)} {plural} stuck"
             line += "".join(f", {ended}" for ended in self._no_longer(summary))
-            yield f"{_RED}{line}{_PLAIN}" if self._colour else line
+            yield f"{RED}{line}{PLAIN}" if self._colour else line
         elif summary.data_lost and not summary.ever_stuck:
             line = f"nothing stuck, {', '.join(self._no_longer(summary))}"
-            yield f"{_RED}{line}{_PLAIN}" if self._colour else line
+            yield f"{RED}{line}{PLAIN}" if self._colour else line
         elif summary.ever_stuck:
             ended = ", ".join(self._no_longer(summary)) or "their clients gave up"
             yield f"nothing is stuck any more: {ended}"
         else:
             yield "nothing stuck"
+        if summary.cut_off_ns is not None:
+            moment = self._clock.realtime(summary.cut_off_ns) // 1_000_000_000
+            until = datetime.fromtimestamp(moment).strftime("%H:%M:%S")
+            yield f"The recording breaks off at {until}: this is what it holds until then."
         yield from self._wrapped(seen, "")
 
     def _rescue(self, totals: RescueTotals) -> Iterator[str]:
@@ -363,7 +369,8 @@ class TableRenderer:
                 "unknown" if row.kernel is None else str(low) if low == high else f"{low}..{high}"
             )
             agrees = {True: "yes", False: "NO", None: "?"}[row.agrees]
-            rows.append([self._netns(row.netns), row.counter, str(row.traced), kernel, agrees])
+            counter = printable(row.counter)
+            rows.append([self._netns(row.netns), counter, str(row.traced), kernel, agrees])
             if summary.filtered:
                 rows[-1].insert(3, str(row.outside))
         if summary.filtered:

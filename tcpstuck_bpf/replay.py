@@ -1,21 +1,24 @@
 """Recordings: the steps of a run as JSON Lines, and their way back.
 
-The first line is a header, the last one says that the run ended; what lies between is what the
-correlator was given, in order, so that a replay gives the identical verdicts. A sweep is written
-as its difference from the one before (`recorded_table`): a quiet table costs nothing. Numbers stay
-integers; keys and addresses are hexadecimal.
+The first line is a header, the last one says that the run ended, where it came so far. What lies
+between is what the correlator was given, in order, so that a replay gives the identical verdicts. A
+sweep is written as its difference from the one before (`recorded_table`): a quiet table costs
+nothing. Numbers stay integers; keys and addresses are hexadecimal.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO, Union
+from typing import Any, BinaryIO, NamedTuple, Union
 
 from tcpstuck_bpf import __version__
 from tcpstuck_bpf.errors import RecordingError
+from tcpstuck_bpf.files import OutputFile
+from tcpstuck_bpf.json_text import json_text
 from tcpstuck_bpf.model import (
     Coverage,
     CoverageGap,
@@ -47,10 +50,16 @@ from tcpstuck_bpf.recorded_table import (
     address_of,
     integer,
 )
-from tcpstuck_bpf.report import WallClock
+from tcpstuck_bpf.report import WallClock, utc_text
 
 FORMAT = "tcpstuck-recording"
 VERSION = 1
+_LONGEST_HEADER_BYTES = 1 << 20
+_LONGEST_LINE_BYTES = 1 << 28
+"""A line holds a batch of the table (1 MB), or the rules of one firewall."""
+_ENDLESS_NUMBER = re.compile(rb"\d{1000}")
+"""Reading one takes the square of its length; Python refuses that itself from 3.10.7 on."""
+_TOO_LARGE = "takes more memory than there is"
 _MOST_ENTRIES = (1 << 32) - 1
 """Of a BPF map: max_entries of union bpf_attr."""
 
@@ -124,6 +133,8 @@ class Ended(NamedTuple):
     now_ns: int
     losses: Mapping[str, int]
     notes: tuple[str, ...]
+    cut_off: bool = False
+    """Whether the recording has no end, and `now_ns` is the last time in it."""
 
 
 Step = Union[Observed, Swept, Advanced, TallyTaken, Rescued, Named, Listened, Logged, Ended]
@@ -131,6 +142,12 @@ Step = Union[Observed, Swept, Advanced, TallyTaken, Rescued, Named, Listened, Lo
 
 class Recorder:
     """Writes a recording. A full disk ends the recording, not the run.
+
+    The file appears with its header, in place of an older one, and grows by whole lines, each of
+    them written at once. So under its name there is always either what was there before or a
+    recording that can be replayed as far as it goes: a run that is killed has had no time to do
+    anything more, which is why it cannot appear at the end only. It holds the addresses of clients
+    and is for its owner alone (0600).
 
     Raises RecordingError where the file cannot be created.
     """
@@ -140,14 +157,16 @@ class Recorder:
         """Why the recording is incomplete; None while it is not."""
         self._table = RecordedTable()
         try:
-            self._file: TextIO = Path(path).open("w", encoding="ascii")  # noqa: SIM115  (close())
+            self._file = OutputFile(path, 0o600)
         except OSError as error:
-            raise RecordingError(
-                f"cannot record to {path}",
-                str(error.strerror),
-                "name a file in a directory that you may write to",
-            ) from error
+            raise _cannot_record(path, error) from error
         self._write_line(_header_values(header))
+        try:
+            if self.failure is None:
+                self._file.appear()
+        except OSError as error:
+            self._file.close()
+            raise _cannot_record(path, error) from error
 
     def write(self, step: Step) -> None:
         """Add a step; after a failure nothing more is written."""
@@ -155,16 +174,17 @@ class Recorder:
             self._write_line(self._values(step))
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Nothing more will come. Raises OSError where only this fails."""
         try:
             self._file.close()
         except OSError as error:
-            self.failure = self.failure or str(error.strerror)
+            if self.failure is None:
+                self.failure = str(error.strerror)
+                raise
 
     def _write_line(self, values: Mapping[str, Any]) -> None:
         try:
-            self._file.write(json.dumps(values, separators=(",", ":")) + "\n")
-            self._file.flush()
+            self._file.write(f"{json_text(values, (',', ':'))}\n".encode("ascii"))
         except OSError as error:
             self.failure = str(error.strerror)
 
@@ -188,6 +208,14 @@ class Recorder:
         return {"end": step.now_ns, "losses": dict(step.losses), "notes": list(step.notes)}
 
 
+def _cannot_record(path: str, error: OSError) -> RecordingError:
+    return RecordingError(
+        f"cannot record to {path}",
+        str(error.strerror),
+        "name a file in a directory that you may write to",
+    )
+
+
 def _header_values(header: Header) -> dict[str, Any]:
     settings = asdict(header.settings)
     address = header.settings.trace_filter.listener_address
@@ -209,82 +237,132 @@ def _header_values(header: Header) -> dict[str, Any]:
 
 
 class Replay:
-    """Reads a recording. Raises RecordingError where the file is none, or is damaged."""
+    """Reads a recording, a line at a time. Raises RecordingError where the file is none.
+
+    A recording may lack its end: the run was killed, its disk was full, or it still goes on. What
+    is there counts, up to the last whole line; `cut_off` of the Ended that is made for it says so.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = path
+        self._lines_read = 0
+        self._table = RecordedTable()
         try:
-            with Path(path).open("rb") as file:
-                # What is no recording may be larger than the memory, or have no end.
-                first = file.read(1)
-                content = first + (file.read() if first == b"{" else b"")
+            self._file: BinaryIO = Path(path).open("rb")  # noqa: SIM115  (closed by steps())
+            # What is no recording may be larger than the memory, or have no end.
+            first = self._file.readline(_LONGEST_HEADER_BYTES)
         except OSError as error:
             raise RecordingError(
                 f"cannot read the recording {path}",
                 str(error.strerror),
                 "name a file that --record has written",
             ) from error
-        # Only \n ends a line: str.splitlines would also split at other characters.
-        self._lines = content.split(b"\n")
-        self._table = RecordedTable()
-        values = self._decoded(0) if self._looks_like_one() else None
-        if values is None or values.get("format") != FORMAT:
+        self._lines_read = 1
+        try:
+            self.header = self._header(first)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _header(self, line: bytes) -> Header:
+        values = self._decoded(line) if line.startswith(b"{") else {}
+        if values.get("format") != FORMAT:
             raise RecordingError(
-                f"{path} is not a recording of tcpstuck-trace",
+                f"{self._path} is not a recording of tcpstuck-trace",
                 f'it does not begin with {{"format":"{FORMAT}"',
                 "name a file that --record has written",
             )
         version = values.get("version")
         if not isinstance(version, int) or version > VERSION:
             raise RecordingError(
-                f"{path} was written by a newer tcpstuck-trace",
+                f"{self._path} was written by a newer tcpstuck-trace",
                 f"its format is {version!r}, this version reads up to {VERSION}",
                 "replay it with that version, or a newer one",
             )
         try:
-            self.header = _header(values)
+            return _header(values)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise self._damaged(0) from error
-        if self._lines.pop() != b"" or "end" not in self._decoded(len(self._lines) - 1):
-            raise RecordingError(
-                f"the recording {path} is incomplete",
-                f"after line {len(self._lines)} the line that ends a run is missing: the recorder "
-                "was killed, or its disk was full",
-                "record again",
-            )
+            raise self._damaged() from error
 
-    def _looks_like_one(self) -> bool:
-        return self._lines[0].startswith(b"{") and len(self._lines[0]) < 1 << 20
-
-    def _damaged(self, index: int) -> RecordingError:
+    def _damaged(self, why: str = "is not what a recording has there") -> RecordingError:
         return RecordingError(
             f"the recording {self._path} is damaged",
-            f"line {index + 1} is not what a recording has there",
+            f"line {self._lines_read} {why}",
             "record again",
         )
 
-    def _decoded(self, index: int) -> dict[str, Any]:
+    def _decoded(self, line: bytes) -> dict[str, Any]:
+        if _ENDLESS_NUMBER.search(line):
+            raise self._damaged("has a number without an end")
         try:
-            values = json.loads(self._lines[index].decode("ascii"))
+            values = json.loads(line.decode("ascii"))
         except (ValueError, RecursionError) as error:
-            if index == 0:
+            if self._lines_read == 1:
                 return {}
-            raise self._damaged(index) from error
+            raise self._damaged() from error
+        except MemoryError as error:
+            raise self._damaged(_TOO_LARGE) from error
         if not isinstance(values, dict):
-            raise self._damaged(index)
+            raise self._damaged()
         return values
 
-    def steps(self) -> Iterator[Step]:
-        """The steps in order. Raises RecordingError at the first damaged line."""
-        for index in range(1, len(self._lines)):
-            values = self._decoded(index)
+    def _lines(self) -> Iterator[bytes]:
+        """Each whole line after the header. Only a line feed ends one."""
+        while True:
             try:
-                step = self._step(values)
-            except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-                raise self._damaged(index) from error
-            if isinstance(step, Ended) != (index == len(self._lines) - 1):
-                raise self._damaged(index)
-            yield step
+                line = self._file.readline(_LONGEST_LINE_BYTES)
+            except OSError as error:
+                raise self._damaged(f"cannot be read: {error.strerror}") from error
+            except MemoryError as error:
+                raise self._damaged(_TOO_LARGE) from error
+            self._lines_read += 1
+            if not line.endswith(b"\n"):
+                if len(line) >= _LONGEST_LINE_BYTES:
+                    raise self._damaged(f"has more than {_LONGEST_LINE_BYTES >> 20} MiB")
+                # What a killed run has left of a line does not count.
+                return
+            yield line
+
+    def steps(self) -> Iterator[Step]:
+        """The steps in order, an Ended the last. Raises RecordingError at the first damaged line.
+
+        To be called once.
+        """
+        step: Step | None = None
+        reached_ns: int | None = None
+        with self._file:
+            for line in self._lines():
+                values = self._decoded(line)
+                try:
+                    step = self._step(values)
+                    times = (reached_ns, _time_of(step))
+                except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+                    raise self._damaged() from error
+                except MemoryError as error:
+                    raise self._damaged(_TOO_LARGE) from error
+                reached_ns = max((one for one in times if one is not None), default=None)
+                if isinstance(step, Ended) and self._file.read(1):
+                    self._lines_read += 1
+                    raise self._damaged("comes after the one that ends a run")
+                yield step
+        if not isinstance(step, Ended):
+            yield self._broken_off(reached_ns)
+
+    def _broken_off(self, reached_ns: int | None) -> Ended:
+        if reached_ns is None:
+            raise RecordingError(
+                f"the recording {self._path} holds nothing",
+                "it breaks off before anything was traced: the recorder was killed, or its disk "
+                "was full",
+                "record again",
+            )
+        until = utc_text(self.header.clock.realtime(reached_ns))
+        note = (
+            f"the recording breaks off at {until}: its run was killed, its disk was full, or it "
+            "still goes on. What came later is not known, nor are the losses that are counted at "
+            "the end"
+        )
+        return Ended(reached_ns, {}, (note,), cut_off=True)
 
     def _step(self, values: dict[str, Any]) -> Step:
         if "events" in values:
@@ -305,6 +383,19 @@ class Replay:
             return Logged(tuple(map(warning_of, values["warnings"])))
         losses = {str(name): integer(number) for name, number in values["losses"].items()}
         return Ended(integer(values["end"]), losses, tuple(map(str, values["notes"])))
+
+
+def _time_of(step: Step) -> int | None:
+    """Until when a recording reaches that ends with this step; None where it does not tell."""
+    if isinstance(step, (Advanced, Ended)):
+        return step.now_ns
+    if isinstance(step, Swept):
+        return step.sweep.time_ns
+    if isinstance(step, TallyTaken):
+        return step.tally.time_ns
+    if isinstance(step, Observed):
+        return max((event.time_ns for event in step.events), default=None)
+    return None
 
 
 def _header(values: dict[str, Any]) -> Header:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import NamedTuple
 
 from tcpstuck_bpf.listener import ListenerReport
 from tcpstuck_bpf.model import CoverageGap
+
+
+def utc_text(realtime_ns: int) -> str:
+    """RFC 3339, UTC, microseconds. Integers only: a float cannot hold today's nanoseconds."""
+    seconds, nanoseconds = divmod(realtime_ns, 1_000_000_000)
+    moment = datetime.fromtimestamp(seconds, timezone.utc).replace(tzinfo=None)
+    return f"{moment.isoformat(timespec='seconds')}.{nanoseconds // 1000:06}Z"
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,8 @@ class Summary(NamedTuple):
     filtered: bool
     """Whether a filter was set, so that the kernel's counters cover more than was traced."""
     notes: tuple[str, ...] = ()
+    cut_off_ns: int | None = None
+    """The last time in a recording that has no end, of CLOCK_MONOTONIC; None where it has one."""
     rescue: RescueTotals | None = None
     """None where nothing was to be rescued."""
     listeners: tuple[ListenerReport, ...] = ()

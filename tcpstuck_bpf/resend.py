@@ -12,6 +12,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from tcpstuck_bpf import netns
+from tcpstuck_bpf.ending import close_all
 from tcpstuck_bpf.model import FourTuple
 
 MAX_SOCKETS = 64
@@ -116,6 +117,6 @@ class Resender:
             self._close_oldest()
 
     def close(self) -> None:
-        """Close every socket; a later `send` would open one again."""
-        while self._sockets:
-            self._close_oldest()
+        """Close every socket; a later `send` would open one again. Raises OSError after all."""
+        sockets, self._sockets = self._sockets, OrderedDict()
+        close_all(one.close for one, _ in sockets.values())

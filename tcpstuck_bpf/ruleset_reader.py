@@ -7,9 +7,7 @@ Neither is run where it would make the kernel load a module: only what is in use
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +16,7 @@ from typing import Any
 
 from tcpstuck_bpf import features, netns
 from tcpstuck_bpf.model import DropRule, Ruleset
+from tcpstuck_bpf.programs import ENVIRONMENT, find_program
 
 LIMIT_S = 60.0
 """For one program. It ends a wait for one that hangs; nobody else waits for it."""
@@ -25,7 +24,6 @@ _MODULE = Path("/sys/module/nf_tables")
 _BUILT_INTO_KERNEL = "nft_do_chain"
 """A function of nf_tables that the kernel itself has where it is no module."""
 _OWN_NET = Path("/proc/thread-self/net")
-_PLACES = "/usr/sbin:/sbin:/usr/bin:/bin"
 _LEGACY = (("ip", "iptables", "ip_tables_names"), ("ip6", "ip6tables", "ip6_tables_names"))
 _BUILT_IN = ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING")
 _DROPPING = frozenset({"drop", "reject", "synproxy"})
@@ -78,7 +76,7 @@ def _read_own() -> Ruleset:
     for family, program, names in _LEGACY:
         if _has_tables(_OWN_NET / names):
             legacy = f"{program}-legacy-save"
-            command = legacy if _found(legacy) else f"{program}-save"
+            command = legacy if find_program(legacy) else f"{program}-save"
             read((command,), lambda text, of=family: xtables_rules(text, of))  # type: ignore[misc]
     if _conntrack_drops(_OWN_NET / "stat" / "nf_conntrack"):
         problems.append(
@@ -107,20 +105,19 @@ def _has_tables(names: Path) -> bool:
         return False
 
 
-def _found(program: str) -> str | None:
-    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:{_PLACES}")
-
-
 def _output(command: Sequence[str]) -> str:
-    program = _found(command[0])
+    program = find_program(command[0])
     if program is None:
         raise FileNotFoundError(2, "it is not installed", command[0])
     ended = subprocess.run(
         [program, *command[1:]],
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        # A comment may hold any bytes, and is no reason not to read the rules.
+        errors="surrogateescape",
         timeout=LIMIT_S,
+        env=ENVIRONMENT,
         # Ctrl-C at our terminal is meant for us: what is being read still tells something.
         start_new_session=True,
         check=True,

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tcpstuck_bpf import features, probes, wire
+from tcpstuck_bpf.ending import Ending, close_all
 from tcpstuck_bpf.errors import CannotTraceError
 from tcpstuck_bpf.kernel import artifact, artifact_store
 from tcpstuck_bpf.kernel.artifact import Artifact
@@ -151,13 +152,13 @@ class KernelSource:
         try:
             self._load(wanted, mode)
         except (LoadError, CompilerError) as error:
-            self.close()
+            self._give_up()
             refusal = features.refusal(str(error), self._settings.probe_mode)
             if self._at_work_on is not None and not self._at_work_on.required:
                 raise ProbeRefusedError(self._at_work_on.function, refusal) from error
             raise refusal from error
         except BaseException:
-            self.close()
+            self._give_up()
             raise
         return mode
 
@@ -293,13 +294,18 @@ class KernelSource:
         return frozenset() if self._programs is None else self._programs.names
 
     def close(self) -> None:
-        """Detach and unload. The kernel does the same when the process dies."""
+        """Detach and unload. The kernel does the same when the process dies.
+
+        Raises what failed first, after all that can be let go of is.
+        """
         ring = self.__dict__.pop("_ring", None)
-        if ring is not None:
-            ring.close()
         programs, self._programs = self._programs, None
-        if programs is not None:
-            programs.close()
+        close_all(one.close for one in (ring, programs) if one is not None)
+
+    def _give_up(self) -> None:
+        """Close after an attempt that failed: why it did is what is to be told."""
+        with Ending(self.notes.append) as ending:
+            ending.add("the programs were not detached in order", self.close)
 
 
 def _index(number: int) -> bytes:

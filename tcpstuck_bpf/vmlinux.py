@@ -6,23 +6,16 @@ functions where it has a symbol table. The kernel need not run.
 
 from __future__ import annotations
 
-import bz2
 import contextlib
 import io
-import lzma
 import mmap
 import os
 import re
-import shutil
 import stat
 import struct
-import subprocess
 import sys
-import zlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, Union
 
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
@@ -31,6 +24,7 @@ from tcpstuck_bpf.btf import Btf
 from tcpstuck_bpf.dwarf import Dwarf, has_dwarf
 from tcpstuck_bpf.errors import CannotTraceError, TcpstuckError, UsageError
 from tcpstuck_bpf.kernel_types import KernelTypes
+from tcpstuck_bpf.unpacking import Data, Recognizer, find_packed
 
 ELF_MAGIC = b"\x7fELF"
 FLAT_MAGIC_PLACE = 56
@@ -41,57 +35,40 @@ HEAD_BYTES = FLAT_MAGIC_PLACE + 4
 _ELF_MACHINE = struct.Struct("<18xH")
 _ELF_MACHINES = {62: "x86_64", 183: "aarch64"}
 """e_machine of elf.h."""
+_OTHER_MACHINES = {
+    "EM_S390": "s390x",
+    "EM_PPC64": "ppc64",
+    "EM_PPC": "ppc",
+    "EM_MIPS": "mips",
+    "EM_SPARCV9": "sparc64",
+    "EM_PARISC": "parisc",
+    "EM_386": "i386",
+    "EM_ARM": "32-bit ARM",
+    "EM_68K": "m68k",
+}
+"""Those that are 32-bit or big-endian, as pyelftools names them, and as people do."""
 BTF_HEADER = struct.pack("=HBBI", 0xEB9F, 1, 0, 24)
 BTF_HEADER_BYTES = 24
-LARGEST_UNPACKED = 1 << 30
-"""Bytes. A distribution's kernel unpacks to 40 to 70 MB."""
+LARGEST_FILE = 1 << 32
+"""Bytes. With all its debug information a vmlinux has up to a gigabyte."""
+LARGEST_PACKED = 1 << 28
+"""Bytes. Of a distribution's kernel 10 to 60 MB."""
+MOST_GROWTH = 64
+"""How many times its size packed debug information becomes at most; a tenth of that is usual."""
 LARGEST_UNMAPPED = 1 << 26
 """Bytes."""
-UNPACKING_LIMIT_S = 300
-LZMA_MEMORY_LIMIT = 1 << 29
+_FOREIGN_IMAGES = (
+    (0x10008, b"S390EP", "s390x"),
+    (0x24, b"\x18\x28\x6f\x01", "32-bit ARM"),
+)
+"""A place in the file, what is there, and whose image it is: EP_STRING of
+arch/s390/include/asm/setup.h, and the magic number of an ARM zImage (arch/arm/boot/compressed)."""
+_PE_HEADER_AT = 0x3C
+_FOREIGN_PE = {b"\x64\x62": "loongarch64", b"\x32\x62": "loongarch32", b"\xc2\x01": "32-bit ARM"}
+"""IMAGE_FILE_MACHINE_* of include/linux/pe.h, of images that an EFI firmware starts."""
 
 # linux_banner of init/version.c; /proc/version shows the same text.
 _BANNER = re.compile(rb"Linux version ([!-~]{1,64}) \([ -~]{1,1024}")
-
-_Bytes = Union[bytes, mmap.mmap]
-
-
-class _Unpacker(Protocol):
-    def decompress(self, data: memoryview, max_length: int) -> bytes:
-        """At most that many bytes of what `data` holds, whatever follows it."""
-
-
-class _Packing(NamedTuple):
-    """A way to compress a kernel (the kernel's scripts/extract-vmlinux knows the same)."""
-
-    name: str
-    magic: bytes
-    unpacker: Callable[[], _Unpacker] | None
-    """None where Python has none and `program` has to do it."""
-    program: str = ""
-
-
-def _gzip() -> _Unpacker:
-    return zlib.decompressobj(wbits=31)
-
-
-def _xz() -> _Unpacker:
-    return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=LZMA_MEMORY_LIMIT)
-
-
-def _lzma() -> _Unpacker:
-    return lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=LZMA_MEMORY_LIMIT)
-
-
-_PACKINGS = (
-    _Packing("gzip", b"\x1f\x8b\x08", _gzip),
-    _Packing("xz", b"\xfd7zXZ\0", _xz),
-    _Packing("zstd", b"\x28\xb5\x2f\xfd", None, "zstd"),
-    _Packing("bzip2", b"BZh", bz2.BZ2Decompressor),
-    _Packing("lzma", b"\x5d\0\0", _lzma),
-    _Packing("lz4", b"\x02\x21\x4c\x18", None, "lz4"),
-    _Packing("lzo", b"\x89LZO\0\r\n\x1a\n", None, "lzop"),
-)
 
 
 @dataclass(frozen=True)
@@ -118,6 +95,17 @@ def read_image(path: str) -> KernelImage:
     Raises UsageError where the file is none, and CannotTraceError where what it holds cannot be
     read here: no program to unpack it, or no type information.
     """
+    try:
+        return _read_image(path)
+    except MemoryError as error:
+        raise CannotTraceError(
+            f"{path} cannot be read",
+            "it takes more memory than there is",
+            "read it on a larger machine, or name the vmlinuz in place of the vmlinux",
+        ) from error
+
+
+def _read_image(path: str) -> KernelImage:
     data = _read(path)
     packing = "none"
     if not _is_kernel(data[:HEAD_BYTES]):
@@ -144,7 +132,7 @@ def _is_kernel(head: bytes) -> bool:
     return head.startswith(ELF_MAGIC) or _is_flat(head)
 
 
-def _require_banner(data: _Bytes, path: str) -> None:
+def _require_banner(data: Data, path: str) -> None:
     if _BANNER.search(data) is None:
         raise UsageError(
             f"{path} is not a Linux kernel",
@@ -153,7 +141,7 @@ def _require_banner(data: _Bytes, path: str) -> None:
         )
 
 
-def _elf(data: _Bytes, path: str) -> tuple[KernelTypes, frozenset[str] | None]:
+def _elf(data: Data, path: str) -> tuple[KernelTypes, frozenset[str] | None]:
     try:
         elf = ELFFile(io.BytesIO(data) if isinstance(data, bytes) else data)
         # Before anything is looked for in it: of a truncated file everything may be missing. The
@@ -162,14 +150,29 @@ def _elf(data: _Bytes, path: str) -> tuple[KernelTypes, frozenset[str] | None]:
         if len(data) < needed:
             raise _damaged(path, f"it ends after {len(data)} of {needed} bytes")
         _require_banner(data, path)
+        _require_bounded(elf, len(data), path)
         return _types(elf, path), _functions(elf)
-    except TcpstuckError:
+    except (TcpstuckError, MemoryError):
         raise
     except Exception as error:  # pyelftools raises whatever it meets in a damaged file
         raise _damaged(path, f"{type(error).__name__} {error}") from error
 
 
-def _flat(data: _Bytes, path: str) -> tuple[KernelTypes, None]:
+def _require_bounded(elf: ELFFile, size: int, path: str) -> None:
+    """Raises UsageError where sections claim far more than the file has: pyelftools believes it."""
+    claimed = 0
+    for section in elf.iter_sections():
+        if section.name.startswith(".zdebug"):
+            raise _damaged(path, f"{section.name}: no kernel packs its debug information so")
+        if section.name.startswith((".BTF", ".debug")) and (
+            section.compressed or section["sh_type"] == "SHT_NOBITS"
+        ):
+            claimed += section.data_size
+    if claimed > MOST_GROWTH * size:
+        raise _damaged(path, f"of {size} bytes its type information would become {claimed}")
+
+
+def _flat(data: Data, path: str) -> tuple[KernelTypes, None]:
     """The types in an Image, which has no sections: what begins as BTF does and can be read."""
     _require_banner(data, path)
     place = data.find(BTF_HEADER)
@@ -206,12 +209,15 @@ def types_of_running_kernel(path: str) -> KernelTypes:
     )
 
 
-def _read(path: str) -> _Bytes:
+def _read(path: str) -> Data:
     try:
-        if not stat.S_ISREG(Path(path).stat().st_mode):
+        state = Path(path).stat()
+        if not stat.S_ISREG(state.st_mode):
             raise UsageError(
                 f"{path} is not a kernel", "it is no regular file", "name a vmlinux or vmlinuz"
             )
+        if state.st_size > LARGEST_FILE:
+            raise _too_large(path, LARGEST_FILE, "a kernel")
         with Path(path).open("rb") as file:
             # Mapped, not read: with debug information a vmlinux has up to a gigabyte.
             with contextlib.suppress(OSError, ValueError):
@@ -225,6 +231,14 @@ def _read(path: str) -> _Bytes:
     return data
 
 
+def _too_large(path: str, limit: int, what: str) -> UsageError:
+    return UsageError(
+        f"{path} is too large for {what}",
+        f"it has more than {limit >> 20} MiB",
+        "name a vmlinux, or a /boot/vmlinuz-...",
+    )
+
+
 def _unreadable(path: str, why: str | None) -> UsageError:
     remedy = "name a vmlinux or vmlinuz that you may read"
     return UsageError(f"cannot read {path}", why or "for no reason given", remedy)
@@ -236,30 +250,22 @@ def _damaged(path: str, why: str) -> UsageError:
     )
 
 
-def _unpacked(path: str, data: _Bytes) -> tuple[str, bytes]:
-    """The kernel in a compressed image, and how it was compressed.
-
-    An image begins with a loader of its own, and the magic numbers are short: only what unpacks
-    to an ELF file or a flat Image is believed.
-    """
-    lacking = None
-    with memoryview(data) as view:
-        for packing, place in _hits(data):
-            if packing.unpacker is not None:
-                unpacked = _unpack(path, packing.unpacker, view[place:])
-            elif shutil.which(packing.program) is None:
-                lacking = lacking or packing
-                continue
-            else:
-                unpacked = _unpack_by_program(packing.program, view[place:])
-            if unpacked is not None:
-                return packing.name, unpacked
-    if lacking is not None:
-        raise CannotTraceError(
-            f"cannot unpack {path}",
-            f"it seems to be compressed by {lacking.name}; no program `{lacking.program}` is here",
-            f"install {lacking.program} (apt install {lacking.program}), or name the vmlinux",
+def _unpacked(path: str, data: Data) -> tuple[str, bytes]:
+    """How a compressed image is compressed, and the kernel in it."""
+    foreign = _foreign(data)
+    if foreign is not None:
+        raise UsageError(
+            f"{path} is a kernel for {foreign}",
+            "its image holds the kernel in a form that is not known here, and the tool was never "
+            "made to work there",
+            "name the vmlinux of its debug package to see its types, where the byte order is this "
+            "machine's, or another kernel",
         )
+    if len(data) > LARGEST_PACKED:
+        raise _too_large(path, LARGEST_PACKED, "a compressed kernel")
+    found = find_packed(path, data, Recognizer(_is_kernel, HEAD_BYTES))
+    if found is not None:
+        return found
     raise UsageError(
         f"{path} is not a Linux kernel",
         "it is neither an ELF file or flat Image nor holds a compressed one that can be unpacked; "
@@ -268,55 +274,30 @@ def _unpacked(path: str, data: _Bytes) -> tuple[str, bytes]:
     )
 
 
-def _hits(data: _Bytes) -> Iterator[tuple[_Packing, int]]:
-    """Every place where a compressed stream may begin, in order."""
-    magics = re.compile(b"|".join(re.escape(packing.magic) for packing in _PACKINGS))
-    for found in magics.finditer(data):
-        for packing in _PACKINGS:
-            if packing.magic == found[0]:
-                yield packing, found.start()
-
-
-def _unpack(path: str, make: Callable[[], _Unpacker], packed: memoryview) -> bytes | None:
-    """None for a false hit. Raises UsageError where the stream is right but broken."""
-    try:
-        if not _is_kernel(make().decompress(packed, HEAD_BYTES)):
-            return None
-    except (zlib.error, lzma.LZMAError, OSError, EOFError, ValueError):
-        return None
-    try:
-        return make().decompress(packed, LARGEST_UNPACKED)
-    except (zlib.error, lzma.LZMAError, OSError, EOFError) as error:
-        raise _damaged(path, str(error)) from error
-
-
-def _unpack_by_program(program: str, packed: memoryview) -> bytes | None:
-    """None for a false hit. What follows the stream makes the program fail after its output."""
-    try:
-        ended = subprocess.run(
-            [program, "-dc"],
-            input=packed,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=UNPACKING_LIMIT_S,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return ended.stdout if _is_kernel(ended.stdout[:HEAD_BYTES]) else None
+def _foreign(data: Data) -> str | None:
+    """The architecture of an image that cannot be read, by its header; None where it has none."""
+    for place, magic, name in _FOREIGN_IMAGES:
+        if data[place : place + len(magic)] == magic:
+            return name
+    if data[:2] == b"MZ" and len(data) >= _PE_HEADER_AT + 4:
+        (header,) = struct.unpack_from("<I", data, _PE_HEADER_AT)
+        if data[header : header + 4] == b"PE\0\0":
+            return _FOREIGN_PE.get(bytes(data[header + 4 : header + 6]))
+    return None
 
 
 def _types(elf: ELFFile, path: str) -> KernelTypes:
     if elf.elfclass != 64:
         raise UsageError(
             f"{path} is not a kernel that can be traced",
-            f"it is a {elf.elfclass}-bit one",
+            f"it is a {elf.elfclass}-bit one{_for_machine(elf)}",
             "name the file of a 64-bit kernel",
         )
     if elf.little_endian != (sys.byteorder == "little"):
         raise UsageError(
             f"{path} is of another byte order than this machine",
-            "its type information can be read on a machine of its own byte order only",
+            f"it is one{_for_machine(elf)}; its type information can be read on a machine of "
+            "its own byte order only",
             "look at it there",
         )
     section = elf.get_section_by_name(".BTF")
@@ -332,6 +313,12 @@ def _types(elf: ELFFile, path: str) -> KernelTypes:
         "it has neither a .BTF section (CONFIG_DEBUG_INFO_BTF) nor DWARF (.debug_info)",
         "name the vmlinux of the kernel's debug package",
     )
+
+
+def _for_machine(elf: ELFFile) -> str:
+    machine = elf["e_machine"]
+    name = _OTHER_MACHINES.get(machine, _ELF_MACHINES.get(machine))
+    return f", for {name}" if name else ""
 
 
 def _functions(elf: ELFFile) -> frozenset[str] | None:

@@ -159,7 +159,7 @@ def load_program(
     log = ctypes.create_string_buffer(_LOG_BYTES)
     with contextlib.suppress(RefusedError):
         return attempt(log)
-    raise RefusedError(refused.number, last_lines(log.value.decode("utf-8", "replace")))
+    raise RefusedError(refused.number, last_lines(log.value.decode("utf-8", "backslashreplace")))
 
 
 def last_lines(log: str) -> str:

@@ -6,8 +6,6 @@ traces; the only difference is where the kernel's functions and options are look
 
 from __future__ import annotations
 
-import contextlib
-import os
 import platform
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 from tcpstuck_bpf import features, probes
 from tcpstuck_bpf.btf import read_running_kernel
 from tcpstuck_bpf.errors import CannotTraceError, UsageError
+from tcpstuck_bpf.files import write_whole
 from tcpstuck_bpf.kernel.compilation import (
     Compilation,
     CompilerError,
@@ -132,14 +131,9 @@ def _write(path: Path, wanted: Compilation) -> int:
             str(error),
             "report it, with the kernel's and BCC's version",
         ) from error
-    unfinished = path.with_suffix(f".{os.getpid()}")
     try:
-        unfinished.write_bytes(data)
-        unfinished.chmod(0o644)
-        unfinished.rename(path)
+        write_whole(str(path), data)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
         raise UsageError(
             f"cannot write {path}", str(error.strerror), "make room, or name another directory"
         ) from error

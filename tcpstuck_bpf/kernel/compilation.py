@@ -187,7 +187,7 @@ def compile_in_child(wanted: Compilation) -> bytes:
         raise CompilerError(f"the compiler cannot be started: {error.strerror}") from error
     if child.returncode == REFUSED_STATUS:
         raise CannotTraceError(*json.loads(child.stdout))
-    messages = child.stderr.decode("utf-8", "replace")
+    messages = child.stderr.decode("utf-8", "backslashreplace")
     if child.returncode < 0:
         raise CompilerError(f"the compiler was ended by signal {-child.returncode}")
     if child.returncode:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 
+from tcpstuck_bpf.ending import close_all
 from tcpstuck_bpf.kernel import artifact, bpf_syscall
 from tcpstuck_bpf.kernel.artifact import Artifact, Program
 from tcpstuck_bpf.kernel.bpf_syscall import RefusedError
@@ -49,7 +51,8 @@ class LoadedPrograms:
                     shape.kind, shape.key_bytes, shape.value_bytes, shape.entries, shape.flags
                 )
             except RefusedError as error:
-                self.close()
+                with contextlib.suppress(OSError):
+                    self.close()
                 raise LoadError(f"the map {shape.name}: {error}") from error
             self.maps[shape.name] = BpfMap(file, shape)
         self._files = {number: self.maps[one.name].file for number, one in enumerate(made.maps)}
@@ -108,14 +111,15 @@ class LoadedPrograms:
         return missed
 
     def close(self) -> None:
-        """Detach, unload, and free the tables. The kernel does the same when the process dies."""
+        """Detach, unload, and free the tables. The kernel does the same when the process dies.
+
+        Raises OSError where any of that failed, after all of it.
+        """
         files = [*self._links, *self._programs.values()]
         tables = [*self.maps.values()]
         self._links, self._programs, self.maps = [], {}, {}
-        for file in files:
-            os.close(file)
-        for table in tables:
-            table.close()
+        closings = [functools.partial(os.close, file) for file in files]
+        close_all([*closings, *(table.close for table in tables)])
 
 
 def _words(program: Program) -> str:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tcpstuck_bpf import replay
 from tcpstuck_bpf.app import run_replay
-from tcpstuck_bpf.errors import RecordingError
+from tcpstuck_bpf.cli import main
+from tcpstuck_bpf.errors import EXIT_NOTHING_STUCK, EXIT_STUCK, RecordingError
 from tcpstuck_bpf.model import (
     Attempt,
     DropRule,
@@ -183,8 +188,8 @@ def test_a_new_count_of_a_tally_comes_back_by_name(tmp_path: Path) -> None:
 def complete(path: Path) -> str:
     """Replay to the end, as the tool does; the JSON."""
     stream = io.StringIO()
-    replay = Replay(str(path))
-    run_replay(replay, JsonOutput(stream, replay.header.clock, Selection([], nothing=False)))
+    opened = Replay(str(path))
+    run_replay(opened, JsonOutput(stream, opened.header.clock, Selection([], nothing=False)))
     return stream.getvalue()
 
 
@@ -206,15 +211,149 @@ def test_a_replay_judges(tmp_path: Path) -> None:
     assert lines[-1]["notes"] == ["a note"]
 
 
-@settings(max_examples=60)
+@settings(max_examples=100)
 @given(st.data())
-def test_a_cut_recording_is_refused_whole(
+def test_a_cut_recording_replays_as_far_as_it_goes(
     tmp_path_factory: pytest.TempPathFactory, recording: bytes, data: st.DataObject
 ) -> None:
+    """Whatever byte is the last: the run was killed, or its disk was full."""
     path = tmp_path_factory.mktemp("cut") / "run"
-    path.write_bytes(recording[: data.draw(st.integers(0, len(recording) - 1))])
-    with pytest.raises(RecordingError):
-        Replay(str(path))
+    length = data.draw(st.integers(0, len(recording) - 1))
+    path.write_bytes(recording[:length])
+    whole = recording[:length].count(b"\n")
+    if whole < 2:
+        with pytest.raises(RecordingError):
+            complete(path)
+        return
+    *told, summary = (json.loads(line) for line in complete(path).splitlines())
+    path.write_bytes(recording)
+    *all_told, all_summary = (json.loads(line) for line in complete(path).splitlines())
+    told = [line for line in told if line["type"] != "listener"]
+    assert told == all_told[: len(told)]
+    assert all_summary["cut_off_time"] is None
+    assert summary["cut_off_time"] >= summary["start_time"]
+    assert f"breaks off at {summary['cut_off_time']}" in summary["notes"][0]
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"adv', b"\0" * 4096, b'{"end":1009000000000}'])
+def test_what_follows_the_last_whole_line_does_not_count(tmp_path: Path, tail: bytes) -> None:
+    """Zeros are what a file system leaves where the power failed."""
+    path = recorded(tmp_path / "run", STEPS[:6])
+    path.write_bytes(path.read_bytes() + tail)
+    *steps, end = replayed(path)
+    assert tuple(steps) == STEPS[:6]
+    assert isinstance(end, Ended)
+    assert (end.now_ns, end.cut_off) == (at(4), True)
+
+
+@pytest.mark.parametrize("cut", [0, 30])
+def test_damage_in_the_middle_is_refused_with_or_without_an_end(tmp_path: Path, cut: int) -> None:
+    path = recorded(tmp_path / "run")
+    lines = path.read_bytes().splitlines(keepends=True)
+    for odd in (b"\n", b"{}\n", b"[]\n", b'{"advance":-1}\n', lines[-1], lines[0], b"\0\n"):
+        content = b"".join([*lines[:4], odd, *lines[4:]])
+        path.write_bytes(content[: len(content) - cut])
+        with pytest.raises(RecordingError, match="damaged"):
+            complete(path)
+
+
+@pytest.mark.parametrize("tail", [b'{"advance":1009000000000}\n', b"{", b"\n", b"\0"])
+def test_nothing_comes_after_the_end(tmp_path: Path, tail: bytes) -> None:
+    path = recorded(tmp_path / "run")
+    path.write_bytes(path.read_bytes() + tail)
+    with pytest.raises(RecordingError) as refused:
+        complete(path)
+    assert "after the one that ends" in refused.value.why
+
+
+def test_a_recording_that_holds_nothing_is_said(tmp_path: Path) -> None:
+    for steps in ((), (Logged(()),)):
+        with pytest.raises(RecordingError, match="holds nothing"):
+            complete(recorded(tmp_path / "run", steps))
+
+
+def test_a_line_without_an_end_is_not_read_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recorded(tmp_path / "run", STEPS[:1])
+    monkeypatch.setattr(replay, "_LONGEST_LINE_BYTES", 1 << 20)
+    with path.open("r+b") as file:
+        file.truncate(1 << 42)
+    with pytest.raises(RecordingError) as refused:
+        complete(path)
+    assert "line 3 has more than 1 MiB" in refused.value.why
+
+
+def test_a_recording_that_is_larger_than_the_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*_: object) -> None:
+        raise MemoryError
+
+    for name in ("_step", "_decoded"):
+        path = recorded(tmp_path / "run")
+        opened = Replay(str(path))
+        with monkeypatch.context() as patched:
+            if name == "_step":
+                patched.setattr(opened, "_step", too_large)
+            else:
+                patched.setattr(json, "loads", too_large)
+            with pytest.raises(RecordingError) as refused:
+                list(opened.steps())
+        assert "more memory than there is" in refused.value.why
+
+
+@pytest.mark.parametrize("number", ["9" * 2_000_000, f'"{"9" * 2_000_000}"'])
+def test_a_number_without_an_end_is_not_read(tmp_path: Path, number: str) -> None:
+    """Where Python has no bound of its own it would take minutes."""
+    path = recorded(tmp_path / "run", STEPS[:1])
+    with path.open("a", encoding="ascii") as file:
+        file.write(f'{{"advance":{number}}}\n')
+    with pytest.raises(RecordingError, match="damaged") as refused:
+        complete(path)
+    assert "number without an end" in refused.value.why
+
+
+def test_few_bytes_do_not_become_many_rows(tmp_path: Path) -> None:
+    """Twenty million rows from 400 kB, before the runs had to be apart."""
+    many = sweep(at(1), *[handshake()] * 500)
+    path = recorded(tmp_path / "run", (STEPS[0], Swept(many)))
+    runs = ",".join(["[0,499]"] * 40_000)
+    with path.open("a", encoding="ascii") as file:
+        file.write(f'{{"sweep":{at(2)},"part":"last","rows":[],"kept":[{runs}]}}\n')
+    with pytest.raises(RecordingError, match="damaged"):
+        complete(path)
+
+
+KILLED = """
+import os, signal, sys
+from tests.builders import header
+from tests.replay.test_replay import STEPS
+from tcpstuck_bpf.replay import Recorder
+recorder = Recorder(sys.argv[1], header())
+for step in STEPS[:int(sys.argv[2])]:
+    recorder.write(step)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(("steps", "status"), [(6, EXIT_STUCK), (1, EXIT_NOTHING_STUCK)])
+def test_what_a_killed_run_has_seen_is_told(
+    steps: int, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(tmp_path / "run")
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, path, str(steps)], timeout=60, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert main(["--replay", path, "--json"]) == status
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["ever_stuck"] == (status == EXIT_STUCK)
+    assert summary["cut_off_time"] is not None
+    assert main(["--replay", path]) == status
+    shown = capsys.readouterr().out
+    assert "The recording breaks off at " in shown
+    assert "note: the recording breaks off at " in shown
 
 
 @settings(max_examples=200)

@@ -330,7 +330,7 @@ def test_a_full_disk_is_said_in_the_summary_and_tracing_goes_on() -> None:
 def test_a_disk_that_has_no_room_for_the_last_line_is_said_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without it a recording cannot be replayed: the run must not end as if there were one."""
+    """Without it a recording breaks off: the run must not end as if it were whole."""
     write = Recorder._write_line
 
     def fail_at_the_end(self: Recorder, values: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import pty
 import re
@@ -243,6 +244,58 @@ def test_a_replay_names_the_namespaces_of_the_recorded_machine(
         assert "wrong" not in shown
     assert main(["--replay", str(recorded(tmp_path / "run", start=header(own_netns=number)))]) == 1
     assert "in network namespace" not in capsys.readouterr().out
+
+
+HOSTILE = "\x1b]0;root\x07\x9b2J\u202ecaf\xe9 \u20ac"
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"LC_ALL": "C"},
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "latin-1"},
+        {"PYTHONIOENCODING": "utf-8"},
+    ],
+    ids=str,
+)
+def test_no_name_commands_the_terminal_or_ends_the_run(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    number = four_tuple().netns
+    start = header(netns_names={number: os.fsdecode(HOSTILE.encode() + b"\xff\n")})
+    ended = child(
+        *("--replay", str(recorded(tmp_path / "run", start=start)), "-v"),
+        text=False,
+        env={**os.environ, **environment},
+    )
+    assert (ended.returncode, ended.stderr) == (1, b"")
+    encoding = environment.get("PYTHONIOENCODING", "ascii")
+    shown = ended.stdout.decode(encoding if "LC_ALL" not in environment else "utf-8")
+    assert all(line.isprintable() for line in shown.split("\n"))
+    assert "\\x1b]0;root\\x07\\x9b2J\\u202ecaf" in shown
+    assert "\\xff\\x0a" in shown
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_what_is_wrong_with_a_name_is_said_whatever_is_in_it(encoding: str) -> None:
+    name = os.fsdecode(b"/no/such/\x1b[2J\xff\n\xe2\x80\xae")
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    for words in (["--replay", name], ["--vmlinux", name, "--doctor"], ["--netns", name], [name]):
+        ended = child(*words, text=False, env=environment)
+        assert ended.returncode == EXIT_USAGE
+        assert ended.stderr.decode(encoding).replace("\n", "").isprintable()
+        assert b"\\x1b[2J\\xff\\x0a\\u202e" in ended.stderr
+
+
+def test_json_is_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    ended = child(
+        *("--replay", str(recorded(tmp_path / "run")), "--json"),
+        text=False,
+        env={**os.environ, "PYTHONIOENCODING": "utf-16"},
+    )
+    assert [json.loads(line)["type"] for line in ended.stdout.decode("utf-8").splitlines()]
 
 
 def test_a_reader_that_closes_the_pipe_ends_it_quietly(tmp_path: Path) -> None:

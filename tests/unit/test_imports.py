@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ PURE = (
     "wire",
     "model",
     "errors",
+    "json_text",
+    "terminal",
     "replay",
     "explain",
     "rescue",
@@ -40,6 +43,7 @@ OF_THE_KERNEL_SIDE = {
     "ruleset_reader",
     "softirqs",
     "source",
+    "unpacking",
     "vmlinux",
 }
 # What talks to the machine: none of it is needed to judge what others have observed.
@@ -172,6 +176,46 @@ def test_the_walk_sees_imports_of_every_form(tmp_path: Path) -> None:
     )
     assert imports_of(path) >= {"a.b", "bcc", "tcpstuck_bpf.model", "tcpstuck_bpf.wire"}
     assert within_package(path) == {"wire", "model"}
+
+
+DOORS = {
+    "cli._print",
+    "cli._complain",
+    "options.error",
+    "output.findings",
+    "output.attempts",
+    "output.summary",
+    "output.status",
+    "output._clear",
+    "replay._write_line",
+}
+"""Where text leaves: each passes it through `terminal` or `json_text`."""
+OTHER_WRITERS = {"kernel.compiler", "kernel.artifact_store", "files", "unpacking"}
+"""Their bytes are for programs, or their standard error is read by the process that traces."""
+
+
+WRITING = re.compile(r"print|(?!self\.recorder).*\.(print_usage|write|writelines)")
+
+
+def writers_of(module: str, path: Path) -> set[str]:
+    """The functions in which text is printed or written."""
+    return {
+        f"{module}.{function.name}"
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and WRITING.fullmatch(ast.unparse(node.func))
+    }
+
+
+def test_text_leaves_by_few_doors() -> None:
+    found = {
+        writer
+        for name, path in modules().items()
+        if name not in OTHER_WRITERS
+        for writer in writers_of(name, path)
+    }
+    assert found <= DOORS
 
 
 def test_the_data_flows_one_way() -> None:

@@ -11,6 +11,8 @@ import shutil
 import struct
 import subprocess
 import sys
+import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ from elftools.elf.elffile import ELFFile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tcpstuck_bpf import vmlinux
+from tcpstuck_bpf import programs, unpacking, vmlinux
 from tcpstuck_bpf.errors import CannotTraceError, TcpstuckError, UsageError
 from tcpstuck_bpf.kernel_types import MemberPlace
 from tcpstuck_bpf.layout import find_layout
@@ -153,7 +155,7 @@ def test_a_missing_program_is_named(
 ) -> None:
     path = tmp_path / "vmlinuz"
     path.write_bytes(packed("zstd", kernel.read_bytes()))
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(programs, "PLACES", (str(tmp_path),))
     with pytest.raises(CannotTraceError) as raised:
         read_image(str(path))
     assert "apt install zstd" in raised.value.remedy
@@ -176,6 +178,128 @@ def test_a_kernel_that_was_cut_off_is_said_to_be(
     assert "truncated" in said, said
 
 
+def bomb(name: str, fill: int) -> bytes:
+    """Few bytes that begin as a kernel does when they are unpacked, and go on for as many more."""
+    head = b"\x7fELF" + bytes(60)
+    if name in PROGRAMS:
+        if shutil.which(PROGRAMS[name][0]) is None:
+            pytest.skip(f"no program {PROGRAMS[name][0]}")
+        command = f"(printf '\\177ELF'; head -c {fill} /dev/zero) | {' '.join(PROGRAMS[name])}"
+        return subprocess.run(
+            ["sh", "-c", command], stdout=subprocess.PIPE, check=True, timeout=300
+        ).stdout
+    makers = {
+        "gzip": lambda: zlib.compressobj(9, wbits=31),
+        "xz": lambda: lzma.LZMACompressor(preset=0),
+        "bzip2": lambda: bz2.BZ2Compressor(9),
+        "lzma": lambda: lzma.LZMACompressor(lzma.FORMAT_ALONE, preset=0),
+    }
+    packer = makers[name]()
+    pieces = [packer.compress(head)]
+    pieces += [packer.compress(bytes(1 << 20)) for _ in range(fill >> 20)]
+    return b"".join([*pieces, packer.flush()])
+
+
+@pytest.mark.parametrize("name", [*PACKERS, *PROGRAMS])
+def test_what_unpacks_to_more_than_a_kernel_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unpacking, "LARGEST_UNPACKED", 1 << 23)
+    tracemalloc.start()
+    try:
+        packed_bomb = bomb(name, 1 << 26)
+        tracemalloc.reset_peak()
+        said = refusal(tmp_path / "vmlinuz", LOADER + packed_bomb)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert "unpacks to more than 8 MiB" in said
+    assert peak < (1 << 25) + 4 * len(packed_bomb)
+
+
+def test_what_takes_too_long_to_unpack_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "zstd"
+    program.write_text("#!/bin/sh\nexec sleep 1000\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(programs, "PLACES", (str(tmp_path),))
+    monkeypatch.setattr(unpacking, "UNPACKING_LIMIT_S", 0.05)
+    said = refusal(tmp_path / "vmlinuz", b"\x28\xb5\x2f\xfd" + bytes(1 << 20))
+    assert "longer than" in said
+
+
+def test_thousands_of_beginnings_are_not_all_tried(tmp_path: Path) -> None:
+    said = refusal(tmp_path / "vmlinuz", b"\x28\xb5\x2f\xfd" * 20_000)
+    assert "places in it look like a packed one" in said
+
+
+def test_a_file_that_is_larger_than_any_kernel_is_not_searched(tmp_path: Path) -> None:
+    path = tmp_path / "vmlinux"
+    for begin, size in ((b"\x7fELF", 1 << 40), (b"MZ", 1 << 31)):
+        with path.open("wb") as file:
+            file.write(begin)
+            file.truncate(size)
+        with pytest.raises(UsageError, match="too large"):
+            read_image(str(path))
+
+
+def test_what_takes_more_memory_than_there_is_is_refused(
+    kernel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(vmlinux, "_types", too_large)
+    with pytest.raises(CannotTraceError) as raised:
+        read_image(str(kernel))
+    assert "more memory than there is" in raised.value.why
+
+
+@pytest.mark.parametrize("claim", ["nobits", "compressed", "zdebug"])
+def test_a_section_that_claims_more_than_there_is_is_refused(
+    claim: str, kernel: Path, tmp_path: Path
+) -> None:
+    """SHT_NOBITS takes no room in the file, and pyelftools makes zeros of it."""
+    content = bytearray(kernel.read_bytes())
+    with kernel.open("rb") as file:
+        elf = ELFFile(file)
+        number = elf.get_section_index(".debug_info")
+        header = elf["e_shoff"] + number * elf["e_shentsize"]
+        place = elf.get_section(number)["sh_offset"]
+        names = elf.get_section(elf["e_shstrndx"])["sh_offset"]
+        line = elf.get_section_by_name(".debug_line")["sh_name"]
+    if claim == "nobits":
+        struct.pack_into("<I", content, header + 4, 8)
+        struct.pack_into("<Q", content, header + 32, 1 << 36)
+    elif claim == "compressed":
+        struct.pack_into("<Q", content, header + 8, 0x800)
+        struct.pack_into("<IIQQ", content, place, 1, 0, 1 << 36, 1)
+    else:
+        content[names + line : names + line + 11] = b".zdebug_lin"
+    path = tmp_path / "vmlinux"
+    said = refusal(path, bytes(content))
+    assert ("would become" in said) == (claim != "zdebug")
+    assert "damaged" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (bytes(0x10008) + b"S390EP" + bytes(99), "s390x"),
+        (bytes(0x24) + b"\x18\x28\x6f\x01" + bytes(99), "32-bit ARM"),
+        (b"MZ" + bytes(58) + b"\x40\0\0\0PE\0\0\x64\x62" + bytes(99), "loongarch64"),
+    ],
+)
+def test_an_image_of_an_architecture_that_cannot_be_read_is_named(
+    content: bytes, name: str, tmp_path: Path
+) -> None:
+    """Debian's /boot/vmlinuz for s390x holds no ELF file."""
+    said = refusal(tmp_path / "vmlinuz", content + gzip.compress(b"its own form"))
+    assert f"is a kernel for {name}" in said
+    assert "not a Linux kernel" not in said
+
+
 def test_another_byte_order_is_named_and_not_called_damage(tmp_path: Path) -> None:
     order, number = (">", 2) if sys.byteorder == "little" else ("<", 1)
     identity = b"\x7fELF" + bytes((2, number, 1)) + bytes(9)
@@ -184,6 +308,7 @@ def test_another_byte_order_is_named_and_not_called_damage(tmp_path: Path) -> No
     banner = b"Linux version 9.8.7 (look@alike) (cc) #1\n"
     said = refusal(tmp_path / "vmlinux", identity + header + banner)
     assert "byte order" in said
+    assert "for s390x" in said
     assert "damaged" not in said
 
 
