@@ -12,9 +12,11 @@ from typing import Any
 from tcpstuck_bpf import wire
 from tcpstuck_bpf.model import (
     Attempt,
+    Conditions,
     DropRule,
     Event,
     HandshakeId,
+    Jump,
     KernelNames,
     KernelWarning,
     ListenerFacts,
@@ -92,16 +94,37 @@ def _attempt(values: list[Any]) -> Attempt:
     return Attempt(_identity(identity), integer(time_ns), integer(number), str(outcome))
 
 
-def _ruleset(values: list[Any]) -> Ruleset:
-    rules, problems, read_ns = values
-    return Ruleset(tuple(map(_drop_rule, rules)), tuple(map(str, problems)), integer(read_ns))
+def ruleset_of(values: list[Any]) -> Ruleset:
+    """The way back. Of recordings before counters and jumps were kept the rest is missing."""
+    rules, problems, read_ns, *more = values
+    jumps, packets, elsewhere, devices, counted_ns = more or ((), (), (), None, 0)
+    return Ruleset(
+        tuple(map(_drop_rule, rules)),
+        tuple(map(str, problems)),
+        integer(read_ns),
+        tuple(map(_jump, jumps)),
+        tuple(None if number is None else integer(number) for number in packets),
+        tuple(map(str, elsewhere)),
+        None if devices is None else tuple((integer(i), str(name)) for i, name in devices),
+        integer(counted_ns),
+    )
+
+
+def _conditions(values: list[Any]) -> Conditions:
+    return tuple((str(name), str(value)) for name, value in values)
 
 
 def _drop_rule(values: list[Any]) -> DropRule:
     *words, number, conditions, may_reset = values
     family, table, chain, hook, kind = map(str, words)
-    pairs = tuple((str(name), str(value)) for name, value in conditions)
+    pairs = _conditions(conditions)
     return DropRule(family, table, chain, hook, kind, integer(number), pairs, bool(may_reset))
+
+
+def _jump(values: list[Any]) -> Jump:
+    *words, conditions = values
+    family, table, chain, hook, target = map(str, words)
+    return Jump(family, table, chain, hook, target, _conditions(conditions))
 
 
 def names_of(values: Mapping[str, Any]) -> KernelNames:
@@ -114,7 +137,7 @@ def names_of(values: Mapping[str, Any]) -> KernelNames:
         },
         {int(number): tuple(map(str, frames)) for number, frames in values["stacks"].items()},
         {
-            int(netns): tuple(map(_ruleset, readings))
+            int(netns): tuple(map(ruleset_of, readings))
             for netns, readings in values["rulesets"].items()
         },
     )

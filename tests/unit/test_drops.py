@@ -8,10 +8,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tcpstuck_bpf import model
 from tcpstuck_bpf.drops import NO_NAMES, function_of
 from tcpstuck_bpf.export import verdict_line
 from tcpstuck_bpf.model import (
     KEPT_READINGS,
+    LET_GO,
     Coverage,
     CoverageGap,
     DropRule,
@@ -20,8 +22,9 @@ from tcpstuck_bpf.model import (
     Moved,
     Ruleset,
 )
-from tcpstuck_bpf.netfilter import Read, rule_text, suspicion
+from tcpstuck_bpf.netfilter import MORE_SUSPECTS, Read, rule_text, suspicion
 from tcpstuck_bpf.report import WallClock
+from tcpstuck_bpf.rule_index import MOST_SUSPECTS
 from tcpstuck_bpf.verdict import KFREE_SKB, RULES, Finding, judge
 from tests.builders import (
     NAMES,
@@ -257,6 +260,29 @@ def test_rules_that_never_change_are_kept_however_often_they_are_read() -> None:
     assert drop_in(with_readings(*readings, Ruleset((LATER,), (), at(2))))["rule"] == {"handle": 4}
 
 
+def test_rules_of_all_namespaces_together_are_bounded_and_what_was_let_go_accuses_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Any user may make namespaces, rules in them, and others a moment later."""
+    monkeypatch.setattr(model, "KEPT_RULES", 20)
+    names = NAMES.with_more(
+        NO_NAMES._replace(rulesets={WHO.netns: (Ruleset((RULE,), (), at(0.2)),)})
+    )
+    for n in range(100):
+        rules = tuple(RULE._replace(number=100 * n + i) for i in range(8))
+        more = {n % 3: (Ruleset(rules, (), at(n)),)}
+        names = names.with_more(NO_NAMES._replace(rulesets=more))
+    kept = [reading for readings in names.rulesets.values() for reading in readings]
+    assert sum(reading.size for reading in kept) <= 20
+    assert len(names.rulesets[0]) == KEPT_READINGS
+    entry = ack_filtered(handshake(), at(0.1))
+    assert drop_in(judged(entry, names))["rule"] == {"handle": 4}
+    filled = {WHO.netns: (Ruleset((RULE,) * 30, (), at(0.3)),)}
+    finding = judged(entry, names.with_more(NO_NAMES._replace(rulesets=filled)))
+    assert drop_in(finding)["rule"] is None
+    assert LET_GO in finding.evidence
+
+
 def test_how_long_after_the_drop_the_rules_were_read_is_told() -> None:
     finding = with_readings(Ruleset((RULE,), (), at(7.6)))
     assert drop_in(finding)["rules_read_ms"] == 7500
@@ -320,6 +346,118 @@ def test_another_family_and_another_back_end_are_no_suspects(
     who = four_tuple(family=family)
     read = Read(Ruleset((rule,), ()), 0)
     assert bool(suspicion(read, who, "input", by_nftables).suspects) == can_be
+
+
+CONNTRACK = DropRule("ip", "nf_conntrack", "nf_confirm", "input", "function", 0, ())
+PROGRAM = DropRule("ip", "", "", "input", "program", 77, ())
+IPVS = DropRule("ip", "ip_vs", "ip_vs_reply4", "input", "function", 0, ())
+
+
+def test_code_at_the_hook_that_is_no_rule_is_a_suspect_beside_the_rule() -> None:
+    """A rule of nft was named as the only one, beside IPVS or a BPF program."""
+    for other, value in (
+        (IPVS, {"function": "ip_vs_reply4"}),
+        (PROGRAM, {"program": 77}),
+        (CONNTRACK, {"function": "nf_confirm"}),
+    ):
+        drop = drop_in(with_rules(RULE, other))
+        assert drop["rule"] is None
+        named = {"family": "ip", "table": None, "chain": None, "rule": value}
+        assert named in drop["rule_candidates"]  # type: ignore[operator]
+        alone = with_rules(other)
+        assert drop_in(alone)["rule"] == value
+        assert rule_text(other) in " ".join(alone.evidence)
+
+
+def test_within_nftables_no_other_code_is_a_suspect() -> None:
+    names = NAMES._replace(
+        places={NF_PLACE: "nft_do_chain+0x47f"},
+        rulesets={WHO.netns: (Ruleset((RULE, IPVS, PROGRAM, LEGACY), (), at(0.2)),)},
+    )
+    assert drop_in(judged(ack_filtered(handshake(), at(0.1)), names))["rule"] == {"handle": 4}
+
+
+@pytest.mark.parametrize(
+    ("place", "is_named"), [("nft_do_chain+0x4", True), ("nf_hook_slow+0x4", False)]
+)
+def test_what_was_not_read_elsewhere_matters_only_to_what_nftables_did_not_drop(
+    place: str, is_named: bool
+) -> None:
+    missing = "iptables has legacy tables (filter), and nothing that lists them is installed"
+    ruleset = Ruleset((RULE,), (), at(0.2), elsewhere=(missing,))
+    names = NAMES._replace(places={NF_PLACE: place}, rulesets={WHO.netns: (ruleset,)})
+    finding = judged(ack_filtered(handshake(), at(0.1)), names)
+    assert (drop_in(finding)["rule"] is not None) == is_named
+    assert (missing in finding.evidence) == (not is_named)
+
+
+COUNTING = (RULE, LATER)
+
+
+def counted(*packets: int | None, read_s: float, counted_s: float | None = None) -> Ruleset:
+    done_s = read_s if counted_s is None else counted_s
+    return Ruleset(COUNTING, (), at(read_s), packets=packets, counted_ns=at(done_s))
+
+
+@pytest.mark.parametrize(
+    ("readings", "suspects"),
+    [
+        ([counted(None, None, read_s=0.2)], [4, 9]),
+        ([counted(0, 3, read_s=0.2)], [9]),
+        ([counted(0, 0, read_s=0.2)], []),
+        ([counted(3, 0, read_s=0.2)], [4]),
+        ([counted(3, 5, read_s=0), counted(3, 6, read_s=0.2)], [9]),
+        ([counted(3, 5, read_s=0), counted(4, 6, read_s=0.2)], [4, 9]),
+        ([counted(3, 5, read_s=0), counted(0, 6, read_s=0.2)], [4, 9]),
+        ([counted(3, None, read_s=0), counted(3, None, read_s=0.2)], [9]),
+        # The reading before had not ended when the packet came, or nobody knows when it did.
+        ([counted(3, 5, read_s=0, counted_s=0.15), counted(3, 6, read_s=0.2)], [4, 9]),
+        ([counted(3, 5, read_s=0, counted_s=0.095), counted(3, 6, read_s=0.2)], [4, 9]),
+        ([counted(3, 5, read_s=0)._replace(counted_ns=0), counted(3, 6, read_s=0.2)], [4, 9]),
+        # What was read before had other rules.
+        (
+            [counted(3, 5, read_s=0)._replace(rules=(LATER, RULE)), counted(3, 6, read_s=0.2)],
+            [4, 9],
+        ),
+        ([counted(0, 3, read_s=0)], [4, 9]),
+    ],
+)
+def test_a_counter_that_has_not_counted_the_packet_clears_its_rule(
+    readings: list[Ruleset], suspects: list[int]
+) -> None:
+    drop = drop_in(with_readings(*readings))
+    named = [drop["rule"]] if drop["rule"] else [c["rule"] for c in drop["rule_candidates"]]  # type: ignore[attr-defined]
+    assert [rule["handle"] for rule in named] == suspects  # type: ignore[index]
+
+
+def test_a_ruleset_that_never_changes_keeps_its_counters_of_both_ends() -> None:
+    readings = [counted(3, n, read_s=n / 100) for n in range(50)]
+    assert drop_in(with_readings(*readings))["rule"] == {"handle": 9}
+
+
+def test_a_rule_for_a_device_that_is_not_there_is_no_suspect() -> None:
+    """`iifname "eth7" drop` beside `iifname "veth0" drop`."""
+    rules = tuple(
+        RULE._replace(number=n, conditions=(("iifname", name),))
+        for n, name in ((1, "eth7"), (2, "veth0"))
+    )
+    there = ((1, "lo"), (2, "veth0"))
+    ruleset = Ruleset(rules, (), at(0.2), devices=there)
+    assert drop_in(with_readings(ruleset))["rule"] == {"handle": 2}
+    both = ruleset._replace(devices=(*there, (3, "eth7")))
+    assert drop_in(with_readings(both))["rule"] is None
+    (suspect,) = suspicion(Read(both, 0), WHO, "input", False, device=3).suspects
+    assert suspect.number == 1
+
+
+def test_more_suspects_than_are_named_are_said() -> None:
+    rules = tuple(RULE._replace(number=n) for n in range(100))
+    finding = with_rules(*rules)
+    drop = drop_in(finding)
+    assert (drop["rule"], len(drop["rule_candidates"])) == (None, MOST_SUSPECTS)  # type: ignore[arg-type]
+    assert MORE_SUSPECTS in finding.evidence
+    # One of them that is not named may answer by RST.
+    assert finding.certainty == "likely"
 
 
 names_of_matches = st.one_of(

@@ -27,6 +27,7 @@ PURE = (
     "synack",
     "listener",
     "listener_history",
+    "ruleset_text",
 )
 OF_THE_KERNEL_SIDE = {
     "btf",
@@ -36,7 +37,9 @@ OF_THE_KERNEL_SIDE = {
     "kernel_report",
     "kernel_types",
     "layout",
+    "netfilter_hooks",
     "probes",
+    "ruleset_child",
     "ruleset_reader",
     "softirqs",
     "source",
