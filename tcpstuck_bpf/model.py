@@ -204,6 +204,8 @@ class DropRule(NamedTuple):
     conditions: Conditions
     may_reset: bool = False
     """Whether it may answer by RST as well (reject with tcp reset)."""
+    queues: bool = False
+    """Whether it may hand the packet to a queue that a program reads (NFQUEUE)."""
 
 
 class Jump(NamedTuple):

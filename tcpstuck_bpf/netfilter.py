@@ -8,7 +8,7 @@ is one of them the rule is named.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from tcpstuck_bpf.model import KEPT_READINGS, DropRule, FourTuple, Ruleset
@@ -22,6 +22,10 @@ _OTHER_CODE = ("function", "program")
 _RACE_NS = 10_000_000
 """A packet is counted before it is dropped, microseconds as a rule. A reading that ended less than
 that before a drop may have the packet in its counters already."""
+NOT_THE_RULE = (
+    "whether the program that reads the queue or a rule behind said no cannot be told from here"
+)
+NOTHING_QUEUES = "no rule loaded after the drop queues it: which one did cannot be told"
 MORE_SUSPECTS = "there are more rules that match: not all of them are looked at"
 
 
@@ -52,6 +56,26 @@ class Suspicion(NamedTuple):
     def may_reset(self) -> bool:
         """Whether it can have been a rule here that answers by RST."""
         return any(suspect.may_reset for suspect in self.suspects)
+
+    def of_full_queue(self) -> Suspicion:
+        """Of a packet that no program could be handed: it was one of the rules that queue.
+
+        Nobody has seen it, so nobody has answered it.
+        """
+        queueing = (rule._replace(may_reset=False) for rule in self.suspects if rule.queues)
+        return self._among(queueing)
+
+    def of_queue_verdict(self) -> Suspicion:
+        """Of a packet that came back from a queue: the rules that can have put it there."""
+        found = self._among(rule for rule in self.suspects if rule.queues)
+        return found._replace(notes=(*found.notes, NOT_THE_RULE))
+
+    def _among(self, rules: Iterable[DropRule]) -> Suspicion:
+        suspects = tuple(rules)
+        notes = self.notes
+        if not suspects and not notes:
+            notes = (NOTHING_QUEUES,)
+        return self._replace(suspects=suspects, notes=notes)
 
     @property
     def may_be_unseen(self) -> bool:

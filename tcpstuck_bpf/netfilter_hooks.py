@@ -268,7 +268,7 @@ def _function(
     known = name.startswith(
         ("ip_vs_", "ipv4_synproxy", "ipv6_synproxy", "nf_flow_", "selinux_", "smack_")
     )
-    return DropRule(family, module, name, hook, "function", 0, conditions, not known)
+    return DropRule(family, module, name, hook, "function", 0, conditions, not known, not known)
 
 
 def _known_to_hook(mentioned: Collection[str]) -> Others:

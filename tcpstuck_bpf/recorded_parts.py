@@ -115,10 +115,11 @@ def _conditions(values: list[Any]) -> Conditions:
 
 
 def _drop_rule(values: list[Any]) -> DropRule:
-    *words, number, conditions, may_reset = values
+    *words, number, conditions, may_reset, queues = values if len(values) > 8 else [*values, False]
     family, table, chain, hook, kind = map(str, words)
     pairs = _conditions(conditions)
-    return DropRule(family, table, chain, hook, kind, integer(number), pairs, bool(may_reset))
+    answers, hands_over = bool(may_reset), bool(queues)
+    return DropRule(family, table, chain, hook, kind, integer(number), pairs, answers, hands_over)
 
 
 def _jump(values: list[Any]) -> Jump:

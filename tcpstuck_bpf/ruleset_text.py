@@ -39,9 +39,18 @@ _INNOCENT_TARGETS = frozenset(
 )  # fmt: skip
 """Not: DROP, REJECT, QUEUE, NFQUEUE, SYNPROXY, TPROXY, CLUSTERIP, MASQUERADE, REDIRECT, SNPT, DNPT,
 TCPOPTSTRIP, and of xtables-addons TARPIT, CHAOS, DELUDE, ECHO, STEAL, SYSRQ, DHCPMAC, RAWNAT."""
-_SILENT_TARGETS = frozenset({"DROP", "QUEUE", "TPROXY", "SYNPROXY", "CLUSTERIP", "TCPOPTSTRIP"})
+_SILENT_TARGETS = frozenset(
+    {
+        "DROP", "CLUSTERIP", "DHCPMAC", "DNPT", "ECHO", "MASQUERADE", "RAWDNAT", "RAWSNAT",
+        "REDIRECT", "SNPT", "STEAL", "SYNPROXY", "SYSRQ", "TCPOPTSTRIP", "TPROXY",
+    }
+)  # fmt: skip
 """Suspects that surely do not answer by RST."""
-_SILENT_STATEMENTS = frozenset({"drop", "synproxy", "fwd", "ct count", "reset", "redirect", "vmap"})
+_NO_QUEUE = _SILENT_TARGETS | {"REJECT", "TARPIT", "DELUDE", "CHAOS"}
+"""Suspects that surely hand nothing to a queue."""
+_SILENT_STATEMENTS = frozenset(
+    {"drop", "synproxy", "fwd", "ct count", "reset", "redirect", "masquerade"}
+)
 _MATCHES_THAT_DROP = frozenset({"connlimit", "hashlimit"})
 """Of iptables: by `hotdrop`, where there is no room for another entry."""
 _VERDICTS = frozenset({"accept", "drop", "jump", "goto", "return", "continue", "queue"})
@@ -91,6 +100,7 @@ class _Verdict(NamedTuple):
     drops: bool
     may_reset: bool
     leads_to: tuple[str, ...] = ()
+    queues: bool = False
 
 
 _NOTHING = _Verdict(False, False)
@@ -186,10 +196,8 @@ def _add_nftables_rule(parts: Parts, rule: Mapping[str, Any], listing: _Listing)
         parts.jumps.append(Jump(family, table, chain, hook, target, conditions))
     if verdict.drops:
         handle = int(rule["handle"])
-        resets = verdict.may_reset
-        parts.add(
-            DropRule(family, table, chain, hook, "handle", handle, conditions, resets), packets
-        )
+        rule_found = DropRule(family, table, chain, hook, "handle", handle, conditions)
+        parts.add(rule_found._replace(may_reset=verdict.may_reset, queues=verdict.queues), packets)
 
 
 def _is_synproxy(statement: Any) -> bool:
@@ -205,7 +213,7 @@ def _rule_verdict(
     statements: Sequence[Any], listing: _Listing, table: tuple[str, str]
 ) -> tuple[_Verdict, int | None]:
     """What a rule may do, and how many packets have come to the first statement that may drop."""
-    drops = may_reset = False
+    drops = may_reset = queues = False
     leads_to: list[str] = []
     packets: int | None = None
     has_verdict = any(isinstance(s, dict) and s.keys() & _VERDICTS for s in statements)
@@ -215,8 +223,9 @@ def _rule_verdict(
         verdict = _of_statement(statement, has_verdict, listing, table)
         drops |= verdict.drops
         may_reset |= verdict.may_reset
+        queues |= verdict.queues
         leads_to += verdict.leads_to
-    return _Verdict(drops, may_reset, tuple(leads_to)), packets
+    return _Verdict(drops, may_reset, tuple(leads_to), queues), packets
 
 
 def _counted(
@@ -236,7 +245,7 @@ def _of_statement(
     if isinstance(statement, str) or statement == {"xt": None}:
         # Older nft has null or mere text for any match or target of iptables'. A target is last,
         # and where there is one there is no verdict of nftables'.
-        return _NOTHING if has_verdict else _Verdict(True, True)
+        return _NOTHING if has_verdict else _Verdict(True, True, queues=True)
     if not isinstance(statement, dict):
         return _NOTHING
     if "xt" in statement:
@@ -253,7 +262,8 @@ def _of_statement(
     if "reject" in statement:
         answers = isinstance(rejects, dict) and rejects.get("type") == "tcp reset"
         return _Verdict(True, answers)
-    return _Verdict(True, bool(unknown - _SILENT_STATEMENTS))
+    is_unknown = bool(unknown - _SILENT_STATEMENTS)
+    return _Verdict(True, is_unknown, queues=is_unknown)
 
 
 def _of_xtables(details: Mapping[str, Any]) -> _Verdict:
@@ -262,7 +272,7 @@ def _of_xtables(details: Mapping[str, Any]) -> _Verdict:
         return _Verdict(name in _MATCHES_THAT_DROP, False)
     if details.get("type") == "target" and name in _INNOCENT_TARGETS:
         return _NOTHING
-    return _Verdict(True, name not in _SILENT_TARGETS)
+    return _Verdict(True, name not in _SILENT_TARGETS, queues=name not in _NO_QUEUE)
 
 
 def _of_map(data: Any, listing: _Listing, table: tuple[str, str]) -> _Verdict:
@@ -291,7 +301,7 @@ def _of_verdicts(elements: Any) -> _Verdict:
             waiting += inner.values()
         elif isinstance(inner, list):
             waiting += inner
-    return _Verdict(drops or queues, queues, tuple(leads_to))
+    return _Verdict(drops or queues, queues, tuple(leads_to), queues)
 
 
 def _conditions(expressions: Sequence[Any]) -> Iterator[tuple[str, str]]:
@@ -410,6 +420,7 @@ def _add_xtables_rule(
     else:
         may_reset = not is_innocent and target not in _SILENT_TARGETS
     rule = DropRule(family, table, chain, hook, "number", at.number, tuple(conditions), may_reset)
+    rule = rule._replace(queues=not is_innocent and target not in _NO_QUEUE)
     # Only whom all matches let pass is counted.
     parts.add(rule, None if drops_in_match else at.packets)
 

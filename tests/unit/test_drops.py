@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tcpstuck_bpf import model
-from tcpstuck_bpf.drops import NO_NAMES, function_of
+from tcpstuck_bpf.drops import NO_NAMES, function_of, is_by_netfilter
 from tcpstuck_bpf.export import verdict_line
 from tcpstuck_bpf.model import (
     KEPT_READINGS,
@@ -22,7 +24,14 @@ from tcpstuck_bpf.model import (
     Moved,
     Ruleset,
 )
-from tcpstuck_bpf.netfilter import MORE_SUSPECTS, Read, rule_text, suspicion
+from tcpstuck_bpf.netfilter import (
+    MORE_SUSPECTS,
+    NOT_THE_RULE,
+    NOTHING_QUEUES,
+    Read,
+    rule_text,
+    suspicion,
+)
 from tcpstuck_bpf.report import WallClock
 from tcpstuck_bpf.rule_index import MOST_SUSPECTS
 from tcpstuck_bpf.verdict import KFREE_SKB, RULES, Finding, judge
@@ -96,6 +105,17 @@ def drop_in(finding: Finding) -> dict[str, object]:
         ("TCP_AOFAILURE", "tcp-auth"),
         ("XFRM_POLICY", "xfrm"),
         ("TCP_MINTTL", "min-ttl"),
+        ("QDISC_DROP", "qdisc"),
+        ("QDISC_OVERLIMIT", "qdisc"),
+        ("FQ_FLOW_LIMIT", "qdisc"),
+        ("SECURITY_HOOK", "lsm"),
+        ("TCP_AUTH_HDR", "tcp-auth"),
+        ("PSP_INPUT", "psp"),
+        ("PFMEMALLOC", "memory"),
+        ("IPV6_BAD_EXTHDR", "malformed"),
+        ("TCP_LISTEN_OVERFLOW", "accept-queue"),
+        ("TCP_RFC7323_TW_PAWS", "other-socket"),
+        ("UDP_CSUM", "other"),
         ("SOMETHING_NEW", "other"),
         ("subsystem 3 reason 7", "other"),
     ],
@@ -116,6 +136,10 @@ def test_a_reason_says_what_it_was_wherever_it_was(reason: str, what: str) -> No
         ("ip_rcv_finish_core.isra.0+0x1f2", "route"),
         ("__netif_receive_skb_core.constprop.0+0x9", "tc"),
         ("do_xdp_generic+0x3b", "xdp"),
+        ("veth_xdp_rcv_skb.constprop.0+0x3b", "xdp"),
+        ("nf_queue+0x5c", "nfqueue"),
+        ("nf_reinject+0x10a", "nfqueue"),
+        ("nfqnl_recv_verdict+0x2c0", "nfqueue"),
         ("enqueue_to_backlog+0x10", "backlog"),
         ("tcp_v4_rcv+0x81", "tcp"),
         ("tcp_v6_rcv+0x81", "tcp"),
@@ -130,8 +154,77 @@ def test_without_a_reason_the_place_has_to_do_and_it_is_said(
     assert drop_in(finding)["what"] == what
     assert drop_in(finding)["place"] == place
     # A rule that was not read may have answered by RST, as TCP may have.
-    assert finding.certainty == ("likely" if what in ("tcp", "netfilter") else "certain")
+    may_have = ("tcp", "netfilter", "nfqueue")
+    assert finding.certainty == ("likely" if what in may_have else "certain")
     assert any("judged by the place alone" in sentence for sentence in finding.evidence)
+
+
+GENERAL = {
+    "NOT_SPECIFIED": "no reason: the place has to do",
+    "NEIGH_\\w+": "of packets that leave the host",
+    "IP_NOPROTO|UNHANDLED_PROTO|INVALID_PROTO": "of packets that are no TCP",
+    "UDP_CSUM|ICMP_CSUM|UNIX_\\w+|CAN\\w+|IPV6_NDISC_\\w+|ARP_\\w+": "of other protocols",
+    "\\w+CAST_BACKLOG": "of broadcasts and multicasts",
+    "NO_TX_TARGET": "of VXLAN's, at the sender",
+    "QUEUE_PURGE": "a queue is thrown away as a whole, whichever it is",
+    "PACKET_SOCK_ERROR": "the programs leave it out: a capture lost a copy",
+}
+"""Reasons that have no cause of their own, and why."""
+
+
+def newest_reasons() -> list[str]:
+    lines = (Path(__file__).parent / "drop_reasons.txt").read_text("ascii").splitlines()
+    return [line for line in lines if not line.startswith("#")]
+
+
+@pytest.mark.parametrize("reason", newest_reasons())
+def test_every_reason_that_can_hit_an_ack_has_a_cause(reason: str) -> None:
+    what = drop_in(filtered("somewhere+0x1", reason))["what"]
+    is_general = any(re.fullmatch(pattern, reason) for pattern in GENERAL)
+    assert (what == "other") == is_general
+
+
+def queue_rules(*, queues: int) -> tuple[DropRule, ...]:
+    """Those with a lower number may hand the packet to a queue, and its reader may answer."""
+    return tuple(
+        LEGACY._replace(number=n, may_reset=n <= queues, queues=n <= queues) for n in (1, 2, 3)
+    )
+
+
+def with_queue(place: str, *rules: DropRule) -> Finding:
+    ruleset = Ruleset(rules, (), at(0.2))
+    names = NAMES._replace(places={NF_PLACE: place}, rulesets={WHO.netns: (ruleset,)})
+    return judged(ack_filtered(handshake(), at(0.1)), names)
+
+
+def test_a_queue_without_a_reader_is_named_with_the_rule_that_queues() -> None:
+    finding = with_queue("nf_queue+0x5c", *queue_rules(queues=1))
+    drop = drop_in(finding)
+    assert (drop["what"], drop["rule"], finding.certainty) == ("nfqueue", {"number": 1}, "certain")
+    several = with_queue("nf_queue+0x5c", *queue_rules(queues=2))
+    assert [c["rule"] for c in drop_in(several)["rule_candidates"]] == [
+        {"number": 1},
+        {"number": 2},
+    ]  # type: ignore[attr-defined]
+    none = with_queue("nf_queue+0x5c", *queue_rules(queues=0))
+    assert drop_in(none)["rule_candidates"] == []
+    assert NOTHING_QUEUES in none.evidence
+
+
+def test_what_came_back_from_a_queue_is_laid_to_no_rule() -> None:
+    """Its reader may have said no, or a rule behind the one that queued it."""
+    finding = with_queue("nf_reinject+0x5c", *queue_rules(queues=1))
+    drop = drop_in(finding)
+    assert (drop["what"], drop["rule"], finding.certainty) == ("nfqueue", None, "likely")
+    assert [c["rule"] for c in drop["rule_candidates"]] == [{"number": 1}]  # type: ignore[attr-defined]
+    assert NOT_THE_RULE in finding.evidence
+
+
+def test_a_reason_of_netfilters_does_not_hide_the_queue() -> None:
+    names = NAMES._replace(places={NF_PLACE: "nf_reinject+0x1"})
+    assert drop_in(judged(ack_filtered(handshake(), at(0.1)), names))["what"] == "nfqueue"
+    assert is_by_netfilter("NETFILTER_DROP", "nf_reinject+0x1")
+    assert is_by_netfilter(None, "nf_queue+0x1")
 
 
 def test_the_reverse_path_filter_is_named_where_it_can_be() -> None:

@@ -115,6 +115,26 @@ def test_what_may_answer_by_rst(target: str, may_reset: bool) -> None:
     assert rule.may_reset == may_reset
 
 
+@pytest.mark.parametrize(
+    ("target", "queues"),
+    [("NFQUEUE --queue-num 3", True), ("QUEUE", True), ("SOMETHING_NEW", True), ("DROP", False)],
+)
+def test_what_may_hand_a_packet_to_a_program(target: str, queues: bool) -> None:
+    (by_iptables,) = of_target(f"-j {target}")
+    (by_nft,) = of_one_rule({"xt": {"type": "target", "name": target.split()[0]}})
+    assert by_iptables.queues == by_nft.queues == queues
+
+
+def test_what_of_nftables_may_hand_a_packet_to_a_program() -> None:
+    in_map = {"vmap": {"key": {}, "data": {"set": [[1, {"queue": {"num": 1}}]]}}}
+    for statement, queues in (
+        ({"queue": {"num": 1}}, True),
+        (in_map, True),
+        ({"drop": None}, False),
+    ):
+        assert of_one_rule(statement)[0].queues == queues
+
+
 @pytest.mark.parametrize("comment", ["-p", "-i", "-s", "-j", "--dport", '"-j ACCEPT"'])
 def test_a_comment_is_no_option(comment: str) -> None:
     """iptables-save quotes no word of letters and dashes."""
