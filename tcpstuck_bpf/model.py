@@ -253,8 +253,8 @@ class Ruleset(NamedTuple):
 KEPT_READINGS = 16
 """Of a namespace's rules, the latest. Of those in a row that are alike the first and the last are
 kept, so that these are at least half as many changes."""
-KEPT_RULES = 100_000
-"""Of all namespaces and readings together: some 50 MB. Whoever may make rules in a namespace of
+KEPT_RULES = 50_000
+"""Of all namespaces and readings together: some 25 MB. Whoever may make rules in a namespace of
 their own is not to fill this process's memory."""
 LET_GO = "the rules were read, and let go again: too many are kept"
 

@@ -6,7 +6,8 @@ TypeError, ValueError or AttributeError where they are damaged.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tcpstuck_bpf import wire
@@ -110,13 +111,18 @@ def ruleset_of(values: list[Any]) -> Ruleset:
     )
 
 
+def _few(words: list[Any]) -> Iterator[str]:
+    """Words of which many rules have the same: one copy of each."""
+    return (sys.intern(str(word)) for word in words)
+
+
 def _conditions(values: list[Any]) -> Conditions:
-    return tuple((str(name), str(value)) for name, value in values)
+    return tuple((sys.intern(str(name)), str(value)) for name, value in values)
 
 
 def _drop_rule(values: list[Any]) -> DropRule:
     *words, number, conditions, may_reset, queues = values if len(values) > 8 else [*values, False]
-    family, table, chain, hook, kind = map(str, words)
+    family, table, chain, hook, kind = _few(words)
     pairs = _conditions(conditions)
     answers, hands_over = bool(may_reset), bool(queues)
     return DropRule(family, table, chain, hook, kind, integer(number), pairs, answers, hands_over)
@@ -124,7 +130,7 @@ def _drop_rule(values: list[Any]) -> DropRule:
 
 def _jump(values: list[Any]) -> Jump:
     *words, conditions = values
-    family, table, chain, hook, target = map(str, words)
+    family, table, chain, hook, target = _few(words)
     return Jump(family, table, chain, hook, target, _conditions(conditions))
 
 

@@ -24,9 +24,12 @@ MOST_STEPS = 2_000_000
 """Looks at a rule or a chain, for all packets that are held against one reading: about a second.
 A ruleset of 20 000 rules with 50 listeners needs half of it once, and then a few for each packet.
 """
-_KEPT_INDEXES = 64
+_KEPT_INDEXES = 32
 """Of readings. One for each network namespace whose drops are told at the same time is enough."""
-_KEPT_VIEWS = 256
+_INDEXED_RULES = 50_000
+"""Of all of them together, at some 500 bytes each."""
+_VIEWED_RULES = 20_000
+"""Of all views of one index, whose entries are its own: what they share out is room in lists."""
 
 _Chain = tuple[str, str, str]
 """Family, table and name."""
@@ -212,7 +215,7 @@ class RuleIndex:
             if self.steps_left < 0:
                 return None
             view = self._views[key] = self._made_view(packet)
-            if len(self._views) > _KEPT_VIEWS:
+            if len(self._views) > 1 + _VIEWED_RULES // (1 + self.ruleset.size):
                 self._views.popitem(last=False)
         return view
 
@@ -268,6 +271,11 @@ _Identity = tuple[int, int, int]
 _indexes: OrderedDict[_Identity, RuleIndex] = OrderedDict()
 
 
+def _is_too_much() -> bool:
+    rules = sum(index.ruleset.size for index in _indexes.values())
+    return len(_indexes) > _KEPT_INDEXES or rules > _INDEXED_RULES
+
+
 def index_of(ruleset: Ruleset) -> RuleIndex:
     """The index of these rules: the same one for every reading that shares them."""
     identity = (id(ruleset.rules), id(ruleset.jumps), id(ruleset.devices))
@@ -275,6 +283,6 @@ def index_of(ruleset: Ruleset) -> RuleIndex:
     if index is None:
         # It keeps the rules, so that their identity is nobody else's meanwhile.
         index = _indexes[identity] = RuleIndex(ruleset)
-        if len(_indexes) > _KEPT_INDEXES:
+        while len(_indexes) > 1 and _is_too_much():
             _indexes.popitem(last=False)
     return index

@@ -139,6 +139,7 @@ class _Reading:
             why = getattr(error, "strerror", None) or type(error).__name__
             problems.append(f"the rules of {command[0]} cannot be read: {why}")
             return False
+        problems.extend(parts.problems)
         room = max(0, MOST_RULES - len(self.parts.rules) - len(self.parts.jumps))
         if len(parts.rules) + len(parts.jumps) > room:
             problems.append(

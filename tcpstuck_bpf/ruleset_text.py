@@ -54,6 +54,7 @@ _SILENT_STATEMENTS = frozenset(
 _MATCHES_THAT_DROP = frozenset({"connlimit", "hashlimit"})
 """Of iptables: by `hotdrop`, where there is no room for another entry."""
 _VERDICTS = frozenset({"accept", "drop", "jump", "goto", "return", "continue", "queue"})
+_TABLE_FLAGS = frozenset({"dormant", "owner", "persist"})
 _WORD = re.compile(r'"(?:[^"\\]|\\.)*"|\S+')
 """As xtables_save_string() writes them. shlex takes ten times as long:
 seconds for a large ruleset."""
@@ -82,6 +83,8 @@ class Parts(NamedTuple):
     """Chains that a hook calls, of those that were listed."""
     mentioned: set[str]
     """Statements and targets that make a hook of their own (`synproxy`, `flowtable`)."""
+    problems: list[str]
+    """Complete sentences: what the listing does not tell."""
 
     def add(self, rule: DropRule, packets: int | None) -> None:
         """One more rule."""
@@ -91,7 +94,7 @@ class Parts(NamedTuple):
 
 def no_parts() -> Parts:
     """Nothing yet."""
-    return Parts([], [], [], set(), set())
+    return Parts([], [], [], set(), set(), [])
 
 
 class _Verdict(NamedTuple):
@@ -111,12 +114,13 @@ class _Listing:
 
     def __init__(self, items: Sequence[Mapping[str, Any]]) -> None:
         self.asleep: set[tuple[str, str]] = set()
+        self.has_unclear_flags = False
         self.chains: dict[Place, Mapping[str, Any]] = {}
         self.counters: dict[Place, int] = {}
         self.maps: dict[Place, Any] = {}
         for item in items:
-            if "table" in item and "dormant" in item["table"].get("flags", ()):
-                self.asleep.add((item["table"]["family"], item["table"]["name"]))
+            if "table" in item:
+                self._note_table(item["table"])
             elif "chain" in item:
                 self.chains[_place(item["chain"])] = item["chain"]
             elif "counter" in item:
@@ -124,6 +128,15 @@ class _Listing:
             elif "map" in item:
                 self.maps[_place(item["map"])] = item["map"].get("elem", ())
         self._verdicts: dict[Place, _Verdict] = {}
+
+    def _note_table(self, table: Mapping[str, Any]) -> None:
+        flags = table.get("flags", [])
+        names = {flags} if isinstance(flags, str) else set(flags)
+        if "dormant" in names:
+            self.asleep.add((table["family"], table["name"]))
+        elif names - _TABLE_FLAGS:
+            # nft 1.0.6 prints the table's own name there.
+            self.has_unclear_flags = True
 
     def verdict_of(self, map_: Place) -> _Verdict:
         """What the verdicts of a map with a name may do; of one that is not listed anything."""
@@ -167,6 +180,8 @@ def nftables_rules(text: str) -> Parts:
     items = json.loads(text)["nftables"]
     listing = _Listing(items)
     parts = no_parts()
+    if listing.has_unclear_flags:
+        parts.problems.append("this nft does not tell whether tables with flags are dormant")
     for item in items:
         if "flowtable" in item:
             parts.mentioned.add("flowtable")
@@ -242,12 +257,10 @@ def _counted(
 def _of_statement(
     statement: Any, has_verdict: bool, listing: _Listing, table: tuple[str, str]
 ) -> _Verdict:
-    if isinstance(statement, str) or statement == {"xt": None}:
+    if not isinstance(statement, dict) or statement == {"xt": None}:
         # Older nft has null or mere text for any match or target of iptables'. A target is last,
         # and where there is one there is no verdict of nftables'.
         return _NOTHING if has_verdict else _Verdict(True, True, queues=True)
-    if not isinstance(statement, dict):
-        return _NOTHING
     if "xt" in statement:
         return _of_xtables(statement["xt"])
     if "vmap" in statement:
@@ -442,7 +455,7 @@ def reachable(parts: Parts) -> Parts:
         starts, {chain: [(j.family, j.table, j.target) for j in own] for chain, own in ways.items()}
     )
     leading = _closure(dropping, back)
-    rules = Parts([], [], [], parts.chains, parts.mentioned)
+    rules = Parts([], [], [], parts.chains, parts.mentioned, parts.problems)
     for rule, packets in zip(parts.rules, parts.packets):
         if (rule.family, rule.table, rule.chain) in come_to:
             rules.add(rule, packets)

@@ -170,6 +170,24 @@ def test_readings_that_share_their_rules_share_their_index() -> None:
     assert index_of(same) is not index_of(ruleset)
 
 
+def test_indexes_of_many_rules_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was let go with its reading is not to be kept here."""
+    monkeypatch.setattr(rule_index, "_INDEXED_RULES", 100)
+    for number in range(20):
+        index_of(Ruleset(tuple(rule("base", n + number, hook="input") for n in range(30)), ()))
+    assert sum(index.ruleset.size for index in rule_index._indexes.values()) <= 100
+    large = Ruleset(tuple(rule("base", n, hook="input") for n in range(500)), ())
+    assert index_of(large) is index_of(large)
+
+
+def test_few_views_of_many_rules_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule_index, "_VIEWED_RULES", 100)
+    index = RuleIndex(Ruleset(tuple(rule("base", n, hook="input") for n in range(30)), ()))
+    for n in range(50):
+        index.matching(Packet(who(server=f"192.0.2.{n}"), "input", None))
+    assert len(index._views) == 4
+
+
 def test_few_indexes_are_kept() -> None:
     first = Ruleset((rule("base", 1, hook="input"),), ())
     kept = index_of(first)

@@ -120,6 +120,12 @@ def test_no_more_rules_are_handed_over_than_are_kept_and_it_is_said(
     assert "more than 3 rules" in told.problems[0]
 
 
+def test_what_a_listing_does_not_tell_is_said(machine: Machine) -> None:
+    table = {"table": {"family": "ip", "name": "t", "flags": "t"}}
+    machine.prints_ruleset(json.dumps({"nftables": [table]}))
+    assert "dormant" in read_own().problems[0]
+
+
 def save_as(machine: Machine, program: str, *, version: str = "") -> None:
     machine.installed.add(program)
     machine.prints[f"{program} -c"] = SAVED

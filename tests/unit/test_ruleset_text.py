@@ -237,11 +237,20 @@ def test_a_map_that_is_not_listed_may_drop_and_lead_anywhere_in_its_table() -> N
 def test_a_table_that_is_asleep_drops_nothing() -> None:
     table = {"family": "ip", "name": "t", "handle": 1}
     closed = {"chain": {**CHAIN, "policy": "drop"}}
-    for flags, rules in ((["dormant"], []), ("dormant", []), (["owner"], [7, 0])):
+    for flags, rules in ((["dormant"], []), ("dormant", []), (["owner", "persist"], [7, 0])):
         found = of_nftables(
             {"table": {**table, "flags": flags}}, closed, rule("c", 7, {"drop": None})
         )
         assert [rule.number for rule in found.rules] == rules
+
+
+def test_a_table_that_may_be_asleep_is_told() -> None:
+    """nft 1.0.6 prints a table's name in the place of its flags."""
+    table = {"table": {"family": "ip", "name": "t", "handle": 1, "flags": "t"}}
+    found = of_nftables(table, {"chain": CHAIN}, rule("c", 7, {"drop": None}))
+    assert [rule.number for rule in found.rules] == [7]
+    assert "whether tables with flags are dormant" in found.problems[0]
+    assert of_nftables({"table": {"family": "ip", "name": "t"}}, {"chain": CHAIN}).problems == []
 
 
 @pytest.mark.parametrize(
@@ -361,6 +370,8 @@ def test_a_rule_may_answer_what_it_drops(statement: object, may_reset: bool) -> 
         (({"xt": None},), True),
         (({"xt": None}, {"accept": None}), False),
         (("reject with tcp reset",), True),
+        ((None,), True),
+        ((None, {"accept": None}), False),
         (("tcp dport 3311", {"accept": None}), False),
         (({"xt": {"type": "match", "name": "comment"}}, {"accept": None}), False),
         (({"xt": {"type": "match", "name": "hashlimit"}}, {"accept": None}), True),
