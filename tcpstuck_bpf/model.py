@@ -244,6 +244,10 @@ class Ruleset(NamedTuple):
         """What two readings have in common between which nothing was changed."""
         return (self.rules, self.jumps, self.problems, self.elsewhere, self.devices)
 
+    def shares_rules_with(self, other: Ruleset) -> bool:
+        """Whether it has the very rules of another one, as readings that are alike are kept."""
+        return self.rules is other.rules and self.jumps is other.jumps
+
     @property
     def size(self) -> int:
         """How many rules are kept for it."""
