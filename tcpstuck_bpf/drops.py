@@ -37,6 +37,19 @@ NETFILTER = Cause(
     "listener's network namespace; a state match such as `ct state invalid` drops ACKs of "
     "handshakes that conntrack has not seen whole",
 )
+QUEUE_WITHOUT_ROOM = Cause(
+    "nfqueue",
+    "netfilter's queue (a rule's NFQUEUE or queue): no program reads it, or it is full",
+    "start the program that reads the queue (an IPS, for instance) or make its queue longer; the "
+    "option --queue-bypass, or bypass, lets packets pass while nobody reads; see the columns of "
+    "dropped packets in /proc/net/netfilter/nfnetlink_queue",
+)
+QUEUE_VERDICT = Cause(
+    "nfqueue",
+    "the program that reads netfilter's queue (NFQUEUE), or a rule behind the one that queued it",
+    "look at the log of the program that reads the queue (its port number is the second column of "
+    "/proc/net/netfilter/nfnetlink_queue), and at the rules of lower priority",
+)
 RP_FILTER = Cause(
     "rp_filter",
     "reverse path filter: the route back to the client goes out another interface",
@@ -52,6 +65,41 @@ XDP = Cause(
     "xdp",
     "generic XDP (a BPF program on the device)",
     "look at `ip -d link show` and `bpftool net` for the program",
+)
+XDP_VETH = Cause(
+    "xdp",
+    "XDP on a veth device (a BPF program in this network namespace)",
+    "look at `ip -d link show` of the veth device and at `bpftool net` for the program",
+)
+QDISC = Cause(
+    "qdisc",
+    "a queueing discipline (a shaper of what comes in through an ifb device, for instance)",
+    "look at `tc -s qdisc show`: the counter `dropped` of each device",
+)
+DEVICE = Cause(
+    "device",
+    "a virtual device (tun, tap, a tunnel, GSO): not ready, no room, or its own filter",
+    "look at `ip -s -s link show` and at what the program behind the device does",
+)
+BRIDGE_PORT = Cause(
+    "bridge",
+    "a bridge, or a check of the link layer's source address",
+    "look at `bridge -d link show` (STP state, learning) and at what sends with that address",
+)
+TUNNEL = Cause(
+    "tunnel",
+    "the tunnel that it came in by",
+    "compare the tunnel's configuration at both ends (`ip -d link show`)",
+)
+MEMORY = Cause(
+    "memory",
+    "a shortage of memory",
+    "look at dmesg for memory pressure (net.ipv4.tcp_mem, vm.min_free_kbytes, cgroup limits)",
+)
+FRAGMENTS = Cause(
+    "fragments",
+    "it came in fragments, which were not put together",
+    "look for what splits small packets on the way, and at nstat for IpReasmFails",
 )
 BACKLOG = Cause(
     "backlog",
@@ -85,6 +133,20 @@ TCP_AUTH = Cause(
     "TCP's own signatures (MD5 or AO): missing, unexpected or wrong",
     "compare the keys of both ends (BGP: the neighbour's password)",
 )
+CGROUP_FILTER = SOCKET_FILTER._replace(
+    words="a BPF program of the sender's cgroup on this host",
+    advice="look at `bpftool cgroup tree`",
+)
+LSM = Cause(
+    "lsm",
+    "a security module refused it",
+    "look for denials (dmesg, ausearch -m avc, journalctl -k) of SELinux, AppArmor or a BPF LSM",
+)
+PSP = Cause(
+    "psp",
+    "PSP: the listener or the connection wants packets encrypted, or otherwise encrypted",
+    "compare the PSP associations of both ends",
+)
 XFRM = Cause(
     "xfrm",
     "an IPsec policy",
@@ -105,6 +167,35 @@ ROUTE_OR_RP_FILTER = ROUTE._replace(
     "this kernel",
     advice=f"see whether TcpExtIPReversePathFilter rises (nstat); if so {RP_FILTER.advice}; if not "
     f"{ROUTE.advice}",
+)
+BLACKHOLE = ROUTE._replace(
+    words="a route that throws packets away (blackhole, or a dead one)",
+    advice="look at `ip route get CLIENT` and `ip route show table all type blackhole`",
+)
+TTL = ROUTE._replace(
+    words="its TTL or hop limit has run out",
+    advice="look for a loop of routes, or for a hop limit of the client's that is too low",
+)
+EXTENSION_HEADERS = MALFORMED._replace(
+    words="an IPv6 extension header that is damaged, unknown, or one too many",
+    advice="look at what adds headers on the way, and at net.ipv6.max_hbh_* and max_dst_opts_*",
+)
+IPV6_DISABLED = Cause(
+    "ipv6-disabled",
+    "IPv6 is disabled on the device it came in by",
+    "look at net.ipv6.conf.*.disable_ipv6 in the listener's network namespace",
+)
+OTHER_SOCKET = Cause(
+    "other-socket",
+    "another socket of the same 4-tuple (a connection, a request in the SYN queue, TIME_WAIT) had "
+    "it, and did not take it",
+    "look at `ss -tan` for that 4-tuple: the client's port was used again, or its SYN got a place "
+    "in the SYN queue meanwhile",
+)
+REQUEST_QUEUE_FULL = Cause(
+    "accept-queue",
+    "the accept queue was full as the ACK of a request in the SYN queue came",
+    "find out why the server does not accept, or raise the listener's backlog",
 )
 NO_SOCKET = Cause(
     "no-socket",
@@ -128,11 +219,6 @@ ACCEPT_QUEUE = Cause(
     "the accept queue is full; NO_SOCKET, if the kernel says so, misleads: there is a socket",
     "",
 )
-LSM = Cause(
-    "lsm",
-    "a security module refused it",
-    "look for denials (dmesg, ausearch -m avc, journalctl -k) of SELinux, AppArmor or a BPF LSM",
-)
 NO_ROUTE_BACK = Cause(
     "route",
     "no route back to the client",
@@ -154,21 +240,47 @@ _BY_REASON: tuple[tuple[str, Cause], ...] = (
     (r"NETFILTER_DROP", NETFILTER),
     (r"IP_RPFILTER", RP_FILTER),
     (r"TC_\w+", TC),
+    (r"QDISC_\w+|CAKE_FLOOD|FQ_\w+|DUALPI2_\w+", QDISC),
     (r"XDP", XDP),
     (r"CPU_BACKLOG", BACKLOG),
-    (r"\w+_CSUM", CHECKSUM),
+    (r"(TCP|IP|SKB)_CSUM", CHECKSUM),
     (r"PKT_TOO_SMALL|PKT_TOO_BIG|IP_INHDR|HDR_TRUNC", MALFORMED),
-    (r"OTHERHOST", OTHER_HOST),
+    (r"IPV6_(BAD|TOO_MANY)_EXTHDRS?", EXTENSION_HEADERS),
+    (r"OTHERHOST|UNICAST_IN_L2_MULTICAST", OTHER_HOST),
     (r"SOCKET_FILTER", SOCKET_FILTER),
-    (r"TCP_(MD5|AO)\w+", TCP_AUTH),
+    (r"BPF_CGROUP_EGRESS", CGROUP_FILTER),
+    (r"SECURITY_HOOK", LSM),
+    (r"TCP_(MD5|AO|AUTH)\w+", TCP_AUTH),
+    (r"PSP_(IN|OUT)PUT", PSP),
     (r"XFRM_POLICY", XFRM),
     (r"TCP_MINTTL", MIN_TTL),
     (r"IP_(IN|OUT)NOROUTES|IP_INADDRERRORS|IP_LOCAL\w+|IP_INVALID\w+", ROUTE),
+    (r"BLACKHOLE", BLACKHOLE),
+    (r"IP_TTL_EXCEEDED", TTL),
+    (r"IPV6DISABLED", IPV6_DISABLED),
+    (r"NOMEM|PFMEMALLOC|PROTO_MEM|SKB_UCOPY_FAULT", MEMORY),
+    (r"DUP_FRAG|FRAG_\w+", FRAGMENTS),
+    (r"DEV_HDR|DEV_READY|FULL_RING|TAP_\w+|SKB_GSO_SEG|SKB_BAD_GSO|RECURSION_LIMIT", DEVICE),
+    (r"MAC_\w+|LOCAL_MAC|BRIDGE_INGRESS_STP_STATE", BRIDGE_PORT),
+    (r"TUNNEL_\w+|IP_TUNNEL_ECN|VXLAN_\w+|TNL_\w+|GRE_\w+", TUNNEL),
+    (r"TCP_LISTEN_OVERFLOW", REQUEST_QUEUE_FULL),
+    (r"SOCKET_(RCVBUFF|BACKLOG|CLOSE)|TCP_(?!CSUM)\w+", OTHER_SOCKET),
     (r"NO_SOCKET", NO_SOCKET),
 )
+_BY_PLACE_FIRST: tuple[tuple[str, Cause], ...] = (
+    (r"nf_queue", QUEUE_WITHOUT_ROOM),
+    (r"nf_reinject|nfqnl_\w+", QUEUE_VERDICT),
+)
+"""Where the place says more than the reason, which is netfilter's or none.
+
+nf_queue() frees what it cannot hand over (net/netfilter/nf_queue.c); nf_reinject() what its reader,
+or a hook behind, says no to. Since 6.10 that is static in nfnetlink_queue.c, and may be a part of
+any function there.
+"""
 _BY_FUNCTION: tuple[tuple[str, Cause], ...] = (
     (r"nf_hook_slow|nft_do_chain|ipt_do_table|ip6t_do_table", NETFILTER),
     (r"ip_rcv_finish_core|ip_rcv_finish", ROUTE),
+    (r"veth_xdp_rcv_skb|veth_xdp_rcv|veth_poll", XDP_VETH),
     (r"do_xdp_generic|netif_receive_generic_xdp|bpf_prog_run_generic_xdp", XDP),
     (r"sch_handle_ingress|__netif_receive_skb_core|tcf_classify\w*", TC),
     (r"enqueue_to_backlog", BACKLOG),
@@ -246,7 +358,14 @@ def function_of(place: str) -> str:
     return place.partition("+")[0].partition(".")[0]
 
 
+_BY_NETFILTER = frozenset({NETFILTER, QUEUE_WITHOUT_ROOM, QUEUE_VERDICT})
+
+
 def _cause(reason: str | None, place: str) -> Cause:
+    if reason in (None, "NOT_SPECIFIED", "NETFILTER_DROP"):
+        for pattern, cause in _BY_PLACE_FIRST:
+            if re.fullmatch(pattern, function_of(place)):
+                return cause
     for pattern, cause in _BY_REASON:
         if reason is not None and re.fullmatch(pattern, reason):
             return cause
@@ -261,7 +380,7 @@ def _cause(reason: str | None, place: str) -> Cause:
 @functools.lru_cache(maxsize=1024)
 def is_by_netfilter(reason: str | None, place: str) -> bool:
     """Whether a rule of the firewall's can have dropped it, by the kernel's reason and place."""
-    return _cause(reason, place) is NETFILTER
+    return _cause(reason, place) in _BY_NETFILTER
 
 
 def _hook(stack: tuple[str, ...]) -> str | None:
@@ -315,12 +434,17 @@ def _before_tcp(report: FlowReport, names: KernelNames) -> Drop:
     reason = names.reasons.get(entry.filter_reason)
     place = names.places.get(entry.filter_place, f"{entry.filter_place:#x}")
     cause = _cause(reason, place)
-    if cause is not NETFILTER:
+    if cause not in _BY_NETFILTER:
         return Drop(reason, place, cause)
     hook = _hook(names.stacks.get(entry.filter_stack, ()))
     by_nftables = function_of(place).startswith("nft_")
     read = rules_after(names.rulesets.get(who.netns, ()), entry.last_ack_filtered_ns)
-    return Drop(reason, place, cause, hook, netfilter=suspicion(read, who, hook, by_nftables))
+    suspects = suspicion(read, who, hook, by_nftables)
+    if cause is QUEUE_WITHOUT_ROOM:
+        suspects = suspects.of_full_queue()
+    elif cause is QUEUE_VERDICT:
+        suspects = suspects.of_queue_verdict()
+    return Drop(reason, place, cause, hook, netfilter=suspects)
 
 
 def _by_check(entry: Handshake, names: KernelNames) -> Drop:

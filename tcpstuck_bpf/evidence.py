@@ -157,6 +157,8 @@ def _filter_sentences(report: FlowReport, drop: Drop) -> Iterator[str]:
             f"{'that rule' if rule is not None else 'a rule named here'} may have answered it by "
             "RST (reject with tcp reset): a client that gets that knows, and does not wait"
         )
+    elif drop.netfilter.may_be_unseen:
+        yield "whether it was answered by RST, as some rules do, is not known either"
     if not drop.sure:
         yield "the kernel gives no reason here: judged by the place alone"
 

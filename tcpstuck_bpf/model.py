@@ -181,46 +181,118 @@ class Rescue(NamedTuple):
     """Stuck clients by the reason they are not to be rescued for."""
 
 
+Conditions = tuple[tuple[str, str], ...]
+"""Some of a rule's matches, all of which have to hold: protocol, sport, saddr, iifname ... and the
+value."""
+
+
 class DropRule(NamedTuple):
-    """A firewall rule, or a chain's policy, that can drop what comes by a hook."""
+    """A firewall rule, a chain's policy, or other code at a hook, that can drop what comes by."""
 
     family: str
     """nftables' name: ip, ip6, inet, netdev ...; ip or ip6 for iptables."""
     table: str
+    """Of a function: the module it is in, empty where that is the kernel itself."""
     chain: str
+    """Of a function: its name."""
     hook: str
+    """The hook of a chain that is called by one; empty where only jumps lead to the chain."""
     kind: str
-    """What its number is: `handle` (nftables), `number` (iptables, from 1), or `policy`."""
+    """What its number is: `handle` (nftables), `number` (iptables, from 1), `policy`, `function`
+    (another hook's), or `program` (a BPF program's)."""
     number: int
-    conditions: tuple[tuple[str, str], ...]
-    """Some of its matches, all of which have to hold: protocol, sport, saddr ... and the value."""
+    conditions: Conditions
     may_reset: bool = False
     """Whether it may answer by RST as well (reject with tcp reset)."""
+    queues: bool = False
+    """Whether it may hand the packet to a queue that a program reads (NFQUEUE)."""
+
+
+class Jump(NamedTuple):
+    """A rule that leads from a chain to another one, where there are rules that can drop."""
+
+    family: str
+    table: str
+    chain: str
+    hook: str
+    """As of a rule of that chain."""
+    target: str
+    conditions: Conditions
 
 
 class Ruleset(NamedTuple):
-    """The dropping rules of a network namespace, as they were when they were read."""
+    """What can drop in a network namespace, as it was when it was read."""
 
     rules: tuple[DropRule, ...]
     problems: tuple[str, ...]
     """Complete sentences: what could not be read."""
     read_ns: int = 0
     """When the reading began."""
+    jumps: tuple[Jump, ...] = ()
+    packets: tuple[int | None, ...] = ()
+    """What each rule has counted, in the order of the rules, None where it does not count. Packets
+    it does not drop may be among them, but every one that it drops is."""
+    elsewhere: tuple[str, ...] = ()
+    """As `problems`: what could not be read of anything but nftables."""
+    devices: tuple[tuple[int, str], ...] | None = None
+    """Index and name of the network devices there; None where they are not known."""
+    counted_ns: int = 0
+    """When the last of them was read, `packets` with it; 0 where that is not known."""
+
+    @property
+    def contents(self) -> tuple[object, ...]:
+        """What two readings have in common between which nothing was changed."""
+        return (self.rules, self.jumps, self.problems, self.elsewhere, self.devices)
+
+    def shares_rules_with(self, other: Ruleset) -> bool:
+        """Whether it has the very rules of another one, as readings that are alike are kept."""
+        return self.rules is other.rules and self.jumps is other.jumps
+
+    @property
+    def size(self) -> int:
+        """How many rules are kept for it."""
+        return len(self.rules) + len(self.jumps)
 
 
 KEPT_READINGS = 16
 """Of a namespace's rules, the latest. Of those in a row that are alike the first and the last are
 kept, so that these are at least half as many changes."""
+KEPT_RULES = 50_000
+"""Of all namespaces and readings together: some 25 MB. Whoever may make rules in a namespace of
+their own is not to fill this process's memory."""
+LET_GO = "the rules were read, and let go again: too many are kept"
 
 
 def _with_reading(known: tuple[Ruleset, ...], reading: Ruleset) -> tuple[Ruleset, ...]:
     """Readings of one namespace and a further one."""
-    alike = [kept for kept in known[-2:] if kept[:2] == reading[:2]]
+    alike = [kept for kept in known[-2:] if kept.contents == reading.contents]
     if alike:
         # One copy of the rules is enough.
-        reading = alike[-1]._replace(read_ns=reading.read_ns)
+        reading = alike[-1]._replace(
+            read_ns=reading.read_ns, packets=reading.packets, counted_ns=reading.counted_ns
+        )
     kept = known[:-1] if len(alike) == 2 else known
     return (*kept, reading)[-KEPT_READINGS:]
+
+
+def _size(readings: tuple[Ruleset, ...]) -> int:
+    return sum({id(reading.rules): reading.size for reading in readings}.values())
+
+
+def _within_bounds(rulesets: dict[int, tuple[Ruleset, ...]]) -> dict[int, tuple[Ruleset, ...]]:
+    """The same; where they are too many, the namespaces that have most lose their oldest rules.
+
+    That there was a reading is kept, so that no later one is taken for the first after a drop.
+    """
+    sizes = {netns: _size(readings) for netns, readings in rulesets.items()}
+    while sum(sizes.values()) > KEPT_RULES:
+        largest = max(sizes, key=sizes.__getitem__)
+        readings = list(rulesets[largest])
+        oldest = next(place for place, reading in enumerate(readings) if reading.size)
+        readings[oldest] = Ruleset((), (LET_GO,), readings[oldest].read_ns)
+        rulesets[largest] = tuple(readings)
+        sizes[largest] = _size(rulesets[largest])
+    return rulesets
 
 
 class KernelNames(NamedTuple):
@@ -241,13 +313,17 @@ class KernelNames(NamedTuple):
             {**self.places, **others.places},
             {**self.reasons, **others.reasons},
             {**self.stacks, **others.stacks},
-            {
-                **self.rulesets,
-                **{
-                    netns: functools.reduce(_with_reading, readings, self.rulesets.get(netns, ()))
-                    for netns, readings in others.rulesets.items()
-                },
-            },
+            _within_bounds(
+                {
+                    **self.rulesets,
+                    **{
+                        netns: functools.reduce(
+                            _with_reading, readings, self.rulesets.get(netns, ())
+                        )
+                        for netns, readings in others.rulesets.items()
+                    },
+                }
+            ),
         )
 
 

@@ -1,23 +1,33 @@
 """Which rule of a ruleset can have dropped a client's ACK. Pure.
 
 A ruleset is read after the fact, and no packet is run through it: a rule is ruled out only by a
-match that the packet surely fails (another protocol, port or address). What is left are suspects;
-only where there is one of them the rule is named.
+match that the packet surely fails (another protocol, port, address or device; `rule_index`), or by
+its own counter, where that has not counted the packet. What is left are suspects; only where there
+is one of them the rule is named.
 """
 
 from __future__ import annotations
 
-import ipaddress
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from tcpstuck_bpf.model import KEPT_READINGS, DropRule, FourTuple, Ruleset
+from tcpstuck_bpf.rule_index import Packet, index_of
 from tcpstuck_bpf.terminal import printable
 
-_FAMILIES = {4: frozenset({"ip", "inet", "netdev"}), 6: frozenset({"ip6", "inet", "netdev"})}
 BRIDGE = "bridge"
 """For a hook: any of those that a bridge runs."""
-_NFPROTO = {4: "ipv4", 6: "ipv6"}
+_NFTABLES_KINDS = frozenset({"handle", "policy"})
+_CONNTRACK = "nf_conntrack"
+_OTHER_CODE = ("function", "program")
+_RACE_NS = 10_000_000
+"""A packet is counted before it is dropped, microseconds as a rule. A reading that ended less than
+that before a drop may have the packet in its counters already."""
+NOT_THE_RULE = (
+    "whether the program that reads the queue or a rule behind said no cannot be told from here"
+)
+NOTHING_QUEUES = "no rule loaded after the drop queues it: which one did cannot be told"
+MORE_SUSPECTS = "there are more rules that match: not all of them are looked at"
 
 
 class Suspicion(NamedTuple):
@@ -35,7 +45,7 @@ class Suspicion(NamedTuple):
     def _same(self, field: str) -> str | None:
         if self.notes:
             return None
-        found = {getattr(suspect, field) for suspect in self.suspects}
+        found = {_names(suspect)[field] for suspect in self.suspects}
         return found.pop() if len(found) == 1 else None
 
     @property
@@ -45,8 +55,33 @@ class Suspicion(NamedTuple):
 
     @property
     def may_reset(self) -> bool:
-        """Whether it can have been a rule that answers by RST."""
+        """Whether it can have been a rule here that answers by RST."""
         return any(suspect.may_reset for suspect in self.suspects)
+
+    def of_full_queue(self) -> Suspicion:
+        """Of a packet that no program could be handed: it was one of the rules that queue.
+
+        Nobody has seen it, so nobody has answered it.
+        """
+        queueing = (rule._replace(may_reset=False) for rule in self.suspects if rule.queues)
+        return self._among(queueing)
+
+    def of_queue_verdict(self) -> Suspicion:
+        """Of a packet that came back from a queue: the rules that can have put it there."""
+        found = self._among(rule for rule in self.suspects if rule.queues)
+        return found._replace(notes=(*found.notes, NOT_THE_RULE))
+
+    def _among(self, rules: Iterable[DropRule]) -> Suspicion:
+        suspects = tuple(rules)
+        notes = self.notes
+        if not suspects and not notes:
+            notes = (NOTHING_QUEUES,)
+        return self._replace(suspects=suspects, notes=notes)
+
+    @property
+    def may_be_unseen(self) -> bool:
+        """Whether it can have been a rule that is not here, of which nothing is known."""
+        return bool(self.notes)
 
     def values(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -60,20 +95,23 @@ class Suspicion(NamedTuple):
             "chain": self._same("chain"),
             "rule": None if one is None else rule_value(one),
             "rule_candidates": [
-                {
-                    "family": suspect.family,
-                    "table": suspect.table,
-                    "chain": suspect.chain,
-                    "rule": rule_value(suspect),
-                }
-                for suspect in several
+                {**_names(suspect), "rule": rule_value(suspect)} for suspect in several
             ],
         }
 
 
+def _names(rule: DropRule) -> dict[str, str | None]:
+    """Where a rule is, as JSON has it; what is no rule is in no table and no chain."""
+    if rule.kind in _OTHER_CODE:
+        return {"family": rule.family, "table": None, "chain": None}
+    return {"family": rule.family, "table": rule.table, "chain": rule.chain}
+
+
 def rule_value(rule: DropRule) -> dict[str, Any]:
     """What names a rule within its chain, as JSON has it."""
-    return {rule.kind: True if rule.kind == "policy" else rule.number}
+    if rule.kind == "policy":
+        return {"policy": True}
+    return {rule.kind: rule.chain if rule.kind == "function" else rule.number}
 
 
 def rule_text(rule: DropRule) -> str:
@@ -82,6 +120,16 @@ def rule_text(rule: DropRule) -> str:
     Whoever may make rules in a namespace chooses the names: they are no terminal's control
     characters here.
     """
+    if rule.kind == "program":
+        return f"{rule.family}, the BPF program {rule.number}"
+    if rule.table == _CONNTRACK and rule.kind == "function":
+        return (
+            f"{rule.family}, connection tracking ({rule.chain}; a full table? "
+            "net.netfilter.nf_conntrack_max)"
+        )
+    if rule.kind == "function":
+        module = f" of the module {rule.table}" if rule.table else ""
+        return printable(f"{rule.family}, the hook function {rule.chain}{module}")
     where = printable(f"{rule.family} {rule.table} {rule.chain}")
     if rule.kind == "policy":
         return f"{where}, the chain's policy"
@@ -94,6 +142,23 @@ class Read(NamedTuple):
     ruleset: Ruleset
     after_ns: int | None
     """How long after the drop it began; None: before the drop."""
+    before: Ruleset | None = None
+    """The same rules as they were read before the drop, for their counters."""
+
+    def counted(self, rule: int) -> bool:
+        """Whether the rule with that index can have counted the packet; True where nothing tells.
+
+        A counter that has gone down was reset since, and tells nothing.
+        """
+        if self.after_ns is None or rule >= len(self.ruleset.packets):
+            return True
+        after = self.ruleset.packets[rule]
+        before = None
+        if self.before is not None and rule < len(self.before.packets):
+            before = self.before.packets[rule]
+        if after is None:
+            return True
+        return after != before if before is not None else after > 0
 
 
 def rules_after(readings: Sequence[Ruleset], dropped_ns: int) -> Read | None:
@@ -105,7 +170,13 @@ def rules_after(readings: Sequence[Ruleset], dropped_ns: int) -> Read | None:
         return None
     after = [reading for reading in readings if reading.read_ns >= dropped_ns]
     if after and (len(after) < len(readings) or len(readings) < KEPT_READINGS):
-        return Read(after[0], after[0].read_ns - dropped_ns)
+        first = after[0]
+        alike = [
+            reading
+            for reading in readings[: len(readings) - len(after)]
+            if reading.shares_rules_with(first) and 0 < reading.counted_ns <= dropped_ns - _RACE_NS
+        ]
+        return Read(first, first.read_ns - dropped_ns, alike[-1] if alike else None)
     nearest = after[0] if after else readings[-1]
     when = "long after" if after else "before"
     problem = f"the rules were read {when} that drop, and may have been others then"
@@ -113,10 +184,17 @@ def rules_after(readings: Sequence[Ruleset], dropped_ns: int) -> Read | None:
     return Read(told, nearest.read_ns - dropped_ns if after else None)
 
 
-def suspicion(read: Read | None, who: FourTuple, hook: str | None, by_nftables: bool) -> Suspicion:
+def suspicion(
+    read: Read | None,
+    who: FourTuple,
+    hook: str | None,
+    by_nftables: bool,
+    device: int | None = None,
+) -> Suspicion:
     """The rules that can have dropped a packet from this client at a hook (None: any hook).
 
-    `by_nftables`: the packet was dropped within nf_tables, so no rule of xtables did it.
+    `by_nftables`: the packet was dropped within nf_tables, so nothing else did it. `device`: the
+    index of the device it came by, None where that is not known.
     """
     if hook == BRIDGE:
         return Suspicion(
@@ -128,36 +206,19 @@ def suspicion(read: Read | None, who: FourTuple, hook: str | None, by_nftables: 
             ("the rules were not read: which one dropped it cannot be told",),
             needs_reading=True,
         )
-    ruleset, after_ns = read
-    # A rule that can be come to in several ways is there once for each.
-    suspects = dict.fromkeys(
-        rule._replace(conditions=())
-        for rule in ruleset.rules
-        if rule.family in _FAMILIES[who.family]
-        and hook in (None, rule.hook)
-        and not (by_nftables and rule.kind == "number")
-        and not any(_surely_fails(name, value, who) for name, value in rule.conditions)
-    )
-    notes = ruleset.problems
+    ruleset = read.ruleset
+    packet = Packet(who, hook, device)
+    found = index_of(ruleset).matching(packet)
+    suspects: dict[DropRule, None] = {}
+    for number in found.rules:
+        rule = ruleset.rules[number]
+        if by_nftables and rule.kind not in _NFTABLES_KINDS:
+            continue
+        if read.counted(number):
+            suspects[rule._replace(conditions=())] = None
+    notes = ruleset.problems if by_nftables else (*ruleset.problems, *ruleset.elsewhere)
+    if found.incomplete:
+        notes = (*notes, MORE_SUSPECTS)
     if not suspects and not notes:
         notes = ("no rule loaded after the drop matches: which one dropped it cannot be told",)
-    return Suspicion(tuple(suspects), notes, after_ns, needs_reading=after_ns is None)
-
-
-def _surely_fails(name: str, value: str, who: FourTuple) -> bool:
-    """Whether a match cannot hold for a TCP segment from this client to this server."""
-    if name == "protocol":
-        return value.lower() not in ("tcp", "6", "all")
-    if name == "nfproto":
-        return value != _NFPROTO[who.family]
-    if name in ("sport", "dport"):
-        port = who.client_port if name == "sport" else who.server_port
-        low, _, high = value.partition(":")
-        if not low.isdecimal() or (high and not high.isdecimal()):
-            return False
-        return not int(low) <= port <= int(high or low)
-    address = who.client_ip if name == "saddr" else who.server_ip
-    try:
-        return ipaddress.ip_address(address) not in ipaddress.ip_network(value, strict=False)
-    except ValueError:
-        return False
+    return Suspicion(tuple(suspects), notes, read.after_ns, needs_reading=read.after_ns is None)

@@ -6,15 +6,18 @@ TypeError, ValueError or AttributeError where they are damaged.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tcpstuck_bpf import wire
 from tcpstuck_bpf.model import (
     Attempt,
+    Conditions,
     DropRule,
     Event,
     HandshakeId,
+    Jump,
     KernelNames,
     KernelWarning,
     ListenerFacts,
@@ -92,16 +95,43 @@ def _attempt(values: list[Any]) -> Attempt:
     return Attempt(_identity(identity), integer(time_ns), integer(number), str(outcome))
 
 
-def _ruleset(values: list[Any]) -> Ruleset:
-    rules, problems, read_ns = values
-    return Ruleset(tuple(map(_drop_rule, rules)), tuple(map(str, problems)), integer(read_ns))
+def ruleset_of(values: list[Any]) -> Ruleset:
+    """The way back. Of recordings before counters and jumps were kept the rest is missing."""
+    rules, problems, read_ns, *more = values
+    jumps, packets, elsewhere, devices, counted_ns = more or ((), (), (), None, 0)
+    return Ruleset(
+        tuple(map(_drop_rule, rules)),
+        tuple(map(str, problems)),
+        integer(read_ns),
+        tuple(map(_jump, jumps)),
+        tuple(None if number is None else integer(number) for number in packets),
+        tuple(map(str, elsewhere)),
+        None if devices is None else tuple((integer(i), str(name)) for i, name in devices),
+        integer(counted_ns),
+    )
+
+
+def _few(words: list[Any]) -> Iterator[str]:
+    """Words of which many rules have the same: one copy of each."""
+    return (sys.intern(str(word)) for word in words)
+
+
+def _conditions(values: list[Any]) -> Conditions:
+    return tuple((sys.intern(str(name)), str(value)) for name, value in values)
 
 
 def _drop_rule(values: list[Any]) -> DropRule:
-    *words, number, conditions, may_reset = values
-    family, table, chain, hook, kind = map(str, words)
-    pairs = tuple((str(name), str(value)) for name, value in conditions)
-    return DropRule(family, table, chain, hook, kind, integer(number), pairs, bool(may_reset))
+    *words, number, conditions, may_reset, queues = values if len(values) > 8 else [*values, False]
+    family, table, chain, hook, kind = _few(words)
+    pairs = _conditions(conditions)
+    answers, hands_over = bool(may_reset), bool(queues)
+    return DropRule(family, table, chain, hook, kind, integer(number), pairs, answers, hands_over)
+
+
+def _jump(values: list[Any]) -> Jump:
+    *words, conditions = values
+    family, table, chain, hook, target = _few(words)
+    return Jump(family, table, chain, hook, target, _conditions(conditions))
 
 
 def names_of(values: Mapping[str, Any]) -> KernelNames:
@@ -114,7 +144,7 @@ def names_of(values: Mapping[str, Any]) -> KernelNames:
         },
         {int(number): tuple(map(str, frames)) for number, frames in values["stacks"].items()},
         {
-            int(netns): tuple(map(_ruleset, readings))
+            int(netns): tuple(map(ruleset_of, readings))
             for netns, readings in values["rulesets"].items()
         },
     )

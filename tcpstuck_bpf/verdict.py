@@ -326,7 +326,7 @@ def _certainty(
     if drop is not None and drop.maybe_answered:
         # The one rule that can have dropped it says that it answers.
         return "likely" if drop.netfilter.rule is None else "possible"
-    if drop is not None and drop.netfilter.needs_reading:
+    if drop is not None and drop.netfilter.may_be_unseen:
         # Some rules answer by RST.
         return "likely"
     cause_unsure = report.handshake.drop_counters & Moved.UNKNOWN

@@ -171,6 +171,21 @@ def test_a_rule_of_iptables(shared_tracer: Tracer, backend: str) -> None:
     assert (drop["chain"], drop["rule"], drop["rule_candidates"]) == ("INPUT", named, [])
 
 
+def test_a_queue_that_no_program_reads_is_told_with_its_rule(shared_tracer: Tracer) -> None:
+    server = (SERVER_ADDRESS[4], PORT)
+    limit_s = patient(COMMAND_S)
+    with among_decoys() as topology:
+        queue = ("-j", "NFQUEUE", "--queue-num", "77")
+        topology.server.command("iptables-legacy", "-w", "-A", "INPUT", *ack_rule(PORT), *queue)
+        with topology.client.run(socket.create_connection, server, limit_s) as client:
+            who = FourTuple(*client.getsockname()[:2], *server)
+            line = told(shared_tracer, topology.server.inode, who, "ack-filtered")
+    assert (line["stuck"], line["certainty"]) == (True, "certain")
+    drop = line["drop"]
+    assert (drop["what"], drop["hook"]) == ("nfqueue", "input")
+    assert (drop["table"], drop["chain"], drop["rule"]) == ("filter", "INPUT", {"number": 1})
+
+
 def test_two_rules_that_can_have_done_it_are_both_named(shared_tracer: Tracer) -> None:
     with among_decoys() as topology:
         topology.server.command(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tcpstuck_bpf.drops import NO_NAMES, function_of
+from tcpstuck_bpf import model
+from tcpstuck_bpf.drops import NO_NAMES, function_of, is_by_netfilter
 from tcpstuck_bpf.export import verdict_line
 from tcpstuck_bpf.model import (
     KEPT_READINGS,
+    LET_GO,
     Coverage,
     CoverageGap,
     DropRule,
@@ -20,8 +24,16 @@ from tcpstuck_bpf.model import (
     Moved,
     Ruleset,
 )
-from tcpstuck_bpf.netfilter import Read, rule_text, suspicion
+from tcpstuck_bpf.netfilter import (
+    MORE_SUSPECTS,
+    NOT_THE_RULE,
+    NOTHING_QUEUES,
+    Read,
+    rule_text,
+    suspicion,
+)
 from tcpstuck_bpf.report import WallClock
+from tcpstuck_bpf.rule_index import MOST_SUSPECTS
 from tcpstuck_bpf.verdict import KFREE_SKB, RULES, Finding, judge
 from tests.builders import (
     NAMES,
@@ -93,6 +105,17 @@ def drop_in(finding: Finding) -> dict[str, object]:
         ("TCP_AOFAILURE", "tcp-auth"),
         ("XFRM_POLICY", "xfrm"),
         ("TCP_MINTTL", "min-ttl"),
+        ("QDISC_DROP", "qdisc"),
+        ("QDISC_OVERLIMIT", "qdisc"),
+        ("FQ_FLOW_LIMIT", "qdisc"),
+        ("SECURITY_HOOK", "lsm"),
+        ("TCP_AUTH_HDR", "tcp-auth"),
+        ("PSP_INPUT", "psp"),
+        ("PFMEMALLOC", "memory"),
+        ("IPV6_BAD_EXTHDR", "malformed"),
+        ("TCP_LISTEN_OVERFLOW", "accept-queue"),
+        ("TCP_RFC7323_TW_PAWS", "other-socket"),
+        ("UDP_CSUM", "other"),
         ("SOMETHING_NEW", "other"),
         ("subsystem 3 reason 7", "other"),
     ],
@@ -113,6 +136,10 @@ def test_a_reason_says_what_it_was_wherever_it_was(reason: str, what: str) -> No
         ("ip_rcv_finish_core.isra.0+0x1f2", "route"),
         ("__netif_receive_skb_core.constprop.0+0x9", "tc"),
         ("do_xdp_generic+0x3b", "xdp"),
+        ("veth_xdp_rcv_skb.constprop.0+0x3b", "xdp"),
+        ("nf_queue+0x5c", "nfqueue"),
+        ("nf_reinject+0x10a", "nfqueue"),
+        ("nfqnl_recv_verdict+0x2c0", "nfqueue"),
         ("enqueue_to_backlog+0x10", "backlog"),
         ("tcp_v4_rcv+0x81", "tcp"),
         ("tcp_v6_rcv+0x81", "tcp"),
@@ -127,8 +154,77 @@ def test_without_a_reason_the_place_has_to_do_and_it_is_said(
     assert drop_in(finding)["what"] == what
     assert drop_in(finding)["place"] == place
     # A rule that was not read may have answered by RST, as TCP may have.
-    assert finding.certainty == ("likely" if what in ("tcp", "netfilter") else "certain")
+    may_have = ("tcp", "netfilter", "nfqueue")
+    assert finding.certainty == ("likely" if what in may_have else "certain")
     assert any("judged by the place alone" in sentence for sentence in finding.evidence)
+
+
+GENERAL = {
+    "NOT_SPECIFIED": "no reason: the place has to do",
+    "NEIGH_\\w+": "of packets that leave the host",
+    "IP_NOPROTO|UNHANDLED_PROTO|INVALID_PROTO": "of packets that are no TCP",
+    "UDP_CSUM|ICMP_CSUM|UNIX_\\w+|CAN\\w+|IPV6_NDISC_\\w+|ARP_\\w+": "of other protocols",
+    "\\w+CAST_BACKLOG": "of broadcasts and multicasts",
+    "NO_TX_TARGET": "of VXLAN's, at the sender",
+    "QUEUE_PURGE": "a queue is thrown away as a whole, whichever it is",
+    "PACKET_SOCK_ERROR": "the programs leave it out: a capture lost a copy",
+}
+"""Reasons that have no cause of their own, and why."""
+
+
+def newest_reasons() -> list[str]:
+    lines = (Path(__file__).parent / "drop_reasons.txt").read_text("ascii").splitlines()
+    return [line for line in lines if not line.startswith("#")]
+
+
+@pytest.mark.parametrize("reason", newest_reasons())
+def test_every_reason_that_can_hit_an_ack_has_a_cause(reason: str) -> None:
+    what = drop_in(filtered("somewhere+0x1", reason))["what"]
+    is_general = any(re.fullmatch(pattern, reason) for pattern in GENERAL)
+    assert (what == "other") == is_general
+
+
+def queue_rules(*, queues: int) -> tuple[DropRule, ...]:
+    """Those with a lower number may hand the packet to a queue, and its reader may answer."""
+    return tuple(
+        LEGACY._replace(number=n, may_reset=n <= queues, queues=n <= queues) for n in (1, 2, 3)
+    )
+
+
+def with_queue(place: str, *rules: DropRule) -> Finding:
+    ruleset = Ruleset(rules, (), at(0.2))
+    names = NAMES._replace(places={NF_PLACE: place}, rulesets={WHO.netns: (ruleset,)})
+    return judged(ack_filtered(handshake(), at(0.1)), names)
+
+
+def test_a_queue_without_a_reader_is_named_with_the_rule_that_queues() -> None:
+    finding = with_queue("nf_queue+0x5c", *queue_rules(queues=1))
+    drop = drop_in(finding)
+    assert (drop["what"], drop["rule"], finding.certainty) == ("nfqueue", {"number": 1}, "certain")
+    several = with_queue("nf_queue+0x5c", *queue_rules(queues=2))
+    assert [c["rule"] for c in drop_in(several)["rule_candidates"]] == [
+        {"number": 1},
+        {"number": 2},
+    ]  # type: ignore[attr-defined]
+    none = with_queue("nf_queue+0x5c", *queue_rules(queues=0))
+    assert drop_in(none)["rule_candidates"] == []
+    assert NOTHING_QUEUES in none.evidence
+
+
+def test_what_came_back_from_a_queue_is_laid_to_no_rule() -> None:
+    """Its reader may have said no, or a rule behind the one that queued it."""
+    finding = with_queue("nf_reinject+0x5c", *queue_rules(queues=1))
+    drop = drop_in(finding)
+    assert (drop["what"], drop["rule"], finding.certainty) == ("nfqueue", None, "likely")
+    assert [c["rule"] for c in drop["rule_candidates"]] == [{"number": 1}]  # type: ignore[attr-defined]
+    assert NOT_THE_RULE in finding.evidence
+
+
+def test_a_reason_of_netfilters_does_not_hide_the_queue() -> None:
+    names = NAMES._replace(places={NF_PLACE: "nf_reinject+0x1"})
+    assert drop_in(judged(ack_filtered(handshake(), at(0.1)), names))["what"] == "nfqueue"
+    assert is_by_netfilter("NETFILTER_DROP", "nf_reinject+0x1")
+    assert is_by_netfilter(None, "nf_queue+0x1")
 
 
 def test_the_reverse_path_filter_is_named_where_it_can_be() -> None:
@@ -257,6 +353,29 @@ def test_rules_that_never_change_are_kept_however_often_they_are_read() -> None:
     assert drop_in(with_readings(*readings, Ruleset((LATER,), (), at(2))))["rule"] == {"handle": 4}
 
 
+def test_rules_of_all_namespaces_together_are_bounded_and_what_was_let_go_accuses_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Any user may make namespaces, rules in them, and others a moment later."""
+    monkeypatch.setattr(model, "KEPT_RULES", 20)
+    names = NAMES.with_more(
+        NO_NAMES._replace(rulesets={WHO.netns: (Ruleset((RULE,), (), at(0.2)),)})
+    )
+    for n in range(100):
+        rules = tuple(RULE._replace(number=100 * n + i) for i in range(8))
+        more = {n % 3: (Ruleset(rules, (), at(n)),)}
+        names = names.with_more(NO_NAMES._replace(rulesets=more))
+    kept = [reading for readings in names.rulesets.values() for reading in readings]
+    assert sum(reading.size for reading in kept) <= 20
+    assert len(names.rulesets[0]) == KEPT_READINGS
+    entry = ack_filtered(handshake(), at(0.1))
+    assert drop_in(judged(entry, names))["rule"] == {"handle": 4}
+    filled = {WHO.netns: (Ruleset((RULE,) * 30, (), at(0.3)),)}
+    finding = judged(entry, names.with_more(NO_NAMES._replace(rulesets=filled)))
+    assert drop_in(finding)["rule"] is None
+    assert LET_GO in finding.evidence
+
+
 def test_how_long_after_the_drop_the_rules_were_read_is_told() -> None:
     finding = with_readings(Ruleset((RULE,), (), at(7.6)))
     assert drop_in(finding)["rules_read_ms"] == 7500
@@ -320,6 +439,118 @@ def test_another_family_and_another_back_end_are_no_suspects(
     who = four_tuple(family=family)
     read = Read(Ruleset((rule,), ()), 0)
     assert bool(suspicion(read, who, "input", by_nftables).suspects) == can_be
+
+
+CONNTRACK = DropRule("ip", "nf_conntrack", "nf_confirm", "input", "function", 0, ())
+PROGRAM = DropRule("ip", "", "", "input", "program", 77, ())
+IPVS = DropRule("ip", "ip_vs", "ip_vs_reply4", "input", "function", 0, ())
+
+
+def test_code_at_the_hook_that_is_no_rule_is_a_suspect_beside_the_rule() -> None:
+    """A rule of nft was named as the only one, beside IPVS or a BPF program."""
+    for other, value in (
+        (IPVS, {"function": "ip_vs_reply4"}),
+        (PROGRAM, {"program": 77}),
+        (CONNTRACK, {"function": "nf_confirm"}),
+    ):
+        drop = drop_in(with_rules(RULE, other))
+        assert drop["rule"] is None
+        named = {"family": "ip", "table": None, "chain": None, "rule": value}
+        assert named in drop["rule_candidates"]  # type: ignore[operator]
+        alone = with_rules(other)
+        assert drop_in(alone)["rule"] == value
+        assert rule_text(other) in " ".join(alone.evidence)
+
+
+def test_within_nftables_no_other_code_is_a_suspect() -> None:
+    names = NAMES._replace(
+        places={NF_PLACE: "nft_do_chain+0x47f"},
+        rulesets={WHO.netns: (Ruleset((RULE, IPVS, PROGRAM, LEGACY), (), at(0.2)),)},
+    )
+    assert drop_in(judged(ack_filtered(handshake(), at(0.1)), names))["rule"] == {"handle": 4}
+
+
+@pytest.mark.parametrize(
+    ("place", "is_named"), [("nft_do_chain+0x4", True), ("nf_hook_slow+0x4", False)]
+)
+def test_what_was_not_read_elsewhere_matters_only_to_what_nftables_did_not_drop(
+    place: str, is_named: bool
+) -> None:
+    missing = "iptables has legacy tables (filter), and nothing that lists them is installed"
+    ruleset = Ruleset((RULE,), (), at(0.2), elsewhere=(missing,))
+    names = NAMES._replace(places={NF_PLACE: place}, rulesets={WHO.netns: (ruleset,)})
+    finding = judged(ack_filtered(handshake(), at(0.1)), names)
+    assert (drop_in(finding)["rule"] is not None) == is_named
+    assert (missing in finding.evidence) == (not is_named)
+
+
+COUNTING = (RULE, LATER)
+
+
+def counted(*packets: int | None, read_s: float, counted_s: float | None = None) -> Ruleset:
+    done_s = read_s if counted_s is None else counted_s
+    return Ruleset(COUNTING, (), at(read_s), packets=packets, counted_ns=at(done_s))
+
+
+@pytest.mark.parametrize(
+    ("readings", "suspects"),
+    [
+        ([counted(None, None, read_s=0.2)], [4, 9]),
+        ([counted(0, 3, read_s=0.2)], [9]),
+        ([counted(0, 0, read_s=0.2)], []),
+        ([counted(3, 0, read_s=0.2)], [4]),
+        ([counted(3, 5, read_s=0), counted(3, 6, read_s=0.2)], [9]),
+        ([counted(3, 5, read_s=0), counted(4, 6, read_s=0.2)], [4, 9]),
+        ([counted(3, 5, read_s=0), counted(0, 6, read_s=0.2)], [4, 9]),
+        ([counted(3, None, read_s=0), counted(3, None, read_s=0.2)], [9]),
+        # The reading before had not ended when the packet came, or nobody knows when it did.
+        ([counted(3, 5, read_s=0, counted_s=0.15), counted(3, 6, read_s=0.2)], [4, 9]),
+        ([counted(3, 5, read_s=0, counted_s=0.095), counted(3, 6, read_s=0.2)], [4, 9]),
+        ([counted(3, 5, read_s=0)._replace(counted_ns=0), counted(3, 6, read_s=0.2)], [4, 9]),
+        # What was read before had other rules.
+        (
+            [counted(3, 5, read_s=0)._replace(rules=(LATER, RULE)), counted(3, 6, read_s=0.2)],
+            [4, 9],
+        ),
+        ([counted(0, 3, read_s=0)], [4, 9]),
+    ],
+)
+def test_a_counter_that_has_not_counted_the_packet_clears_its_rule(
+    readings: list[Ruleset], suspects: list[int]
+) -> None:
+    drop = drop_in(with_readings(*readings))
+    named = [drop["rule"]] if drop["rule"] else [c["rule"] for c in drop["rule_candidates"]]  # type: ignore[attr-defined]
+    assert [rule["handle"] for rule in named] == suspects  # type: ignore[index]
+
+
+def test_a_ruleset_that_never_changes_keeps_its_counters_of_both_ends() -> None:
+    readings = [counted(3, n, read_s=n / 100) for n in range(50)]
+    assert drop_in(with_readings(*readings))["rule"] == {"handle": 9}
+
+
+def test_a_rule_for_a_device_that_is_not_there_is_no_suspect() -> None:
+    """`iifname "eth7" drop` beside `iifname "veth0" drop`."""
+    rules = tuple(
+        RULE._replace(number=n, conditions=(("iifname", name),))
+        for n, name in ((1, "eth7"), (2, "veth0"))
+    )
+    there = ((1, "lo"), (2, "veth0"))
+    ruleset = Ruleset(rules, (), at(0.2), devices=there)
+    assert drop_in(with_readings(ruleset))["rule"] == {"handle": 2}
+    both = ruleset._replace(devices=(*there, (3, "eth7")))
+    assert drop_in(with_readings(both))["rule"] is None
+    (suspect,) = suspicion(Read(both, 0), WHO, "input", False, device=3).suspects
+    assert suspect.number == 1
+
+
+def test_more_suspects_than_are_named_are_said() -> None:
+    rules = tuple(RULE._replace(number=n) for n in range(100))
+    finding = with_rules(*rules)
+    drop = drop_in(finding)
+    assert (drop["rule"], len(drop["rule_candidates"])) == (None, MOST_SUSPECTS)  # type: ignore[arg-type]
+    assert MORE_SUSPECTS in finding.evidence
+    # One of them that is not named may answer by RST.
+    assert finding.certainty == "likely"
 
 
 names_of_matches = st.one_of(

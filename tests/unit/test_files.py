@@ -19,7 +19,7 @@ from tcpstuck_bpf.errors import RecordingError, TcpstuckError, UsageError
 from tcpstuck_bpf.files import OutputFile, write_whole
 from tcpstuck_bpf.kernel import builder
 from tcpstuck_bpf.replay import Ended, Recorder, TallyTaken
-from tcpstuck_bpf.ruleset_reader import _output
+from tcpstuck_bpf.ruleset_child import _output
 from tests.builders import at, header, tally
 
 Write = Callable[[str], object]

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tcpstuck_bpf import netns, ruleset_reader
+from tcpstuck_bpf import netns, ruleset_child
 from tcpstuck_bpf.kernel_log import warning_of
 from tcpstuck_bpf.listener_owner import owners_of
+from tcpstuck_bpf.ruleset_text import reachable, xtables_rules
 from tcpstuck_bpf.terminal import printable
 from tests.builders import at
 
@@ -20,7 +21,8 @@ OWN_NAME = Path(f"/proc/{os.getpid()}/comm")
 
 @pytest.fixture
 def _own_name() -> Iterator[None]:
-    before = OWN_NAME.read_bytes()
+    # What is read ends with a newline that is not the name's.
+    before = OWN_NAME.read_bytes()[:-1]
     yield
     OWN_NAME.write_bytes(before)
 
@@ -52,9 +54,9 @@ def test_a_comment_of_any_bytes_does_not_hide_the_rules(
         b'-A INPUT -p tcp -m comment --comment "\\377\\033[2J" -j DROP\\nCOMMIT\\n\'\n'
     )
     program.chmod(0o700)
-    monkeypatch.setattr(ruleset_reader, "find_program", lambda _name: str(program))
-    text = ruleset_reader._output([program.name])
-    (rule,) = ruleset_reader.xtables_rules(text, "ip")
+    monkeypatch.setattr(ruleset_child, "find_program", lambda _name: str(program))
+    text = ruleset_child._output([program.name])
+    (rule,) = reachable(xtables_rules(text, "ip")).rules
     assert (rule.chain, rule.number) == ("INPUT", 1)
 
 

@@ -30,6 +30,7 @@ PURE = (
     "synack",
     "listener",
     "listener_history",
+    "ruleset_text",
 )
 OF_THE_KERNEL_SIDE = {
     "btf",
@@ -39,7 +40,9 @@ OF_THE_KERNEL_SIDE = {
     "kernel_report",
     "kernel_types",
     "layout",
+    "netfilter_hooks",
     "probes",
+    "ruleset_child",
     "ruleset_reader",
     "softirqs",
     "source",
@@ -190,7 +193,7 @@ DOORS = {
     "replay._write_line",
 }
 """Where text leaves: each passes it through `terminal` or `json_text`."""
-OTHER_WRITERS = {"kernel.compiler", "kernel.artifact_store", "files", "unpacking"}
+OTHER_WRITERS = {"kernel.compiler", "kernel.kept_files", "files", "ruleset_child", "unpacking"}
 """Their bytes are for programs, or their standard error is read by the process that traces."""
 
 

@@ -1,0 +1,288 @@
+"""Which rules of a ruleset a packet may match, found without a look at every rule. Pure.
+
+Rules are sorted once by what they ask of the server's side, and there by the network of the
+client's address. A chain is looked at once for each packet, however many jumps lead to it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from tcpstuck_bpf.model import DropRule, FourTuple, Jump, Ruleset
+
+_FAMILIES = {4: frozenset({"ip", "inet", "netdev"}), 6: frozenset({"ip6", "inet", "netdev"})}
+_NFPROTO = {4: "ipv4", 6: "ipv6"}
+_ADDRESS_BITS = {4: 32, 6: 128}
+
+MOST_SUSPECTS = 32
+"""Of one packet. More of them help nobody, and each verdict names them all."""
+MOST_STEPS = 2_000_000
+"""Looks at a rule or a chain, for all packets that are held against one reading: about a second.
+A ruleset of 20 000 rules with 50 listeners needs half of it once, and then a few for each packet.
+"""
+_KEPT_INDEXES = 32
+"""Of readings. One for each network namespace whose drops are told at the same time is enough."""
+_INDEXED_RULES = 50_000
+"""Of all of them together, at some 500 bytes each."""
+_VIEWED_RULES = 20_000
+"""Of all views of one index, whose entries are its own: what they share out is room in lists."""
+
+_Chain = tuple[str, str, str]
+"""Family, table and name."""
+
+
+class Packet(NamedTuple):
+    """What is known of a packet that was dropped."""
+
+    who: FourTuple
+    hook: str | None
+    """None: any."""
+    device: int | None
+    """The index of the device it came by; None: any."""
+
+
+class Matching(NamedTuple):
+    """The rules that a packet may have matched."""
+
+    rules: tuple[int, ...]
+    """By their index in the ruleset, in its order."""
+    incomplete: bool
+    """Whether there may be more."""
+
+
+class _Source(NamedTuple):
+    """A network of client addresses."""
+
+    family: int
+    shift: int
+    """By how many bits an address is longer than the network's prefix."""
+    prefix: int
+
+    def has(self, address: int) -> bool:
+        return address >> self.shift == self.prefix
+
+
+class _Entry(NamedTuple):
+    """A rule or a jump, with what it asks of the client's side."""
+
+    rule: int
+    """The rule's index; of a jump -1."""
+    target: _Chain | None
+    sources: tuple[_Source, ...]
+    ports: tuple[tuple[int, int], ...]
+
+    def may_match(self, address: int, port: int) -> bool:
+        return all(source.has(address) for source in self.sources) and all(
+            low <= port <= high for low, high in self.ports
+        )
+
+
+@dataclass
+class _ChainView:
+    """What is left of a chain for packets to one server address and port."""
+
+    by_source: dict[int, dict[int, list[_Entry]]] = field(default_factory=dict)
+    """By how much longer an address is than the network's prefix, and by that prefix."""
+    of_any_source: list[_Entry] = field(default_factory=list)
+
+    def add(self, entry: _Entry) -> None:
+        """One more rule or jump."""
+        if entry.sources:
+            source = entry.sources[0]
+            self.by_source.setdefault(source.shift, {}).setdefault(source.prefix, []).append(entry)
+        else:
+            self.of_any_source.append(entry)
+
+
+class _View(NamedTuple):
+    """A ruleset as packets to one server address and port meet it."""
+
+    chains: dict[_Chain, _ChainView]
+    bases: tuple[_Chain, ...]
+    """Where packets come in."""
+
+
+class _Parsed(NamedTuple):
+    """A rule's or a jump's conditions, parsed; those that nobody understands are left out."""
+
+    place: DropRule | Jump
+    entry: _Entry
+    server_side: tuple[tuple[str, str], ...]
+    destinations: tuple[_Source, ...]
+    server_ports: tuple[tuple[int, int], ...]
+
+
+def _network(value: str) -> _Source | None:
+    try:
+        network = ipaddress.ip_network(value, strict=False)
+    except ValueError:
+        return None
+    shift = network.max_prefixlen - network.prefixlen
+    return _Source(network.version, shift, int(network.network_address) >> shift)
+
+
+def _ports(value: str) -> tuple[int, int] | None:
+    low, _, high = value.partition(":")
+    try:
+        return int(low), int(high or low)
+    except ValueError:
+        return None
+
+
+def _parsed(place: DropRule | Jump, rule: int) -> _Parsed:
+    def networks(name: str) -> tuple[_Source, ...]:
+        found = (_network(value) for key, value in place.conditions if key == name)
+        return tuple(network for network in found if network is not None)
+
+    def ports(name: str) -> tuple[tuple[int, int], ...]:
+        found = (_ports(value) for key, value in place.conditions if key == name)
+        return tuple(port for port in found if port is not None)
+
+    target = (place.family, place.table, place.target) if isinstance(place, Jump) else None
+    others = tuple(c for c in place.conditions if c[0] in ("protocol", "nfproto", "iifname"))
+    return _Parsed(
+        place,
+        _Entry(rule, target, networks("saddr"), ports("sport")),
+        others,
+        networks("daddr"),
+        ports("dport"),
+    )
+
+
+def _names_device(pattern: str, names: Sequence[str]) -> bool:
+    """Whether an interface match can hold for one of these devices."""
+    if pattern.endswith("*"):
+        return any(name.startswith(pattern[:-1]) for name in names)
+    return pattern in names
+
+
+class RuleIndex:
+    """The rules and jumps of one reading, sorted so that few of them have to be looked at."""
+
+    def __init__(self, ruleset: Ruleset) -> None:
+        self.ruleset = ruleset
+        self.steps_left = MOST_STEPS
+        self._parsed: list[_Parsed] | None = None
+        self._views: OrderedDict[tuple[object, ...], _View] = OrderedDict()
+
+    def matching(self, packet: Packet) -> Matching:
+        """The rules that a packet may have matched, by all that is known of it."""
+        view = self._view(packet)
+        if view is None:
+            return Matching((), incomplete=True)
+        family = packet.who.family
+        address = int.from_bytes(packet.who.client_address, "big") & (
+            (1 << _ADDRESS_BITS[family]) - 1
+        )
+        port = packet.who.client_port
+        found: list[int] = []
+        seen: set[_Chain] = set(view.bases)
+        waiting = deque(view.bases)
+        while waiting:
+            chain = view.chains[waiting.popleft()]
+            lists = [chain.of_any_source]
+            lists += [
+                prefixes[address >> shift]
+                for shift, prefixes in chain.by_source.items()
+                if address >> shift in prefixes
+            ]
+            self.steps_left -= 1 + len(chain.by_source)
+            for entries in lists:
+                for entry in entries:
+                    self.steps_left -= 1
+                    if self.steps_left < 0 or len(found) > MOST_SUSPECTS:
+                        return Matching(tuple(sorted(found[:MOST_SUSPECTS])), incomplete=True)
+                    if not entry.may_match(address, port):
+                        continue
+                    if entry.target is None:
+                        found.append(entry.rule)
+                    elif entry.target in view.chains and entry.target not in seen:
+                        seen.add(entry.target)
+                        waiting.append(entry.target)
+        return Matching(tuple(sorted(found[:MOST_SUSPECTS])), len(found) > MOST_SUSPECTS)
+
+    def _view(self, packet: Packet) -> _View | None:
+        """None where that would take more work than this ruleset may make."""
+        who = packet.who
+        key = (who.family, who.server_address, who.server_port, packet.hook, packet.device)
+        view = self._views.get(key)
+        if view is None:
+            self.steps_left -= self.ruleset.size
+            if self.steps_left < 0:
+                return None
+            view = self._views[key] = self._made_view(packet)
+            if len(self._views) > 1 + _VIEWED_RULES // (1 + self.ruleset.size):
+                self._views.popitem(last=False)
+        return view
+
+    def _made_view(self, packet: Packet) -> _View:
+        if self._parsed is None:
+            rules, jumps = self.ruleset.rules, self.ruleset.jumps
+            self._parsed = [_parsed(rule, number) for number, rule in enumerate(rules)]
+            self._parsed += [_parsed(jump, -1) for jump in jumps]
+        families = _FAMILIES[packet.who.family]
+        devices = self._possible_devices(packet.device)
+        chains: dict[_Chain, _ChainView] = {}
+        bases: dict[_Chain, None] = {}
+        for parsed in self._parsed:
+            place = parsed.place
+            if place.family not in families or _fails(parsed, packet.who, devices):
+                continue
+            chain = (place.family, place.table, place.chain)
+            if place.hook:
+                if packet.hook not in (None, place.hook):
+                    continue
+                bases[chain] = None
+            chains.setdefault(chain, _ChainView()).add(parsed.entry)
+        return _View(chains, tuple(bases))
+
+    def _possible_devices(self, device: int | None) -> tuple[str, ...] | None:
+        known = self.ruleset.devices
+        if known is None or device is None:
+            return None if known is None else tuple(name for _, name in known)
+        return tuple(name for index, name in known if index == device) or None
+
+
+def _fails(parsed: _Parsed, who: FourTuple, devices: Sequence[str] | None) -> bool:
+    """Whether a match cannot hold for a TCP segment to this server, whoever the client is."""
+    family = who.family
+    if any(source.family != family for source in (*parsed.entry.sources, *parsed.destinations)):
+        return True
+    server = int.from_bytes(who.server_address, "big") & ((1 << _ADDRESS_BITS[family]) - 1)
+    if not all(network.has(server) for network in parsed.destinations):
+        return True
+    if not all(low <= who.server_port <= high for low, high in parsed.server_ports):
+        return True
+    for name, value in parsed.server_side:
+        if name == "protocol" and value.lower() not in ("tcp", "6", "all"):
+            return True
+        if name == "nfproto" and value != _NFPROTO[family]:
+            return True
+        if name == "iifname" and devices is not None and not _names_device(value, devices):
+            return True
+    return False
+
+
+_Identity = tuple[int, int, int]
+_indexes: OrderedDict[_Identity, RuleIndex] = OrderedDict()
+
+
+def _is_too_much() -> bool:
+    rules = sum(index.ruleset.size for index in _indexes.values())
+    return len(_indexes) > _KEPT_INDEXES or rules > _INDEXED_RULES
+
+
+def index_of(ruleset: Ruleset) -> RuleIndex:
+    """The index of these rules: the same one for every reading that shares them."""
+    identity = (id(ruleset.rules), id(ruleset.jumps), id(ruleset.devices))
+    index = _indexes.get(identity)
+    if index is None:
+        # It keeps the rules, so that their identity is nobody else's meanwhile.
+        index = _indexes[identity] = RuleIndex(ruleset)
+        while len(_indexes) > 1 and _is_too_much():
+            _indexes.popitem(last=False)
+    return index
