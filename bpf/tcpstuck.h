@@ -31,6 +31,7 @@ enum handshake_ending {
 	ENDING_RESET = 3, /* the client's address answered by RST */
 	ENDING_TAKEN_OVER = 4, /* a repeated SYN got into the SYN queue, no cookie was answered */
 	ENDING_REPLACED = 5, /* the client uses its 4-tuple for a new handshake, without a cookie */
+	ENDING_NO_LISTENER = 6, /* its segment met no socket: RST goes out */
 };
 
 /* Kernel counters (LINUX_MIB_*) that moved on this CPU while one segment was handled. */
@@ -85,6 +86,7 @@ enum event_kind {
 	EVENT_TAKEN_OVER = 7,
 	EVENT_REPLACED = 8,
 	EVENT_ACK_FILTERED = 9,
+	EVENT_NO_LISTENER = 10,
 };
 
 /*
@@ -188,6 +190,7 @@ enum netns_count {
 	COUNT_TABLE_BUSY, /* or because their place in the table was being changed */
 	COUNT_ACKS_FILTERED, /* of table entries, dropped before cookie_vX_check */
 	COUNT_EVENTS_LOST, /* ring buffer full; the entry keeps the fact */
+	COUNT_NO_LISTENER, /* entries ended by a segment that met no socket */
 	NETNS_COUNT_MAX,
 };
 
