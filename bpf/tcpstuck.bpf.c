@@ -494,23 +494,26 @@ static __always_inline bool tell(struct netns_counts *counted, u8 kind,
 				 const struct segment *segment, struct handshake *handshake,
 				 u64 now, u8 moved)
 {
-	struct event event = {};
+	/* Written where it is read: on the stack of some programs it would have no room. */
+	struct event *event = events.ringbuf_reserve(sizeof(struct event));
 
-	event.key = segment->key;
-	event.handshake = *handshake;
-	event.time_ns = now;
-	event.sequence = segment->sequence;
-	event.acknowledgement = segment->acknowledgement;
-	event.accept_queue = segment->accept_queue;
-	event.accept_queue_limit = segment->accept_queue_limit;
-	event.payload_length = segment->payload_length;
-	event.tcp_flags = segment->tcp_flags;
-	event.counters = moved;
-	event.kind = kind;
-	if (events.ringbuf_output(&event, sizeof(event), 0)) {
+	if (!event) {
 		ADD(counted->count[COUNT_EVENTS_LOST], 1);
 		return false;
 	}
+	event->key = segment->key;
+	event->handshake = *handshake;
+	event->time_ns = now;
+	event->sequence = segment->sequence;
+	event->acknowledgement = segment->acknowledgement;
+	event->accept_queue = segment->accept_queue;
+	event->accept_queue_limit = segment->accept_queue_limit;
+	event->payload_length = segment->payload_length;
+	event->tcp_flags = segment->tcp_flags;
+	event->counters = moved;
+	event->kind = kind;
+	__builtin_memset(event->padding, 0, sizeof(event->padding));
+	events.ringbuf_submit(event, 0);
 	handshake->told_kind = kind;
 	handshake->told_at = now >> TOLD_SHIFT;
 	return true;
