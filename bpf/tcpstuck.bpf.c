@@ -34,6 +34,8 @@
 #define TCP_FLAG_SYN		 0x02
 #define TCP_FLAG_RST		 0x04
 #define TCP_FLAG_ACK		 0x10
+/* Of a packet's reference to its route, whether it is not counted (include/linux/skbuff.h). */
+#define SKB_DST_NOREF 1ULL
 /* How far from its ISN a segment may be and still be believed to belong to the handshake. */
 #define NEAR_ISN (1 << 20)
 /* What a full hash refuses an entry with: -E2BIG (alloc_htab_elem). */
@@ -89,6 +91,7 @@ struct scratch {
 	u64 listening; /* socket that tcp_conn_request or tcp_check_req is at work for */
 	u64 listener; /* that cookie_vX_check is at work for */
 	u64 checked; /* its packet, as long as it may still be dropped on its behalf */
+	u32 refused; /* the packet is freed because it is answered by RST */
 	u64 drop_place; /* where it was dropped within cookie_vX_check */
 	u32 drop_reason;
 	u64 child; /* made by cookie_vX_check, on its way to tcp_rcv_state_process */
@@ -491,23 +494,26 @@ static __always_inline bool tell(struct netns_counts *counted, u8 kind,
 				 const struct segment *segment, struct handshake *handshake,
 				 u64 now, u8 moved)
 {
-	struct event event = {};
+	/* Written where it is read: on the stack of some programs it would have no room. */
+	struct event *event = events.ringbuf_reserve(sizeof(struct event));
 
-	event.key = segment->key;
-	event.handshake = *handshake;
-	event.time_ns = now;
-	event.sequence = segment->sequence;
-	event.acknowledgement = segment->acknowledgement;
-	event.accept_queue = segment->accept_queue;
-	event.accept_queue_limit = segment->accept_queue_limit;
-	event.payload_length = segment->payload_length;
-	event.tcp_flags = segment->tcp_flags;
-	event.counters = moved;
-	event.kind = kind;
-	if (events.ringbuf_output(&event, sizeof(event), 0)) {
+	if (!event) {
 		ADD(counted->count[COUNT_EVENTS_LOST], 1);
 		return false;
 	}
+	event->key = segment->key;
+	event->handshake = *handshake;
+	event->time_ns = now;
+	event->sequence = segment->sequence;
+	event->acknowledgement = segment->acknowledgement;
+	event->accept_queue = segment->accept_queue;
+	event->accept_queue_limit = segment->accept_queue_limit;
+	event->payload_length = segment->payload_length;
+	event->tcp_flags = segment->tcp_flags;
+	event->counters = moved;
+	event->kind = kind;
+	__builtin_memset(event->padding, 0, sizeof(event->padding));
+	events.ringbuf_submit(event, 0);
 	handshake->told_kind = kind;
 	handshake->told_at = now >> TOLD_SHIFT;
 	return true;
@@ -883,6 +889,7 @@ static __always_inline int ack_arrived(struct sock *listener, struct sk_buff *sk
 		return 0;
 	scratch->listener = (u64)listener;
 	scratch->checked = (u64)skb;
+	scratch->refused = 0;
 	scratch->drop_place = 0;
 	scratch->drop_reason = 0;
 	scratch->child = 0;
@@ -1050,7 +1057,8 @@ static __always_inline int ack_judged(u64 result)
 	listener = scratch->listener;
 	scratch->listener = 0;
 	/* Before 6.9 not cookie_vX_check drops it, but its caller, right after. */
-	if (result || scratch->drop_place)
+	scratch->refused = result == listener;
+	if (scratch->drop_place || (result && !scratch->refused))
 		scratch->checked = 0;
 	segment = &scratch->segment;
 	counted = counts_of(scratch);
@@ -1153,16 +1161,17 @@ static __always_inline int request_handled(void)
 
 #ifdef PROBE_kfree_skb
 
-/*
- * Reasons of this kernel's that leave nobody waiting: where nothing listens an RST goes out, and
- * a capture whose buffer is full loses a copy while the packet goes on.
- */
-#if defined(REASON_NO_SOCKET) && defined(REASON_PACKET_SOCK_ERROR)
-#define IS_NO_LOSS(reason) ((reason) == REASON_NO_SOCKET || (reason) == REASON_PACKET_SOCK_ERROR)
-#elif defined(REASON_NO_SOCKET)
-#define IS_NO_LOSS(reason) ((reason) == REASON_NO_SOCKET)
+/* A capture whose buffer is full loses a copy, while the packet goes on. */
+#ifdef REASON_PACKET_SOCK_ERROR
+#define IS_NO_LOSS(reason) ((reason) == REASON_PACKET_SOCK_ERROR)
 #else
 #define IS_NO_LOSS(reason) false
+#endif
+
+#ifdef REASON_NO_SOCKET
+#define IS_WITHOUT_SOCKET(reason) ((reason) == REASON_NO_SOCKET)
+#else
+#define IS_WITHOUT_SOCKET(reason) false
 #endif
 
 /* As far as TCP's ports, of IPv4 without options and of IPv6. */
@@ -1170,7 +1179,17 @@ static __always_inline int request_handled(void)
 #define IPV6_PORTS_BYTES     44
 #define IPV4_BYTES	     20
 #define IPV6_BYTES	     40
+#define TCP_BYTES	     20
 #define IPV4_WITHOUT_OPTIONS 0x45 /* the first byte of such a header */
+
+/* Headers that IPv6 may have before TCP's (RFC 8200, 4.1), and how many are looked at. */
+#define IPV6_HOP_BY_HOP		0
+#define IPV6_ROUTING		43
+#define IPV6_FRAGMENT		44
+#define IPV6_AUTHENTICATION	51
+#define IPV6_DESTINATION	60
+#define IPV6_EXTENSIONS		6
+#define IPV6_FRAGMENT_OFFSET_LE 0xf8ff /* of that field, in network order */
 
 /* IPv6's header and TCP's without options, which is longer than IPv4's and that. */
 #define HEADERS_BYTES 60
@@ -1182,7 +1201,43 @@ static __always_inline int request_handled(void)
 struct headers {
 	u8 bytes[64]; /* IP's, as far as they are of fixed length */
 	u8 tcp[24];
+	u32 length; /* of all that comes before TCP's, bytes */
 } __attribute__((aligned(8)));
+
+static __always_inline bool is_ipv6_extension(u8 header)
+{
+	return header == IPV6_HOP_BY_HOP || header == IPV6_ROUTING || header == IPV6_FRAGMENT ||
+	       header == IPV6_AUTHENTICATION || header == IPV6_DESTINATION;
+}
+
+/* Where TCP's header begins behind IPv6's and its extensions; 0 where it is not there. */
+static __always_inline u32 length_of_ipv6_headers(u64 at, u8 next)
+{
+	u32 length = IPV6_BYTES;
+	u8 extension[4];
+	int count;
+
+#pragma unroll
+	for (count = 0; count < IPV6_EXTENSIONS; count++) {
+		if (next == IPPROTO_TCP)
+			return length;
+		bpf_probe_read_kernel(extension, sizeof(extension), (void *)(at + length));
+		if (next == IPV6_FRAGMENT) {
+			/* Only the first fragment has TCP's header. */
+			if (*(u16 *)&extension[2] & IPV6_FRAGMENT_OFFSET_LE)
+				return 0;
+			length += 8;
+		} else if (next == IPV6_AUTHENTICATION) {
+			length += (extension[1] + 2) * 4;
+		} else if (is_ipv6_extension(next)) {
+			length += (extension[1] + 1) * 8;
+		} else {
+			return 0;
+		}
+		next = extension[0];
+	}
+	return next == IPPROTO_TCP ? length : 0;
+}
 
 /*
  * The IP and TCP headers of a packet that may have come any way from the driver to TCP, in its
@@ -1192,8 +1247,8 @@ static __always_inline bool read_headers(struct headers *headers, const struct p
 {
 	u64 head = (u64)packet->head, at = head + packet->network_header;
 	bool ipv4 = packet->protocol == ETH_P_IP_NETWORK_ORDER;
-	u32 length = ipv4 ? 20 : 40;
 	u8 version = ipv4 ? 4 : 6;
+	u32 length;
 
 	bpf_probe_read_kernel(headers->bytes, HEADERS_BYTES, (void *)at);
 	if (headers->bytes[0] >> 4 != version) {
@@ -1202,45 +1257,78 @@ static __always_inline bool read_headers(struct headers *headers, const struct p
 		if (headers->bytes[0] >> 4 != version)
 			return false;
 	}
-	if ((ipv4 ? headers->bytes[9] : headers->bytes[6]) != IPPROTO_TCP)
+	if (ipv4 && headers->bytes[9] != IPPROTO_TCP)
 		return false;
-	if (ipv4 && (headers->bytes[0] & 0xf) != 5)
-		length = (headers->bytes[0] & 0xf) * 4;
-	if (at + length + 20 > head + packet->tail)
-		return false;
-	if (!ipv4)
-		__builtin_memcpy(headers->tcp, headers->bytes + 40, 20);
-	else if (length == 20)
-		__builtin_memcpy(headers->tcp, headers->bytes + 20, 20);
-	else
-		bpf_probe_read_kernel(headers->tcp, 20, (void *)(at + length));
 	/* Of a fragment only the first has TCP's header. */
-	return !ipv4 || (!(headers->bytes[6] & 0x1f) && !headers->bytes[7]);
+	if (ipv4 && (headers->bytes[6] & 0x1f || headers->bytes[7]))
+		return false;
+	length = ipv4 ? (headers->bytes[0] & 0xf) * 4
+		      : length_of_ipv6_headers(at, headers->bytes[6]);
+	if (!length || at + length + TCP_BYTES > head + packet->tail)
+		return false;
+	headers->length = length;
+	if (length == IPV4_BYTES)
+		__builtin_memcpy(headers->tcp, headers->bytes + IPV4_BYTES, TCP_BYTES);
+	else if (length == IPV6_BYTES)
+		__builtin_memcpy(headers->tcp, headers->bytes + IPV6_BYTES, TCP_BYTES);
+	else
+		bpf_probe_read_kernel(headers->tcp, TCP_BYTES, (void *)(at + length));
+	return true;
 }
+
+/*
+ * The device that a packet came by, or 0. TCP takes it away before a listener sees the packet
+ * (tcp_v4_rcv, tcp_v6_rcv); by then the packet has a route, whose device is of the same namespace.
+ */
+static __always_inline struct net_device *device_of(struct sk_buff *skb, bool *socket_has_it)
+{
+	struct net_device *device = 0;
+	struct dst_entry *route;
+	u64 reference = 0;
+
+	bpf_probe_read_kernel(&device, sizeof(device), &skb->dev);
+	*socket_has_it = !device;
+	if (device)
+		return device;
+	bpf_probe_read_kernel(&reference, sizeof(reference), &skb->skb_refdst);
+	route = (struct dst_entry *)(reference & ~SKB_DST_NOREF);
+	if (route)
+		bpf_probe_read_kernel(&device, sizeof(device), &route->dev);
+	return device;
+}
+
+/* Where a packet came from, and how far it got. */
+struct way {
+	u32 device; /* its index */
+	bool socket_has_it;
+};
 
 /* Of a packet for a wanted port: its key and its numbers; false where it is not to be seen. */
 static __always_inline bool read_freed(struct segment *segment, const struct headers *headers,
-				       u64 skb, bool ipv4)
+				       u64 skb, bool ipv4, struct way *way)
 {
 	u32 *client = (u32 *)segment->key.client_address;
 	u32 *server = (u32 *)segment->key.server_address;
-	struct net_device *device = 0;
+	struct net_device *device;
 	struct net *net = 0;
 	u16 length;
 
-	bpf_probe_read_kernel(&device, sizeof(device), &((struct sk_buff *)skb)->dev);
+	device = device_of((struct sk_buff *)skb, &way->socket_has_it);
 	if (!device)
 		return false;
+	way->device = 0;
+	if (!way->socket_has_it)
+		bpf_probe_read_kernel(&way->device, sizeof(u32), &device->ifindex);
 	bpf_probe_read_kernel(&net, sizeof(net), &device->nd_net);
 	bpf_probe_read_kernel(&segment->key.netns, sizeof(u32), &net->inum);
 	if (ipv4) {
 		client[2] = server[2] = 0xffff0000;
 		client[3] = *(u32 *)&headers->bytes[12];
 		server[3] = *(u32 *)&headers->bytes[16];
-		length = swap16(*(u16 *)&headers->bytes[2]) - (headers->bytes[0] & 0xf) * 4;
+		length = swap16(*(u16 *)&headers->bytes[2]) - headers->length;
 	} else {
 		__builtin_memcpy(segment->key.client_address, headers->bytes + 8, 32);
-		length = swap16(*(u16 *)&headers->bytes[4]);
+		length = swap16(*(u16 *)&headers->bytes[4]) + IPV6_BYTES - headers->length;
 	}
 	segment->key.client_port = *(u16 *)&headers->tcp[0];
 	segment->key.server_port = *(u16 *)&headers->tcp[2];
@@ -1264,8 +1352,8 @@ static __always_inline bool answers(const struct segment *segment, const struct 
 }
 
 /*
- * Whether the packet is the one that cookie_vX_check drops, or has just let its caller drop. That
- * one may have gone without coming by here, and its memory to another packet.
+ * Whether the packet is the one that cookie_vX_check drops, or has just let its caller drop or
+ * answer by RST. That one may have gone without coming by here, and its memory to another packet.
  */
 static __always_inline bool dropped_by_check(u64 skb, const struct segment *segment, u64 place,
 					     u32 reason, struct handshake *entry)
@@ -1283,6 +1371,8 @@ static __always_inline bool dropped_by_check(u64 skb, const struct segment *segm
 		return true;
 	}
 	scratch->checked = 0;
+	if (scratch->refused)
+		return true;
 	entry->drop_place = place;
 	entry->drop_reason = reason;
 	return true;
@@ -1326,9 +1416,24 @@ static __always_inline bool may_be_awaited(u16 protocol, u64 network)
 	if (protocol != ETH_P_IPV6_NETWORK_ORDER)
 		return false;
 	bpf_probe_read_kernel(bytes, IPV6_PORTS_BYTES, (void *)network);
-	if (bytes[0] >> 4 != 6)
+	if (bytes[0] >> 4 != 6 || is_ipv6_extension(bytes[6]))
 		return true;
 	return port_marked(*(u16 *)&bytes[42]);
+}
+
+/* An RST goes out: the client gets an error, and its listener is owed nothing by it any more. */
+static __always_inline void met_no_listener(struct netns_counts *counted, struct segment *segment,
+					    struct handshake *entry, u64 now)
+{
+	struct listener_key key = {};
+
+	__builtin_memcpy(key.server_address, segment->key.server_address, 16);
+	key.netns = segment->key.netns;
+	key.server_port = segment->key.server_port;
+	note_answer(listeners.lookup(&key), entry);
+	ADD(counted->count[COUNT_NO_LISTENER], 1);
+	end(entry, ENDING_NO_LISTENER, now, 0);
+	tell(counted, EVENT_NO_LISTENER, segment, entry, now, 0);
 }
 
 /* A packet that may be awaited: whether it is, and what became of it. */
@@ -1339,8 +1444,9 @@ static __always_inline int packet_dropped(void *ctx, u64 skb, u64 place, u32 rea
 	struct headers headers;
 	struct segment segment = {};
 	struct handshake *entry;
-	u32 stack;
+	struct way way;
 	bool ipv4;
+	u32 stack;
 	u64 now;
 
 	bpf_probe_read_kernel(&packet, sizeof(packet), (void *)(skb + PACKET_SPAN_AT));
@@ -1353,7 +1459,7 @@ static __always_inline int packet_dropped(void *ctx, u64 skb, u64 place, u32 rea
 		return 0;
 	if (!port_marked(*(u16 *)&headers.tcp[2]))
 		return 0;
-	if (!read_freed(&segment, &headers, skb, ipv4))
+	if (!read_freed(&segment, &headers, skb, ipv4, &way))
 		return 0;
 	entry = awaiting_ack.lookup(&segment.key);
 	if (!entry || !answers(&segment, entry))
@@ -1365,8 +1471,13 @@ static __always_inline int packet_dropped(void *ctx, u64 skb, u64 place, u32 rea
 	counted = counts.lookup(&segment.key.netns);
 	if (!counted)
 		return 0;
-	stack = stack_number(ctx);
 	now = bpf_ktime_get_ns();
+	/* A full accept queue has the same reason, but then a socket has the packet. */
+	if (IS_WITHOUT_SOCKET(reason) && !way.socket_has_it) {
+		met_no_listener(counted, &segment, entry, now);
+		return 0;
+	}
+	stack = stack_number(ctx);
 	go_on(entry);
 	if (!entry->acks_filtered)
 		entry->first_ack_filtered_ns = now;
@@ -1375,6 +1486,7 @@ static __always_inline int packet_dropped(void *ctx, u64 skb, u64 place, u32 rea
 	entry->filter_place = place;
 	entry->filter_reason = reason;
 	entry->filter_stack = stack;
+	entry->filter_device = way.device;
 	ADD(counted->count[COUNT_ACKS_FILTERED], 1);
 	tell_if_new(counted, EVENT_ACK_FILTERED, &segment, entry, now, 0);
 	return 0;
@@ -1403,8 +1515,11 @@ int packet_freed_typed(unsigned long long *ctx)
 	u64 transport = skb->transport_header, network = skb->network_header;
 	u16 port;
 
-	/* IP has found TCP's header, or the sender of this host, where it lies behind one of IP's. */
-	if (transport == network + IPV4_BYTES || transport == network + IPV6_BYTES) {
+	/*
+	 * IP has found TCP's header, or the sender of this host, behind IPv4's. IPv6 says the same of
+	 * whatever comes behind its own header (ip6_rcv_core), be that one that is no TCP's.
+	 */
+	if (transport == network + IPV4_BYTES) {
 		bpf_probe_read_kernel(&port, sizeof(port), (void *)(head + transport + 2));
 		if (!port_marked(port))
 			return 0;

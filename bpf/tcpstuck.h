@@ -31,6 +31,7 @@ enum handshake_ending {
 	ENDING_RESET = 3, /* the client's address answered by RST */
 	ENDING_TAKEN_OVER = 4, /* a repeated SYN got into the SYN queue, no cookie was answered */
 	ENDING_REPLACED = 5, /* the client uses its 4-tuple for a new handshake, without a cookie */
+	ENDING_NO_LISTENER = 6, /* its segment met no socket: RST goes out */
 };
 
 /* Kernel counters (LINUX_MIB_*) that moved on this CPU while one segment was handled. */
@@ -71,8 +72,9 @@ struct handshake {
 	__u8 drop_counters; /* enum counter_moved, all dropped ACKs together */
 	__u8 end_counters; /* enum counter_moved, at the segment that ended it */
 	__u8 told_kind; /* the programs' own: of the last event about it, 0: none */
-	__u8 padding[2];
+	__u8 padding[6];
 	__u32 told_at; /* the programs' own: its time in units of 2^20 ns */
+	__u32 filter_device; /* index of the device that the last one came by; 0: not known */
 };
 
 enum event_kind {
@@ -85,6 +87,7 @@ enum event_kind {
 	EVENT_TAKEN_OVER = 7,
 	EVENT_REPLACED = 8,
 	EVENT_ACK_FILTERED = 9,
+	EVENT_NO_LISTENER = 10,
 };
 
 /*
@@ -188,6 +191,7 @@ enum netns_count {
 	COUNT_TABLE_BUSY, /* or because their place in the table was being changed */
 	COUNT_ACKS_FILTERED, /* of table entries, dropped before cookie_vX_check */
 	COUNT_EVENTS_LOST, /* ring buffer full; the entry keeps the fact */
+	COUNT_NO_LISTENER, /* entries ended by a segment that met no socket */
 	NETNS_COUNT_MAX,
 };
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import platform
@@ -24,6 +25,7 @@ from lab.errors import LabError
 from lab.faults import ack_rule
 from lab.readings import parse_netstat
 from lab.topology import INTERFACE, SILENT_SOURCES
+from tcpstuck_bpf.btf import read_running_kernel
 
 if TYPE_CHECKING:
     from lab.topology import Namespace
@@ -34,11 +36,15 @@ ELSEWHERE = "elsewhere0"
 SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27
 
 _BPF_SYSTEM_CALL = {"x86_64": 321, "aarch64": 280}
-_BPF_PROG_LOAD, _BPF_LINK_CREATE = 5, 28
+_BPF_PROG_LOAD, _BPF_RAW_TRACEPOINT_OPEN, _BPF_LINK_CREATE = 5, 17, 28
 _PROG_TYPE_XDP, _ATTACH_TYPE_XDP, _XDP_FLAGS_SKB_MODE = 6, 37, 2
+_PROG_TYPE_LSM, _ATTACH_TYPE_LSM = 29, 27
 _ATTRIBUTES_BYTES = 128
 _XDP_DROP = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 1, 0x95, 0, 0, 0)
 """r0 = XDP_DROP; exit."""
+_REFUSE = struct.pack("=BBhiBBhi", 0xB7, 0, 0, -errno.EPERM, 0x95, 0, 0, 0)
+"""r0 = -EPERM; exit."""
+_ACTIVE_SECURITY_MODULES = Path("/sys/kernel/security/lsm")
 _DROP_BARE_ACKS = b"".join(
     struct.pack("=HBBI", *instruction)
     for instruction in (
@@ -291,6 +297,47 @@ def no_route(spot: Spot) -> Iterator[Fault]:
             lambda: spot.server.counters()["SyncookiesRecv"] - before,
             verdict="ack-failed",
         )
+
+
+def has_bpf_security_module() -> bool:
+    """Whether BPF programs may refuse on this kernel (CONFIG_BPF_LSM, and `bpf` in lsm=)."""
+    try:
+        return "bpf" in _ACTIVE_SECURITY_MODULES.read_text("ascii").split(",")
+    except OSError:
+        return False
+
+
+def _attach_refusing_program() -> int:
+    """The link's descriptor; closed, the program is off."""
+    hook = read_running_kernel().function("bpf_lsm_inet_conn_request")
+    program = ctypes.create_string_buffer(_REFUSE, len(_REFUSE))
+    licence = ctypes.create_string_buffer(b"GPL")
+    addresses = (ctypes.addressof(program), ctypes.addressof(licence))
+    # union bpf_attr: what is left out is of the verifier's log, the name, and debug information.
+    attributes = struct.pack(
+        "=IIQQ44xI36xI", _PROG_TYPE_LSM, len(_REFUSE) // 8, *addresses, _ATTACH_TYPE_LSM, hook or 0
+    )
+    loaded = _bpf(_BPF_PROG_LOAD, attributes)
+    try:
+        return _bpf(_BPF_RAW_TRACEPOINT_OPEN, struct.pack("=QI", 0, loaded))
+    finally:
+        os.close(loaded)
+
+
+@contextlib.contextmanager
+def security_module(spot: Spot) -> Iterator[Fault]:
+    """A BPF program at the hook inet_conn_request that refuses every socket, on the whole host."""
+    before = spot.server.counters()["SyncookiesRecv"]
+    link = _attach_refusing_program()
+    try:
+        yield Fault(
+            "lsm",
+            "SECURITY_HOOK",
+            lambda: spot.server.counters()["SyncookiesRecv"] - before,
+            verdict="ack-failed",
+        )
+    finally:
+        os.close(link)
 
 
 def wrong_checksums(server: Namespace) -> int:

@@ -111,11 +111,13 @@ def segment_packet(
     acknowledgement: int,
     payload: bytes = b"",
     wrong_by: int = 0,
+    extensions: tuple[int, bytes] = (IPPROTO_TCP, b""),
 ) -> bytes:
     """A whole IP packet from a client to a server: ACK, with PSH where there is data, no options.
 
     `ends` is source address and port, then destination address and port. A `wrong_by` other than
     a multiple of 65535 spoils TCP's checksum. The IPv4 header checksum is the kernel's to fill in.
+    `extensions` are IPv6's headers before TCP's: the number of the first, and all their bytes.
     """
     source, destination = (ipaddress.ip_address(ends[which]).packed for which in (0, 2))
     flags = ACK | (PSH if payload else 0)
@@ -128,5 +130,7 @@ def segment_packet(
     if len(source) == 4:
         ip = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(tcp), 0, 0x4000, 64, IPPROTO_TCP, 0)
     else:
-        ip = struct.pack("!IHBB", 6 << 28, len(tcp), IPPROTO_TCP, 64)
+        first, between = extensions
+        ip = struct.pack("!IHBB", 6 << 28, len(between) + len(tcp), first, 64)
+        tcp = between + tcp
     return ip + source + destination + tcp

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lab.patience import LOAD_S
 from lab.records import FourTuple
-from lab.segments import SynTemplate, segment_packet
+from lab.segments import IPPROTO_TCP, SynTemplate, segment_packet
 from lab.topology import source_addresses
 
 if TYPE_CHECKING:
@@ -132,9 +132,10 @@ def send_segment(
     acknowledgement: int,
     payload: bytes = b"",
     wrong_by: int = 0,
+    extensions: tuple[int, bytes] = (IPPROTO_TCP, b""),
 ) -> None:
     """Send an ACK of the 4-tuple's client, or data; `lab.segments.segment_packet` has the words."""
-    packet = segment_packet(four_tuple, sequence, acknowledgement, payload, wrong_by)
+    packet = segment_packet(four_tuple, sequence, acknowledgement, payload, wrong_by, extensions)
     with namespace.run(_raw_socket, ":" in four_tuple.server_ip) as raw:
         raw.sendto(packet, (four_tuple.server_ip, 0))
 

@@ -23,6 +23,7 @@ from tcpstuck_bpf.ending import Ending
 from tcpstuck_bpf.errors import (
     EXIT_CANNOT_TRACE,
     EXIT_INTERRUPTED,
+    EXIT_NOT_KNOWN,
     EXIT_NOTHING_STUCK,
     EXIT_STUCK,
     CannotTraceError,
@@ -359,8 +360,9 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _exit_status(summary: Summary) -> int:
-    wrong = summary.ever_stuck or summary.data_lost
-    return EXIT_STUCK if wrong else EXIT_NOTHING_STUCK
+    if summary.ever_stuck or summary.data_lost:
+        return EXIT_STUCK
+    return EXIT_NOT_KNOWN if summary.unwatched else EXIT_NOTHING_STUCK
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -80,6 +80,7 @@ _ALWAYS_TOLD = STUCK_STATES | {
     State.DATA_LOST,
     State.REJECTED,
     State.RESET,
+    State.NO_LISTENER,
     State.REPEATING,
 }
 

@@ -439,7 +439,7 @@ def _before_tcp(report: FlowReport, names: KernelNames) -> Drop:
     hook = _hook(names.stacks.get(entry.filter_stack, ()))
     by_nftables = function_of(place).startswith("nft_")
     read = rules_after(names.rulesets.get(who.netns, ()), entry.last_ack_filtered_ns)
-    suspects = suspicion(read, who, hook, by_nftables)
+    suspects = suspicion(read, who, hook, by_nftables, entry.filter_device or None)
     if cause is QUEUE_WITHOUT_ROOM:
         suspects = suspects.of_full_queue()
     elif cause is QUEUE_VERDICT:

@@ -14,6 +14,8 @@ EXIT_NOTHING_STUCK = 0
 EXIT_STUCK = 1
 EXIT_USAGE = 2
 EXIT_CANNOT_TRACE = 3
+EXIT_NOT_KNOWN = 4
+"""Nothing was seen stuck, but not every handshake was seen."""
 EXIT_INTERRUPTED = 130
 
 

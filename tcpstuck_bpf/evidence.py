@@ -290,6 +290,15 @@ def _rejection(report: FlowReport) -> Iterator[str]:
         yield from _rejected_segment(report, segments[-1])
 
 
+def _no_listener(report: FlowReport) -> Iterator[str]:
+    entry = report.handshake
+    yield from _syn_sentences(report)
+    if entry.acks_dropped:
+        yield from _drop_sentences(report)
+    when = _offset(report, entry.ended_ns)
+    yield f"a segment of the client found no socket at {when}; the kernel answers it by RST"
+
+
 def _reset(report: FlowReport) -> Iterator[str]:
     entry = report.handshake
     yield from _syn_sentences(report)
@@ -312,6 +321,7 @@ _SENTENCES: Mapping[State, Callable[[FlowReport], Iterator[str]]] = {
     State.REPEATING: _repeats,
     State.REJECTED: _rejection,
     State.RESET: _reset,
+    State.NO_LISTENER: _no_listener,
 }
 
 

@@ -171,6 +171,7 @@ def summary_line(summary: Summary, clock: WallClock) -> str:
             "cookies_sent": summary.cookies_sent,
             "lost_events": summary.lost_events,
             "untracked": summary.untracked,
+            "unwatched": summary.unwatched,
             "unseen_syn": summary.unseen_syn,
             "losses": dict(summary.losses),
             "rescue": _rescue(summary.rescue),

@@ -39,6 +39,8 @@ class State(enum.Enum):
     """Its ACK was given back to the listener, which answers by RST."""
     RESET = "reset"
     """The client's address answered by RST."""
+    NO_LISTENER = "no listener"
+    """A segment of it met no listening socket any more, which is answered by RST."""
     RESCUED = "rescued"
     """Told as stuck once, and connected by the ACK that our repeated SYN-ACK drew."""
     TAKEN_OVER = "taken over"
@@ -66,6 +68,7 @@ ENDED_STATES = frozenset(
         State.DATA_LOST,
         State.REJECTED,
         State.RESET,
+        State.NO_LISTENER,
         State.TAKEN_OVER,
         State.SUPERSEDED,
     }
@@ -77,6 +80,7 @@ _STATE_OF_ENDING: dict[int, State] = {
     Ending.RESET: State.RESET,
     Ending.TAKEN_OVER: State.TAKEN_OVER,
     Ending.REPLACED: State.SUPERSEDED,
+    Ending.NO_LISTENER: State.NO_LISTENER,
 }
 # Where two endings are seen of one handshake the connection that exists has the last word: a
 # stray RST or a rejected keep-alive probe does not undo it. That the SYN queue took it over is the
@@ -84,9 +88,10 @@ _STATE_OF_ENDING: dict[int, State] = {
 _RANK_OF_ENDING: dict[int, int] = {
     Ending.TAKEN_OVER: 1,
     Ending.RESET: 2,
-    Ending.REJECTED: 3,
-    Ending.REPLACED: 4,
-    Ending.COMPLETED: 5,
+    Ending.NO_LISTENER: 3,
+    Ending.REJECTED: 4,
+    Ending.REPLACED: 5,
+    Ending.COMPLETED: 6,
 }
 
 
@@ -327,6 +332,7 @@ def _filtered(entry: Handshake) -> tuple[int, ...]:
         entry.filter_place,
         entry.filter_reason,
         entry.filter_stack,
+        entry.filter_device,
     )
 
 
@@ -357,6 +363,7 @@ def merge(one: Handshake, other: Handshake) -> Handshake:
         filter_place=filtered[1],
         filter_reason=filtered[2],
         filter_stack=filtered[3],
+        filter_device=filtered[4],
         acks_filtered=max(one.acks_filtered, other.acks_filtered),
         acks_dropped=max(one.acks_dropped, other.acks_dropped),
         drop_counters=one.drop_counters | other.drop_counters,

@@ -65,6 +65,9 @@ SPAN_MEMBERS = (
 DROP_MEMBERS = (
     *SPAN_MEMBERS,
     Member("sk_buff", "dev", "struct net_device *", "sk_buff", "dev"),
+    Member("sk_buff", "skb_refdst", "u64", "sk_buff", "_skb_refdst"),
+    Member("dst_entry", "dev", "struct net_device *", "dst_entry", "dev"),
+    Member("net_device", "ifindex", "u32", "net_device", "ifindex"),
     Member("net_device", "nd_net", "struct net *", "net_device", "nd_net.net"),
 )
 """Of packets that are dropped before TCP; without them only those drops are not seen."""

@@ -69,6 +69,7 @@ class Ending(enum.IntEnum):
     RESET = 3
     TAKEN_OVER = 4
     REPLACED = 5
+    NO_LISTENER = 6
 
 
 class Moved(enum.IntFlag):
@@ -94,6 +95,7 @@ class EventKind(enum.IntEnum):
     TAKEN_OVER = 7
     REPLACED = 8
     ACK_FILTERED = 9
+    NO_LISTENER = 10
 
 
 class Handshake(NamedTuple):
@@ -126,6 +128,8 @@ class Handshake(NamedTuple):
     ending: int
     drop_counters: int
     end_counters: int
+    filter_device: int = 0
+    """Index of the device that the last filtered ACK came by; 0 where it is not known."""
 
 
 class Event(NamedTuple):
@@ -396,6 +400,7 @@ class NetnsCount(enum.IntEnum):
     TABLE_BUSY = 23
     ACKS_FILTERED = 24
     EVENTS_LOST = 25
+    NO_LISTENER = 26
 
 
 class ListenerFacts(NamedTuple):

@@ -148,19 +148,36 @@ def _inside(path: Path, function: Callable[[], Result], inode: int | None = None
     Raises OSError where it cannot be entered, or where the path leads to another one than that
     with the number `inode`, and what the function raises.
     """
+
+    def enter(libc: ctypes.CDLL) -> int:
+        with path.open("rb") as file:
+            # A process may have changed namespaces, or its number be another one's, by now.
+            if inode not in (None, os.fstat(file.fileno()).st_ino):
+                raise _gone()
+            return int(libc.setns(file.fileno(), _CLONE_NEWNET))
+
+    return _in_thread(enter, function)
+
+
+def in_new_namespace(function: Callable[[], Result]) -> Result:
+    """What a function returns in a namespace that is made for it, and is gone afterwards.
+
+    Raises OSError where none can be made (that takes CAP_SYS_ADMIN), and what the function raises.
+    """
+    return _in_thread(lambda libc: int(libc.unshare(_CLONE_NEWNET)), function)
+
+
+def _in_thread(enter: Callable[[ctypes.CDLL], int], function: Callable[[], Result]) -> Result:
+    """What a function returns in a thread that has entered another namespace before."""
     results: list[Result] = []
     errors: list[Exception] = []
 
     def call() -> None:
         libc = ctypes.CDLL(None, use_errno=True)
         try:
-            with path.open("rb") as file:
-                # A process may have changed namespaces, or its number be another one's, by now.
-                if inode not in (None, os.fstat(file.fileno()).st_ino):
-                    raise _gone()
-                if libc.setns(file.fileno(), _CLONE_NEWNET) != 0:
-                    number = ctypes.get_errno()
-                    raise OSError(number, os.strerror(number))
+            if enter(libc) != 0:
+                number = ctypes.get_errno()
+                raise OSError(number, os.strerror(number))
             results.append(function())
         except Exception as error:  # handed to the caller, whose thread it is not
             errors.append(error)

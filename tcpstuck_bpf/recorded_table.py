@@ -48,8 +48,12 @@ def address_of(text: str) -> bytes:
 
 
 def handshake_of(values: object) -> Handshake:
-    """A struct handshake as a list. Raises ValueError where it is none."""
-    return Handshake._make(integers(values, _HANDSHAKE_NUMBERS))
+    """A struct handshake as a list. Raises ValueError where it is none.
+
+    One of an earlier version may lack the last number, the device.
+    """
+    lacks_device = isinstance(values, list) and len(values) == _HANDSHAKE_NUMBERS - 1
+    return Handshake(*integers(values, _HANDSHAKE_NUMBERS - lacks_device))
 
 
 def _runs(numbers: Iterable[int]) -> Iterator[list[int]]:

@@ -282,13 +282,23 @@ class TableRenderer:
         elif summary.ever_stuck:
             ended = ", ".join(self._no_longer(summary)) or "their clients gave up"
             yield f"nothing is stuck any more: {ended}"
-        else:
+        elif not summary.unwatched:
             yield "nothing stuck"
+        if summary.unwatched:
+            yield from self._unwatched(summary)
         if summary.cut_off_ns is not None:
             moment = self._clock.realtime(summary.cut_off_ns) // 1_000_000_000
             until = datetime.fromtimestamp(moment).strftime("%H:%M:%S")
             yield f"The recording breaks off at {until}: this is what it holds until then."
         yield from self._wrapped(seen, "")
+
+    def _unwatched(self, summary: Summary) -> Iterator[str]:
+        number = summary.unwatched
+        plural = "handshake" if number == 1 else "handshakes"
+        nothing = "" if summary.ever_stuck or summary.data_lost else "nothing was seen stuck, but "
+        line = f"{nothing}{_grouped(number)} {plural} passed untraced: some may be stuck"
+        for wrapped in self._wrapped(line, ""):
+            yield f"{RED}{wrapped}{PLAIN}" if self._colour else wrapped
 
     def _rescue(self, totals: RescueTotals) -> Iterator[str]:
         if totals.not_sent:

@@ -113,3 +113,19 @@ class Summary(NamedTuple):
     rescue: RescueTotals | None = None
     """None where nothing was to be rescued."""
     listeners: tuple[ListenerReport, ...] = ()
+
+    @property
+    def unwatched(self) -> int:
+        """Cookie handshakes of which nobody knows what became of them, at the least.
+
+        Those there was no room for, and those that the kernel counted and no program saw.
+        """
+        unseen = sum(
+            row.kernel[0] - row.traced - row.outside
+            for row in self.reconciliation
+            if row.counter == "SyncookiesSent"
+            and row.agrees is False
+            and row.kernel is not None
+            and row.kernel[0] > row.traced + row.outside
+        )
+        return self.untracked + self.losses.get("cookies_unmatched", 0) + unseen

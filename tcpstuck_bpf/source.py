@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from tcpstuck_bpf import features, probes, wire
+from tcpstuck_bpf import features, probes, trial, wire
 from tcpstuck_bpf.ending import Ending, close_all
 from tcpstuck_bpf.errors import CannotTraceError
 from tcpstuck_bpf.kernel import artifact, artifact_store
@@ -110,6 +110,12 @@ class KernelSource:
             self._kernel.softirq_gaps,
         )
         self.coverage = Coverage(mode, frozenset(probe.function for probe in attached), gaps)
+        with self._timed("trial"):
+            try:
+                self._begin()
+            except BaseException:
+                self._give_up()
+                raise
         self._running.keep()
         if self._kept is not None:
             self.notes += self._kept.notes
@@ -234,10 +240,33 @@ class KernelSource:
         return True
 
     def _configure(self, programs: LoadedPrograms) -> None:
-        config = wire.encode_config(self._settings, self._kernel.layout.per_cpu_offset_table)
-        programs.maps["config"].update(_index(0), config)
+        """Everything is left out, until `_begin`; but it is counted."""
+        self._set_filter(programs, trial.NOBODYS_NETNS)
         for index, bits in wire.port_bits(self._settings.trace_filter.ports).items():
             programs.maps["wanted_ports"].update(_index(index), struct.pack("=Q", bits))
+
+    def _set_filter(self, programs: LoadedPrograms, netns: int | None) -> None:
+        wanted = dataclasses.replace(self._settings.trace_filter, netns=netns)
+        settings = dataclasses.replace(self._settings, trace_filter=wanted)
+        config = wire.encode_config(settings, self._kernel.layout.per_cpu_offset_table)
+        programs.maps["config"].update(_index(0), config)
+
+    def _begin(self) -> None:
+        """Try whether the programs are run, and begin to trace what was asked for.
+
+        Raises CannotTraceError where they are not.
+        """
+        assert self._programs is not None
+        try:
+            netns = trial.cookie_handshake()
+        except OSError as error:
+            self.notes.append(
+                f"whether the programs run was not tried: no handshake of our own: {error}"
+            )
+        else:
+            counted = self.tables.forget_counts(netns)
+            trial.require_seen(counted, has_counters=self._kernel.layout.has_counters)
+        self._set_filter(self._programs, self._settings.trace_filter.netns)
 
     @property
     def most_waiting(self) -> int:

@@ -166,15 +166,25 @@ class Tables:
 
     def counts(self) -> NetnsCounts:
         """What the programs counted since they were attached, all CPUs together."""
-        totals: dict[int, dict[NetnsCount, int]] = {}
         table = self._maps["counts"]
-        for key in dict.fromkeys(table.keys(2 * table.shape.entries)):
-            total = dict.fromkeys(NetnsCount, 0)
-            for one in table.per_cpu(key):
-                for which, value in wire.decode_counts(one).items():
-                    total[which] += value
-            totals[struct.unpack("=I", key)[0]] = total
-        return totals
+        return {
+            struct.unpack("=I", key)[0]: self._counted(key)
+            for key in dict.fromkeys(table.keys(2 * table.shape.entries))
+        }
+
+    def _counted(self, key: bytes) -> dict[NetnsCount, int]:
+        total = dict.fromkeys(NetnsCount, 0)
+        for one in self._maps["counts"].per_cpu(key):
+            for which, value in wire.decode_counts(one).items():
+                total[which] += value
+        return total
+
+    def forget_counts(self, netns: int) -> dict[NetnsCount, int]:
+        """What was counted in a namespace that nobody will hear of any more; zeros for nothing."""
+        key = struct.pack("=I", netns)
+        total = self._counted(key)
+        self._maps["counts"].delete(key)
+        return total
 
     def listeners(self) -> tuple[ListenerFacts, ...]:
         """What is known of the queues of each address and port that SYNs came for, in order."""

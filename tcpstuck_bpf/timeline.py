@@ -26,6 +26,7 @@ _KIND_TEXT: dict[int, str] = {
     EventKind.COMPLETED: "connected",
     EventKind.TAKEN_OVER: "SYN taken over",
     EventKind.REPLACED: "SYN of a new handshake",
+    EventKind.NO_LISTENER: "met no listener",
 }
 _KIND_OF_ENDING: dict[int, EventKind] = {
     Ending.COMPLETED: EventKind.COMPLETED,
@@ -33,6 +34,7 @@ _KIND_OF_ENDING: dict[int, EventKind] = {
     Ending.RESET: EventKind.RESET,
     Ending.TAKEN_OVER: EventKind.TAKEN_OVER,
     Ending.REPLACED: EventKind.REPLACED,
+    Ending.NO_LISTENER: EventKind.NO_LISTENER,
 }
 _FLAG_NAMES = ((0x02, "SYN"), (0x01, "FIN"), (0x04, "RST"), (0x08, "PSH"), (0x10, "ACK"))
 _COUNTER_NAMES = (

@@ -219,6 +219,19 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
+        name="no-listener",
+        stuck=False,
+        certainty="certain",
+        condition=_is(State.NO_LISTENER),
+        meaning="the listener is gone, RST sent: the client gets an error",
+        proves="a segment of the client found no socket, which the kernel answers by RST",
+        cannot_prove="that the RST reaches the client",
+        advice=(
+            "the server closed its listening socket between the SYN-ACK and this segment (a "
+            "restart?): nothing to do for this client, it gets ECONNRESET and may connect again"
+        ),
+    ),
+    Rule(
         name="client-reset",
         stuck=False,
         certainty="certain",

@@ -20,7 +20,7 @@ from tcpstuck_bpf.model import (
 )
 
 KEY_FORMAT = "16s16s2s2sI"
-HANDSHAKE_FORMAT = "9Q13IH3B7x"
+HANDSHAKE_FORMAT = "9Q13IH3B11xI"
 SEGMENT_FORMAT = "Q4IH3B3x"
 
 KEY = struct.Struct("=" + KEY_FORMAT)

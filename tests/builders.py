@@ -63,6 +63,7 @@ FLAGS = {
     EventKind.ACK_FILTERED: ACK,
     EventKind.COMPLETED: ACK,
     EventKind.RESET: RST,
+    EventKind.NO_LISTENER: ACK,
 }
 
 
@@ -106,6 +107,7 @@ def handshake(first_syn_ns: int = START_NS, **changes: Any) -> Handshake:
         filter_reason=0,
         drop_reason=0,
         filter_stack=0,
+        filter_device=0,
         accept_queue=51,
         accept_queue_limit=50,
         syn_queue=0,
@@ -293,6 +295,13 @@ class Table:
     def ack_rejected(self, key: FourTuple, now_ns: int) -> None:
         """An ACK that cookie_vX_check gives back."""
         self._end(EventKind.ACK_REJECTED, Ending.REJECTED, key, now_ns)
+
+    def no_listener(self, key: FourTuple, now_ns: int) -> None:
+        """An ACK for a cookie's SYN-ACK that meets no socket."""
+        entry = self.entries.get(key)
+        if entry is not None and entry.ending in (Ending.NONE, Ending.TAKEN_OVER):
+            self.entries[key] = gone_on(entry)
+            self._end(EventKind.NO_LISTENER, Ending.NO_LISTENER, key, now_ns)
 
     def ack_dropped(self, key: FourTuple, now_ns: int, counters: int = OVERFLOW) -> None:
         """An ACK that cookie_vX_check drops."""

@@ -17,6 +17,7 @@ from lab.faults import dropping
 from lab.patience import COMMAND_S, patient
 from lab.records import FourTuple
 from lab.scene import PORT
+from lab.segments import IPPROTO_TCP
 from lab.syns import make_syn, send_in_bursts, send_segment
 from lab.topology import SERVER_ADDRESS, SILENT_SOURCES, Topology, source_addresses
 from lab.tracer import Tracer
@@ -90,7 +91,13 @@ class Client:
             send_in_bursts(self._site.topology.client, self._site.watch, [syn])
         self.cookie_isn = self._site.watch.records[self.four_tuple].cookie_isn
 
-    def send(self, offset: int, payload: bytes = b"", wrong_by: int = 0) -> None:
+    def send(
+        self,
+        offset: int,
+        payload: bytes = b"",
+        wrong_by: int = 0,
+        extensions: tuple[int, bytes] = (IPPROTO_TCP, b""),
+    ) -> None:
         """A segment whose data begin so far into the stream; no data: an ACK."""
         assert self.cookie_isn is not None
         send_segment(
@@ -100,6 +107,7 @@ class Client:
             self.cookie_isn + 1,
             payload,
             wrong_by,
+            extensions,
         )
 
     def lose(self, *segments: tuple[int, bytes]) -> None:

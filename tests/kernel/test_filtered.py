@@ -13,9 +13,17 @@ from typing import Any
 import pytest
 
 from lab.faults import ack_rule, dropping
-from lab.places import PLACES, Fault, Spot, wrong_checksums
+from lab.places import (
+    PLACES,
+    Fault,
+    Spot,
+    has_bpf_security_module,
+    security_module,
+    wrong_checksums,
+)
 from lab.records import FourTuple
 from lab.scene import PORT
+from lab.segments import IPPROTO_TCP
 from lab.syns import flood
 from lab.topology import SILENT_SOURCES, source_addresses
 from lab.tracer import Tracer
@@ -28,6 +36,19 @@ pytestmark = pytest.mark.kernel
 
 CASES = [(name, family) for name, place in PLACES.items() for family in place.families]
 DATA = b"anyone there?"
+_HOP_BY_HOP, _FRAGMENT, _DESTINATION = 0, 44, 60
+_PADDING = bytes((1, 4, 0, 0, 0, 0))
+"""PadN: six bytes of options that say nothing (RFC 8200, 4.2)."""
+IPV6_EXTENSIONS = {
+    "hop-by-hop": (_HOP_BY_HOP, bytes((IPPROTO_TCP, 0)) + _PADDING),
+    "destination": (_DESTINATION, bytes((IPPROTO_TCP, 0)) + _PADDING),
+    "both": (
+        _HOP_BY_HOP,
+        bytes((_DESTINATION, 0)) + _PADDING + bytes((IPPROTO_TCP, 0)) + _PADDING,
+    ),
+    "only fragment": (_FRAGMENT, bytes((IPPROTO_TCP, 0, 0, 0, 1, 2, 3, 4))),
+}
+"""The number of the first header, and the headers."""
 STORM = 4000
 STORM_PORT = 4000
 HEALTHY = 20
@@ -37,14 +58,19 @@ DIFFERENT_CALLERS = ("nft-prerouting", "nft-input", "rp-filter", "tc-ingress", "
 
 
 @contextlib.contextmanager
-def losing_its_ack(where: Site, place: str, client: Client) -> Iterator[Fault]:
+def losing_its_ack(
+    where: Site,
+    place: str,
+    client: Client,
+    extensions: tuple[int, bytes] = (IPPROTO_TCP, b""),
+) -> Iterator[Fault]:
     """A client whose SYN was answered before the fault came, and whose ACK meets it."""
     client.connect()
     server = where.topology.server
     with PLACES[place].make(Spot(server, where.listener, PORT, where.family)) as fault:
         count = fault.packets
         assert count is None or count() == 0
-        client.send(0)
+        client.send(0, extensions=extensions)
         if count is not None:
             where.watch.until(lambda: count() == 1, f"an ACK to die at {place}")
         assert where.known_to_server() == set()
@@ -63,6 +89,20 @@ def assert_named(drop: dict[str, Any], fault: Fault) -> None:
         assert drop["rule_candidates"] == []
 
 
+def assert_refusal_named(drop: dict[str, Any], fault: Fault) -> None:
+    """An ACK that the cookie's check dropped; from 6.9 on it frees the packet itself, and says why.
+
+    Until then its caller does, which does not know.
+    """
+    assert drop["counter"] == "SyncookiesRecv"
+    if drop["place"].startswith("cookie_v"):
+        assert (drop["reason"], drop["what"]) == (fault.reason, fault.what)
+    else:
+        assert drop["place"].startswith("tcp_v")
+        assert drop["reason"] in ("NOT_SPECIFIED", None)
+        assert drop["what"] is None
+
+
 @pytest.fixture(params=CASES, ids=[f"{name}-ipv{family}" for name, family in CASES])
 def place(request: pytest.FixtureRequest) -> tuple[str, int]:
     name, family = request.param
@@ -79,16 +119,44 @@ def test_the_place_is_named(either_tracer: Tracer, place: tuple[str, int]) -> No
         if fault.verdict == "ack-filtered":
             assert_named(line["drop"], fault)
         else:
-            assert line["drop"]["counter"] == "SyncookiesRecv"
+            assert_refusal_named(line["drop"], fault)
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_a_wrong_checksum_is_named(either_tracer: Tracer, family: int) -> None:
+def test_a_security_module_is_named(either_tracer: Tracer, family: int) -> None:
+    if not has_bpf_security_module():
+        pytest.skip("no BPF program may be a security module here (CONFIG_BPF_LSM, lsm=)")
+    with site(family) as where:
+        client = Client(where)
+        client.connect()
+        with security_module(Spot(where.topology.server, where.listener, PORT, family)) as fault:
+            client.send(0)
+            line = told(either_tracer, where.netns, client.four_tuple, fault.verdict)
+        assert where.known_to_server() == set()
+        assert_refusal_named(line["drop"], fault)
+
+
+@pytest.mark.parametrize("place", ["nft-input", "no-route"])
+@pytest.mark.parametrize("extensions", IPV6_EXTENSIONS.values(), ids=IPV6_EXTENSIONS)
+def test_headers_before_tcps_hide_no_ack(
+    either_tracer: Tracer, extensions: tuple[int, bytes], place: str
+) -> None:
+    with site(6) as where:
+        client = Client(where)
+        with losing_its_ack(where, place, client, extensions) as fault:
+            line = told(either_tracer, where.netns, client.four_tuple, fault.verdict)
+        assert line["stuck"]
+
+
+@pytest.mark.parametrize("payload", [b"", bytes(500)], ids=["bare", "long"])
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_wrong_checksum_is_named(either_tracer: Tracer, family: int, payload: bytes) -> None:
+    """Of a long segment the listener's side finds it (tcp_v4_do_rcv), not tcp_v4_rcv."""
     with site(family) as where:
         client = Client(where)
         client.connect()
         before = wrong_checksums(where.topology.server)
-        client.send(0, wrong_by=1)
+        client.send(0, payload, wrong_by=1)
         where.watch.until(
             lambda: wrong_checksums(where.topology.server) == before + 1, "the wrong checksum"
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tcpstuck_bpf.model import FourTuple, HandshakeId
 
-ENDS = ("ack", "ack rejected", "reset", "syn taken")
+ENDS = ("ack", "ack rejected", "no listener", "reset", "syn taken")
 
 
 @dataclass
@@ -76,7 +76,7 @@ def _after(truth: Truth, when_ns: int, segment: str, isn: int) -> Truth:
 
 def _goes_on(truth: Truth, segment: str) -> bool:
     """Whether the client shows that it took the cookie's SYN-ACK, and not the SYN queue's."""
-    return truth.over == "syn taken" and segment in ("ack dropped", "ack filtered")
+    return truth.over == "syn taken" and segment in ("ack dropped", "ack filtered", "no listener")
 
 
 def _count(truth: Truth, segment: str, isn: int) -> None:

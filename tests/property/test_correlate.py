@@ -46,6 +46,7 @@ nonsense_entries = st.builds(
     ending=BYTES,
     drop_counters=BYTES,
     end_counters=BYTES,
+    filter_device=NUMBERS,
 )
 nonsense_events = st.builds(
     Event,
@@ -129,6 +130,7 @@ SEGMENTS = (
     "ack dropped",
     "ack filtered",
     "ack rejected",
+    "no listener",
     "reset",
 )
 # Silence is what matters most: gaps from a millisecond up to well beyond any deadline.
@@ -238,6 +240,8 @@ def _assert_last_handshake_is_judged_right(world: World, client: int) -> None:
         assert last is State.RESET
     elif truth.over == "ack rejected":
         assert last is State.REJECTED
+    elif truth.over == "no listener":
+        assert last is State.NO_LISTENER
     else:
         gone = HandshakeId(key, truth.first_syn_ns) in world.let_go
         unseen = gone and (last is None or last in ENDED_STATES)
@@ -423,7 +427,7 @@ def test_every_kind_of_event_is_played() -> None:
     world = World(tell_healthy=True)
     for segment in ("syn", "syn", "syn dropped", "ack filtered", "ack dropped", "ack"):
         world.play(0, segment, 1)
-    ends = ("ack rejected", "reset", "syn taken", "new syn taken")
+    ends = ("ack rejected", "no listener", "reset", "syn taken", "new syn taken")
     for client, end in enumerate(ends):
         world.play(client, "syn", 1)
         world.play(client, end, 1)

@@ -58,7 +58,7 @@ names = st.one_of(
 def foreign_finding(name: str) -> Finding:
     """A verdict in which every word that is not ours is that one."""
     entry = TimelineEntry(at(1), name, name)
-    return replace(finding(four_tuple()), timeline=(entry,), evidence=(name,), meaning=name)
+    return finding(four_tuple())._replace(timeline=(entry,), evidence=(name,), meaning=name)
 
 
 def foreign_summary(name: str) -> Summary:
@@ -66,15 +66,14 @@ def foreign_summary(name: str) -> Summary:
     analysis = Analysis(header())
     analysis.take(TallyTaken(tally(at(0))))
     listener = judged(overflown(syns_refused=3), silent=20, owner=f"{name} (pid 7)")
-    return replace(
-        analysis.summary(Ended(at(9), {name: 3}, (name,))),
+    return analysis.summary(Ended(at(9), {name: 3}, (name,)))._replace(
         watched=name,
         mode=name,
         gaps=(CoverageGap(name, name, name),),
         reconciliation=(Reconciled(7, name, 1, 0, (1, 1), False, name),),
         filtered=True,
         rescue=RescueTotals(1, 0, {name: 1}, 1, {name: 2}),
-        listeners=(replace(listener, netns=7, advice=(name,)),),
+        listeners=(listener._replace(netns=7, advice=(name,)),),
     )
 
 

@@ -9,7 +9,7 @@ from tcpstuck_bpf.model import HandshakeId, Sweep
 from tests.builders import SECOND_NS, Table, correlator, four_tuple
 from tests.property.history import History
 
-CLIENTS = 4
+CLIENTS = 5
 
 
 class World:

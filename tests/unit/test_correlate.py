@@ -154,6 +154,7 @@ def test_an_ack_dropped_after_the_verdict_of_silence_is_told_at_once() -> None:
     [
         (Ending.REJECTED, EventKind.ACK_REJECTED, State.REJECTED),
         (Ending.RESET, EventKind.RESET, State.RESET),
+        (Ending.NO_LISTENER, EventKind.NO_LISTENER, State.NO_LISTENER),
     ],
 )
 @pytest.mark.parametrize("stuck_before", [False, True])

@@ -72,7 +72,6 @@ ONLY_SOME_RUNS_NEED = {
         f"{PACKAGE}.{name}"
         for name in ("accept_room", "candidate", "rescue", "rescue_policy", "rescuing", "resend")
     ),
-    "socket",
     # --doctor, --build and --vmlinux:
     *(f"{PACKAGE}.{name}" for name in ("consultation", "doctor", "dwarf", "vmlinux")),
     "elftools",

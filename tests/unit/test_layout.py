@@ -42,7 +42,10 @@ def test_a_compiler_finds_every_member_where_btf_says(tmp_path: Path) -> None:
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler")
-    program = "typedef unsigned char u8; typedef unsigned short u16; typedef unsigned u32;\n"
+    program = (
+        "typedef unsigned char u8; typedef unsigned short u16; typedef unsigned u32;\n"
+        "typedef unsigned long long u64;\n"
+    )
     (tmp_path / "layout.c").write_text(program + header_text(layout))
     ended = subprocess.run(
         [compiler, "-std=gnu11", "-Werror", "-fsyntax-only", str(tmp_path / "layout.c")],
@@ -132,12 +135,13 @@ def packet_types(**changed: int) -> Types:
         for size in (2, 4, 8)
     }
     places = {"dev": 16, "protocol": 180, "network_header": 184, "tail": 188, "head": 200}
-    places = {**places, "data": 208, **changed}
+    places = {**places, "data": 208, "_skb_refdst": 88, **changed}
     sizes = {"protocol": 2, "network_header": 2, "tail": 4}
     members = [(n, numbers[sizes.get(n, 8)], at) for n, at in places.items() if at >= 0]
     types.struct("sk_buff", *members)
     nd_net = types.struct("possible_net_t", ("net", numbers[8], 0))
-    types.struct("net_device", ("nd_net", nd_net, 280))
+    types.struct("net_device", ("nd_net", nd_net, 280), ("ifindex", numbers[4], 200))
+    types.struct("dst_entry", ("dev", numbers[8], 0))
     return types
 
 

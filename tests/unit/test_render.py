@@ -141,6 +141,38 @@ def summed_up(width: int = 80, **changes: object) -> list[str]:
     return list(renderer.summary(analysis.summary(Ended(at(9), {}, ()))._replace(**changes)))
 
 
+def sent(traced: int, kernel: int, *, agrees: bool | None = None) -> Reconciled:
+    """SyncookiesSent, by us and by the kernel; ten were outside the filters."""
+    return Reconciled(2, "SyncookiesSent", traced, 10, (kernel, kernel), agrees, "")
+
+
+def test_nothing_stuck_is_said_only_where_every_handshake_was_watched() -> None:
+    assert "nothing stuck" in summed_up(200, reconciliation=(sent(5, 15, agrees=True),))
+    unsure = "nothing was seen stuck, but 7 handshakes passed untraced: some may be stuck"
+    for changes in (
+        {"reconciliation": (sent(5, 22, agrees=False),)},
+        {"untracked": 7},
+        {"losses": {"cookies_unmatched": 7}},
+        {"untracked": 3, "reconciliation": (sent(5, 19, agrees=False),)},
+    ):
+        shown = summed_up(200, **changes)
+        assert unsure in shown
+        assert "nothing stuck" not in shown
+
+
+def test_what_passed_untraced_is_said_beside_what_is_stuck() -> None:
+    shown = summed_up(200, still_stuck=2, ever_stuck=2, untracked=1)
+    assert shown[1:3] == [
+        "2 connections are stuck",
+        "1 handshake passed untraced: some may be stuck",
+    ]
+
+
+def test_a_lower_bound_is_no_reason_to_doubt() -> None:
+    rows = (sent(5, 99), sent(5, 12, agrees=False), sent(0, 0, agrees=True))
+    assert "nothing stuck" in summed_up(200, reconciliation=rows)
+
+
 @pytest.mark.parametrize("width", range(60, 90))
 def test_no_number_is_cut_in_two(width: int) -> None:
     told = judged(facts(limit=4096, syns=2_345_678, cookies_sent=2_345_678, syns_refused=12_345))

@@ -120,6 +120,7 @@ CASES: dict[str, list[Event | Sweep | Rescue]] = {
     "accept-queue-full": [swept(DROPPED)],
     "ack-failed": [swept(ack_dropped(SYN_ONCE, at(1), Moved.SYNCOOKIES_RECV))],
     "cookie-rejected": [swept(ended(SYN_ONCE, Ending.REJECTED, at(1)))],
+    "no-listener": [swept(ended(SYN_ONCE, Ending.NO_LISTENER, at(1)))],
     "client-reset": [swept(ended(SYN_ONCE, Ending.RESET, at(1)))],
     "synack-missing": [swept(repeated(SYN_ONCE, at(1), at(3)))],
     "data-lost": [swept(ended(SYN_ONCE._replace(bytes_missed=2), Ending.COMPLETED, at(0.5), 1))],
@@ -460,7 +461,9 @@ class TestCoverage:
         finding = finding_of(seen, coverage=without(other))
         assert (finding.four_tuple, finding.certainty) == (key, "likely")
 
-    @pytest.mark.parametrize("name", ["client-reset", "cookie-rejected", "recovered", "completed"])
+    @pytest.mark.parametrize(
+        "name", ["client-reset", "cookie-rejected", "no-listener", "recovered", "completed"]
+    )
     def test_a_fact_that_was_seen_needs_no_other_probe(self, name: str) -> None:
         finding = finding_of(
             *CASES[name], coverage=Coverage("none"), tell_healthy=name == "completed"
