@@ -102,6 +102,9 @@ class RunningKernel:
         self._answers = kept or _Answers(boot)
         if not boot or self._answers.boot != boot:
             self._answers = _Answers(boot, self._answers.types)
+        if not Path(btf.RUNNING_KERNEL).is_file():
+            # A kernel that shows no types is refused, whether or not it has shown them before.
+            self._answers.types.clear()
 
     def _answer(self, *question: str) -> Any:
         if question not in self._answers.types:

@@ -28,7 +28,7 @@ from lab.syns import flood
 from lab.topology import SILENT_SOURCES, source_addresses
 from lab.tracer import Tracer
 from tcpstuck_bpf import model, probes, source
-from tcpstuck_bpf.btf import Btf
+from tcpstuck_bpf.kernel.running_kernel import RunningKernel
 from tests.kernel.conftest import be_greeted, summary_of, told_by, tracing
 from tests.kernel.handmade import Client, Site, site, told
 
@@ -252,7 +252,7 @@ def test_a_drop_is_seen_by_whichever_program_is_loaded(
 ) -> None:
     """Without BTF of the kernel's own the cheaper program cannot be loaded."""
     if not typed:
-        monkeypatch.setattr(Btf, "tracepoint_type", lambda *_: None)
+        monkeypatch.setattr(RunningKernel, "tracepoint_type", lambda *_: None)
     wanted = model.TraceFilter(ports=(PORT,))
     opened = source.open_source(
         model.TraceSettings(trace_filter=wanted), probes.AttachRequest(why=True)

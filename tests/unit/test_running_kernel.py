@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tcpstuck_bpf import features
+from tcpstuck_bpf import btf, features
 from tcpstuck_bpf.btf import Btf
 from tcpstuck_bpf.errors import CannotTraceError
 from tcpstuck_bpf.kernel import running_kernel
@@ -51,6 +51,9 @@ class Machine:
         self.built(b"\x01" * 20)
         self.booted("first")
         self.symbols.write_text(SYMBOLS)
+        self.shown_types = directory / "vmlinux"
+        self.shown_types.touch()
+        monkeypatch.setattr(btf, "RUNNING_KERNEL", str(self.shown_types))
         monkeypatch.setattr(running_kernel, "_NOTES", self.notes)
         monkeypatch.setattr(running_kernel, "_BOOT", self.boot)
         monkeypatch.setattr(features, "_SYMBOLS", self.symbols)
@@ -150,6 +153,13 @@ def test_a_boot_without_a_name_reads_the_symbols(machine: Machine) -> None:
     first_start(machine)
     machine.symbols.write_text(SYMBOLS.replace("ffffffff82", "ffffffff92"))
     assert machine.start().symbols(FUNCTIONS, TABLE)[1] == TABLE_AT + 0x10000000
+
+
+def test_types_that_the_kernel_does_not_show_any_more_are_not_known(machine: Machine) -> None:
+    first_start(machine)
+    machine.shown_types.unlink()
+    machine.start().place("sock", "sk_ack_backlog")
+    assert machine.types_read == 2
 
 
 def test_a_kernel_without_a_build_id_keeps_nothing(machine: Machine) -> None:
