@@ -479,7 +479,8 @@ static __always_inline void note_cookie(struct listener_facts *facts, u32 syn_qu
 /* An entry that was owed an ACK until now is not any more. */
 static __always_inline void note_answer(struct listener_facts *facts, const struct handshake *entry)
 {
-	if (facts && facts->owed && entry->ending == ENDING_NONE && !entry->acks_dropped)
+	if (facts && facts->owed && entry->syn_count && entry->ending == ENDING_NONE &&
+	    !entry->acks_dropped)
 		__sync_fetch_and_add(&facts->owed, -1);
 }
 
@@ -750,7 +751,8 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 	entry->accept_queue_limit = fresh.accept_queue_limit;
 	entry->syn_queue = fresh.syn_queue;
 	entry->mss = mss;
-	entry->syn_count += 1;
+	/* Of an entry that began by an ACK the first one was not seen. */
+	entry->syn_count += entry->syn_count ? 1 : 2;
 	ADD(counted->count[COUNT_SYNS_REPEATED], 1);
 	tell_if_new(counted, EVENT_SYN_REPEATED, segment, entry, fresh.last_syn_ns, 0);
 	return 0;
@@ -818,7 +820,7 @@ static __always_inline int syn_handled(void)
 		end(entry, ENDING_REPLACED, now, moved);
 		kind = EVENT_REPLACED;
 	} else if (dropped) {
-		entry->syn_count += 1;
+		entry->syn_count += entry->syn_count ? 1 : 2;
 		entry->syns_dropped += 1;
 		entry->last_syn_ns = now;
 		kind = EVENT_SYN_DROPPED;
@@ -912,7 +914,7 @@ static __always_inline u32 bytes_missed(const struct segment *segment,
 {
 	u32 missed = segment->sequence - (entry->client_isn + 1);
 
-	if (missed + HIGHEST_MSS_INDEX > 2 * HIGHEST_MSS_INDEX)
+	if (!entry->syn_count || missed + HIGHEST_MSS_INDEX > 2 * HIGHEST_MSS_INDEX)
 		return 0;
 	if (entry->syn_count == 1 && segment->acknowledgement != entry->cookie_isn + 1)
 		return 0;
@@ -944,6 +946,27 @@ static __always_inline u8 ack_completed(struct netns_counts *counted, struct seg
 		entry->bytes_missed = bytes_missed(segment, entry);
 	end(entry, ENDING_COMPLETED, now, moved);
 	return EVENT_COMPLETED;
+}
+
+/*
+ * A valid ACK that was dropped for a full accept queue says by itself whose it is, and gets an entry
+ * where it has none: its SYN came before the tracing, or there was no room for an entry then, or the
+ * cookie was made elsewhere. An entry that is there stays as it is.
+ */
+static __always_inline void begin_by_ack(struct scratch *scratch, struct netns_counts *counted,
+					 u64 now)
+{
+	struct segment *segment = &scratch->segment;
+	struct handshake fresh = {};
+
+	fresh.first_syn_ns = fresh.last_syn_ns = now;
+	fresh.client_isn = segment->sequence - 1;
+	fresh.cookie_isn = segment->acknowledgement - 1;
+	fresh.accept_queue = segment->accept_queue;
+	fresh.accept_queue_limit = segment->accept_queue_limit;
+	mark_port(segment->key.server_port);
+	if (!awaiting_ack.insert(&segment->key, &fresh))
+		ADD(counted->count[COUNT_ACKS_DROPPED_UNTRACKED], 1);
 }
 
 static __always_inline u8 ack_dropped(struct scratch *scratch, struct netns_counts *counted,
@@ -1076,6 +1099,8 @@ static __always_inline int ack_judged(u64 result)
 	now = bpf_ktime_get_ns();
 	if (!result)
 		see_full_accept_queue(segment, (struct sock *)listener, moved);
+	if (!result && moved & MOVED_SYNCOOKIES_RECV && moved & MOVED_LISTEN_OVERFLOWS)
+		begin_by_ack(scratch, counted, now);
 	entry = awaiting_ack.lookup(&segment->key);
 	facts = ack_noted(scratch, (struct sock *)listener, entry, result, moved);
 	if (result == listener) {

@@ -45,7 +45,7 @@ enum counter_moved {
 
 /* The awaiting-ACK table's value: what is known of a handshake that is still owed an ACK. */
 struct handshake {
-	__u64 first_syn_ns;
+	__u64 first_syn_ns; /* where no SYN was seen, of the first ACK */
 	__u64 last_syn_ns;
 	__u64 first_ack_dropped_ns; /* 0: none was */
 	__u64 last_ack_dropped_ns;
@@ -56,7 +56,7 @@ struct handshake {
 	__u64 ended_ns;
 	__u32 client_isn;
 	__u32 cookie_isn; /* of the last SYN-ACK; the ACK that answers it carries this + 1 */
-	__u32 syn_count; /* SYNs seen with this ISN, answered or not */
+	__u32 syn_count; /* SYNs seen with this ISN, answered or not; 0: the entry began by an ACK */
 	__u32 syns_dropped; /* of these, dropped by tcp_conn_request (full accept queue, ...) */
 	__u32 acks_dropped; /* cookie_vX_check returned NULL */
 	__u32 acks_filtered; /* dropped before cookie_vX_check */

@@ -20,6 +20,7 @@ EXCLUDED = "excluded"
 SENT_DATA = "sent data"
 CLOSED = "closed"
 REPEATED_SYN = "repeated its SYN"
+SYN_NOT_SEEN = "SYN not seen"
 EVENTS_LOST = "events lost"
 NOT_KNOWN = "not known"
 TOO_LATE = "too late"
@@ -193,6 +194,8 @@ class Candidate:
         )
         obstacles = (
             (self.excluded, EXCLUDED),
+            # How old its cookie is, and what its SYN-ACK was, is not known.
+            (not entry.syn_count, SYN_NOT_SEEN),
             (self.sent_data, SENT_DATA),
             (self.closed, CLOSED),
             (repeated, REPEATED_SYN),

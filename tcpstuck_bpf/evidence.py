@@ -66,7 +66,12 @@ def _queue_text(seen: Segment | Handshake) -> str:
 def _syn_sentences(report: FlowReport) -> Iterator[str]:
     entry = report.handshake
     cookie = f"cookie SYN-ACK {entry.cookie_isn:#010x}"
-    if entry.syn_count <= 1:
+    if not entry.syn_count:
+        yield (
+            f"its SYN was not seen: it came before the tracing, found no room in the table, or its "
+            f"cookie was made elsewhere; its ACK is for {cookie}"
+        )
+    elif entry.syn_count == 1:
         yield f"1 SYN, {cookie} sent at +0.0 ms ({mss_text(entry)})"
     else:
         last = _offset(report, entry.last_syn_ns)

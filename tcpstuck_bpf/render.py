@@ -124,7 +124,9 @@ class TableRenderer:
         verdict = ("!" if finding.stuck else " ") + finding.verdict
         age, meaning = duration_text(finding.age_ns), self._meaning(finding)
         if self._narrow:
-            syns = "1 SYN" if finding.syn_count == 1 else f"{finding.syn_count} SYNs"
+            syns = {0: "SYN not seen", 1: "1 SYN"}.get(
+                finding.syn_count, f"{finding.syn_count} SYNs"
+            )
             yield self._painted(self._laid_out((time, client, server, verdict)), finding)
             yield from self._wrapped(f"{age}, {syns}: {meaning}", " " * 10)
         else:

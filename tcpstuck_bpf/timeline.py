@@ -160,7 +160,9 @@ def build_timeline(
         TimelineEntry(attempt.time_ns, "rescue", attempt_text(attempt)) for attempt in attempts
     ]
     entries.sort()
-    whole = (TimelineEntry(entry.first_syn_ns, "SYN", detail), *entries)
+    if entry.syn_count:
+        entries.insert(0, TimelineEntry(entry.first_syn_ns, "SYN", detail))
+    whole = tuple(entries)
     if len(whole) <= MAX_ENTRIES:
         return whole, already_omitted
     head = MAX_ENTRIES // 2

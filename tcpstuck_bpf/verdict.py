@@ -330,6 +330,9 @@ def _sight_of_drops(rule: Rule, coverage: Coverage) -> Iterator[str]:
 def _certainty(
     rule: Rule, report: FlowReport, missing: tuple[str, ...], drop: Drop | None
 ) -> Certainty:
+    if not report.handshake.syn_count:
+        # Its first ACK may have been good, and this one have been under way on another CPU then.
+        return "possible" if missing else "likely"
     gave_up_maybe = report.state is State.SILENT and report.handshake.syn_count > 1
     if missing or gave_up_maybe or report.state is State.UNANSWERED:
         return "possible"

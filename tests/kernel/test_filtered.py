@@ -185,6 +185,29 @@ def test_a_full_accept_queue_is_named(either_tracer: Tracer, family: int) -> Non
         assert line["drop"]["counter"] == "ListenOverflows"
 
 
+@pytest.mark.parametrize("mode", ["fentry", "kprobe"])
+def test_whose_syn_came_before_the_tracing_is_told_by_its_ack(mode: str) -> None:
+    with site(4, backlog=0) as where:
+        first, second, third = (Client(where) for _ in range(3))
+        for client in (first, second, third):
+            client.connect()
+        with tracing((*WATCHED, "--probe-mode", mode)) as (tracer,):
+            for client in (first, second, third):
+                client.send(0)
+            line = told(tracer, where.netns, second.four_tuple, "accept-queue-full")
+            assert (line["syn_count"], line["certainty"]) == (0, "likely")
+            assert line["drop"]["counter"] == "ListenOverflows"
+            assert where.known_to_server() == {first.port}
+            told(tracer, where.netns, third.four_tuple, "accept-queue-full")
+            # Once there is room, what the client sends connects it.
+            served, _ = where.listener.accept()
+            served.close()
+            third.send(0, DATA)
+            assert third.read_by_server(len(DATA)) == DATA
+            told(tracer, where.netns, third.four_tuple, "recovered")
+        assert first.four_tuple not in {who for _, who, _ in told_by(tracer, where.netns)}
+
+
 def test_an_ack_that_was_dropped_and_made_good_is_not_accused(either_tracer: Tracer) -> None:
     with site(4) as where:
         mended, stuck = Client(where), Client(where)

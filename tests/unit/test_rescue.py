@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tcpstuck_bpf.candidate import MAX_TRIES
+from tcpstuck_bpf.candidate import MAX_TRIES, SYN_NOT_SEEN
 from tcpstuck_bpf.model import ATTEMPT_NOT_SENT, ATTEMPT_SENT, FourTuple
 from tcpstuck_bpf.rescue import FLOOD_SILENT
 from tcpstuck_bpf.rescue_policy import RescuePolicy
@@ -47,6 +47,17 @@ def test_an_unknown_address_gets_nothing_unless_asked_for() -> None:
         world.run_until(START_NS + 10 * TIMEOUT_NS)
         assert len(world.plans) == packets
         assert world.rescuer.left_alone == {"no answer" if packets else "not known": 1}
+
+
+def test_one_whose_syn_was_not_seen_gets_nothing() -> None:
+    """How old its cookie is cannot be known, nor what its SYN-ACK was."""
+    world = RescueWorld(RescuePolicy(include_unknown=True), answer=Room(), is_known=always)
+    world.table.syn(WHO, CLIENT_ISN, START_NS)
+    world.table.entries[WHO] = world.table.entries[WHO]._replace(syn_count=0)
+    world.table.ack_dropped(WHO, START_NS)
+    world.run_until(START_NS + 10 * TIMEOUT_NS)
+    assert world.plans == []
+    assert world.rescuer.left_alone == {SYN_NOT_SEEN: 1}
 
 
 @pytest.mark.parametrize(("known_after_s", "is_mended"), [(10, True), (50, True), (70, False)])

@@ -279,6 +279,17 @@ def test_the_cause_of_a_drop_is_what_the_counters_say(
     assert sentence in text_of(finding)
 
 
+def test_a_client_whose_syn_was_not_seen_is_told_by_its_ack() -> None:
+    entry = ack_dropped(SYN_ONCE._replace(syn_count=0), at(0))
+    seen = event(EventKind.ACK_DROPPED, entry, at(0))
+    finding = finding_of(seen, swept(entry))
+    assert (finding.verdict, finding.certainty) == ("accept-queue-full", "likely")
+    assert (finding.syn_count, finding.age_ns) == (0, seconds(3))
+    assert "its SYN was not seen" in text_of(finding)
+    assert "1 SYN" not in text_of(finding)
+    assert [line.what for line in finding.timeline] == ["ACK dropped"]
+
+
 @pytest.mark.parametrize(
     ("in_queue", "name"),
     [(50, "ack-failed"), (51, "accept-queue-full")],
