@@ -58,6 +58,7 @@ def test_who_was_turned_away_and_finds_no_listener_later_is_not_stuck_any_more(
         first, second = Client(where), Client(where)
         for client in (first, second):
             client.connect()
+        for client in (first, second):
             client.send(0)
         told(either_tracer, where.netns, second.four_tuple, "accept-queue-full")
         where.listener.close()
