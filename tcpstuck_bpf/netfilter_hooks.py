@@ -4,6 +4,8 @@ Kernels since 5.14 list their hooks, if they were built to (CONFIG_NETFILTER_NET
 12's is not). Of others it is known what of the kernel's own code has hooks that drop: IPVS, BPF
 programs, SYNPROXY, flow tables and two security modules leave traces of their own. Modules from
 outside the kernel's tree leave none, and are told.
+
+Own netlink code, because pyroute2 does not know this subsystem and would be one more dependency.
 """
 
 from __future__ import annotations
