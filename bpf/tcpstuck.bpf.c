@@ -142,6 +142,7 @@ BPF_TABLE("stacktrace", u32, struct stack, stacks, SIZED_WHEN_LOADED);
 BPF_ARRAY(cookie_ports, struct port_marks, 1);
 #endif
 BPF_ARRAY(config, struct trace_config, 1);
+BPF_ARRAY(table_is_full, u32, 1);
 BPF_ARRAY(wanted_ports, u64, 1024); /* one bit per port; BCC is slow with arrays in a value */
 #ifdef SOFTIRQS_INTERLEAVE
 BPF_TABLE("lru_hash", u64, struct scratch, scratches, SIZED_WHEN_LOADED);
@@ -674,6 +675,35 @@ static __always_inline bool port_marked(u16 port)
 #define mark_port(port)
 #endif
 
+/*
+ * A new entry of the awaiting-ACK table. To find that there is no room for one takes the lock of
+ * every CPU's free list before 54a9c3a42d92 ("bpf: Avoid grabbing spin_locks of all cpus when no
+ * free elems", 5.19), for each SYN of a flood. So it is found once, and remembered until an entry
+ * goes or user space has swept the table.
+ */
+static __always_inline long new_entry(struct handshake_key *key, struct handshake *fresh)
+{
+	u32 zero = 0;
+	u32 *full = table_is_full.lookup(&zero);
+	long refused;
+
+	if (full && *full)
+		return REFUSED_FULL;
+	refused = awaiting_ack.insert(key, fresh);
+	if (full && refused == REFUSED_FULL)
+		*full = 1;
+	return refused;
+}
+
+static __always_inline void note_room(void)
+{
+	u32 zero = 0;
+	u32 *full = table_is_full.lookup(&zero);
+
+	if (full && *full)
+		*full = 0;
+}
+
 /* What a cookie means for its listener's queues; `owes` as in note_cookie. */
 static __always_inline void note_cookie_sent(struct scratch *scratch, bool owes, u64 now)
 {
@@ -721,7 +751,7 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 	fresh.syn_queue = scratch->syn_queue;
 	fresh.mss = mss;
 	mark_port(segment->key.server_port);
-	refused = awaiting_ack.insert(&segment->key, &fresh);
+	refused = new_entry(&segment->key, &fresh);
 	if (!refused) {
 		scratch->handshake_tracked = 1;
 		choose_if_known(&segment->key);
@@ -844,6 +874,7 @@ static __always_inline int syn_handled(void)
 static __always_inline void forget(struct handshake_key *key)
 {
 	awaiting_ack.delete(key);
+	note_room();
 #ifdef PROBE_tcp_make_synack
 	synacks.delete(key);
 	chosen.delete(key);
@@ -965,7 +996,7 @@ static __always_inline void begin_by_ack(struct scratch *scratch, struct netns_c
 	fresh.accept_queue = segment->accept_queue;
 	fresh.accept_queue_limit = segment->accept_queue_limit;
 	mark_port(segment->key.server_port);
-	if (!awaiting_ack.insert(&segment->key, &fresh))
+	if (!new_entry(&segment->key, &fresh))
 		ADD(counted->count[COUNT_ACKS_DROPPED_UNTRACKED], 1);
 }
 

@@ -62,6 +62,7 @@ class Tables:
         where the kernel does not let it be read.
         """
         begun = time.monotonic_ns()
+        self._note_room()
         batch: list[Row] = []
         for row in self._rows():
             if len(batch) == JUDGED_AT_ONCE:
@@ -69,6 +70,10 @@ class Tables:
                 batch = []
             batch.append(row)
         yield Sweep(begun, tuple(batch), SweepPart.LAST)
+
+    def _note_room(self) -> None:
+        """Have the programs try again whether there is room for an entry (`new_entry` in C)."""
+        self._maps["table_is_full"].update(struct.pack("=I", 0), struct.pack("=I", 0))
 
     def _rows(self) -> Iterator[Row]:
         if not self._in_batches:
@@ -135,6 +140,7 @@ class Tables:
                 table.update(key, taken, NOEXIST)
             elif gone and self._rescue:
                 self._forget_synack(key, taken)
+        self._note_room()
 
     def _forget_synack(self, key: bytes, entry: bytes | None) -> None:
         """Remove the SYN-ACK of a removed entry (None: not known), not that of a newer one."""
