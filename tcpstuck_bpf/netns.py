@@ -29,6 +29,14 @@ _NAMED = Path("/run/netns")
 _CLONE_NEWNET = 0x40000000
 _NS_GET_NSTYPE = 0xB703
 """ioctl_ns(2)."""
+_INITIAL_PID_NAMESPACE = 0xEFFFFFFC
+"""PROC_PID_INIT_INO of include/linux/proc_ns.h, since 3.8."""
+_INITIAL_NETWORK_NAMESPACE = 0xEFFFFFF9
+"""NET_NS_INIT_INO of include/uapi/linux/nsfs.h, of recent kernels.
+
+Earlier it had one of the numbers from 0xF0000000 on, which go to all namespaces
+(PROC_DYNAMIC_FIRST in fs/proc/generic.c): there no other namespace has this one.
+"""
 
 
 def own_netns() -> int:
@@ -85,13 +93,33 @@ def _on_nsfs(path: Path) -> bool:
 
 
 def names() -> dict[int, str]:
-    """Names people know namespaces by: those of `ip netns`, and `host` for that of process 1."""
+    """Names people know namespaces by: those of `ip netns`, `host`, `own`, and `pid 1's`.
+
+    In a PID namespace of its own a container's process 1 is not the host's.
+    """
     found = {inode: path.name for inode, path in _with_names().items()}
-    try:
-        found[Path("/proc/1/ns/net").stat().st_ino] = "host"
-    except OSError:
-        found.setdefault(own_netns(), "own")
+    own, init = own_netns(), _of_process_1()
+    found.setdefault(own, "own")
+    if init is not None:
+        pid_namespace, inode = init
+        if pid_namespace == _INITIAL_PID_NAMESPACE:
+            found[inode] = "host"
+        else:
+            found.setdefault(inode, "pid 1's")
+    if _INITIAL_NETWORK_NAMESPACE in found:
+        found[_INITIAL_NETWORK_NAMESPACE] = "host"
     return found
+
+
+def _of_process_1() -> tuple[int, int] | None:
+    """Inode numbers of process 1's PID and network namespace; None where it may not be looked at.
+
+    It is the process 1 of the PID namespace that /proc was mounted in.
+    """
+    try:
+        return Path("/proc/1/ns/pid").stat().st_ino, Path("/proc/1/ns/net").stat().st_ino
+    except OSError:
+        return None
 
 
 def _with_names() -> dict[int, Path]:
