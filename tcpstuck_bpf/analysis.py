@@ -26,7 +26,7 @@ from tcpstuck_bpf.model import (
     SweepPart,
     Tally,
 )
-from tcpstuck_bpf.reconcile import count_difference, reconcile, unseen_acks
+from tcpstuck_bpf.reconcile import count_difference, missed_runs_note, reconcile, unseen_acks
 from tcpstuck_bpf.replay import (
     Advanced,
     Ended,
@@ -234,6 +234,8 @@ class Analysis:
             "causes_not_updated": self._never_updated + len(self._rules_awaited),
         }
         wanted = self.header.settings.trace_filter
+        reconciliation = reconcile(start, end, self.header.coverage)
+        missed_runs = missed_runs_note(losses.get("programs_not_run", 0), reconciliation)
         return Summary(
             watched=self.header.watched,
             mode=self.header.coverage.mode,
@@ -252,9 +254,9 @@ class Analysis:
             + counted[NetnsCount.ACKS_DROPPED_UNTRACKED],
             losses=losses,
             gaps=self.header.coverage.gaps,
-            reconciliation=reconcile(start, end, self.header.coverage),
+            reconciliation=reconciliation,
             filtered=bool(wanted.ports or wanted.family or wanted.listener_address),
-            notes=ended.notes,
+            notes=(*ended.notes, *filter(None, [missed_runs])),
             cut_off_ns=ended.now_ns if ended.cut_off else None,
             rescue=self._rescue_totals(rescued),
             listeners=self._listeners.reports(self.header.coverage.gaps),
