@@ -191,9 +191,11 @@ class Live:
     """Says whose the listeners are, of those that have changed; None: they are of no interest."""
     kernel_log: Log | None = None
     """None where it may not be read."""
+    clock_note: Callable[[], str] | None = None
+    """Says at the end what has become of the clock that the run prints its times by."""
     failure: Exception | None = field(default=None, init=False)
     """What ended the run before its time."""
-    _failed_at_end: list[str] = field(default_factory=list, init=False)
+    _noted_at_end: list[str] = field(default_factory=list, init=False)
     _output_failed: bool = field(default=False, init=False)
     _soonest_choice_ns: int = field(default=0, init=False)
     _regular_choice_ns: int = field(default=0, init=False)
@@ -415,7 +417,7 @@ class Live:
         early = "" if self.failure is None else f"the run ended early: {words_of(self.failure)}"
         failure = self.recorder.failure if self.recorder is not None else None
         recording = f"the recording is incomplete: {failure}" if failure else ""
-        return tuple(filter(None, (early, *self._failed_at_end, recording)))
+        return tuple(filter(None, (early, *self._noted_at_end, recording)))
 
     @contextlib.contextmanager
     def _noted(self, what: str) -> Iterator[None]:
@@ -425,7 +427,7 @@ class Live:
         except Exception as error:  # the answer is there; whatever this is, it adds to it only
             if self._output_failed:
                 raise
-            self._failed_at_end.append(f"{what}: {words_of(error)}")
+            self._noted_at_end.append(f"{what}: {words_of(error)}")
 
     def _finish(self) -> Summary:
         with self._noted("events that waited at the end were not read"):
@@ -440,6 +442,9 @@ class Live:
         losses: dict[str, int] = {"kernel_log_overruns": overruns}
         with self._noted("the losses that the programs counted are not known"):
             losses = {**self.source.losses(), **losses}
+        with self._noted("what became of the clock is not known"):
+            clock_note = "" if self.clock_note is None else self.clock_note()
+            self._noted_at_end += filter(None, [clock_note])
         ended = Ended(self.clock_ns(), losses, self._notes)
         self._step(ended)
         # The line that says so may be the first that found no room.
