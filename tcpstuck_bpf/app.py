@@ -50,6 +50,7 @@ from tcpstuck_bpf.replay import (
     Step,
     Swept,
     TallyTaken,
+    Vanished,
 )
 from tcpstuck_bpf.report import Status, Summary
 from tcpstuck_bpf.verdict import Finding
@@ -191,6 +192,8 @@ class Live:
     """Says whose the listeners are, of those that have changed; None: they are of no interest."""
     kernel_log: Log | None = None
     """None where it may not be read."""
+    find_gone: Callable[[Collection[int]], Collection[int]] | None = None
+    """Says to which of these network namespaces nothing leads any more; None: it is not asked."""
     clock_note: Callable[[], str] | None = None
     """Says at the end what has become of the clock that the run prints its times by."""
     failure: Exception | None = field(default=None, init=False)
@@ -199,6 +202,8 @@ class Live:
     _output_failed: bool = field(default=False, init=False)
     _soonest_choice_ns: int = field(default=0, init=False)
     _regular_choice_ns: int = field(default=0, init=False)
+    _next_look_ns: int = field(default=0, init=False)
+    """When namespaces may be looked for again."""
     _next_tally_ns: int = field(default=0, init=False)
     _untold: deque[Finding | Attempt] = field(default_factory=deque, init=False)
     """In the order in which it is to be told."""
@@ -379,8 +384,23 @@ class Live:
         changed = self.describe(self.source.listeners()) if self.describe is not None else ()
         if changed:
             self._step(Listened(changed))
+        self._look_for_namespaces()
         self._tell()
         return cost_ns
+
+    def _look_for_namespaces(self) -> None:
+        """Whoever is stuck in a namespace that has been removed is stuck for nobody here."""
+        begun_ns = self.clock_ns()
+        if self.find_gone is None or begun_ns < self._next_look_ns:
+            return
+        stuck = self.analysis.correlator.netns_of_stuck
+        gone = self.find_gone(stuck) if stuck else ()
+        done_ns = self.clock_ns()
+        self._next_look_ns = done_ns + SWEEP_SHARE * (done_ns - begun_ns)
+        if gone:
+            self._step(Vanished(done_ns, tuple(sorted(gone))))
+            self._judge()
+            self._rescue((), self.analysis.reports)
 
     def _judge(self) -> None:
         """What is told from silence is told beside the kernel's own count of the ACKs that came."""
@@ -432,6 +452,7 @@ class Live:
     def _finish(self) -> Summary:
         with self._noted("events that waited at the end were not read"):
             self._observe_waiting()
+        self._next_look_ns = 0
         with self._noted("the table was not read to its end once more"):
             self._sweep()
         with self._noted("rules that were to be read at the end were not"):

@@ -281,6 +281,7 @@ def _trace(options: argparse.Namespace) -> int:
         live.name = Namer(source.drop_reasons, source.stack, rules)
         live.describe = ListenerWatch().changed
         live.kernel_log = kernel_log
+        live.find_gone = netns.gone
         live.clock_note = run_clock.note
         if options.rescue is not None:
             live.rescuing = _rescuing(options, source)
