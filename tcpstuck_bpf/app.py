@@ -68,6 +68,8 @@ LAST_POLL_NS = SECOND_NS // 50
 SWEEP_SHARE = 5
 """Reading and correlating the table takes at most one part in this many of the time. What a sweep
 brings to tell is not counted: it comes once, and must not hold up what comes after it."""
+LOOK_INTERVAL_NS = 5 * SECOND_NS
+"""Between two looks for namespaces that are gone: each is a walk over every process."""
 TOLD_AT_ONCE = 16
 """Lines to tell between two looks at the events, where clients are to be mended."""
 MAX_UNTOLD = 4096
@@ -394,9 +396,11 @@ class Live:
         if self.find_gone is None or begun_ns < self._next_look_ns:
             return
         stuck = self.analysis.correlator.netns_of_stuck
-        gone = self.find_gone(stuck) if stuck else ()
+        if not stuck:
+            return
+        gone = self.find_gone(stuck)
         done_ns = self.clock_ns()
-        self._next_look_ns = done_ns + SWEEP_SHARE * (done_ns - begun_ns)
+        self._next_look_ns = done_ns + max(LOOK_INTERVAL_NS, SWEEP_SHARE * (done_ns - begun_ns))
         if gone:
             self._step(Vanished(done_ns, tuple(sorted(gone))))
             self._judge()

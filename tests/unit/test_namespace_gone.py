@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tcpstuck_bpf import netns
-from tcpstuck_bpf.app import run_replay
+from tcpstuck_bpf.app import LOOK_INTERVAL_NS, run_replay
 from tcpstuck_bpf.flow import State
 from tcpstuck_bpf.model import Ending, EventKind
 from tcpstuck_bpf.output import JsonOutput, Selection
@@ -151,6 +151,22 @@ def test_no_namespace_is_looked_for_where_nobody_is_stuck() -> None:
 
     live(FakeKernel(), 5, find_gone=find_gone)
     assert asked == []
+
+
+def test_it_is_looked_for_no_more_often_than_every_few_seconds_and_at_the_end() -> None:
+    kernel = FakeKernel()
+    kernel.at(at(0.1), DROPPED, event(EventKind.ACK_DROPPED, DROPPED, at(0.1)))
+    looked_ns: list[int] = []
+
+    def find_gone(_wanted: Collection[int]) -> frozenset[int]:
+        looked_ns.append(kernel.now_ns)
+        return frozenset()
+
+    live(kernel, 20, find_gone=find_gone)
+    *regular, last = looked_ns
+    assert last == kernel.now_ns
+    assert len(regular) > 1
+    assert all(b - a >= LOOK_INTERVAL_NS for a, b in zip(regular, regular[1:]))
 
 
 @pytest.fixture
