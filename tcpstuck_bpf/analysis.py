@@ -26,7 +26,7 @@ from tcpstuck_bpf.model import (
     SweepPart,
     Tally,
 )
-from tcpstuck_bpf.reconcile import count_difference, reconcile, unseen_acks
+from tcpstuck_bpf.reconcile import count_difference, missed_runs_note, reconcile, unseen_acks
 from tcpstuck_bpf.replay import (
     Advanced,
     Ended,
@@ -39,6 +39,7 @@ from tcpstuck_bpf.replay import (
     Step,
     Swept,
     TallyTaken,
+    Vanished,
 )
 from tcpstuck_bpf.report import RescueTotals, Status, Summary
 from tcpstuck_bpf.verdict import (
@@ -100,15 +101,8 @@ class Analysis:
     def take(self, step: Step) -> list[Finding]:
         """Findings that a step brings: Advanced, and Named where rules were read late."""
         self.leaving = []
-        if isinstance(step, Observed):
-            for event in step.events:
-                self.correlator.observe(event)
-        elif isinstance(step, Swept):
-            self._sweep(step.sweep)
-        elif isinstance(step, Rescued):
-            self.correlator.note_rescue(step.rescue)
-            self._attempts.update(attempt.outcome for attempt in step.rescue.attempts)
-            self._left_alone = step.rescue.left_alone
+        if isinstance(step, (Observed, Swept, Rescued, Vanished)):
+            self._take_facts(step)
         elif isinstance(step, Named):
             self._names = self._names.with_more(step.names)
             return list(self._updates(step.names.rulesets))
@@ -121,6 +115,20 @@ class Analysis:
         elif isinstance(step, Advanced):
             return self._advance(step.now_ns)
         return []
+
+    def _take_facts(self, step: Observed | Swept | Rescued | Vanished) -> None:
+        """What the next Advanced judges."""
+        if isinstance(step, Observed):
+            for event in step.events:
+                self.correlator.observe(event)
+        elif isinstance(step, Swept):
+            self._sweep(step.sweep)
+        elif isinstance(step, Rescued):
+            self.correlator.note_rescue(step.rescue)
+            self._attempts.update(attempt.outcome for attempt in step.rescue.attempts)
+            self._left_alone = step.rescue.left_alone
+        else:
+            self.correlator.note_gone(step.netns, step.now_ns)
 
     def _sweep(self, sweep: Sweep) -> None:
         self.correlator.observe(sweep)
@@ -234,6 +242,8 @@ class Analysis:
             "causes_not_updated": self._never_updated + len(self._rules_awaited),
         }
         wanted = self.header.settings.trace_filter
+        reconciliation = reconcile(start, end, self.header.coverage)
+        missed_runs = missed_runs_note(losses.get("programs_not_run", 0), reconciliation)
         return Summary(
             watched=self.header.watched,
             mode=self.header.coverage.mode,
@@ -243,6 +253,7 @@ class Analysis:
             still_stuck=stats.still_stuck,
             recovered=recovered,
             data_lost=data_lost,
+            namespace_gone=stats.told_now.get(State.NAMESPACE_GONE, 0),
             pending=stats.pending,
             superseded=stats.superseded,
             cookies_sent=counted[NetnsCount.COOKIES_SENT],
@@ -252,9 +263,9 @@ class Analysis:
             + counted[NetnsCount.ACKS_DROPPED_UNTRACKED],
             losses=losses,
             gaps=self.header.coverage.gaps,
-            reconciliation=reconcile(start, end, self.header.coverage),
+            reconciliation=reconciliation,
             filtered=bool(wanted.ports or wanted.family or wanted.listener_address),
-            notes=ended.notes,
+            notes=(*ended.notes, *filter(None, [missed_runs])),
             cut_off_ns=ended.now_ns if ended.cut_off else None,
             rescue=self._rescue_totals(rescued),
             listeners=self._listeners.reports(self.header.coverage.gaps),

@@ -50,6 +50,7 @@ from tcpstuck_bpf.replay import (
     Step,
     Swept,
     TallyTaken,
+    Vanished,
 )
 from tcpstuck_bpf.report import Status, Summary
 from tcpstuck_bpf.verdict import Finding
@@ -67,6 +68,8 @@ LAST_POLL_NS = SECOND_NS // 50
 SWEEP_SHARE = 5
 """Reading and correlating the table takes at most one part in this many of the time. What a sweep
 brings to tell is not counted: it comes once, and must not hold up what comes after it."""
+LOOK_INTERVAL_NS = 5 * SECOND_NS
+"""Between two looks for namespaces that are gone: each is a walk over every process."""
 TOLD_AT_ONCE = 16
 """Lines to tell between two looks at the events, where clients are to be mended."""
 MAX_UNTOLD = 4096
@@ -191,12 +194,18 @@ class Live:
     """Says whose the listeners are, of those that have changed; None: they are of no interest."""
     kernel_log: Log | None = None
     """None where it may not be read."""
+    find_gone: Callable[[Collection[int]], Collection[int]] | None = None
+    """Says to which of these network namespaces nothing leads any more; None: it is not asked."""
+    clock_note: Callable[[], str] | None = None
+    """Says at the end what has become of the clock that the run prints its times by."""
     failure: Exception | None = field(default=None, init=False)
     """What ended the run before its time."""
-    _failed_at_end: list[str] = field(default_factory=list, init=False)
+    _noted_at_end: list[str] = field(default_factory=list, init=False)
     _output_failed: bool = field(default=False, init=False)
     _soonest_choice_ns: int = field(default=0, init=False)
     _regular_choice_ns: int = field(default=0, init=False)
+    _next_look_ns: int = field(default=0, init=False)
+    """When namespaces may be looked for again."""
     _next_tally_ns: int = field(default=0, init=False)
     _untold: deque[Finding | Attempt] = field(default_factory=deque, init=False)
     """In the order in which it is to be told."""
@@ -377,8 +386,25 @@ class Live:
         changed = self.describe(self.source.listeners()) if self.describe is not None else ()
         if changed:
             self._step(Listened(changed))
+        self._look_for_namespaces()
         self._tell()
         return cost_ns
+
+    def _look_for_namespaces(self) -> None:
+        """Whoever is stuck in a namespace that has been removed is stuck for nobody here."""
+        begun_ns = self.clock_ns()
+        if self.find_gone is None or begun_ns < self._next_look_ns:
+            return
+        stuck = self.analysis.correlator.netns_of_stuck
+        if not stuck:
+            return
+        gone = self.find_gone(stuck)
+        done_ns = self.clock_ns()
+        self._next_look_ns = done_ns + max(LOOK_INTERVAL_NS, SWEEP_SHARE * (done_ns - begun_ns))
+        if gone:
+            self._step(Vanished(done_ns, tuple(sorted(gone))))
+            self._judge()
+            self._rescue((), self.analysis.reports)
 
     def _judge(self) -> None:
         """What is told from silence is told beside the kernel's own count of the ACKs that came."""
@@ -415,7 +441,7 @@ class Live:
         early = "" if self.failure is None else f"the run ended early: {words_of(self.failure)}"
         failure = self.recorder.failure if self.recorder is not None else None
         recording = f"the recording is incomplete: {failure}" if failure else ""
-        return tuple(filter(None, (early, *self._failed_at_end, recording)))
+        return tuple(filter(None, (early, *self._noted_at_end, recording)))
 
     @contextlib.contextmanager
     def _noted(self, what: str) -> Iterator[None]:
@@ -425,11 +451,12 @@ class Live:
         except Exception as error:  # the answer is there; whatever this is, it adds to it only
             if self._output_failed:
                 raise
-            self._failed_at_end.append(f"{what}: {words_of(error)}")
+            self._noted_at_end.append(f"{what}: {words_of(error)}")
 
     def _finish(self) -> Summary:
         with self._noted("events that waited at the end were not read"):
             self._observe_waiting()
+        self._next_look_ns = 0
         with self._noted("the table was not read to its end once more"):
             self._sweep()
         with self._noted("rules that were to be read at the end were not"):
@@ -440,6 +467,9 @@ class Live:
         losses: dict[str, int] = {"kernel_log_overruns": overruns}
         with self._noted("the losses that the programs counted are not known"):
             losses = {**self.source.losses(), **losses}
+        with self._noted("what became of the clock is not known"):
+            clock_note = "" if self.clock_note is None else self.clock_note()
+            self._noted_at_end += filter(None, [clock_note])
         ended = Ended(self.clock_ns(), losses, self._notes)
         self._step(ended)
         # The line that says so may be the first that found no room.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 
-from tcpstuck_bpf.flow import SECOND_NS, TCP_FLAG_FIN, FlowFlags, FlowReport, merge
+from tcpstuck_bpf.flow import SECOND_NS, TCP_FLAG_FIN, FlowFlags, FlowReport, State, merge
 from tcpstuck_bpf.model import Event, EventKind, HandshakeId, Moved
 
 MAX_TRIES = 3
@@ -32,6 +32,7 @@ DROPPED_AGAIN = "ACK dropped again"
 NOT_SENT = "sending failed"
 """Not all of the tries left this host."""
 DRY_RUN = "dry run"
+GONE = "its namespace is gone"
 
 ACK_KINDS = frozenset({EventKind.ACK_DROPPED, EventKind.ACK_FILTERED})
 """Events of an ACK that this host dropped."""
@@ -84,6 +85,7 @@ class Candidate:
         "excluded",
         "failed",
         "four_tuple",
+        "gone",
         "handshake",
         "known",
         "number",
@@ -104,6 +106,7 @@ class Candidate:
         self.stuck = True
         self.sent_data = False
         self.closed = False
+        self.gone = False
         self.acks_seen = 0
         self.acknowledged: int | None = None
         self.known: bool | None = None
@@ -152,6 +155,7 @@ class Candidate:
     def absorb(self, report: FlowReport) -> None:
         """Take in what a report tells."""
         self.handshake = merge(self.handshake, report.handshake)
+        self.gone = report.state is State.NAMESPACE_GONE
         self.sent_data |= bool(report.flags & FlowFlags.CLIENT_SENT_DATA)
         self.closed |= bool(report.flags & FlowFlags.CLIENT_SENT_FIN)
         dropped = [s for s in report.segments if s.kind in ACK_KINDS]
@@ -193,6 +197,7 @@ class Candidate:
             self.silent or entry.last_syn_ns > entry.last_ack_dropped_ns
         )
         obstacles = (
+            (self.gone, GONE),
             (self.excluded, EXCLUDED),
             # How old its cookie is, and what its SYN-ACK was, is not known.
             (not entry.syn_count, SYN_NOT_SEEN),

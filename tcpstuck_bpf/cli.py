@@ -41,9 +41,10 @@ from tcpstuck_bpf.places import Namer
 from tcpstuck_bpf.probes import WITHOUT_VARIABLE, AttachRequest, left_out
 from tcpstuck_bpf.render import TableRenderer, watching
 from tcpstuck_bpf.replay import Header, Recorder, Replay
-from tcpstuck_bpf.report import Summary, WallClock
+from tcpstuck_bpf.report import Summary
 from tcpstuck_bpf.ruleset_reader import read_ruleset
 from tcpstuck_bpf.ruleset_watch import RulesetWatch
+from tcpstuck_bpf.wall_clock import RunClock
 
 if TYPE_CHECKING:
     from tcpstuck_bpf.rescuing import Rescuing
@@ -255,7 +256,7 @@ def _trace(options: argparse.Namespace) -> int:
                 [f"able to trace: {len(source.coverage.probes)} probes by {source.coverage.mode}"]
             )
             return EXIT_NOTHING_STUCK
-        clock = WallClock(time.monotonic_ns(), time.time_ns())
+        run_clock = RunClock()
         kernel_log, gaps = open_kernel_log()
         if kernel_log is not None:
             ending.add("the kernel's log was not closed", kernel_log.close)
@@ -263,7 +264,7 @@ def _trace(options: argparse.Namespace) -> int:
         header = Header(
             settings,
             coverage,
-            clock,
+            run_clock.clock,
             watched,
             source.table_capacity,
             netns.own_netns(),
@@ -280,6 +281,8 @@ def _trace(options: argparse.Namespace) -> int:
         live.name = Namer(source.drop_reasons, source.stack, rules)
         live.describe = ListenerWatch().changed
         live.kernel_log = kernel_log
+        live.find_gone = netns.gone
+        live.clock_note = run_clock.note
         if options.rescue is not None:
             live.rescuing = _rescuing(options, source)
             ending.add("the rescue's sockets were not closed", live.rescuing.close)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from tcpstuck_bpf.flow import (
@@ -82,6 +82,7 @@ _ALWAYS_TOLD = STUCK_STATES | {
     State.RESET,
     State.NO_LISTENER,
     State.REPEATING,
+    State.NAMESPACE_GONE,
 }
 
 
@@ -209,6 +210,27 @@ class Correlator:
                 flow.unanswered = True
                 self._touched.add(handshake.four_tuple)
 
+    @property
+    def netns_of_stuck(self) -> set[int]:
+        """Network namespaces of the flows that are stuck."""
+        return {who.netns for who, flow in self._flows.items() if flow.state in STUCK_STATES}
+
+    def note_gone(self, netns: Collection[int], now_ns: int) -> None:
+        """Take in that nothing leads to these network namespaces; `advance` tells who was stuck."""
+        for four_tuple, flow in self._flows.items():
+            if four_tuple.netns in netns and flow.state in STUCK_STATES:
+                self._keep_ready(self._told_in(four_tuple, flow, State.NAMESPACE_GONE, now_ns))
+
+    def _told_in(
+        self, four_tuple: FourTuple, flow: Flow, state: State, decided_ns: int
+    ) -> FlowReport:
+        self._count_change(flow, state, tell=True)
+        flow.state = state
+        report = _report(four_tuple, flow, state, decided_ns)
+        flow.told = state
+        flow.told_handshake, flow.told_segments = flow.handshake, flow.segments
+        return report
+
     def _flow_named(self, handshake: HandshakeId) -> Flow | None:
         flow = self._flows.get(handshake.four_tuple)
         known = flow is not None and flow.handshake.first_syn_ns == handshake.first_syn_ns
@@ -300,6 +322,8 @@ class Correlator:
             state = State.UNANSWERED
         elif state is State.TAKEN_OVER and flow.told is not None:
             state = State.COMPLETED
+        if flow.state is State.NAMESPACE_GONE and flow.handshake == flow.told_handshake:
+            state = flow.state
         flow.unsettled = state is not flow.state
         if not flow.unsettled:
             return None
@@ -309,14 +333,11 @@ class Correlator:
         flow.unsettled = False
         wants_completed = self._tell_healthy or flow.told is not None
         tell = state in _ALWAYS_TOLD or (wants_completed and state is State.COMPLETED)
+        if tell:
+            return self._told_in(four_tuple, flow, state, decision.decided_ns)
         self._count_change(flow, state, tell)
         flow.state = state
-        if not tell:
-            return None
-        report = _report(four_tuple, flow, state, decision.decided_ns)
-        flow.told = state
-        flow.told_handshake, flow.told_segments = flow.handshake, flow.segments
-        return report
+        return None
 
     def _note_deadline(self, due_ns: int) -> None:
         due_ns = -(-due_ns // _DEADLINE_STEP_NS) * _DEADLINE_STEP_NS

@@ -314,6 +314,16 @@ def _reset(report: FlowReport) -> Iterator[str]:
     yield f"RST from the client's address at {when}, {after} after its SYN"
 
 
+def _namespace_gone(report: FlowReport) -> Iterator[str]:
+    yield from _syn_sentences(report)
+    if report.handshake.acks_dropped:
+        yield from _drop_sentences(report)
+    yield (
+        f"no process, no name and no mount leads to network namespace {report.four_tuple.netns} "
+        f"at {_offset(report, report.decided_ns)}"
+    )
+
+
 _SENTENCES: Mapping[State, Callable[[FlowReport], Iterator[str]]] = {
     State.COMPLETED: _connection,
     State.RECOVERED: _connection,
@@ -327,6 +337,7 @@ _SENTENCES: Mapping[State, Callable[[FlowReport], Iterator[str]]] = {
     State.REJECTED: _rejection,
     State.RESET: _reset,
     State.NO_LISTENER: _no_listener,
+    State.NAMESPACE_GONE: _namespace_gone,
 }
 
 

@@ -166,6 +166,7 @@ def summary_line(summary: Summary, clock: WallClock) -> str:
             "ever_stuck": summary.ever_stuck,
             "data_lost": summary.data_lost,
             "recovered": summary.recovered,
+            "namespace_gone": summary.namespace_gone,
             "pending": summary.pending,
             "superseded": summary.superseded,
             "cookies_sent": summary.cookies_sent,

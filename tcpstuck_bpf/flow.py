@@ -55,6 +55,8 @@ class State(enum.Enum):
     """Nothing came after the SYN-ACK."""
     UNANSWERED = "unanswered"
     """Silent, and our repeated SYN-ACKs drew nothing either."""
+    NAMESPACE_GONE = "namespace gone"
+    """Told as stuck once, and nothing leads to its network namespace any more."""
     SUPERSEDED = "superseded"
     """Given up by its client, which uses the 4-tuple for a new handshake."""
 

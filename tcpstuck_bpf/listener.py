@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from tcpstuck_bpf.backlog_knobs import steps
 from tcpstuck_bpf.model import (
     IPV4_MAPPED_PREFIX,
     CoverageGap,
@@ -26,17 +27,6 @@ MAX_SYN_BACKLOG = "ipv4.tcp_max_syn_backlog"
 FORCED = "forced"
 QUEUE_FULL = "SYN queue full"
 
-_KNOBS = {
-    "mariadbd": "back_log of MariaDB",
-    "mysqld": "back_log of MySQL",
-    "nginx": "`backlog=` of nginx's listen directive",
-    "redis-server": "tcp-backlog of Redis",
-    "valkey-server": "tcp-backlog of Valkey",
-    "haproxy": "`backlog` of HAProxy's frontend",
-    "apache2": "ListenBacklog of Apache",
-    "httpd": "ListenBacklog of Apache",
-}
-_GENERIC_KNOB = "the backlog that the application gives to listen()"
 _FIGURES_NEED = frozenset(
     {"cookie_v6_init_sequence", "cookie_v6_check", "tcp_check_req", "kernel counters"}
 )
@@ -224,16 +214,7 @@ def _advice(
         )
     if advised is None:
         return
-    knob = next(
-        (_KNOBS[name] for name in (owner.split(" (")[0] for owner in owners) if name in _KNOBS),
-        _GENERIC_KNOB,
-    )
-    step = f"Set {knob} to {advised} or more"
-    if somaxconn is not None and advised > somaxconn:
-        step += f" and net.core.somaxconn (now {somaxconn}) as well"
-    elif somaxconn is None:
-        step += " and see that net.core.somaxconn is no less"
-    yield f"{step}, then restart the server: both count when it calls listen()."
+    yield from steps(owners, advised, facts.limit, somaxconn)
     if somaxconn is not None and somaxconn == facts.limit:
         yield (
             f"The limit of now, {facts.limit}, is net.core.somaxconn: perhaps listen() was given "

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import threading
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -25,10 +26,21 @@ QUEUE_SETTINGS = ("ipv4.tcp_syncookies", "ipv4.tcp_max_syn_backlog", "core.somax
 
 Result = TypeVar("Result")
 
+_PROC = Path("/proc")
 _NAMED = Path("/run/netns")
+_MOUNTED = re.compile(r" net:\[(\d+)\] ")
+"""The root of a namespace's mount in /proc/PID/mountinfo: proc_pid_mountinfo(5), nsfs."""
 _CLONE_NEWNET = 0x40000000
 _NS_GET_NSTYPE = 0xB703
 """ioctl_ns(2)."""
+_INITIAL_PID_NAMESPACE = 0xEFFFFFFC
+"""PROC_PID_INIT_INO of include/linux/proc_ns.h, since 3.8."""
+_INITIAL_NETWORK_NAMESPACE = 0xEFFFFFF9
+"""NET_NS_INIT_INO of include/uapi/linux/nsfs.h, of recent kernels.
+
+Earlier it had one of the numbers from 0xF0000000 on, which go to all namespaces
+(PROC_DYNAMIC_FIRST in fs/proc/generic.c): there no other namespace has this one.
+"""
 
 
 def own_netns() -> int:
@@ -85,13 +97,33 @@ def _on_nsfs(path: Path) -> bool:
 
 
 def names() -> dict[int, str]:
-    """Names people know namespaces by: those of `ip netns`, and `host` for that of process 1."""
+    """Names people know namespaces by: those of `ip netns`, `host`, `own`, and `pid 1's`.
+
+    In a PID namespace of its own a container's process 1 is not the host's.
+    """
     found = {inode: path.name for inode, path in _with_names().items()}
-    try:
-        found[Path("/proc/1/ns/net").stat().st_ino] = "host"
-    except OSError:
-        found.setdefault(own_netns(), "own")
+    own, init = own_netns(), _of_process_1()
+    found.setdefault(own, "own")
+    if init is not None:
+        pid_namespace, inode = init
+        if pid_namespace == _INITIAL_PID_NAMESPACE:
+            found[inode] = "host"
+        else:
+            found.setdefault(inode, "pid 1's")
+    if _INITIAL_NETWORK_NAMESPACE in found:
+        found[_INITIAL_NETWORK_NAMESPACE] = "host"
     return found
+
+
+def _of_process_1() -> tuple[int, int] | None:
+    """Inode numbers of process 1's PID and network namespace; None where it may not be looked at.
+
+    It is the process 1 of the PID namespace that /proc was mounted in.
+    """
+    try:
+        return Path("/proc/1/ns/pid").stat().st_ino, Path("/proc/1/ns/net").stat().st_ino
+    except OSError:
+        return None
 
 
 def _with_names() -> dict[int, Path]:
@@ -229,6 +261,73 @@ def run_in(inode: int, function: Callable[[], Result]) -> Result:
 
 def _gone() -> OSError:
     return OSError(errno.ENOENT, "the network namespace is gone")
+
+
+def gone(wanted: Collection[int]) -> frozenset[int]:
+    """Those of these network namespaces to which no process, name or mount leads any more.
+
+    None of them where anything could not be looked at: what cannot be entered is not gone. One that
+    only an open file or a socket holds is among them: that cannot be told without looking at every
+    open file, and of a socket not even so.
+    """
+    init = _of_process_1()
+    if init is None or init[0] != _INITIAL_PID_NAMESPACE:
+        return frozenset()
+    left = {*wanted} - {own_netns(), *_with_names()}
+    try:
+        for ways in (_of_processes, _of_threads, _of_mounts):
+            left = left.difference(ways()) if left else left
+    except OSError:
+        return frozenset()
+    return frozenset(left)
+
+
+def _entries(directory: Path) -> Iterator[Path]:
+    """Those with a number for their name; none where the process has ended. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        yield from (entry for entry in directory.iterdir() if entry.name.isdigit())
+
+
+def _number(link: Path) -> int | None:
+    """The inode number of a thread's namespace; None where the thread has ended.
+
+    Raises OSError where it may not be looked at, which the kernel says of one that ends just now
+    as well (proc_ns_get_link).
+    """
+    try:
+        return link.stat().st_ino
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    except PermissionError:
+        if link.parents[1].exists():
+            raise
+        return None
+
+
+def _of_processes() -> Iterator[int]:
+    numbers = (_number(one / "task" / one.name / "ns/net") for one in _entries(_PROC))
+    yield from (number for number in numbers if number is not None)
+
+
+def _of_threads() -> Iterator[int]:
+    for process in _entries(_PROC):
+        numbers = (_number(one / "ns/net") for one in _entries(process / "task"))
+        yield from (number for number in numbers if number is not None)
+
+
+def _of_mounts() -> Iterator[int]:
+    """Of every mount namespace that a process is in, read once."""
+    read: set[int | None] = {None}
+    for process in _entries(_PROC):
+        number = _number(process / "task" / process.name / "ns/mnt")
+        if number in read:
+            continue
+        try:
+            text = (process / "mountinfo").read_text("utf-8", "replace")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        read.add(number)
+        yield from map(int, _MOUNTED.findall(text))
 
 
 def read_queue_settings() -> dict[int, dict[str, int]]:

@@ -6,7 +6,7 @@ exactly with a kernel that knows no filters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from tcpstuck_bpf.model import Coverage, NetnsCount, NetnsCounts, Tally
 from tcpstuck_bpf.report import Reconciled
@@ -112,3 +112,24 @@ def reconcile(start: Tally, end: Tally, coverage: Coverage) -> tuple[Reconciled,
                 note = f"differs by {traced + beside - bound:+d}"
             rows.append(Reconciled(netns, counter, traced, beside, kernel, agrees, note))
     return tuple(rows)
+
+
+def missed_runs_note(number: int, rows: Iterable[Reconciled]) -> str:
+    """What it means that the kernel skipped a program so many times; empty where it never did.
+
+    Its own counters tell of cookies, their ACKs and full accept queues only. What else the program
+    would have seen has no counter: a repeated SYN, an RST, the place where an ACK was dropped.
+    """
+    if not number:
+        return ""
+    times = "once" if number == 1 else f"{number} times"
+    did_not_run = f"{times} the kernel did not run a program of ours, another one being at work"
+    bounds = [(row, row.kernel and row.kernel[1] - row.traced - row.outside) for row in rows]
+    if any(row.agrees is False and ahead is not None and ahead > 0 for row, ahead in bounds):
+        return f"{did_not_run} on that CPU: that may be why the kernel counted more than was traced"
+    if all(row.agrees and ahead == 0 for row, ahead in bounds):
+        return (
+            f"{did_not_run} on that CPU: it cost no cookie and no ACK, the kernel's counters agree "
+            "exactly; a repeated SYN, an RST or the place of a drop may be missing"
+        )
+    return f"{did_not_run} on that CPU: what it cost cannot be told from the counters"

@@ -265,6 +265,8 @@ class TableRenderer:
             yield f"{_grouped(summary.rescue.rescued)} rescued"
         if summary.recovered:
             yield f"{_grouped(summary.recovered)} recovered"
+        if summary.namespace_gone:
+            yield f"{_grouped(summary.namespace_gone)} in a network namespace that is gone"
         if summary.data_lost:
             yield f"{_grouped(summary.data_lost)} connected with data lost"
 

@@ -127,6 +127,13 @@ class Logged(NamedTuple):
     warnings: tuple[KernelWarning, ...]
 
 
+class Vanished(NamedTuple):
+    """Nothing leads to these network namespaces any more, in which clients were stuck."""
+
+    now_ns: int
+    netns: tuple[int, ...]
+
+
 class Ended(NamedTuple):
     """The run ended."""
 
@@ -137,7 +144,9 @@ class Ended(NamedTuple):
     """Whether the recording has no end, and `now_ns` is the last time in it."""
 
 
-Step = Union[Observed, Swept, Advanced, TallyTaken, Rescued, Named, Listened, Logged, Ended]
+Step = Union[
+    Observed, Swept, Advanced, TallyTaken, Rescued, Named, Listened, Logged, Vanished, Ended
+]
 
 
 class Recorder:
@@ -205,6 +214,8 @@ class Recorder:
             return {"listeners": [listener_values(one) for one in step.listeners]}
         if isinstance(step, Logged):
             return {"warnings": [warning_values(one) for one in step.warnings]}
+        if isinstance(step, Vanished):
+            return {"vanished": step.now_ns, "netns": list(step.netns)}
         return {"end": step.now_ns, "losses": dict(step.losses), "notes": list(step.notes)}
 
 
@@ -381,13 +392,15 @@ class Replay:
             return Listened(tuple(map(listener_of, values["listeners"])))
         if "warnings" in values:
             return Logged(tuple(map(warning_of, values["warnings"])))
+        if "vanished" in values:
+            return Vanished(integer(values["vanished"]), tuple(map(integer, values["netns"])))
         losses = {str(name): integer(number) for name, number in values["losses"].items()}
         return Ended(integer(values["end"]), losses, tuple(map(str, values["notes"])))
 
 
 def _time_of(step: Step) -> int | None:
     """Until when a recording reaches that ends with this step; None where it does not tell."""
-    if isinstance(step, (Advanced, Ended)):
+    if isinstance(step, (Advanced, Vanished, Ended)):
         return step.now_ns
     if isinstance(step, Swept):
         return step.sweep.time_ns

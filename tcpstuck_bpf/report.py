@@ -113,6 +113,8 @@ class Summary(NamedTuple):
     rescue: RescueTotals | None = None
     """None where nothing was to be rescued."""
     listeners: tuple[ListenerReport, ...] = ()
+    namespace_gone: int = 0
+    """Told as stuck once, in network namespaces that nothing leads to any more."""
 
     @property
     def unwatched(self) -> int:

@@ -132,7 +132,8 @@ class Rescuer:
             self._remove(client)
         elif client is not None:
             client.absorb(report)
-            client.stuck = False
+            # Who is left alone for a namespace that is gone is counted for that.
+            client.stuck = client.stuck and client.gone
             self._place(client)
 
     def observe(self, event: Event) -> None:

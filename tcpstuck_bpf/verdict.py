@@ -232,6 +232,22 @@ RULES: tuple[Rule, ...] = (
         ),
     ),
     Rule(
+        name="namespace-gone",
+        stuck=False,
+        certainty="likely",
+        condition=_is(State.NAMESPACE_GONE),
+        meaning="was stuck; its server's network namespace is gone",
+        proves="no process, no name and no mount leads to that network namespace any more",
+        cannot_prove=(
+            "whether an open file or socket still holds it (a segment that comes there takes this "
+            "verdict back), nor whether the client has noticed"
+        ),
+        advice=(
+            "nothing to mend here: the container or namespace of this server was removed. A client "
+            "that waits for a greeting waits on; let it connect again"
+        ),
+    ),
+    Rule(
         name="client-reset",
         stuck=False,
         certainty="certain",

@@ -31,7 +31,7 @@ from tcpstuck_bpf.model import (
     address_bytes,
 )
 from tcpstuck_bpf.probes import PROBES, WHY_PROBES
-from tcpstuck_bpf.replay import Header
+from tcpstuck_bpf.replay import Header, Vanished
 from tcpstuck_bpf.report import WallClock
 
 SECOND_NS = 1_000_000_000
@@ -199,13 +199,17 @@ def correlator(**changes: Any) -> Correlator:
 
 
 def reports(
-    observations: Iterable[Event | Sweep | Rescue], now_ns: int, of: Correlator | None = None
+    observations: Iterable[Event | Sweep | Rescue | Vanished],
+    now_ns: int,
+    of: Correlator | None = None,
 ) -> list[FlowReport]:
     """What is told once all observations are in."""
     told_by = correlator() if of is None else of
     for observation in observations:
         if isinstance(observation, Rescue):
             told_by.note_rescue(observation)
+        elif isinstance(observation, Vanished):
+            told_by.note_gone(observation.netns, observation.now_ns)
         else:
             told_by.observe(observation)
     return told_by.advance(now_ns)
@@ -221,8 +225,10 @@ def attempt(entry: Handshake, time_ns: int, number: int = 1, outcome: str = "sen
     return Rescue((Attempt(identity(entry), time_ns, number, outcome),), (), {})
 
 
-def time_of(observation: Event | Sweep | Rescue) -> int:
+def time_of(observation: Event | Sweep | Rescue | Vanished) -> int:
     """When it was made."""
+    if isinstance(observation, Vanished):
+        return observation.now_ns
     if isinstance(observation, Rescue):
         return observation.attempts[-1].time_ns
     return observation.time_ns

@@ -64,7 +64,7 @@ def test_a_namespace_of_any_name_has_one(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(netns, "_NAMED", tmp_path)
     (tmp_path / os.fsdecode(b"\xff\x1b")).symlink_to("/proc/self/ns/net")
     found = netns.names()
-    # `host` goes before where this is the namespace of process 1.
+    # `host` goes before where this is the host's.
     assert printable(found[netns.own_netns()]) in ("\\xff\\x1b", "host")
 
 

@@ -28,6 +28,7 @@ PURE = (
     "explain",
     "rescue",
     "synack",
+    "backlog_knobs",
     "listener",
     "listener_history",
     "ruleset_text",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tcpstuck_bpf.model import Coverage, CoverageGap, NetnsCount, Tally
-from tcpstuck_bpf.reconcile import reconcile, unseen_acks
+from tcpstuck_bpf.reconcile import missed_runs_note, reconcile, unseen_acks
 from tcpstuck_bpf.report import Reconciled
 
 NETNS = 7
@@ -91,3 +91,35 @@ def test_acks_that_the_kernel_counted_and_nobody_saw(
 
 def test_what_did_not_move_is_left_out() -> None:
     assert reconcile(reading(9, 3, 9), reading(9, 3, 9), COMPLETE) == ()
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "told"),
+    [
+        (reading(0, 0, 0), reading(5, 5, 5), "agree exactly"),
+        (reading(0, 0, 0), reading(0, 0, 0), "agree exactly"),
+        (reading(0, 0, 0), reading(5, 4, 5), "may be why"),
+        (reading(0, 0, 0), reading(5, 5, 6), "cannot be told"),
+        (reading(0, 0, 0), reading(None, 5, None), "cannot be told"),
+    ],
+)
+def test_what_it_means_that_programs_did_not_run(start: Tally, end: Tally, told: str) -> None:
+    note = missed_runs_note(4, reconcile(start, end, COMPLETE))
+    assert "4 times" in note
+    assert told in note
+    others = {"agree exactly", "may be why", "cannot be told"} - {told}
+    assert not any(other in note for other in others)
+
+
+def test_programs_that_saw_too_much_are_no_sign_of_one_that_did_not_run() -> None:
+    note = missed_runs_note(4, reconcile(reading(0, 0, 0), reading(5, 7, 5), COMPLETE))
+    assert "may be why" not in note
+    assert "cannot be told" in note
+
+
+def test_programs_that_always_ran_need_no_note() -> None:
+    assert missed_runs_note(0, ()) == ""
+
+
+def test_once_is_once() -> None:
+    assert missed_runs_note(1, ()).startswith("once ")

@@ -20,6 +20,7 @@ from tcpstuck_bpf.model import (
     Row,
     Sweep,
 )
+from tcpstuck_bpf.replay import Vanished
 from tcpstuck_bpf.verdict import (
     KFREE_SKB,
     RULES,
@@ -77,7 +78,7 @@ def without(*probes: str, gaps: tuple[CoverageGap, ...] = ()) -> Coverage:
 
 
 def finding_of(
-    *observations: Event | Sweep | Rescue,
+    *observations: Event | Sweep | Rescue | Vanished,
     coverage: Coverage = EVERY_PROBE,
     tell_healthy: bool = False,
     unseen_acks: int = 0,
@@ -102,7 +103,7 @@ def swept(entry: Handshake, after_s: float = 60) -> Sweep:
 
 DROPPED = ack_dropped(SYN_ONCE, at(0.0121))
 FILTERED = ack_filtered(SYN_ONCE, at(0.0121))
-CASES: dict[str, list[Event | Sweep | Rescue]] = {
+CASES: dict[str, list[Event | Sweep | Rescue | Vanished]] = {
     "ack-filtered": [event(EventKind.ACK_FILTERED, FILTERED, at(0.0121)), swept(FILTERED)],
     "completed": [
         event(EventKind.COMPLETED, ended(SYN_ONCE, Ending.COMPLETED, at(0.5), 1), at(0.5))
@@ -121,6 +122,7 @@ CASES: dict[str, list[Event | Sweep | Rescue]] = {
     "ack-failed": [swept(ack_dropped(SYN_ONCE, at(1), Moved.SYNCOOKIES_RECV))],
     "cookie-rejected": [swept(ended(SYN_ONCE, Ending.REJECTED, at(1)))],
     "no-listener": [swept(ended(SYN_ONCE, Ending.NO_LISTENER, at(1)))],
+    "namespace-gone": [swept(SYN_ONCE), Vanished(at(61), (four_tuple().netns,))],
     "client-reset": [swept(ended(SYN_ONCE, Ending.RESET, at(1)))],
     "synack-missing": [swept(repeated(SYN_ONCE, at(1), at(3)))],
     "data-lost": [swept(ended(SYN_ONCE._replace(bytes_missed=2), Ending.COMPLETED, at(0.5), 1))],
@@ -137,7 +139,8 @@ def test_verdicts_are_the_ones_of_the_design(name: str) -> None:
     finding = finding_of(*CASES[name], tell_healthy=name == "completed")
     assert finding.verdict == name
     assert finding.stuck == (name in STUCK)
-    assert finding.certainty == ("likely" if name == "ack-missing" else "certain")
+    likely = name in ("ack-missing", "namespace-gone")
+    assert finding.certainty == ("likely" if likely else "certain")
     assert (finding.client_isn, finding.first_syn_ns) == (CLIENT_ISN, SYN_ONCE.first_syn_ns)
     assert finding.verdict_ns == finding.first_syn_ns + finding.age_ns
     assert (finding.delay_ns is not None) == (
