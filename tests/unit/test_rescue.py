@@ -10,7 +10,7 @@ import pytest
 
 from tcpstuck_bpf.candidate import MAX_TRIES
 from tcpstuck_bpf.model import ATTEMPT_NOT_SENT, ATTEMPT_SENT, FourTuple
-from tcpstuck_bpf.rescue import FLOOD_SILENT
+from tcpstuck_bpf.rescue import FLOOD_SILENT, FLOOD_WINDOW_NS, Rescuer
 from tcpstuck_bpf.rescue_policy import RescuePolicy
 from tcpstuck_bpf.unknown_clients import ASK_AGAIN_NS, MAX_ADDRESSES
 from tests.builders import (
@@ -20,6 +20,9 @@ from tests.builders import (
     TIMEOUT_NS,
     at,
     four_tuple,
+    handshake,
+    reports,
+    sweep,
 )
 from tests.rescue_world import (
     BACKLOG,
@@ -134,6 +137,20 @@ def test_as_many_unknown_silent_clients_as_are_no_flood_are_tried() -> None:
         world.table.syn(four_tuple(n), CLIENT_ISN, START_NS)
     world.run_until(START_NS + 10 * TIMEOUT_NS)
     assert world.rescuer.left_alone == {"no answer": FLOOD_SILENT}
+
+
+@pytest.mark.parametrize(("beyond_ns", "is_flood"), [(0, True), (1, False)])
+def test_unknown_clients_are_a_flood_only_within_the_time(beyond_ns: int, is_flood: bool) -> None:
+    """The first and the last of them are 10 s apart, or a nanosecond more."""
+    rescuer = Rescuer(RescuePolicy(include_unknown=True))
+    told = reports([sweep(at(60), *[handshake()] * (FLOOD_SILENT + 1))], at(60))
+    rescuer.report(told[0])
+    assert len(rescuer.plan(at(5), lambda _: False)) == 1
+    for report in told[1:]:
+        rescuer.report(report)
+    sent = rescuer.plan(at(5) + FLOOD_WINDOW_NS + beyond_ns, lambda _: False)
+    assert bool(sent) is not is_flood
+    assert ("flood suspected" in rescuer.left_alone) is is_flood
 
 
 def _repeat_syn(world: RescueWorld) -> None:
