@@ -332,8 +332,19 @@ def test_who_was_let_go_without_an_answer_stays_silent() -> None:
     history.take_leaving(
         HandshakeId(row.four_tuple, row.handshake.first_syn_ns) for row in rows[:10]
     )
+    assert history.reports()[0].silent == 40
     history.take_sweep(Sweep(at(5), rows[10:]))
     assert history.reports()[0].silent == 40
+
+
+def test_who_was_let_go_is_not_taken_off_a_need_from_before_its_syn() -> None:
+    history = ListenerHistory()
+    for height_s in (-2, -1):
+        history.take_listeners([seen(overflown(syn_need_ns=at(height_s)))])
+    rows = silent_rows(40)
+    history.take_sweep(Sweep(at(4), rows))
+    history.take_leaving(HandshakeId(row.four_tuple, row.handshake.first_syn_ns) for row in rows)
+    assert history.reports()[0].silent == 0
 
 
 def test_who_was_let_go_is_taken_off_later_heights_too() -> None:
@@ -372,6 +383,25 @@ def test_the_highest_need_is_kept_however_many_lower_ones_follow() -> None:
         reading = overflown(syn_need_ns=at(0) + 2 * number, syn_need_owed=149 + number)
         history.take_listeners([seen(reading)])
     assert history.reports()[0].advised_backlog == 199
+
+
+def test_of_older_needs_that_were_lower_some_are_kept() -> None:
+    """Only later does the table show that the higher ones were a flood's."""
+    history = ListenerHistory()
+    for number in range(KEPT_HEIGHTS + 1):
+        reading = overflown(syn_need_ns=at(0) + 2 * number, syn_need_owed=149 + number)
+        history.take_listeners([seen(reading)])
+    flood = silent_rows(4 * KEPT_HEIGHTS)
+    history.take_sweep(Sweep(at(4), flood[2:]))
+    assert history.reports()[0].syn_queue_needed == 50 + 149 + 1
+
+
+def test_only_so_many_needs_are_kept_however_long_a_flood_lasts() -> None:
+    history = ListenerHistory()
+    for number in range(20 * KEPT_HEIGHTS):
+        history.take_listeners([seen(overflown(syn_need_ns=at(0) + number))])
+    (heights,) = history._heights.values()
+    assert KEPT_HEIGHTS // 2 <= len(heights) <= KEPT_HEIGHTS
 
 
 def test_listeners_come_by_namespace_port_and_address() -> None:
@@ -418,3 +448,11 @@ def test_chosen_rows_say_nothing_of_the_others() -> None:
     history.take_sweep(Sweep(at(4), silent_rows(40)))
     history.take_sweep(Sweep(at(4.5), (), SweepPart.CHOSEN))
     assert history.reports()[0].silent == 40
+
+
+def test_a_chosen_row_that_answers_before_the_next_sweep_is_not_silent() -> None:
+    history = ListenerHistory()
+    history.take_listeners([seen(overflown())])
+    history.take_sweep(Sweep(at(4), silent_rows(1), SweepPart.CHOSEN))
+    history.take_sweep(Sweep(at(5), ()))
+    assert history.reports()[0].silent == 0
