@@ -30,6 +30,7 @@ from tcpstuck_bpf.netfilter import (
     NOTHING_QUEUES,
     Read,
     rule_text,
+    rules_after,
     suspicion,
 )
 from tcpstuck_bpf.report import WallClock
@@ -460,6 +461,35 @@ def test_code_at_the_hook_that_is_no_rule_is_a_suspect_beside_the_rule() -> None
         alone = with_rules(other)
         assert drop_in(alone)["rule"] == value
         assert rule_text(other) in " ".join(alone.evidence)
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (RULE, "inet guard acks, rule handle 4"),
+        (LEGACY, "ip filter INPUT, rule number 2"),
+        (POLICY, "ip filter INPUT, the chain's policy"),
+        (PROGRAM, "ip, the BPF program 77"),
+        (IPVS, "ip, the hook function ip_vs_reply4 of the module ip_vs"),
+        (IPVS._replace(table=""), "ip, the hook function ip_vs_reply4"),
+        (RULE._replace(table="nf_conntrack"), "inet nf_conntrack acks, rule handle 4"),
+    ],
+)
+def test_what_names_a_suspect(rule: DropRule, text: str) -> None:
+    """Anybody may call a table nf_conntrack."""
+    assert rule_text(rule) == text
+
+
+def test_connection_tracking_is_named_with_what_fills_it() -> None:
+    text = rule_text(CONNTRACK)
+    assert "connection tracking (nf_confirm;" in text
+    assert "net.netfilter.nf_conntrack_max" in text
+
+
+def test_a_reading_that_began_with_the_drop_is_after_it() -> None:
+    read = rules_after([Ruleset((RULE,), (), at(0.1))], at(0.1))
+    assert read is not None
+    assert (read.after_ns, read.ruleset.problems) == (0, ())
 
 
 def test_within_nftables_no_other_code_is_a_suspect() -> None:
