@@ -339,8 +339,8 @@ def test_who_was_let_go_without_an_answer_stays_silent() -> None:
 
 def test_who_was_let_go_is_not_taken_off_a_need_from_before_its_syn() -> None:
     history = ListenerHistory()
-    for height_s in (-2, -1):
-        history.take_listeners([seen(overflown(syn_need_ns=at(height_s)))])
+    for height_s, owed in ((-2, 149), (-1, 249)):
+        history.take_listeners([seen(overflown(syn_need_ns=at(height_s), syn_need_owed=owed))])
     rows = silent_rows(40)
     history.take_sweep(Sweep(at(4), rows))
     history.take_leaving(HandshakeId(row.four_tuple, row.handshake.first_syn_ns) for row in rows)

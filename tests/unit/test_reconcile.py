@@ -42,6 +42,8 @@ def sent(start: Tally, end: Tally, coverage: Coverage = COMPLETE) -> Reconciled:
         (reading(10, 0, 10), reading(3, 5, 3), None, None),
         (reading(10, 0, 10), reading(15, 5, 12), None, None),
         (reading(10, 0, 3), reading(15, 5, 15), None, None),
+        (reading(10, 0, 11), reading(10, 1, 12), None, None),
+        (reading(10, 0, 11), reading(11, 1, 12), (0, 2), True),
         (reading(10, 0, 12), reading(12, 1, 13), (0, 3), True),
         (reading(10, 0, 12), reading(12, 0, 13), (0, 3), True),
         (reading(10, 0, 10), reading(15, 0, 15), (5, 5), False),
@@ -119,6 +121,12 @@ def test_acks_that_the_kernel_counted_and_nobody_saw(
     )
     gaps = () if gap is None else (CoverageGap(gap, "no such function", "something"),)
     assert unseen_acks(start, end, Coverage("kprobe", gaps=gaps)) == unseen
+
+
+def test_other_counters_say_nothing_of_acks() -> None:
+    start, end = reading(0, 0, 0), reading(5, 3, 5)
+    assert sent(start, end).agrees is False
+    assert unseen_acks(start, end, COMPLETE) == {}
 
 
 def test_what_did_not_move_is_left_out() -> None:
