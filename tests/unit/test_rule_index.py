@@ -197,6 +197,16 @@ def test_a_look_for_networks_of_each_length_is_paid_for() -> None:
     assert cost(index, elsewhere) >= len(rules)
 
 
+def test_each_further_listener_pays_for_the_look_at_all_rules() -> None:
+    """Though none of them is for it."""
+    rules = tuple(rule("base", n, (("dport", "1"),), "input") for n in range(100))
+    index = RuleIndex(Ruleset(rules, ()))
+    for server in ("192.0.2.1", "192.0.2.2"):
+        packet = Packet(who(server=server), "input", None)
+        assert cost(index, packet) >= len(rules)
+        assert cost(index, packet) < 10
+
+
 def test_a_ruleset_that_makes_too_much_work_is_judged_no_more_and_that_is_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -217,6 +227,13 @@ def test_readings_that_share_their_rules_share_their_index() -> None:
     assert index_of(ruleset) is index_of(ruleset._replace(problems=("one",), read_ns=7))
     same = Ruleset((rule("base", 1, hook="input"),), ())
     assert index_of(same) is not index_of(ruleset)
+
+
+def test_namespaces_whose_drops_are_told_by_turns_each_keep_their_index() -> None:
+    several = [Ruleset((rule("base", n, hook="input"),), ()) for n in range(10)]
+    first = [index_of(ruleset) for ruleset in several]
+    again = [index_of(ruleset) for ruleset in several]
+    assert all(one is other for one, other in zip(first, again))
 
 
 def test_indexes_of_many_rules_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
