@@ -396,6 +396,37 @@ def test_of_older_needs_that_were_lower_some_are_kept() -> None:
     assert history.reports()[0].syn_queue_needed == 50 + 149 + 1
 
 
+def test_a_need_that_is_read_again_unchanged_pushes_no_other_out() -> None:
+    history = ListenerHistory()
+    for height_s in (1, *[2] * 1000):
+        history.take_listeners([seen(overflown(syn_need_ns=at(height_s)))])
+    (heights,) = history._heights.values()
+    assert [facts.syn_need_ns for facts in heights] == [at(1), at(2)]
+
+
+def test_no_more_are_silent_than_are_owed() -> None:
+    """Clients of before the run are in the table, and not in what the programs counted."""
+    history = ListenerHistory()
+    history.take_listeners([seen(overflown(syn_need_owed=5))])
+    history.take_sweep(Sweep(at(4), silent_rows(40)))
+    (told,) = history.reports()
+    assert (told.silent, told.syn_queue_needed) == (5, 50)
+
+
+@pytest.mark.parametrize("highest", range(6))
+def test_who_was_let_go_is_taken_off_the_needs_from_its_syn_on(highest: int) -> None:
+    for after in range(8):
+        history = ListenerHistory()
+        for height in range(6):
+            owed = 149 if height == highest else 0
+            reading = overflown(syn_need_ns=at(height), syn_need_syn_queue=0, syn_need_owed=owed)
+            history.take_listeners([seen(reading)])
+        gone = Row(four_tuple(1), handshake(at(after - 0.5)))
+        history.take_sweep(Sweep(at(9), (gone,)))
+        history.take_leaving([HandshakeId(gone.four_tuple, gone.handshake.first_syn_ns)])
+        assert history.reports()[0].silent == (after <= highest)
+
+
 def test_only_so_many_needs_are_kept_however_long_a_flood_lasts() -> None:
     history = ListenerHistory()
     for number in range(20 * KEPT_HEIGHTS):
