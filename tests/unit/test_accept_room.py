@@ -119,4 +119,7 @@ def test_of_more_listeners_than_are_kept_those_with_clients_are_not_forgotten(
         listeners.note_overflow(overflow(at(1), client(0, port)), is_answer=False)
     assert len(listeners._listeners) <= 8 + 2
     listeners.add_ready(busy._replace(client_port=7), 1)
-    assert send(listeners, at(2)) == 1
+    who = listeners.pop_ready(at(2))
+    assert who == client(0)
+    listeners.begin_wait(who)
+    assert listeners.pop_ready(at(2)) is None
