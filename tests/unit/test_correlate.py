@@ -8,7 +8,16 @@ import pytest
 
 from tcpstuck_bpf.correlate import FlowFlags, FlowReport, State
 from tcpstuck_bpf.flow import SEGMENTS_KEPT_AT_EACH_END, merge
-from tcpstuck_bpf.model import Ending, EventKind, Handshake, HandshakeId, Moved, Row, Sweep
+from tcpstuck_bpf.model import (
+    Ending,
+    EventKind,
+    Handshake,
+    HandshakeId,
+    Moved,
+    Row,
+    Sweep,
+    SweepPart,
+)
 from tcpstuck_bpf.timeline import MAX_ENTRIES
 from tests.builders import (
     FIN,
@@ -335,6 +344,15 @@ def test_when_a_sweep_would_decide_is_known_until_one_has() -> None:
     (told,) = reports([sweep(due_ns, late, early)], due_ns, watching)
     assert told.four_tuple == four_tuple(1)
     assert watching.next_deadline_ns == at(1.5 + TIMEOUT_S)
+
+
+@pytest.mark.parametrize("part", list(SweepPart))
+def test_of_the_young_only_a_choice_of_rows_asks_for_another_sweep(part: SweepPart) -> None:
+    """Whole sweeps come by themselves."""
+    watching = correlator()
+    watching.observe(Sweep(at(1), (Row(four_tuple(), SYN_ONCE),), part))
+    expected = at(TIMEOUT_S) if part is SweepPart.CHOSEN else None
+    assert watching.next_deadline_ns == expected
 
 
 def test_the_namespaces_of_the_silent_are_those_of_whom_a_verdict_is_due() -> None:
