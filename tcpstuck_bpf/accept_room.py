@@ -62,8 +62,10 @@ class Listeners:
         listener = self._listeners.get(key)
         if listener is None:
             listener = self._listeners[key] = _Listener()
-            if len(self._listeners) > MAX_LISTENERS:
-                self._forget_one()
+            # Two looks for each that comes: one that finds clients forgets nobody.
+            for _ in range(2):
+                if len(self._listeners) > MAX_LISTENERS:
+                    self._forget_one()
         return listener
 
     def _forget_one(self) -> None:

@@ -7,8 +7,17 @@ from collections.abc import Callable
 import pytest
 
 from tcpstuck_bpf.correlate import FlowFlags, FlowReport, State
-from tcpstuck_bpf.flow import SEGMENTS_KEPT_AT_EACH_END
-from tcpstuck_bpf.model import Ending, EventKind, Handshake, HandshakeId, Moved, Row, Sweep
+from tcpstuck_bpf.flow import SEGMENTS_KEPT_AT_EACH_END, merge
+from tcpstuck_bpf.model import (
+    Ending,
+    EventKind,
+    Handshake,
+    HandshakeId,
+    Moved,
+    Row,
+    Sweep,
+    SweepPart,
+)
 from tcpstuck_bpf.timeline import MAX_ENTRIES
 from tests.builders import (
     FIN,
@@ -264,6 +273,104 @@ def test_a_connection_outweighs_a_stray_reset_whatever_comes_first() -> None:
         assert watching.stats().untold == {State.COMPLETED: 1}
 
 
+ENDINGS = (
+    *(Ending.TAKEN_OVER, Ending.RESET, Ending.NO_LISTENER, Ending.REJECTED, Ending.REPLACED),
+    Ending.COMPLETED,
+)
+"""The later in this order has the last word."""
+
+
+@pytest.mark.parametrize(("weaker", "stronger"), list(zip(ENDINGS, ENDINGS[1:])))
+def test_which_of_two_endings_has_the_last_word(weaker: Ending, stronger: Ending) -> None:
+    """Whichever was written later, and whichever is seen first."""
+    for weaker_s, stronger_s in ((1, 2), (2, 1), (1, 1)):
+        one, other = (
+            ended(SYN_ONCE, weaker, at(weaker_s)),
+            ended(SYN_ONCE, stronger, at(stronger_s)),
+        )
+        assert merge(one, other) == merge(other, one) == other
+
+
+@pytest.mark.parametrize("before_first", [True, False])
+def test_the_cause_of_a_drop_is_kept_whatever_else_is_seen_of_the_handshake(
+    before_first: bool,
+) -> None:
+    """A view from before the drop, and one of a later drop for another cause."""
+    dropped = ack_dropped(SYN_ONCE, at(1), Moved.LISTEN_OVERFLOWS)
+    for other, counters in (
+        (SYN_ONCE, Moved.LISTEN_OVERFLOWS),
+        (
+            dropped._replace(drop_counters=Moved.SYNCOOKIES_RECV),
+            Moved.LISTEN_OVERFLOWS | Moved.SYNCOOKIES_RECV,
+        ),
+    ):
+        merged = merge(other, dropped) if before_first else merge(dropped, other)
+        assert merged.drop_counters == counters
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        ended(SYN_ONCE, Ending.RESET, at(0.1)),
+        repeated(SYN_ONCE, at(0.1)),
+        ack_dropped(SYN_ONCE, at(0.1)),
+        ack_filtered(SYN_ONCE, at(0.1)),
+        SYN_ONCE._replace(syns_dropped=1),
+    ],
+)
+def test_of_the_young_those_with_more_than_a_syn_are_held(entry: Handshake) -> None:
+    watching = correlator()
+    reports([sweep(at(0.2), SYN_ONCE, entry)], at(0.2), watching)
+    assert watching.stats().flows == 1
+
+
+def test_what_is_seen_ahead_of_the_clock_is_told_when_its_time_has_come() -> None:
+    watching = correlator()
+    assert reports([sweep(at(TIMEOUT_S), SYN_ONCE)], at(TIMEOUT_S) - 1, watching) == []
+    (told,) = watching.advance(at(TIMEOUT_S))
+    assert told.state is State.SILENT
+
+
+def test_when_a_sweep_would_decide_is_known_until_one_has() -> None:
+    watching = correlator()
+    assert watching.next_deadline_ns is None
+    early, late = repeated(SYN_ONCE, at(0.5)), repeated(handshake(at(1)), at(1.5))
+    for number, entry in ((0, late), (1, early)):
+        reports(
+            [event(EventKind.SYN_REPEATED, entry, at(1.5), four_tuple(number))], at(2), watching
+        )
+    due_ns = watching.next_deadline_ns
+    assert due_ns == at(0.5 + TIMEOUT_S)
+    (told,) = reports([sweep(due_ns, late, early)], due_ns, watching)
+    assert told.four_tuple == four_tuple(1)
+    assert watching.next_deadline_ns == at(1.5 + TIMEOUT_S)
+
+
+@pytest.mark.parametrize("part", list(SweepPart))
+def test_of_the_young_only_a_choice_of_rows_asks_for_another_sweep(part: SweepPart) -> None:
+    """Whole sweeps come by themselves."""
+    watching = correlator()
+    watching.observe(Sweep(at(1), (Row(four_tuple(), SYN_ONCE),), part))
+    expected = at(TIMEOUT_S) if part is SweepPart.CHOSEN else None
+    assert watching.next_deadline_ns == expected
+
+
+def test_the_namespaces_of_the_silent_are_those_of_whom_a_verdict_is_due() -> None:
+    """Only there does it matter whether ACKs passed unseen."""
+    silent, connected, young, dropped = (four_tuple(n)._replace(netns=n) for n in range(4))
+    done = ended(repeated(SYN_ONCE, at(1)), Ending.COMPLETED, at(2))
+    recent = repeated(handshake(at(2)), at(2.5))
+    rows = (
+        *(Row(silent, SYN_ONCE), Row(connected, done), Row(young, recent)),
+        Row(dropped, ack_dropped(SYN_ONCE, at(0.1))),
+    )
+    watching = correlator()
+    watching.observe(Sweep(at(4), rows))
+    assert watching.netns_of_silent(at(4)) == {0, 3}
+    watching.advance(at(4))
+    assert watching.netns_of_silent(at(4)) == set()
+
+
 @pytest.mark.parametrize("event_is_lost", [False, True])
 def test_a_new_handshake_without_a_cookie_supersedes_too(event_is_lost: bool) -> None:
     watching = correlator()
@@ -285,6 +392,7 @@ def test_a_new_handshake_supersedes_a_stuck_one_without_a_line() -> None:
     stats = watching.stats()
     assert (stats.superseded, stats.ever_stuck, stats.still_stuck) == (1, 1, 0)
     told = reports([sweep(at(13), anew)], at(13), watching)
+    assert correlator().stats().superseded == 0
     assert [(r.state, r.previous, r.handshake.first_syn_ns) for r in told] == [
         (State.SILENT, None, at(10))
     ]

@@ -165,3 +165,12 @@ class TestEviction:
         told |= {r.four_tuple for r in reports([sweep(at(2), *entries)], at(2), watching)}
         told |= {r.four_tuple for r in reports([sweep(at(3), entries[0])], at(3), watching)}
         assert told == {four_tuple(0), four_tuple(1)}
+
+    def test_of_an_evicted_flow_that_left_the_table_no_entry_is_to_go(self) -> None:
+        watching = correlator(max_flows=1)
+        reports([sweep(at(3), SYN_ONCE)], at(3), watching)
+        done = ended(SYN_ONCE, Ending.COMPLETED, at(4))
+        told = reports([event(EventKind.COMPLETED, done, at(4))], at(4), watching)
+        assert [report.state for report in told] == [State.RECOVERED]
+        watching.observe(event(EventKind.SYN_REPEATED, SYN_ONCE, at(4), four_tuple(7)))
+        assert leaving(watching, at(4), 1, 100) == []

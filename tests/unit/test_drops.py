@@ -25,11 +25,13 @@ from tcpstuck_bpf.model import (
     Ruleset,
 )
 from tcpstuck_bpf.netfilter import (
+    BRIDGE,
     MORE_SUSPECTS,
     NOT_THE_RULE,
     NOTHING_QUEUES,
     Read,
     rule_text,
+    rules_after,
     suspicion,
 )
 from tcpstuck_bpf.report import WallClock
@@ -462,6 +464,49 @@ def test_code_at_the_hook_that_is_no_rule_is_a_suspect_beside_the_rule() -> None
         assert rule_text(other) in " ".join(alone.evidence)
 
 
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (RULE, "inet guard acks, rule handle 4"),
+        (LEGACY, "ip filter INPUT, rule number 2"),
+        (POLICY, "ip filter INPUT, the chain's policy"),
+        (PROGRAM, "ip, the BPF program 77"),
+        (IPVS, "ip, the hook function ip_vs_reply4 of the module ip_vs"),
+        (IPVS._replace(table=""), "ip, the hook function ip_vs_reply4"),
+        (RULE._replace(table="nf_conntrack"), "inet nf_conntrack acks, rule handle 4"),
+    ],
+)
+def test_what_names_a_suspect(rule: DropRule, text: str) -> None:
+    """Anybody may call a table nf_conntrack."""
+    assert rule_text(rule) == text
+
+
+def test_connection_tracking_is_named_with_what_fills_it() -> None:
+    text = rule_text(CONNTRACK)
+    assert "connection tracking (nf_confirm;" in text
+    assert "net.netfilter.nf_conntrack_max" in text
+
+
+def test_a_reading_that_began_with_the_drop_is_after_it() -> None:
+    read = rules_after([Ruleset((RULE,), (), at(0.1))], at(0.1))
+    assert read is not None
+    assert (read.after_ns, read.ruleset.problems) == (0, ())
+
+
+def test_where_only_much_later_readings_are_kept_the_first_of_them_is_nearest() -> None:
+    readings = [Ruleset((RULE,), (), at(n)) for n in range(1, KEPT_READINGS + 1)]
+    read = rules_after(readings, at(0))
+    assert read is not None
+    assert read.ruleset.read_ns == at(1)
+    assert "long after" in " ".join(read.ruleset.problems)
+
+
+def test_of_a_bridges_rules_nothing_is_told() -> None:
+    found = suspicion(Read(Ruleset((RULE,), ()), 0), WHO, BRIDGE, False)
+    assert found.suspects == ()
+    assert "bridge" in " ".join(found.notes)
+
+
 def test_within_nftables_no_other_code_is_a_suspect() -> None:
     names = NAMES._replace(
         places={NF_PLACE: "nft_do_chain+0x47f"},
@@ -521,6 +566,13 @@ def test_a_counter_that_has_not_counted_the_packet_clears_its_rule(
     drop = drop_in(with_readings(*readings))
     named = [drop["rule"]] if drop["rule"] else [c["rule"] for c in drop["rule_candidates"]]  # type: ignore[attr-defined]
     assert [rule["handle"] for rule in named] == suspects  # type: ignore[index]
+
+
+def test_of_several_readings_before_a_drop_the_last_has_the_counters_that_tell() -> None:
+    readings = [counted(3, n, read_s=n / 100) for n in (0, 1, 20)]
+    read = rules_after(readings, at(0.1))
+    assert read is not None
+    assert (read.before, read.ruleset) == (readings[1], readings[2])
 
 
 def test_a_ruleset_that_never_changes_keeps_its_counters_of_both_ends() -> None:

@@ -16,6 +16,7 @@ from tcpstuck_bpf.listener import (
     ListenerReport,
     SynNeed,
     cookie_reason,
+    merged,
     report,
 )
 from tcpstuck_bpf.listener_history import KEPT_HEIGHTS, ListenerHistory
@@ -31,7 +32,7 @@ from tcpstuck_bpf.model import (
     address_bytes,
 )
 from tcpstuck_bpf.probes import KERNEL_COUNTERS
-from tests.builders import ack_dropped, at, ended, four_tuple, handshake
+from tests.builders import ack_dropped, ack_filtered, at, ended, four_tuple, handshake
 
 SERVER = four_tuple()
 SETTINGS = {SYNCOOKIES: 1, SOMAXCONN: 4096}
@@ -135,6 +136,41 @@ def test_why_cookies_were_sent(syncookies: int | None, lowest: int, reason: str)
     assert cookie_reason(overflown(lowest_cookie_syn_queue=lowest), settings) == reason
 
 
+@pytest.mark.parametrize("syncookies", [0, 1, 2])
+def test_where_no_cookie_was_sent_there_is_no_reason_for_one(syncookies: int) -> None:
+    assert cookie_reason(facts(syns=9), {SYNCOOKIES: syncookies}) is None
+
+
+@pytest.mark.parametrize("what", ["cookies_sent", "syns_refused", "acks_refused"])
+def test_whoever_was_not_served_at_once_makes_a_listener_suffer(what: str) -> None:
+    assert judged(facts(**{what: 1})).suffered
+
+
+def test_syns_that_were_refused_are_said_not_to_be_in_the_need() -> None:
+    (told,) = judged(facts(syns_refused=17)).working
+    assert "17 SYNs" in told
+    assert judged(facts(syns_refused=0)).working == ()
+
+
+def test_the_facts_of_several_addresses_add_up_and_their_queues_are_the_longest_seen() -> None:
+    def counts(factor: int) -> dict[str, int]:
+        names = ("syns", "cookies_sent", "syns_refused", "acks_refused", "accept_need_turned_away")
+        return {name: factor * (1 + place) for place, name in enumerate(names)}
+
+    def lengths(*values: int) -> dict[str, int]:
+        names = ("peak_accept_queue", "peak_syn_queue", "lowest_cookie_syn_queue")
+        needs = ("accept_need_accept_queue", "accept_need_syn_queue")
+        return dict(zip((*names, *needs), values))
+
+    first = facts(**counts(1), **lengths(6, 9, 8, 7, 9))
+    second = facts(**counts(10), **lengths(9, 6, 7, 9, 7))
+    both = facts(**counts(11), **lengths(9, 9, 7, 9, 9))
+    no_cookie = facts(lowest_cookie_syn_queue=0)
+    several = [first, second, no_cookie]
+    assert merged(several) == merged(several[::-1]) == both
+    assert merged([no_cookie, no_cookie]).lowest_cookie_syn_queue == 0
+
+
 def test_forced_cookies_ask_for_no_longer_syn_queue() -> None:
     one = overflown(accept_need_accept_queue=0, accept_need_turned_away=0)
     told = judged(one, **{SYNCOOKIES: 2})
@@ -184,6 +220,36 @@ def test_a_healthy_listener_gets_no_advice() -> None:
     told = judged(facts(syns=9, peak_accept_queue=51, peak_syn_queue=49))
     assert (told.advised_backlog, told.working, told.advice) == (None, (), ())
     assert not told.suffered
+
+
+@pytest.mark.parametrize(("at_once", "advised"), [(50, None), (51, None), (52, 51)])
+def test_a_backlog_that_was_enough_for_the_accept_queue_is_not_advised_again(
+    at_once: int, advised: int | None
+) -> None:
+    """A backlog of 50 allows 51 queued connections (sk_acceptq_is_full)."""
+    one = facts(syns=at_once, accept_need_accept_queue=at_once)
+    told = judged(one)
+    assert told.advised_backlog == advised
+    assert bool(told.working) == (advised is not None)
+    turned_away = facts(accept_need_accept_queue=at_once - 5, accept_need_turned_away=5)
+    assert judged(turned_away).advised_backlog == advised
+
+
+@pytest.mark.parametrize(
+    ("lowest", "at_once", "advised"),
+    [(50, 50, None), (50, 51, 51), (51, 51, None), (51, 52, 51)],
+)
+def test_a_backlog_that_was_enough_for_the_syn_queue_is_not_advised_again(
+    lowest: int, at_once: int, advised: int | None
+) -> None:
+    """Which of the two a kernel has, the shortest SYN queue at which it sent a cookie tells."""
+    one = facts(
+        cookies_sent=1,
+        lowest_cookie_syn_queue=lowest,
+        syn_need_syn_queue=lowest,
+        syn_need_owed=at_once - lowest,
+    )
+    assert judged(one).advised_backlog == advised
 
 
 lengths = st.integers(0, 1 << 20)
@@ -242,6 +308,14 @@ def test_who_never_answered_is_taken_off() -> None:
     assert told.syn_queue_needed == 50 + 149 - 40
 
 
+def test_an_ack_that_was_dropped_before_tcp_is_an_answer() -> None:
+    history = ListenerHistory()
+    history.take_listeners([seen(overflown())])
+    filtered = Row(four_tuple(900), ack_filtered(handshake(at(0.5)), at(0.6)))
+    history.take_sweep(Sweep(at(4), (*silent_rows(3), filtered)))
+    assert history.reports()[0].silent == 3
+
+
 def test_who_answered_after_all_is_counted_again() -> None:
     history = ListenerHistory()
     history.take_listeners([seen(overflown())])
@@ -258,8 +332,19 @@ def test_who_was_let_go_without_an_answer_stays_silent() -> None:
     history.take_leaving(
         HandshakeId(row.four_tuple, row.handshake.first_syn_ns) for row in rows[:10]
     )
+    assert history.reports()[0].silent == 40
     history.take_sweep(Sweep(at(5), rows[10:]))
     assert history.reports()[0].silent == 40
+
+
+def test_who_was_let_go_is_not_taken_off_a_need_from_before_its_syn() -> None:
+    history = ListenerHistory()
+    for height_s, owed in ((-2, 149), (-1, 249)):
+        history.take_listeners([seen(overflown(syn_need_ns=at(height_s), syn_need_owed=owed))])
+    rows = silent_rows(40)
+    history.take_sweep(Sweep(at(4), rows))
+    history.take_leaving(HandshakeId(row.four_tuple, row.handshake.first_syn_ns) for row in rows)
+    assert history.reports()[0].silent == 0
 
 
 def test_who_was_let_go_is_taken_off_later_heights_too() -> None:
@@ -287,6 +372,80 @@ def test_a_flood_does_not_hide_the_need_before_it() -> None:
     history.take_sweep(Sweep(at(4), crowd))
     (told,) = history.reports()
     assert told.advised_backlog == 199
+
+
+def test_the_highest_need_is_kept_however_many_lower_ones_follow() -> None:
+    """Two silent clients for each that the programs count: the true need only falls."""
+    history = ListenerHistory()
+    history.take_listeners([seen(overflown(syn_need_ns=at(-1)))])
+    history.take_sweep(Sweep(at(4), silent_rows(4 * KEPT_HEIGHTS)))
+    for number in range(1, 2 * KEPT_HEIGHTS):
+        reading = overflown(syn_need_ns=at(0) + 2 * number, syn_need_owed=149 + number)
+        history.take_listeners([seen(reading)])
+    assert history.reports()[0].advised_backlog == 199
+
+
+def test_of_older_needs_that_were_lower_some_are_kept() -> None:
+    """Only later does the table show that the higher ones were a flood's."""
+    history = ListenerHistory()
+    for number in range(KEPT_HEIGHTS + 1):
+        reading = overflown(syn_need_ns=at(0) + 2 * number, syn_need_owed=149 + number)
+        history.take_listeners([seen(reading)])
+    flood = silent_rows(4 * KEPT_HEIGHTS)
+    history.take_sweep(Sweep(at(4), flood[2:]))
+    assert history.reports()[0].syn_queue_needed == 50 + 149 + 1
+
+
+def test_a_need_that_is_read_again_unchanged_pushes_no_other_out() -> None:
+    history = ListenerHistory()
+    for height_s in (1, *[2] * 1000):
+        history.take_listeners([seen(overflown(syn_need_ns=at(height_s)))])
+    (heights,) = history._heights.values()
+    assert [facts.syn_need_ns for facts in heights] == [at(1), at(2)]
+
+
+def test_no_more_are_silent_than_are_owed() -> None:
+    """Clients of before the run are in the table, and not in what the programs counted."""
+    history = ListenerHistory()
+    history.take_listeners([seen(overflown(syn_need_owed=5))])
+    history.take_sweep(Sweep(at(4), silent_rows(40)))
+    (told,) = history.reports()
+    assert (told.silent, told.syn_queue_needed) == (5, 50)
+
+
+@pytest.mark.parametrize("highest", range(6))
+def test_who_was_let_go_is_taken_off_the_needs_from_its_syn_on(highest: int) -> None:
+    for after in range(8):
+        history = ListenerHistory()
+        for height in range(6):
+            owed = 149 if height == highest else 0
+            reading = overflown(syn_need_ns=at(height), syn_need_syn_queue=0, syn_need_owed=owed)
+            history.take_listeners([seen(reading)])
+        gone = Row(four_tuple(1), handshake(at(after - 0.5)))
+        history.take_sweep(Sweep(at(9), (gone,)))
+        history.take_leaving([HandshakeId(gone.four_tuple, gone.handshake.first_syn_ns)])
+        assert history.reports()[0].silent == (after <= highest)
+
+
+def test_only_so_many_needs_are_kept_however_long_a_flood_lasts() -> None:
+    history = ListenerHistory()
+    for number in range(20 * KEPT_HEIGHTS):
+        history.take_listeners([seen(overflown(syn_need_ns=at(0) + number))])
+    (heights,) = history._heights.values()
+    assert KEPT_HEIGHTS // 2 <= len(heights) <= KEPT_HEIGHTS
+
+
+def test_listeners_come_by_namespace_port_and_address() -> None:
+    places = [(7, 80, "192.0.2.9"), (7, 443, "192.0.2.1"), (7, 443, "192.0.2.5"), (9, 1, "::1")]
+    history = ListenerHistory()
+    history.take_listeners(
+        seen(facts(netns=netns, server_port=port, server_address=address_bytes(address)))._replace(
+            sockets=()
+        )
+        for netns, port, address in (places[i] for i in (2, 3, 0, 1))
+    )
+    told = [(one.netns, one.port, one.addresses[0]) for one in history.reports()]
+    assert told == places
 
 
 def test_the_addresses_of_one_socket_are_one_listener() -> None:
@@ -320,3 +479,11 @@ def test_chosen_rows_say_nothing_of_the_others() -> None:
     history.take_sweep(Sweep(at(4), silent_rows(40)))
     history.take_sweep(Sweep(at(4.5), (), SweepPart.CHOSEN))
     assert history.reports()[0].silent == 40
+
+
+def test_a_chosen_row_that_answers_before_the_next_sweep_is_not_silent() -> None:
+    history = ListenerHistory()
+    history.take_listeners([seen(overflown())])
+    history.take_sweep(Sweep(at(4), silent_rows(1), SweepPart.CHOSEN))
+    history.take_sweep(Sweep(at(5), ()))
+    assert history.reports()[0].silent == 0

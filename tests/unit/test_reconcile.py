@@ -40,6 +40,16 @@ def sent(start: Tally, end: Tally, coverage: Coverage = COMPLETE) -> Reconciled:
         (reading(None, 0, None), reading(5, 5, 5), (5, 5), True),
         (reading(10, 0, 10), reading(None, 5, None), None, None),
         (reading(10, 0, 10), reading(3, 5, 3), None, None),
+        (reading(10, 0, 10), reading(15, 5, 12), None, None),
+        (reading(10, 0, 3), reading(15, 5, 15), None, None),
+        (reading(10, 0, 11), reading(10, 1, 12), None, None),
+        (reading(10, 0, 11), reading(11, 1, 12), (0, 2), True),
+        (reading(10, 0, 12), reading(12, 1, 13), (0, 3), True),
+        (reading(10, 0, 12), reading(12, 0, 13), (0, 3), True),
+        (reading(10, 0, 10), reading(15, 0, 15), (5, 5), False),
+        (reading(10, 0, 10), reading(None, 0, None, outside=5), None, None),
+        (reading(10, 0, 10), reading(15, 5, None), None, None),
+        (reading(10, 0, 10), reading(None, 5, 15), None, None),
     ],
 )
 def test_the_comparison(
@@ -56,6 +66,28 @@ def test_the_difference_is_named() -> None:
     assert sent(reading(0, 0, 0), reading(5, 7, 5)).note == "differs by +2"
 
 
+def test_the_difference_counts_from_the_nearer_end_and_with_what_was_left_out() -> None:
+    start, before, after = reading(10, 0, 11), 15, 17
+    assert sent(start, reading(before, 1, after)).note == "differs by -3"
+    assert sent(start, reading(before, 1, after, outside=2)).note == "differs by -1"
+    assert sent(start, reading(before, 9, after)).note == "differs by +2"
+    assert sent(start, reading(before, 5, after, outside=5)).note == "differs by +3"
+
+
+def test_a_counter_that_a_reading_does_not_have_began_at_zero() -> None:
+    """Its protocol's statistics appear with the first use."""
+    empty: Tally = Tally(0, {NETNS: {}}, {}, {NETNS: {}})
+    end = reading(5, 5, 5)
+    assert sent(empty, end).kernel == (5, 5)
+    assert sent(empty, end._replace(kernel_before={NETNS: {}})).kernel == (0, 5)
+
+
+def test_with_a_probe_missing_what_agrees_still_agrees() -> None:
+    gap = CoverageGap("cookie_v6_init_sequence", "no such function", "IPv6")
+    row = sent(reading(0, 0, 0), reading(5, 5, 5), Coverage("fentry", gaps=(gap,)))
+    assert row.agrees is True
+
+
 def test_a_missing_probe_makes_ours_a_lower_bound() -> None:
     gap = CoverageGap("cookie_v6_init_sequence", "no such function", "IPv6")
     row = sent(reading(0, 0, 0), reading(5, 4, 5), Coverage("fentry", gaps=(gap,)))
@@ -69,7 +101,9 @@ def test_a_missing_probe_makes_ours_a_lower_bound() -> None:
         (5, 5, 0, None, {}),
         (5, 2, 3, None, {}),
         (5, 3, 0, None, {NETNS: 2}),
+        (5, 1, 2, None, {NETNS: 2}),
         (5, 7, 0, None, {}),
+        (5, 4, 4, None, {}),
         (5, 3, 0, "cookie_v6_check", {}),
         (5, 3, 0, "kfree_skb", {NETNS: 2}),
     ],
@@ -87,6 +121,12 @@ def test_acks_that_the_kernel_counted_and_nobody_saw(
     )
     gaps = () if gap is None else (CoverageGap(gap, "no such function", "something"),)
     assert unseen_acks(start, end, Coverage("kprobe", gaps=gaps)) == unseen
+
+
+def test_other_counters_say_nothing_of_acks() -> None:
+    start, end = reading(0, 0, 0), reading(5, 3, 5)
+    assert sent(start, end).agrees is False
+    assert unseen_acks(start, end, COMPLETE) == {}
 
 
 def test_what_did_not_move_is_left_out() -> None:

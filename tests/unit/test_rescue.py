@@ -9,8 +9,17 @@ from collections.abc import Callable
 import pytest
 
 from tcpstuck_bpf.candidate import MAX_TRIES, SYN_NOT_SEEN
-from tcpstuck_bpf.model import ATTEMPT_NOT_SENT, ATTEMPT_SENT, FourTuple
-from tcpstuck_bpf.rescue import FLOOD_SILENT
+from tcpstuck_bpf.flow import FlowReport
+from tcpstuck_bpf.model import (
+    ATTEMPT_NOT_SENT,
+    ATTEMPT_SENT,
+    Ending,
+    EventKind,
+    FourTuple,
+    Handshake,
+    HandshakeId,
+)
+from tcpstuck_bpf.rescue import FLOOD_SILENT, Rescuer
 from tcpstuck_bpf.rescue_policy import RescuePolicy
 from tcpstuck_bpf.unknown_clients import ASK_AGAIN_NS, MAX_ADDRESSES
 from tests.builders import (
@@ -19,7 +28,12 @@ from tests.builders import (
     START_NS,
     TIMEOUT_NS,
     at,
+    ended,
+    event,
     four_tuple,
+    handshake,
+    reports,
+    sweep,
 )
 from tests.rescue_world import (
     BACKLOG,
@@ -145,6 +159,82 @@ def test_as_many_unknown_silent_clients_as_are_no_flood_are_tried() -> None:
         world.table.syn(four_tuple(n), CLIENT_ISN, START_NS)
     world.run_until(START_NS + 10 * TIMEOUT_NS)
     assert world.rescuer.left_alone == {"no answer": FLOOD_SILENT}
+
+
+def stuck_reports(*entries: Handshake) -> list[FlowReport]:
+    """Silent clients of as many addresses, told as stuck."""
+    return reports([sweep(at(200), *entries)], at(200))
+
+
+def unknown_tried(rescuer: Rescuer, now_ns: int) -> set[FourTuple]:
+    return {plan.handshake_id.four_tuple for plan in rescuer.plan(now_ns, lambda _: False)}
+
+
+def known_tried(rescuer: Rescuer, now_ns: int) -> list[HandshakeId]:
+    return [plan.handshake_id for plan in rescuer.plan(now_ns, lambda _: True)]
+
+
+def test_a_try_made_in_time_is_waited_for_beyond_it() -> None:
+    rescuer = Rescuer(RescuePolicy())
+    rescuer.report(stuck_reports(handshake())[0])
+    assert len(known_tried(rescuer, at(57.9))) == 1
+    assert known_tried(rescuer, at(58.5)) == []
+    assert (rescuer.pending, rescuer.left_alone) == (1, {})
+    assert known_tried(rescuer, at(59)) == []
+    assert (rescuer.pending, rescuer.left_alone) == (0, {"too late": 1})
+
+
+def test_what_is_told_late_of_an_older_handshake_does_not_replace_the_newer() -> None:
+    rescuer = Rescuer(RescuePolicy())
+    (newer,) = stuck_reports(handshake(at(2)))
+    (older,) = stuck_reports(handshake(at(1)))
+    rescuer.report(newer)
+    rescuer.report(older)
+    assert rescuer.pending == 1
+    assert known_tried(rescuer, at(6)) == [HandshakeId(newer.four_tuple, at(2))]
+
+
+def test_who_leaves_makes_room_for_one_and_not_for_two() -> None:
+    rescuer = Rescuer(RescuePolicy(), max_candidates=3)
+    told = stuck_reports(*[handshake()] * 8)
+    for report in told[:3]:
+        rescuer.report(report)
+    gone = ended(handshake(), Ending.RESET, at(4))
+    for report in told[:2]:
+        rescuer.observe(event(EventKind.RESET, gone, at(4), report.four_tuple))
+    for report in told[3:]:
+        rescuer.report(report)
+    assert rescuer.pending == 3
+    assert rescuer.left_alone == {"no room": 3}
+
+
+def test_one_that_is_not_stuck_any_more_counts_as_nothing_when_it_ends() -> None:
+    """A SYN repeated twice shows a client without a SYN-ACK, which goes on by itself."""
+    world = silent_world()
+    world.table.syn(WHO, CLIENT_ISN, START_NS)
+    world.run_until(START_NS + TIMEOUT_NS + SECOND_NS)
+    for _ in range(2):
+        _repeat_syn(world)
+        world.run_until(world.now_ns + 2 * TIMEOUT_NS)
+    assert world.rescuer.left_alone == {}
+    world.table.reset(WHO, world.now_ns)
+    world.take_in()
+    assert world.rescuer.left_alone == {}
+
+
+@pytest.mark.parametrize(("beyond_ns", "is_flood"), [(0, True), (1, False)])
+def test_unknown_clients_are_a_flood_only_within_the_time(beyond_ns: int, is_flood: bool) -> None:
+    """Of 101 the first and the last are 10 s apart, or a nanosecond more."""
+    rescuer = Rescuer(RescuePolicy(include_unknown=True))
+    earlier, first, *others = stuck_reports(*[handshake()] * 102)
+    for report, time_ns in ((earlier, at(4)), (first, at(5))):
+        rescuer.report(report)
+        assert unknown_tried(rescuer, time_ns) >= {report.four_tuple}
+    for report in others:
+        rescuer.report(report)
+    sent = rescuer.plan(at(15) + beyond_ns, lambda _: False)
+    assert bool(sent) is not is_flood
+    assert ("flood suspected" in rescuer.left_alone) is is_flood
 
 
 def _repeat_syn(world: RescueWorld) -> None:

@@ -53,13 +53,53 @@ def test_a_rule_counts_only_where_its_chain_is_come_to() -> None:
     assert numbers(ruleset, Packet(who("2001:db8::1", "2001:db8::2"), "input", None)) == [1, 2]
 
 
+@pytest.mark.parametrize(("end", "port"), [("dport", 3311), ("sport", 40_000)])
+def test_a_range_of_ports_has_both_its_ends(end: str, port: int) -> None:
+    ranges = (
+        (f"{port}", True),
+        (f"{port}:{port}", True),
+        (f"1:{port}", True),
+        (f"{port}:65535", True),
+        (f"1:{port - 1}", False),
+        (f"{port + 1}:65535", False),
+    )
+    rules = tuple(rule("base", n, ((end, ports),), "input") for n, (ports, _) in enumerate(ranges))
+    expected = [n for n, (_, holds_port) in enumerate(ranges) if holds_port]
+    assert numbers(Ruleset(rules, ())) == expected
+
+
+def test_a_jump_to_a_chain_that_drops_nothing_leads_nowhere() -> None:
+    """Of such a chain no rule is read."""
+    ruleset = Ruleset(
+        (rule("base", 1, hook="input"),), (), jumps=(jump("base", "accepts", hook="input"),)
+    )
+    assert matching(ruleset) == Matching((0,), incomplete=False)
+
+
+@pytest.mark.parametrize(
+    ("client", "server", "expected"),
+    [("10.0.0.1", "192.0.2.1", [4, 0]), ("2001:db8::1", "2001:db8::2", [6, 0])],
+)
+def test_a_rule_for_the_other_ip_version_is_ruled_out(
+    client: str, server: str, expected: list[int]
+) -> None:
+    rules = (
+        rule("base", 4, (("nfproto", "ipv4"),), "input"),
+        rule("base", 6, (("nfproto", "ipv6"),), "input"),
+        rule("base", 0, hook="input"),
+    )
+    assert numbers(Ruleset(rules, ()), Packet(who(client, server), "input", None)) == expected
+
+
 addresses = st.sampled_from(["10.0.0.1", "10.1.0.1", "10.0.255.255", "192.0.2.7", "::1", "x"])
 conditions = st.lists(
     st.one_of(
         st.tuples(
             st.just("saddr"), st.builds(lambda a, n: f"{a}/{n}", addresses, st.integers(0, 33))
         ),
-        st.tuples(st.just("sport"), st.sampled_from(["1:65535", "40000", "1:39999", "http"])),
+        st.tuples(
+            st.just("sport"), st.sampled_from(["1:65535", "40000", "1:39999", "1:40000", "http"])
+        ),
         st.tuples(st.just("daddr"), st.sampled_from(["192.0.2.0/24", "192.0.3.0/24"])),
     ),
     max_size=3,
@@ -148,6 +188,25 @@ def test_rules_for_single_clients_are_found_without_a_look_at_the_others() -> No
     assert max(later) <= 4
 
 
+def test_a_look_for_networks_of_each_length_is_paid_for() -> None:
+    """Else somebody's rules could make more work than is counted."""
+    rules = tuple(rule("base", n, (("saddr", f"10.9.0.0/{n}"),), "input") for n in range(16, 33))
+    index = RuleIndex(Ruleset(rules, ()))
+    elsewhere = Packet(who("198.51.100.1"), "input", None)
+    index.matching(elsewhere)
+    assert cost(index, elsewhere) >= len(rules)
+
+
+def test_each_further_listener_pays_for_the_look_at_all_rules() -> None:
+    """Though none of them is for it."""
+    rules = tuple(rule("base", n, (("dport", "1"),), "input") for n in range(100))
+    index = RuleIndex(Ruleset(rules, ()))
+    for server in ("192.0.2.1", "192.0.2.2"):
+        packet = Packet(who(server=server), "input", None)
+        assert cost(index, packet) >= len(rules)
+        assert cost(index, packet) < 10
+
+
 def test_a_ruleset_that_makes_too_much_work_is_judged_no_more_and_that_is_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -168,6 +227,13 @@ def test_readings_that_share_their_rules_share_their_index() -> None:
     assert index_of(ruleset) is index_of(ruleset._replace(problems=("one",), read_ns=7))
     same = Ruleset((rule("base", 1, hook="input"),), ())
     assert index_of(same) is not index_of(ruleset)
+
+
+def test_namespaces_whose_drops_are_told_by_turns_each_keep_their_index() -> None:
+    several = [Ruleset((rule("base", n, hook="input"),), ()) for n in range(10)]
+    first = [index_of(ruleset) for ruleset in several]
+    again = [index_of(ruleset) for ruleset in several]
+    assert all(one is other for one, other in zip(first, again))
 
 
 def test_indexes_of_many_rules_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:

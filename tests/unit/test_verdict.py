@@ -310,6 +310,26 @@ def test_without_counters_the_accept_queue_tells_the_likely_cause(
     assert "could not be read here: judged by the accept queue" in text_of(finding)
 
 
+def test_without_counters_it_is_the_queue_at_the_ack_that_tells_and_not_at_another_segment() -> (
+    None
+):
+    """The queue was full when the client repeated its SYN, and not when its ACK was dropped."""
+    again = repeated(SYN_ONCE, at(0.5))
+    entry = ack_dropped(again, at(1), Moved.UNKNOWN)
+    queue = {"accept_queue_limit": 50}
+    finding = finding_of(
+        event(EventKind.SYN_REPEATED, again, at(0.5), accept_queue=51, **queue),
+        event(EventKind.ACK_DROPPED, entry, at(1), accept_queue=3, **queue),
+        swept(entry),
+    )
+    assert finding.verdict == "ack-failed"
+
+
+@pytest.mark.parametrize(("unseen", "words"), [(1, "1 valid ACK of"), (2, "2 valid ACKs of")])
+def test_how_many_acks_passed_unseen_is_said(unseen: int, words: str) -> None:
+    assert words in text_of(finding_of(*CASES["ack-missing"], unseen_acks=unseen))
+
+
 @pytest.mark.parametrize(
     ("counters", "sentence"),
     [
