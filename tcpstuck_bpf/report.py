@@ -63,6 +63,8 @@ class Status(NamedTuple):
     """Handshakes too young for a verdict."""
     still_stuck: int
     running_ns: int
+    flood_suspected: int = 0
+    """Silent clients that look like a SYN flood's, none of them in `still_stuck`."""
 
 
 class RescueTotals(NamedTuple):
@@ -113,6 +115,8 @@ class Summary(NamedTuple):
     rescue: RescueTotals | None = None
     """None where nothing was to be rescued."""
     listeners: tuple[ListenerReport, ...] = ()
+    flood_suspected: int = 0
+    """Silent clients that look like a SYN flood's: in `verdicts`, and not in the stuck ones."""
 
     @property
     def unwatched(self) -> int:

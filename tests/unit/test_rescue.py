@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from tcpstuck_bpf.candidate import MAX_TRIES
+from tcpstuck_bpf.flood import FLOOD_SILENT
 from tcpstuck_bpf.model import ATTEMPT_NOT_SENT, ATTEMPT_SENT, FourTuple
-from tcpstuck_bpf.rescue import FLOOD_SILENT
 from tcpstuck_bpf.rescue_policy import RescuePolicy
 from tcpstuck_bpf.unknown_clients import ASK_AGAIN_NS, MAX_ADDRESSES
 from tests.builders import (
