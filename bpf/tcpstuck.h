@@ -199,6 +199,14 @@ struct netns_counts {
 	__u64 count[NETNS_COUNT_MAX];
 };
 
+/*
+ * Both ends of the handshake that a start tries its programs by (tcpstuck_bpf/trial.py), in network
+ * order: 127.83.89.78. Other instances pass it over. No namespace has the number that the filter of
+ * the one which tries is set to meanwhile.
+ */
+#define TRIAL_ADDRESS 0x4e59537fU /* in memory, little-endian */
+#define NOBODYS_NETNS 0xffffffffU
+
 /* What the user asked to see; one entry, read by every program. */
 struct trace_config {
 	__u64 tell_completed_after_ns; /* a completion older than this is told; 0: every one */

@@ -54,6 +54,15 @@ MAX_RULES_AWAITED = 1024
 """Flows that may wait for the firewall's rules: in a flood few of them tell as much as all."""
 
 
+_ACKS = (
+    NetnsCount.COMPLETED,
+    NetnsCount.COMPLETED_UNTRACKED,
+    NetnsCount.ACKS_DROPPED,
+    NetnsCount.ACKS_DROPPED_UNTRACKED,
+)
+"""Counts of segments whose cookie was valid."""
+
+
 class _Told(NamedTuple):
     """What a verdict was made from."""
 
@@ -183,6 +192,9 @@ class Analysis:
 
     def _take_tally(self, tally: Tally) -> None:
         self._tallies = [*self._tallies[:1], tally]
+        for netns, counts in tally.traced.items():
+            acks = sum(counts.get(which, 0) for which in _ACKS)
+            self.correlator.note_acks(netns, tally.time_ns, acks)
         unseen = unseen_acks(self._tallies[0], tally, self.header.coverage)
         for netns, number in unseen.items():
             known = self._unseen.get(netns)
@@ -218,6 +230,7 @@ class Analysis:
             waiting=stats.pending,
             still_stuck=stats.still_stuck,
             running_ns=now_ns - self._tallies[0].time_ns,
+            flood_suspected=stats.flood_suspected,
         )
 
     def summary(self, ended: Ended) -> Summary:
@@ -269,6 +282,7 @@ class Analysis:
             cut_off_ns=ended.now_ns if ended.cut_off else None,
             rescue=self._rescue_totals(rescued),
             listeners=self._listeners.reports(self.header.coverage.gaps),
+            flood_suspected=stats.flood_suspected,
         )
 
     def _rescue_totals(self, rescued: int) -> RescueTotals | None:

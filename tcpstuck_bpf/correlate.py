@@ -20,9 +20,11 @@ from collections import Counter, deque
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
+from tcpstuck_bpf.flood import FloodWatch
 from tcpstuck_bpf.flow import (
     ENDED_STATES,
     SECOND_NS,
+    SILENT_STATES,
     STUCK_STATES,
     Decision,
     Flow,
@@ -40,6 +42,7 @@ from tcpstuck_bpf.flow import (
 from tcpstuck_bpf.model import (
     Ending,
     Event,
+    EventKind,
     FourTuple,
     Handshake,
     HandshakeId,
@@ -86,15 +89,28 @@ _ALWAYS_TOLD = STUCK_STATES | {
 }
 
 
+_KINDS_OF_REAL = frozenset(
+    {EventKind.COMPLETED, EventKind.ACK_DROPPED, EventKind.ACK_FILTERED, EventKind.NO_LISTENER}
+)
+# What no spoofed source brings about: an ACK of its cookie.
+_STATES_OF_REAL = _CONNECTED_AT_LAST | {
+    State.ACK_DROPPED,
+    State.ACK_FILTERED,
+    State.NO_LISTENER,
+}
+
+
 class CorrelatorStats(NamedTuple):
     """What the summary and the status line need; plain counts."""
 
     told_now: Mapping[State, int]
     """The current state of every flow ever told, evicted and forgotten ones included."""
     ever_stuck: int
-    """Flows told as stuck at any time."""
+    """Flows told as stuck at any time, but for those that look like a SYN flood's."""
     still_stuck: int
     """Of these, the ones still in a stuck state."""
+    flood_suspected: int
+    """Silent flows that look like a SYN flood's."""
     taken_over: int
     """Flows told as connected that an ordinary handshake connected, and no cookie's ACK."""
     untold: Mapping[State, int]
@@ -148,6 +164,7 @@ class Correlator:
         self._told_now: Counter[State] = Counter()
         self._untold: Counter[State] = Counter()
         self._counts: Counter[str] = Counter()
+        self._flood = FloodWatch()
 
     def observe(self, observation: Event | Sweep) -> None:
         """Take in an event, or a sweep (or one batch of it)."""
@@ -165,6 +182,8 @@ class Correlator:
             self._counts["duplicate"] += 1
         # The program that tells of a completion removes the entry; every other event leaves it.
         flow.in_table = flow.handshake.ending != Ending.COMPLETED
+        if event.kind in _KINDS_OF_REAL:
+            self._flood.note_real(event.four_tuple)
         self._touched.add(event.four_tuple)
 
     def _observe_sweep(self, sweep: Sweep) -> None:
@@ -197,6 +216,10 @@ class Correlator:
             self._young_in_sweep += young
         if sweep.part is not SweepPart.MORE:
             del self._deadlines[: bisect.bisect_right(self._deadlines, sweep.time_ns)]
+
+    def note_acks(self, netns: int, time_ns: int, total: int) -> None:
+        """How many ACKs for cookies came in a network namespace since the run began."""
+        self._flood.note_acks(netns, time_ns, total)
 
     def note_rescue(self, rescue: Rescue) -> None:
         """Take in what the rescuer did; of flows that are forgotten it counts nothing."""
@@ -261,6 +284,7 @@ class Correlator:
         elif flow.state in STUCK_STATES:
             self._told_now[flow.state] -= 1
             self._told_now[State.SUPERSEDED] += 1
+            self._is_no_flood(flow, is_real=False)
 
     def _keep_ready(self, report: FlowReport) -> None:
         if len(self._ready) == self._max_flows:
@@ -303,8 +327,67 @@ class Correlator:
             elif flow.unsettled and flow.open_as_of_ns > now_ns:
                 not_yet.add(four_tuple)
         self._touched = not_yet
-        reports.sort(key=lambda r: (r.decided_ns, r.four_tuple, r.handshake.first_syn_ns))
-        return reports
+        reports.sort(key=_by_time)
+        return self._beside_floods(reports)
+
+    def _beside_floods(self, reports: list[FlowReport]) -> list[FlowReport]:
+        """The reports, those of a SYN flood as such, and others to correct what was told before.
+
+        All are noted before the first is judged: what shows a flood comes after its first SYNs.
+        """
+        fresh = [r.state in SILENT_STATES and r.previous not in SILENT_STATES for r in reports]
+        for report, is_fresh in zip(reports, fresh):
+            entry = report.handshake
+            if report.state in _STATES_OF_REAL or entry.syn_count > 1:
+                self._flood.note_real(report.four_tuple)
+            elif is_fresh:
+                self._flood.note(report.four_tuple, entry)
+        revised = self._flood.settle()
+        told = [
+            self._with_flood(report) if is_fresh else report
+            for report, is_fresh in zip(reports, fresh)
+        ]
+        anew = filter(None, map(self._told_anew, revised))
+        return [*sorted(anew, key=_by_time), *told]
+
+    def _with_flood(self, report: FlowReport) -> FlowReport:
+        """A report of one that has just fallen silent."""
+        handshake = HandshakeId(report.four_tuple, report.handshake.first_syn_ns)
+        flow = self._flow_named(handshake)
+        if flow is None or report.handshake.syn_count > 1:
+            return report
+        why = self._flood.why(handshake)
+        if why:
+            self._is_flood(flow, why)
+        return report._replace(flood=why)
+
+    def _told_anew(self, handshake: HandshakeId) -> FlowReport | None:
+        """A silent flow that looks otherwise than it was told; None where it does not."""
+        flow = self._flow_named(handshake)
+        if flow is None or flow.state not in SILENT_STATES:
+            return None
+        why = self._flood.why(handshake)
+        if bool(why) == bool(flow.flood):
+            return None
+        if why:
+            self._is_flood(flow, why)
+        else:
+            self._is_no_flood(flow, is_real=True)
+        decided_ns = decide(flow.handshake, flow.told, self._timeout_ns).decided_ns
+        return _report(handshake.four_tuple, flow, flow.state, decided_ns)
+
+    def _is_flood(self, flow: Flow, why: str) -> None:
+        """What looks like a flood's was never stuck."""
+        flow.flood = why
+        self._counts["flood_suspected"] += 1
+        self._counts["ever_stuck"] -= 1
+
+    def _is_no_flood(self, flow: Flow, *, is_real: bool) -> None:
+        """It is none of a flood's any more; one that is real was stuck all the time."""
+        if flow.flood:
+            flow.flood = ""
+            self._counts["flood_suspected"] -= 1
+            self._counts["ever_stuck"] += is_real
 
     def _settle(self, four_tuple: FourTuple, flow: Flow, now_ns: int) -> FlowReport | None:
         """Bring a flow into the state its facts put it in by `now_ns`; a report if that is told."""
@@ -314,6 +397,8 @@ class Correlator:
         return report
 
     def _settled(self, four_tuple: FourTuple, flow: Flow, now_ns: int) -> FlowReport | None:
+        if flow.flood and flow.handshake.syn_count > 1:
+            self._flood.note_real(four_tuple)
         decision = decide(flow.handshake, flow.told, self._timeout_ns)
         state = decision.state
         if state in _CONNECTED_STATES and flow.ever_stuck:
@@ -336,6 +421,8 @@ class Correlator:
         if tell:
             return self._told_in(four_tuple, flow, state, decision.decided_ns)
         self._count_change(flow, state, tell)
+        if state not in SILENT_STATES:
+            self._is_no_flood(flow, is_real=state in _STATES_OF_REAL)
         flow.state = state
         return None
 
@@ -427,10 +514,12 @@ class Correlator:
             flow.state is None and flow.seen_ns >= self._sweep_ns for flow in self._flows.values()
         )
         told_now = {state: number for state, number in self._told_now.items() if number}
+        flooding = self._counts["flood_suspected"]
         return CorrelatorStats(
             told_now=told_now,
             ever_stuck=self._counts["ever_stuck"],
-            still_stuck=sum(told_now.get(state, 0) for state in STUCK_STATES),
+            still_stuck=sum(told_now.get(state, 0) for state in STUCK_STATES) - flooding,
+            flood_suspected=flooding,
             taken_over=self._counts["taken_over"],
             untold={state: number for state, number in self._untold.items() if number},
             pending=self._young_in_sweep + undecided,
@@ -443,6 +532,10 @@ class Correlator:
             duplicate=self._counts["duplicate"],
             torn=self._counts["torn"],
         )
+
+
+def _by_time(report: FlowReport) -> tuple[int, FourTuple, int]:
+    return (report.decided_ns, report.four_tuple, report.handshake.first_syn_ns)
 
 
 def _is_due(decision: Decision, flow: Flow, now_ns: int) -> bool:
@@ -475,4 +568,5 @@ def _report(four_tuple: FourTuple, flow: Flow, state: State, decided_ns: int) ->
         flags=flow.flags,
         segments_omitted=flow.segments_omitted,
         attempts=flow.attempts,
+        flood=flow.flood,
     )

@@ -61,7 +61,8 @@ class State(enum.Enum):
     """Given up by its client, which uses the 4-tuple for a new handshake."""
 
 
-STUCK_STATES = frozenset({State.SILENT, State.UNANSWERED, State.ACK_DROPPED, State.ACK_FILTERED})
+SILENT_STATES = frozenset({State.SILENT, State.UNANSWERED})
+STUCK_STATES = SILENT_STATES | {State.ACK_DROPPED, State.ACK_FILTERED}
 ENDED_STATES = frozenset(
     {
         State.COMPLETED,
@@ -152,6 +153,8 @@ class FlowReport(NamedTuple):
     """How many segments of the middle are missing from `segments`; `flags` knows of them."""
     attempts: tuple[Attempt, ...] = ()
     """Our repeated SYN-ACKs, oldest first."""
+    flood: str = ""
+    """Why a silent one looks like a SYN flood's, in words; empty where it does not."""
 
     @property
     def age_ns(self) -> int:
@@ -207,6 +210,7 @@ class Flow:
         "attempts",
         "ever_stuck",
         "flags",
+        "flood",
         "handshake",
         "in_table",
         "open_as_of_ns",
@@ -240,6 +244,8 @@ class Flow:
         self.unsettled = True
         self.attempts: tuple[Attempt, ...] = ()
         self.unanswered = False
+        self.flood = ""
+        """Why it is told as a SYN flood's; empty where it is not."""
 
     def note(self, handshake: Handshake, as_of_ns: int) -> bool:
         """Take in what an event or a sweep showed of the entry at `as_of_ns`; whether it is news.

@@ -8,7 +8,7 @@ from typing import TextIO
 from tcpstuck_bpf import terminal
 from tcpstuck_bpf.export import attempt_line, listener_line, summary_line, verdict_line
 from tcpstuck_bpf.model import Attempt
-from tcpstuck_bpf.render import TableRenderer
+from tcpstuck_bpf.render import FLOOD_FOLDED_NS, TableRenderer
 from tcpstuck_bpf.report import Status, Summary, WallClock
 from tcpstuck_bpf.terminal import CLEAR_LINE, printable
 from tcpstuck_bpf.verdict import Finding
@@ -25,7 +25,12 @@ class Selection:
         """The findings to be shown, in their order."""
         if self.nothing:
             return []
-        return [f for f in findings if not self._only or f.verdict in self._only]
+        return [f for f in findings if not self._only or self._is_asked_for(f)]
+
+    def _is_asked_for(self, finding: Finding) -> bool:
+        """A SYN flood's is not, but where it corrects what was shown."""
+        told_before = finding.updates is not None
+        return finding.verdict in self._only and (told_before or not finding.flood_suspected)
 
 
 class TableOutput:
@@ -37,6 +42,7 @@ class TableOutput:
         self._selection = selection
         self._terminal = stream.isatty()
         self._status_shown = False
+        self._floods_told_ns = 0
 
     def _clear(self) -> None:
         if self._status_shown:
@@ -45,26 +51,30 @@ class TableOutput:
 
     def findings(self, findings: list[Finding]) -> None:
         """Rows, below those already shown."""
-        shown = self._selection.of(findings)
-        if not shown:
-            return
-        self._clear()
-        for line in self._renderer.findings(shown):
-            self._stream.write(terminal.line(line))
-        self._stream.flush()
+        self._put(list(self._renderer.findings(self._selection.of(findings))))
 
-    def attempts(self, attempts: Sequence[Attempt]) -> None:
-        """What was done for stuck clients, where that is asked for."""
-        lines = list(self._renderer.attempts(attempts))
-        if not lines or self._selection.nothing:
+    def _put(self, lines: Sequence[str]) -> None:
+        if not lines:
             return
         self._clear()
         for line in lines:
             self._stream.write(terminal.line(line))
         self._stream.flush()
 
+    def attempts(self, attempts: Sequence[Attempt]) -> None:
+        """What was done for stuck clients, where that is asked for."""
+        lines = list(self._renderer.attempts(attempts))
+        if not self._selection.nothing:
+            self._put(lines)
+
     def status(self, status: Status) -> None:
-        """One line that the next output replaces; nothing where the stream is no terminal."""
+        """One line that the next output replaces; nothing where the stream is no terminal.
+
+        A flood that has ended is told here, for no finding comes after it.
+        """
+        if status.running_ns - self._floods_told_ns >= FLOOD_FOLDED_NS:
+            self._floods_told_ns = status.running_ns
+            self._put(list(self._renderer.floods()))
         if self._terminal:
             self._stream.write(CLEAR_LINE + printable(self._renderer.status(status)))
             self._stream.flush()
@@ -72,6 +82,7 @@ class TableOutput:
 
     def close(self) -> None:
         """Nothing more will come: what is said next does not stand behind a status line."""
+        self._put(list(self._renderer.floods()))
         self._clear()
         self._stream.flush()
 

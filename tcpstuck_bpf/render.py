@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 
 from tcpstuck_bpf.evidence import duration_text
+from tcpstuck_bpf.flow import SECOND_NS
 from tcpstuck_bpf.model import Attempt
 from tcpstuck_bpf.report import RescueTotals, Status, Summary, WallClock
 from tcpstuck_bpf.terminal import BOLD, PLAIN, RED, printable
@@ -23,6 +24,8 @@ from tcpstuck_bpf.verdict import RULES, Finding
 
 SHOWN_AT_ONCE = 1000
 """Rows of one verdict and server in one batch; more are folded into one line."""
+FLOOD_FOLDED_NS = 10 * SECOND_NS
+"""The silent clients of a SYN flood that so long a time told of make one line."""
 ROWS_PER_HEADING = 40
 ENDPOINT_WIDTH = len("255.255.255.255:65535")
 NARROW = 100
@@ -35,6 +38,7 @@ _GROUP = re.compile(r"(?<=\d) (?=\d{3}(?!\d))")
 """The space inside a number that `_grouped` wrote."""
 _UNBREAKABLE = "\xa0"
 
+SILENT_VERDICT = "ack-missing"
 _STUCK = {rule.name: rule.stuck for rule in RULES}
 _LOSSES = {
     "namespaces_uncounted": "segments in more network namespaces than are counted: not traced",
@@ -64,8 +68,36 @@ def endpoint(ip: str, port: int) -> str:
     return f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
 
 
+class _Folded:
+    """Silent clients of one listener that look like a SYN flood's and are told in one line."""
+
+    def __init__(self, first: Finding) -> None:
+        self.number = self.corrected = 0
+        self.from_ns = self.until_ns = first.first_syn_ns
+        self.since_ns = first.verdict_ns
+
+    def take_in(self, finding: Finding) -> None:
+        """One more of them."""
+        self.number += 1
+        self.corrected += finding.updates is not None
+        self.from_ns = min(self.from_ns, finding.first_syn_ns)
+        self.until_ns = max(self.until_ns, finding.first_syn_ns)
+
+    @property
+    def rate_text(self) -> str:
+        """How many a second; of what came within one second there is no rate."""
+        lasted_ns = self.until_ns - self.from_ns
+        rate = self.number * SECOND_NS // lasted_ns if lasted_ns >= SECOND_NS else 0
+        return f", {_grouped(rate)} a second" if rate else ""
+
+
 def _grouped(number: int) -> str:
     return f"{number:,}".replace(",", " ")
+
+
+def _silent_syns(number: int) -> str:
+    one = number == 1
+    return f"{_grouped(number)} silent SYN{'' if one else 's'} look{'s' * one} like a flood"
 
 
 class TableRenderer:
@@ -91,12 +123,19 @@ class TableRenderer:
         self._netns_shown: int | None = None
         self._narrow = width < NARROW
         self._rows_since_heading = ROWS_PER_HEADING
+        self._floods: dict[tuple[int, str], _Folded] = {}
 
     def findings(self, findings: Sequence[Finding]) -> Iterator[str]:
-        """Rows, in the order given; a flood of equal ones is folded after SHOWN_AT_ONCE."""
+        """Rows, in the order given; a flood of equal ones is folded after SHOWN_AT_ONCE.
+
+        What looks like a SYN flood's has no rows: one line each FLOOD_FOLDED_NS, and at the end.
+        """
         shown: Counter[tuple[str, str]] = Counter()
         for finding in findings:
             server = endpoint(finding.four_tuple.server_ip, finding.four_tuple.server_port)
+            if finding.flood_suspected:
+                yield from self._fold(finding, server)
+                continue
             shown[finding.verdict, server] += 1
             if shown[finding.verdict, server] <= SHOWN_AT_ONCE:
                 yield from self._finding(finding)
@@ -104,6 +143,37 @@ class TableRenderer:
             if number > SHOWN_AT_ONCE:
                 more = _grouped(number - SHOWN_AT_ONCE)
                 yield f"... and {more} more {verdict} at {server} (all of them in --json)"
+
+    def _fold(self, finding: Finding, server: str) -> Iterator[str]:
+        where = (finding.four_tuple.netns, server)
+        folded = self._floods.setdefault(where, _Folded(finding))
+        if finding.verdict_ns - folded.since_ns >= FLOOD_FOLDED_NS:
+            yield from self._flood(where)
+            folded = self._floods[where] = _Folded(finding)
+        folded.take_in(finding)
+
+    def floods(self) -> Iterator[str]:
+        """The lines of what was folded and is not told yet."""
+        for where in list(self._floods):
+            yield from self._flood(where)
+
+    def _flood(self, where: tuple[int, str]) -> Iterator[str]:
+        folded = self._floods.pop(where)
+        netns, server = where
+        place = "" if netns == self._own_netns else f" in network namespace {self._netns(netns)}"
+        shown = f"; {_grouped(folded.corrected)} of them stand above as stuck" * (
+            folded.corrected > 0
+        )
+        times = f"{self._time(folded.from_ns)} to {self._time(folded.until_ns)}"
+        yield from self._wrapped(
+            f"{_grouped(folded.number)} silent SYNs{folded.rate_text} at {server}{place}, {times}: "
+            f"likely a SYN flood, not told as stuck{shown} (each in --json)",
+            "... ",
+        )
+
+    def _time(self, monotonic_ns: int) -> str:
+        moment = self._clock.realtime(monotonic_ns) // SECOND_NS
+        return datetime.fromtimestamp(moment).strftime("%H:%M:%S")
 
     def _finding(self, finding: Finding) -> Iterator[str]:
         who = finding.four_tuple
@@ -119,8 +189,7 @@ class TableRenderer:
             self._rows_since_heading = 0
             yield from self._heading()
         self._rows_since_heading += 1
-        moment = self._clock.realtime(finding.verdict_ns) // 1_000_000_000
-        time = datetime.fromtimestamp(moment).strftime("%H:%M:%S")
+        time = self._time(finding.verdict_ns)
         verdict = ("!" if finding.stuck else " ") + finding.verdict
         age, meaning = duration_text(finding.age_ns), self._meaning(finding)
         if self._narrow:
@@ -214,15 +283,16 @@ class TableRenderer:
             if attempt.sent and not self._verbose:
                 continue
             who = attempt.handshake.four_tuple
-            moment = self._clock.realtime(attempt.time_ns) // 1_000_000_000
             yield from self._wrapped(
                 f"rescue: {endpoint(who.client_ip, who.client_port)}: {attempt_text(attempt)}",
-                datetime.fromtimestamp(moment).strftime("%H:%M:%S  "),
+                f"{self._time(attempt.time_ns)}  ",
             )
 
     def status(self, status: Status) -> str:
         """One line, cut to the width: what matters most comes first."""
         stuck = f"{_grouped(status.still_stuck)} STUCK" if status.still_stuck else "nothing stuck"
+        if status.flood_suspected:
+            stuck += f", {_silent_syns(status.flood_suspected)}"
         line = (
             f"{stuck}, watching {status.watched} for {duration_text(status.running_ns)}: "
             f"{_grouped(status.cookies_sent)} cookies sent, "
@@ -235,13 +305,11 @@ class TableRenderer:
         # Imported where it is used: it would delay every start, and JSON has no tables.
         from tabulate import tabulate
 
+        yield from self.floods()
         yield ""
         yield from self._answer(summary)
         yield ""
-        rows = [
-            (verdict, _grouped(number), "yes" if _STUCK.get(verdict) else "no")
-            for verdict, number in summary.verdicts.items()
-        ]
+        rows = list(self._verdict_rows(summary))
         table = tabulate(
             rows,
             headers=("verdict", "connections", "client stuck"),
@@ -260,6 +328,16 @@ class TableRenderer:
             yield from self._wrapped(f"note: {note}", "")
 
     @staticmethod
+    def _verdict_rows(summary: Summary) -> Iterator[tuple[str, str, str]]:
+        for verdict, number in summary.verdicts.items():
+            flooding = summary.flood_suspected if verdict == SILENT_VERDICT else 0
+            if number > flooding or not flooding:
+                stuck = "yes" if _STUCK.get(verdict) else "no"
+                yield (verdict, _grouped(number - flooding), stuck)
+            if flooding:
+                yield (f"{verdict} (flood suspected)", _grouped(flooding), "likely not")
+
+    @staticmethod
     def _no_longer(summary: Summary) -> Iterator[str]:
         if summary.rescue is not None and summary.rescue.rescued:
             yield f"{_grouped(summary.rescue.rescued)} rescued"
@@ -275,24 +353,25 @@ class TableRenderer:
             f"{_grouped(summary.cookies_sent)} cookies sent in "
             f"{duration_text(summary.duration_ns)} at {summary.watched}, traced by {summary.mode}"
         )
+        flood = f"; {_silent_syns(summary.flood_suspected)}" if summary.flood_suspected else ""
         if summary.still_stuck:
             plural = "connection is" if summary.still_stuck == 1 else "connections are"
             line = f"{_grouped(summary.still_stuck)} {plural} stuck"
             line += "".join(f", {ended}" for ended in self._no_longer(summary))
+            line += flood
             yield f"{RED}{line}{PLAIN}" if self._colour else line
         elif summary.data_lost and not summary.ever_stuck:
-            line = f"nothing stuck, {', '.join(self._no_longer(summary))}"
+            line = f"nothing stuck, {', '.join(self._no_longer(summary))}{flood}"
             yield f"{RED}{line}{PLAIN}" if self._colour else line
         elif summary.ever_stuck:
             ended = ", ".join(self._no_longer(summary)) or "their clients gave up"
-            yield f"nothing is stuck any more: {ended}"
+            yield f"nothing is stuck any more: {ended}{flood}"
         elif not summary.unwatched:
-            yield "nothing stuck"
+            yield f"nothing stuck{flood}"
         if summary.unwatched:
             yield from self._unwatched(summary)
         if summary.cut_off_ns is not None:
-            moment = self._clock.realtime(summary.cut_off_ns) // 1_000_000_000
-            until = datetime.fromtimestamp(moment).strftime("%H:%M:%S")
+            until = self._time(summary.cut_off_ns)
             yield f"The recording breaks off at {until}: this is what it holds until then."
         yield from self._wrapped(seen, "")
 
@@ -300,7 +379,9 @@ class TableRenderer:
         number = summary.unwatched
         plural = "handshake" if number == 1 else "handshakes"
         nothing = "" if summary.ever_stuck or summary.data_lost else "nothing was seen stuck, but "
+        flood = summary.flood_suspected if nothing else 0
         line = f"{nothing}{_grouped(number)} {plural} passed untraced: some may be stuck"
+        line += f"; {_silent_syns(flood)}" if flood else ""
         for wrapped in self._wrapped(line, ""):
             yield f"{RED}{wrapped}{PLAIN}" if self._colour else wrapped
 

@@ -63,6 +63,8 @@ class Status(NamedTuple):
     """Handshakes too young for a verdict."""
     still_stuck: int
     running_ns: int
+    flood_suspected: int = 0
+    """Silent clients that look like a SYN flood's, none of them in `still_stuck`."""
 
 
 class RescueTotals(NamedTuple):
@@ -115,6 +117,8 @@ class Summary(NamedTuple):
     listeners: tuple[ListenerReport, ...] = ()
     namespace_gone: int = 0
     """Told as stuck once, in network namespaces that nothing leads to any more."""
+    flood_suspected: int = 0
+    """Silent clients that look like a SYN flood's: in `verdicts`, and not in the stuck ones."""
 
     @property
     def unwatched(self) -> int:

@@ -13,7 +13,7 @@ Times are CLOCK_MONOTONIC nanoseconds.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from tcpstuck_bpf.candidate import (
     Place,
     overflowed,
 )
+from tcpstuck_bpf.flood import SilenceRate
 from tcpstuck_bpf.flow import SECOND_NS, STUCK_STATES, FlowReport
 from tcpstuck_bpf.model import (
     ATTEMPT_NOT_SENT,
@@ -50,9 +51,6 @@ LAST_TRY_AFTER_NS = 20 * SECOND_NS
 for three times as long."""
 EXPIRY_MARGIN_NS = 2 * SECOND_NS
 """For the answer to arrive before the cookie expires."""
-FLOOD_SILENT = 100
-FLOOD_WINDOW_NS = 10 * SECOND_NS
-"""More silent clients of unknown addresses than that within this time may be a SYN flood."""
 MAX_CANDIDATES = 131_072
 
 _NEVER_NS = -1
@@ -89,7 +87,7 @@ class Rescuer:
         self._listeners = Listeners()
         self._addresses = AddressPace(policy.rate_per_address)
         self._bucket = TokenBucket(policy.rate)
-        self._unknown_ns: deque[int] = deque(maxlen=FLOOD_SILENT + 1)
+        self._unknown_rate = SilenceRate()
         self._flood_ns = _NEVER_NS
         self._unknown = UnknownClients()
         self._unanswered: list[HandshakeId] = []
@@ -314,9 +312,8 @@ class Rescuer:
                     self._place(self._left[who])
 
     def _note_unknown(self, now_ns: int) -> None:
-        self._unknown_ns.append(now_ns)
-        oldest_ns = self._unknown_ns[0]
-        if len(self._unknown_ns) > FLOOD_SILENT and now_ns - oldest_ns <= FLOOD_WINDOW_NS:
+        self._unknown_rate.note(now_ns)
+        if self._unknown_rate.is_high(now_ns):
             self._flood_ns = now_ns
 
     def _end_waits(self, now_ns: int) -> None:

@@ -264,7 +264,8 @@ class KernelSource:
                 f"whether the programs run was not tried: no handshake of our own: {error}"
             )
         else:
-            counted = self.tables.forget_counts(netns)
+            # Of everything else, too: others may have tried their programs meanwhile.
+            counted = self.tables.take_counts().get(netns, {})
             trial.require_seen(counted, has_counters=self._kernel.layout.has_counters)
         self._set_filter(self._programs, self._settings.trace_filter.netns)
 

@@ -185,12 +185,12 @@ class Tables:
                 total[which] += value
         return total
 
-    def forget_counts(self, netns: int) -> dict[NetnsCount, int]:
-        """What was counted in a namespace that nobody will hear of any more; zeros for nothing."""
-        key = struct.pack("=I", netns)
-        total = self._counted(key)
-        self._maps["counts"].delete(key)
-        return total
+    def take_counts(self) -> NetnsCounts:
+        """What was counted until now, which begins anew from nothing."""
+        counted = self.counts()
+        for netns in counted:
+            self._maps["counts"].delete(struct.pack("=I", netns))
+        return counted
 
     def listeners(self) -> tuple[ListenerFacts, ...]:
         """What is known of the queues of each address and port that SYNs came for, in order."""

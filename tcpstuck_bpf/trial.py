@@ -18,6 +18,8 @@ from tcpstuck_bpf.model import NetnsCount
 
 NOBODYS_NETNS = 0xFFFF_FFFF
 """No namespace has this inode number: a filter for it leaves everything out."""
+ADDRESS = "127.83.89.78"
+"""Of both ends. The programs of other instances pass it over: they are asked for other things."""
 PATIENCE_S = 60.0
 """On the loopback interface it takes no time; an emulated machine with other work may take some."""
 
@@ -46,9 +48,11 @@ def _handshake() -> int:
         fcntl.ioctl(listener.fileno(), _SIOCSIFFLAGS, _IFREQ.pack(b"lo", _IFF_UP))
         _COOKIES.write_text(_ALWAYS, encoding="ascii")
         listener.settimeout(PATIENCE_S)
-        listener.bind(("127.0.0.1", 0))
+        listener.bind((ADDRESS, 0))
         listener.listen(1)
-        with socket.create_connection(listener.getsockname(), PATIENCE_S) as client:
+        with socket.create_connection(
+            listener.getsockname(), PATIENCE_S, source_address=(ADDRESS, 0)
+        ) as client:
             # The server's socket can be accepted before the program at the end of cookie_v4_check
             # has run. What comes after the ACK is handled after it.
             client.sendall(b"\n")
@@ -65,8 +69,8 @@ def require_seen(counted: Mapping[NetnsCount, int], *, has_counters: bool) -> No
     Raises CannotTraceError where they did not run. An ACK is counted only where they can read the
     kernel's counters.
     """
-    unseen = [] if counted[NetnsCount.COOKIES_SENT_OUTSIDE] else ["SYN"]
-    if has_counters and not counted[NetnsCount.COOKIES_RECEIVED_OUTSIDE]:
+    unseen = [] if counted.get(NetnsCount.COOKIES_SENT_OUTSIDE) else ["SYN"]
+    if has_counters and not counted.get(NetnsCount.COOKIES_RECEIVED_OUTSIDE):
         unseen.append("ACK")
     if unseen:
         why, remedy = _switched_off()

@@ -88,6 +88,8 @@ class Finding(NamedTuple):
     """How often the SYN-ACK was repeated for it."""
     drop: Drop | None = None
     """Where and why this host dropped its ACK."""
+    flood_suspected: bool = False
+    """Whether it is silent amid what looks like a SYN flood: then it is not told as stuck."""
 
 
 def _accept_queue_was_full(report: FlowReport) -> bool:
@@ -321,8 +323,10 @@ def _gap_sentences(missing: tuple[str, ...], coverage: Coverage) -> Iterator[str
         yield f"no probe on {probe}{why}: {lost}"
 
 
-def _of_cause(rule: Rule, drop: Drop | None) -> tuple[str, str]:
+def _of_cause(rule: Rule, drop: Drop | None, *, in_flood: bool) -> tuple[str, str]:
     """Meaning and advice, as far as the cause of the drop is known that of the cause."""
+    if in_flood:
+        return FLOOD_MEANING, FLOOD_ADVICE
     if drop is not None and drop.cause is not None:
         named = drop.netfilter.rule
         what = drop.cause.what if named is None else f"{drop.cause.what}, {rule_text(named)}"
@@ -350,7 +354,7 @@ def _certainty(
         # Its first ACK may have been good, and this one have been under way on another CPU then.
         return "possible" if missing else "likely"
     gave_up_maybe = report.state is State.SILENT and report.handshake.syn_count > 1
-    if missing or gave_up_maybe or report.state is State.UNANSWERED:
+    if missing or gave_up_maybe or report.flood or report.state is State.UNANSWERED:
         return "possible"
     if ending_of(report.handshake) == Ending.TAKEN_OVER:
         # Nobody has seen the end of the ordinary handshake that took over.
@@ -364,6 +368,13 @@ def _certainty(
     cause_unsure = report.handshake.drop_counters & Moved.UNKNOWN
     return "likely" if report.state is State.ACK_DROPPED and cause_unsure else rule.certainty
 
+
+FLOOD_MEANING = "no ACK got here; looks like a SYN flood's spoofed source"
+FLOOD_ADVICE = (
+    "a spoofed source waits for nothing, there is nothing to mend: SYN cookies are the remedy for "
+    "a flood, and at work. If these addresses are your clients', look for what drops ACKs on the "
+    "way here"
+)
 
 UPDATE_FOLLOWS = "the rules are being read: once they are, another verdict says what they tell"
 NO_ROOM_FOR_UPDATE = "too many verdicts wait for the rules already: this one is not told again"
@@ -398,7 +409,7 @@ def judge(
         return None
     entry = report.handshake
     drop = drop_of(report, names)
-    meaning, advice = _of_cause(rule, drop)
+    meaning, advice = _of_cause(rule, drop, in_flood=bool(report.flood))
     missing = missing_probes(rule, report.four_tuple.family, coverage)
     certainty = _certainty(rule, report, missing, drop)
     mixed_up = [gap for gap in coverage.gaps if gap.probe == SOFTIRQ_LOCK]
@@ -408,7 +419,7 @@ def judge(
         certainty = "likely" if certainty == "certain" else "possible"
     return Finding(
         verdict=rule.name,
-        stuck=rule.stuck,
+        stuck=rule.stuck and not report.flood,
         certainty=certainty,
         four_tuple=report.four_tuple,
         syn_count=entry.syn_count,
@@ -421,6 +432,7 @@ def judge(
         meaning=meaning,
         evidence=(
             *evidence(report, drop),
+            *filter(None, (report.flood,)),
             *_sight_of_drops(rule, coverage),
             *_gap_sentences(missing, coverage),
             *(f"no {gap.probe} ({gap.why}): {gap.lost}" for gap in mixed_up),
@@ -434,4 +446,5 @@ def judge(
         bytes_missed=bytes_missed(entry),
         rescue_tries=sum(attempt.sent for attempt in report.attempts),
         drop=drop,
+        flood_suspected=bool(report.flood),
     )

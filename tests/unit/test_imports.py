@@ -26,6 +26,7 @@ PURE = (
     "terminal",
     "replay",
     "explain",
+    "flood",
     "rescue",
     "synack",
     "backlog_knobs",
@@ -190,6 +191,7 @@ DOORS = {
     "output.summary",
     "output.status",
     "output._clear",
+    "output._put",
     "replay._write_line",
 }
 """Where text leaves: each passes it through `terminal` or `json_text`."""

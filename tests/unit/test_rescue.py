@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from tcpstuck_bpf.candidate import MAX_TRIES, SYN_NOT_SEEN
+from tcpstuck_bpf.flood import FLOOD_SILENT
 from tcpstuck_bpf.flow import FlowReport
 from tcpstuck_bpf.model import (
     ATTEMPT_NOT_SENT,
@@ -19,7 +20,7 @@ from tcpstuck_bpf.model import (
     Handshake,
     HandshakeId,
 )
-from tcpstuck_bpf.rescue import FLOOD_SILENT, Rescuer
+from tcpstuck_bpf.rescue import Rescuer
 from tcpstuck_bpf.rescue_policy import RescuePolicy
 from tcpstuck_bpf.unknown_clients import ASK_AGAIN_NS, MAX_ADDRESSES
 from tests.builders import (

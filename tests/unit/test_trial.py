@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 import threading
 from pathlib import Path
 
@@ -40,7 +42,12 @@ def test_a_handshake_that_was_seen_is_good() -> None:
 
 @pytest.mark.parametrize(
     ("counted", "unseen"),
-    [(NOTHING, "the SYN and the ACK"), (SYN_SEEN, "the ACK"), (NOTHING, "the SYN")],
+    [
+        ({}, "the SYN and the ACK"),
+        (NOTHING, "the SYN and the ACK"),
+        (SYN_SEEN, "the ACK"),
+        (NOTHING, "the SYN"),
+    ],
 )
 @pytest.mark.parametrize(
     ("switches", "why", "remedy"),
@@ -72,3 +79,12 @@ def test_what_passed_unseen_is_no_start_and_the_switch_is_named(
     assert f"{unseen} of a handshake" in refused.value.why
     assert why in refused.value.why
     assert remedy in refused.value.remedy
+
+
+def test_both_ends_are_as_the_programs_know_them() -> None:
+    """So that other instances pass the handshake over."""
+    header = (Path(__file__).parents[2] / "bpf" / "tcpstuck.h").read_text("ascii")
+    (address,) = re.findall(r"#define TRIAL_ADDRESS (0x\w+)U", header)
+    (netns,) = re.findall(r"#define NOBODYS_NETNS (0x\w+)U", header)
+    assert int(address, 16).to_bytes(4, "little") == socket.inet_aton(trial.ADDRESS)
+    assert int(netns, 16) == trial.NOBODYS_NETNS
