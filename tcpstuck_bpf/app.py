@@ -182,7 +182,7 @@ class Live:
     output: Output
     recorder: Recorder | None
     read_kernel_counters: Callable[[Collection[int] | None], KernelCounters]
-    """Of the network namespaces with these inode numbers; None: of all."""
+    """The counters of the network namespaces with these inode numbers; None: of all."""
     clock_ns: Callable[[], int] = time.monotonic_ns
     stop: bool = False
     reading: bool = field(default=False, init=False)

@@ -15,7 +15,7 @@ class Knob(NamedTuple):
     """What sets the backlog of one server."""
 
     names: tuple[str, ...]
-    """Of the processes that hold its socket: /proc/PID/comm, 15 characters at most."""
+    """Names of the processes that hold its socket: /proc/PID/comm, 15 characters at most."""
     setting: str
     """What to set; of a server without a setting, the program."""
     constant: int | None = None

@@ -116,7 +116,7 @@ class Candidate:
         self.budget = False
         self.number = 0
         self.tries = 0
-        """Of the `number` attempts, those that a full accept queue did not answer."""
+        """Those of the `number` attempts that a full accept queue did not answer."""
         self.tried_ns = 0
         self.answer_owed = False
         """The last try counts as one without an answer, so far."""

@@ -53,9 +53,9 @@ if TYPE_CHECKING:
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 WIDTH_OF_A_PIPE = 200
 _FRAMES_TOLD = 3
-"""Of an error that nobody expected: where it was raised, and who called."""
+"""How many callers an error that nobody expected is told with."""
 _OUTPUT_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EAGAIN})
-"""Of a disk or terminal that standard output goes to; what else may meet them says so itself."""
+"""What a disk or terminal behind standard output refuses with; who else meets it says so itself."""
 
 _REPLAY_OPTIONS = frozenset({"replay", "json", "verbose", "only", "summary"})
 _DOCTOR_OPTIONS = frozenset({"doctor", "vmlinux", "against", "json", "verbose"})

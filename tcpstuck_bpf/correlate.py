@@ -108,7 +108,7 @@ class CorrelatorStats(NamedTuple):
     ever_stuck: int
     """Flows told as stuck at any time, but for those that look like a SYN flood's."""
     still_stuck: int
-    """Of these, the ones still in a stuck state."""
+    """Those of them that are still in a stuck state."""
     flood_suspected: int
     """Silent flows that look like a SYN flood's."""
     taken_over: int

@@ -319,13 +319,13 @@ class Drop:
     """The kernel's word; None where it has none."""
     place: str | None
     cause: Cause | None
-    """Of an ACK that did not come as far as the cookie's check."""
+    """What dropped an ACK that did not come as far as the cookie's check."""
     hook: str | None = None
-    """Of netfilter."""
+    """Netfilter's hook."""
     counter: str | None = None
     """The kernel's counter that stands for it."""
     refusal: Cause | None = None
-    """Of an ACK that the cookie's check itself dropped; None where nobody says."""
+    """Why the cookie's check itself dropped an ACK; None where nobody says."""
     netfilter: Suspicion = NOT_NETFILTER
     """Which rule it can have been."""
 

@@ -37,9 +37,9 @@ MAX_SECONDS = 128
 MAX_ADDRESSES = 65_536
 MAX_LISTENERS = 1024
 MAX_REVISED = 4096
-"""Of one listener, clients told before the flood was seen that may be told anew."""
+"""Clients of one listener, told before the flood was seen, that may be told anew."""
 MAX_OF_ADDRESS = 32
-"""Of one address, clients told as a flood's that may be told anew."""
+"""Clients of one address, told as a flood's, that may be told anew."""
 _MARKS = 16
 _CHANCE_SIGMAS = 5
 _REAL_HANDSHAKES = 3

@@ -59,7 +59,7 @@ class Suspicion(NamedTuple):
         return any(suspect.may_reset for suspect in self.suspects)
 
     def of_full_queue(self) -> Suspicion:
-        """Of a packet that no program could be handed: it was one of the rules that queue.
+        """The suspects of a packet that no program could be handed: the rules that queue.
 
         Nobody has seen it, so nobody has answered it.
         """
@@ -67,7 +67,7 @@ class Suspicion(NamedTuple):
         return self._among(queueing)
 
     def of_queue_verdict(self) -> Suspicion:
-        """Of a packet that came back from a queue: the rules that can have put it there."""
+        """The suspects of a packet that came back from a queue: what can have put it there."""
         found = self._among(rule for rule in self.suspects if rule.queues)
         return found._replace(notes=(*found.notes, NOT_THE_RULE))
 

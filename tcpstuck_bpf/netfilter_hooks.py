@@ -380,7 +380,7 @@ def _bpf_link(link: int) -> DropRule | None:
 
 
 def _link_info(file: int) -> tuple[int, ...]:
-    """Of struct bpf_link_info: type, id, prog_id, and of netfilter's part pf and hooknum."""
+    """Type, id and prog_id of struct bpf_link_info, and pf and hooknum of its part of netfilter."""
     info = ctypes.create_string_buffer(_LINK_INFO_BYTES)
     bpf(_INFO_BY_FILE, struct.pack("=IIQ", file, len(info), ctypes.addressof(info)))
     return struct.unpack_from("=III4xII", info.raw)

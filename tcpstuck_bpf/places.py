@@ -18,7 +18,7 @@ from tcpstuck_bpf.model import Handshake, KernelNames, Row, Ruleset
 _SYMBOLS = Path("/proc/kallsyms")
 _REASON_PREFIX = "SKB_DROP_REASON_"
 _NO_REASONS = ("SUBSYS_", "MAX")
-"""Of other enums with that prefix (include/net/dropreason.h), or no reason."""
+"""What other enums with that prefix have (include/net/dropreason.h), and what is no reason."""
 _SUBSYSTEM_SHIFT = 16
 _REASONS_OF_THE_PROGRAMS = ("NO_SOCKET", "PACKET_SOCK_ERROR")
 _FUNCTION_KINDS = frozenset(b"tTwW")

@@ -61,7 +61,7 @@ _ENDLESS_NUMBER = re.compile(rb"\d{1000}")
 """Reading one takes the square of its length; Python refuses that itself from 3.10.7 on."""
 _TOO_LARGE = "takes more memory than there is"
 _MOST_ENTRIES = (1 << 32) - 1
-"""Of a BPF map: max_entries of union bpf_attr."""
+"""The most entries of a BPF map: max_entries of union bpf_attr."""
 
 
 @dataclass(frozen=True)

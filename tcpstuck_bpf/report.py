@@ -73,7 +73,7 @@ class RescueTotals(NamedTuple):
     sent: int
     """SYN-ACKs repeated, all tries together."""
     not_sent: int
-    """Of a dry run: those that would have been."""
+    """SYN-ACKs that a dry run would have repeated."""
     failed: Mapping[str, int]
     """Those that could not be sent, by what the kernel said."""
     rescued: int

@@ -19,17 +19,17 @@ _NFPROTO = {4: "ipv4", 6: "ipv6"}
 _ADDRESS_BITS = {4: 32, 6: 128}
 
 MOST_SUSPECTS = 32
-"""Of one packet. More of them help nobody, and each verdict names them all."""
+"""How many one packet may have. More help nobody, and each verdict names them all."""
 MOST_STEPS = 2_000_000
 """Looks at a rule or a chain, for all packets that are held against one reading: about a second.
 A ruleset of 20 000 rules with 50 listeners needs half of it once, and then a few for each packet.
 """
 _KEPT_INDEXES = 32
-"""Of readings. One for each network namespace whose drops are told at the same time is enough."""
+"""How many readings have one. One for each namespace whose drops are told at a time is enough."""
 _INDEXED_RULES = 50_000
-"""Of all of them together, at some 500 bytes each."""
+"""The rules in all of them together, at some 500 bytes each."""
 _VIEWED_RULES = 20_000
-"""Of all views of one index, whose entries are its own: what they share out is room in lists."""
+"""The rules in all views of one index, which share its entries: each takes room in lists only."""
 
 _Chain = tuple[str, str, str]
 """Family, table and name."""

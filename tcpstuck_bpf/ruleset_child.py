@@ -55,7 +55,7 @@ _CONNTRACK = (
 """Functions of connection tracking, their hooks, and what counts the packets that they drop; the
 last column is not there before 5.15 (nf_conntrack_standalone.c)."""
 _MOST_DEVICES = 4096
-"""Of one namespace. Of more than that the names are not handed over."""
+"""Devices of one namespace whose names are handed over; where there are more, none are."""
 _MOST_ANSWER = 16 << 20
 """Characters: the most rules come to a quarter of it, unless somebody has made up long names."""
 _PR_SET_PDEATHSIG = 1

@@ -69,7 +69,7 @@ _OPTIONS = {
 }
 
 Place = tuple[str, str, str]
-"""Of a chain: family, table and name."""
+"""A chain's family, table and name."""
 
 
 class Parts(NamedTuple):

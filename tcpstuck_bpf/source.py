@@ -40,7 +40,7 @@ from tcpstuck_bpf.tables import Tables
 
 EVENT_PAGES = 256
 EVENTS_AT_ONCE = 512
-"""Of a poll: in a flood of events everything else has its turn as well."""
+"""Events that one poll takes: in a flood of them everything else has its turn as well."""
 MAX_NAMESPACES = 1024
 MAX_KNOWN_CLIENTS = 65_536
 MAX_LISTENERS = 4096

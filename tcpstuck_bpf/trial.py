@@ -19,7 +19,7 @@ from tcpstuck_bpf.model import NetnsCount
 NOBODYS_NETNS = 0xFFFF_FFFF
 """No namespace has this inode number: a filter for it leaves everything out."""
 ADDRESS = "127.83.89.78"
-"""Of both ends. The programs of other instances pass it over: they are asked for other things."""
+"""The address of both ends. The programs of other instances pass it over."""
 PATIENCE_S = 60.0
 """On the loopback interface it takes no time; an emulated machine with other work may take some."""
 

@@ -83,7 +83,7 @@ class Finding(NamedTuple):
     to_be_updated: bool = False
     """Whether the firewall's rules are still to be read, and another verdict tells their part."""
     bytes_missed: int = 0
-    """Of the client's, by the server's application."""
+    """The client's bytes that the server's application will never see."""
     rescue_tries: int = 0
     """How often the SYN-ACK was repeated for it."""
     drop: Drop | None = None

@@ -24,7 +24,7 @@ KINDS = (FENTRY, FEXIT, KPROBE, RAW_TRACEPOINT, TYPED_TRACEPOINT)
 
 MAGIC = b"tcpstuck programs 1\n"
 MOST_BYTES = 4 << 20
-"""Of a whole artifact; ours have some 100 KiB."""
+"""Bytes of a whole artifact; ours have some 100 KiB."""
 _MOST_OF_A_KIND = 64
 _MOST_INSTRUCTIONS = 1 << 17
 _LENGTH = struct.Struct("<I")

@@ -21,7 +21,7 @@ from tcpstuck_bpf.kernel.kept_files import (
 )
 
 MOST_BUILT = 256
-"""Of a directory of built programs no more are looked at: both modes of a hundred kernels."""
+"""How many files of a directory are looked at: both modes of a hundred kernels."""
 
 
 def _name(wanted: Compilation) -> str:

@@ -66,7 +66,7 @@ class Compilation:
 
     @property
     def all_flags(self) -> list[str]:
-        """Of the compiler."""
+        """Flags of the compiler."""
         return [*self.flags, *(["-DTCPSTUCK_FENTRY"] if self.mode == "fentry" else [])]
 
     def identity(self) -> str:

@@ -148,7 +148,7 @@ class KeptFiles:
 
 
 def names(directory: int) -> list[str]:
-    """Of all that is in a directory that is open."""
+    """All names in a directory that is open."""
     with os.scandir(directory) as entries:
         return [entry.name for entry in entries]
 
