@@ -33,9 +33,11 @@ from tcpstuck_bpf.ruleset_text import (
     xtables_rules,
 )
 
-CPU_LIMIT_S = 10
-"""Of processor time, for this process and for each program it runs: a hundred times what 5 000
-rules take."""
+CPU_LIMIT_S = 60
+"""Seconds of processor time, for this process and for each program it runs. How much work there can
+be is bounded by what is read; this ends what loops. In an emulated machine whose processors others
+use as well, to begin alone has taken seven.
+"""
 MEMORY_LIMIT = 256 << 20
 """Bytes of private memory, for each of them: 5 000 rules take 50 MiB."""
 MOST_TEXT = 32 << 20

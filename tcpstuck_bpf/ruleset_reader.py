@@ -10,17 +10,20 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 from tcpstuck_bpf.model import Ruleset
 from tcpstuck_bpf.recorded_parts import ruleset_of
 
-LIMIT_S = 60.0
+LIMIT_S = 300.0
 """For one reading. It ends a wait for one that hangs; nobody else waits for it."""
 _CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from tcpstuck_bpf import ruleset_child; sys.exit(ruleset_child.main(int(sys.argv[2])))"
 )
 """With our own search path and no other: what lies in the current directory is not to be run."""
+_PACKAGE_PLACE = str(Path(__file__).resolve().parents[1])
+"""The child begins without `site`, a third faster, and so without an editable install's finder."""
 
 
 def read_ruleset(inode: int) -> Ruleset:
@@ -45,8 +48,9 @@ class _EndedError(Exception):
 
 def _answer(inode: int) -> bytes:
     """Raises OSError, TimeoutExpired and _EndedError."""
+    path = [*sys.path, _PACKAGE_PLACE]
     child = subprocess.Popen(
-        [sys.executable, "-I", "-c", _CHILD, json.dumps(sys.path), str(inode)],
+        [sys.executable, "-I", "-S", "-c", _CHILD, json.dumps(path), str(inode)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
