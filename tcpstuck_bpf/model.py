@@ -242,11 +242,21 @@ class Ruleset(NamedTuple):
     """Index and name of the network devices there; None where they are not known."""
     counted_ns: int = 0
     """When the last of them was read, `packets` with it; 0 where that is not known."""
+    namespace: int = 0
+    """The namespace's cookie (SO_NETNS_COOKIE, from 5.14 on); 0 where it is not known. An inode
+    number may be used again, by a namespace with the same rules and counters of its own."""
 
     @property
     def contents(self) -> tuple[object, ...]:
         """What two readings have in common between which nothing was changed."""
-        return (self.rules, self.jumps, self.problems, self.elsewhere, self.devices)
+        return (
+            self.rules,
+            self.jumps,
+            self.problems,
+            self.elsewhere,
+            self.devices,
+            self.namespace,
+        )
 
     def shares_rules_with(self, other: Ruleset) -> bool:
         """Whether it has the very rules of another one, as readings that are alike are kept."""

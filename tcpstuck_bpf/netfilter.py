@@ -174,7 +174,9 @@ def rules_after(readings: Sequence[Ruleset], dropped_ns: int) -> Read | None:
         alike = [
             reading
             for reading in readings[: len(readings) - len(after)]
-            if reading.shares_rules_with(first) and 0 < reading.counted_ns <= dropped_ns - _RACE_NS
+            if 0 != reading.namespace == first.namespace
+            and reading.shares_rules_with(first)
+            and 0 < reading.counted_ns <= dropped_ns - _RACE_NS
         ]
         return Read(first, first.read_ns - dropped_ns, alike[-1] if alike else None)
     nearest = after[0] if after else readings[-1]

@@ -98,7 +98,9 @@ def _attempt(values: list[Any]) -> Attempt:
 def ruleset_of(values: list[Any]) -> Ruleset:
     """The way back. Of recordings before counters and jumps were kept the rest is missing."""
     rules, problems, read_ns, *more = values
-    jumps, packets, elsewhere, devices, counted_ns = more or ((), (), (), None, 0)
+    jumps, packets, elsewhere, devices, counted_ns, namespace = (
+        [*more, 0][:6] if more else ((), (), (), None, 0, 0)
+    )
     return Ruleset(
         tuple(map(_drop_rule, rules)),
         tuple(map(str, problems)),
@@ -108,6 +110,7 @@ def ruleset_of(values: list[Any]) -> Ruleset:
         tuple(map(str, elsewhere)),
         None if devices is None else tuple((integer(i), str(name)) for i, name in devices),
         integer(counted_ns),
+        integer(namespace),
     )
 
 

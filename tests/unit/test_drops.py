@@ -534,7 +534,7 @@ COUNTING = (RULE, LATER)
 
 def counted(*packets: int | None, read_s: float, counted_s: float | None = None) -> Ruleset:
     done_s = read_s if counted_s is None else counted_s
-    return Ruleset(COUNTING, (), at(read_s), packets=packets, counted_ns=at(done_s))
+    return Ruleset(COUNTING, (), at(read_s), packets=packets, counted_ns=at(done_s), namespace=1)
 
 
 @pytest.mark.parametrize(
@@ -552,6 +552,15 @@ def counted(*packets: int | None, read_s: float, counted_s: float | None = None)
         ([counted(3, 5, read_s=0, counted_s=0.15), counted(3, 6, read_s=0.2)], [4, 9]),
         ([counted(3, 5, read_s=0, counted_s=0.095), counted(3, 6, read_s=0.2)], [4, 9]),
         ([counted(3, 5, read_s=0)._replace(counted_ns=0), counted(3, 6, read_s=0.2)], [4, 9]),
+        # What was read before was another namespace of this inode number, or may have been.
+        ([counted(3, 5, read_s=0)._replace(namespace=2), counted(3, 6, read_s=0.2)], [4, 9]),
+        (
+            [
+                one._replace(namespace=0)
+                for one in (counted(3, 5, read_s=0), counted(3, 6, read_s=0.2))
+            ],
+            [4, 9],
+        ),
         # What was read before had other rules.
         (
             [counted(3, 5, read_s=0)._replace(rules=(LATER, RULE)), counted(3, 6, read_s=0.2)],
