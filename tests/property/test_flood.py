@@ -39,9 +39,11 @@ def test_the_real_ones_in_a_flood_are_told_as_ever(
     world = FloodWorld([*syns, *stuck], 0 if sender in WITH_A_PATTERN else 5, seed)
     summary = world.watch()
     found = {who for who, finding in world.at_last.items() if finding.stuck}
-    assert found == {one.four_tuple for one in stuck}
+    # Two of them may have drawn the same port.
+    clients = {one.four_tuple for one in stuck}
+    assert found == clients
     assert {world.at_last[who].certainty for who in found} <= {"likely", "certain"}
-    assert (summary.still_stuck, summary.ever_stuck) == (STUCK, STUCK)
+    assert (summary.still_stuck, summary.ever_stuck) == (len(clients), len(clients))
     assert summary.flood_suspected == len({one.four_tuple for one in syns})
 
 
