@@ -691,7 +691,7 @@ static __always_inline bool port_marked(u16 port)
 /*
  * A new entry of the awaiting-ACK table. To find that there is no room for one takes the lock of
  * every CPU's free list before 54a9c3a42d92 ("bpf: Avoid grabbing spin_locks of all cpus when no
- * free elems", 5.19), for each SYN of a flood. So it is found once, and remembered until an entry
+ * free elems"), for each SYN of a flood. So it is found once, and remembered until an entry
  * goes or user space has swept the table.
  */
 static __always_inline long new_entry(struct handshake_key *key, struct handshake *fresh)

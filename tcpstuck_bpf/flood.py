@@ -46,8 +46,8 @@ _REAL_HANDSHAKES = 3
 """One address with so many silent handshakes is no chance, where spoofed ones hardly ever recur."""
 _STEPS = 75
 _RISING_PERCENT = 85
-"""Of numbers drawn at random half rise from one to the next. That so many of `_STEPS` do happens
-once in 10^10 times."""
+"""Half of the numbers drawn at random rise from one to the next. That so many of `_STEPS` do
+happens once in 10^10 times."""
 
 _FEW = f"more than {FLOOD_SILENT} addresses fell silent at this listener within {FLOOD_WINDOW_S} s"
 _LIKE_A_FLOOD = "this looks like a SYN flood from spoofed addresses"

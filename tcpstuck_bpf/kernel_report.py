@@ -25,11 +25,11 @@ from tcpstuck_bpf.probes import ATTACH_ALL, EVERY_PROBE, Probe
 from tcpstuck_bpf.softirqs import softirq_gaps
 
 ANY_ADDRESS = 1
-"""Of the per-CPU offsets: where they are is known of a running kernel only."""
+"""The per-CPU offsets: where they are is known of a running kernel only."""
 COUNTER_PREFIX = "LINUX_MIB_"
 DROP_REASON_PREFIX = "SKB_DROP_REASON_"
 SUBSYSTEM_PREFIX = "SKB_DROP_REASON_SUBSYS_"
-"""Of other enums, and of a mask: whose reasons a number beyond 65535 is one of."""
+"""Names of other enums and of a mask: whose reason a number beyond 65535 is."""
 
 
 class FunctionFact(NamedTuple):

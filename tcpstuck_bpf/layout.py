@@ -70,12 +70,12 @@ DROP_MEMBERS = (
     Member("net_device", "ifindex", "u32", "net_device", "ifindex"),
     Member("net_device", "nd_net", "struct net *", "net_device", "nd_net.net"),
 )
-"""Of packets that are dropped before TCP; without them only those drops are not seen."""
+"""Members of packets that are dropped before TCP; without them only those drops are not seen."""
 LONGEST_SPAN = 64
 """Bytes; more of them on a program's stack leave too little room for the rest."""
 
 COUNTERS = ("SYNCOOKIESRECV", "SYNCOOKIESFAILED", "LISTENOVERFLOWS", "LISTENDROPS")
-"""Of enum LINUX_MIB_*. The programs read the first two at once, and the last two."""
+"""Names in enum LINUX_MIB_*. The programs read the first two at once, and the last two."""
 PER_CPU_OFFSET_SYMBOL = "__per_cpu_offset"
 
 

@@ -36,7 +36,7 @@ from tcpstuck_bpf.ruleset_text import (
 CPU_LIMIT_S = 60
 """Seconds of processor time, for this process and for each program it runs. How much work there can
 be is bounded by what is read; this ends what loops. In an emulated machine whose processors others
-use as well, to begin alone has taken seven.
+use as well, a start of the tool itself has taken seven.
 """
 MEMORY_LIMIT = 256 << 20
 """Bytes of private memory, for each of them: 5 000 rules take 50 MiB."""
@@ -212,7 +212,7 @@ def _conntrack_drops(statistics: Path, columns: Sequence[str]) -> int | None:
 
 
 def _cookie() -> int:
-    """A number that no other namespace of this boot has or had; 0 before 5.14 (socket(7))."""
+    """A number that no other namespace of this boot has or had; 0 before 5.14, which has none."""
     try:
         with socket.socket() as inside:
             cookie = inside.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, _COOKIE_BYTES)

@@ -32,7 +32,7 @@ _PROGRAM_INFO_BYTES = 256
 _RECURSION_MISSES_AT = 208
 """In struct bpf_prog_info, since 5.12."""
 _MAP_INFO = struct.Struct("=6I")
-"""Of struct bpf_map_info: type, id, key_size, value_size, max_entries, map_flags."""
+"""Members of struct bpf_map_info: type, id, key_size, value_size, max_entries, map_flags."""
 _INSTRUCTION_BYTES = 8
 _LONGEST_NAME = 15
 _LICENCE = b"GPL"
