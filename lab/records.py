@@ -85,8 +85,8 @@ class Outcome:
     """The verdict that is true of each connection that is not simply healthy."""
     healthy: frozenset[FourTuple] = frozenset()
     """Greeted without ever having been stuck."""
-    accepted: frozenset[FourTuple] = frozenset()
-    """What the server's application got from accept()."""
+    accepted: Mapping[FourTuple, int | None] = field(default_factory=dict)
+    """What the server's application got from accept(), and when; None where only `ss` tells."""
     counters_before: Mapping[str, int] = field(default_factory=dict)
     counters_after: Mapping[str, int] = field(default_factory=dict)
 

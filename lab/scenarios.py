@@ -48,7 +48,8 @@ def mariadb_stall(settings: Settings) -> Outcome:
         server.resume()
         stuck = _stuck_once_all_is_quiet(scene)
         return scene.done(
-            dict.fromkeys(stuck, "accept-queue-full"), accepted=scene.known_to_server()
+            dict.fromkeys(stuck, "accept-queue-full"),
+            accepted=dict.fromkeys(scene.known_to_server()),
         )
 
 

@@ -127,7 +127,7 @@ class Scene:
     def done(
         self,
         expected: Mapping[FourTuple, str],
-        accepted: frozenset[FourTuple] = frozenset(),
+        accepted: Mapping[FourTuple, int | None] | None = None,
     ) -> Outcome:
         """Tell the hook that all has happened, and make the outcome."""
         if self._watched:
@@ -143,7 +143,7 @@ class Scene:
             wire=self.watch.records if self._watched else {},
             expected=dict(expected),
             healthy=frozenset(greeted - expected.keys()),
-            accepted=accepted,
+            accepted=accepted or {},
             counters_before=self._before,
             counters_after=self.topology.server.counters(),
         )
@@ -156,12 +156,14 @@ class Scene:
         """By how much a TcpExt counter of the server's namespace has risen since `ready`."""
         return self.topology.server.counters()[counter] - self._before[counter]
 
-    def accepted_by(self, server: Greeter) -> frozenset[FourTuple]:
-        """The connections our own server has accepted."""
-        return frozenset(
-            FourTuple(peer.peer_ip, peer.peer_port, self.server_ip, self.settings.port)
+    def accepted_by(self, server: Greeter) -> dict[FourTuple, int]:
+        """The connections our own server has accepted, and when."""
+        return {
+            FourTuple(
+                peer.peer_ip, peer.peer_port, self.server_ip, self.settings.port
+            ): peer.time_ns
             for peer in server.accepted()
-        )
+        }
 
     def waiting(self) -> frozenset[FourTuple]:
         """The clients that are connected and wait for the greeting, by their own record."""

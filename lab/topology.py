@@ -72,6 +72,10 @@ SYSCTLS_OF_SOME_KERNELS: Mapping[str, str] = {
 
 Result = TypeVar("Result")
 _instances = itertools.count(1)
+_held: list[int] = []
+"""An open file of each namespace that was made, for the process's life. The kernel gives the lowest
+free inode number to the next one (ns_alloc_inum), and what a tracer tells of one that is gone must
+not be taken for a word about another."""
 # The helpers that pyroute2 forks have 1 s by default, which an emulated machine can need.
 pyroute2_settings.default_communicate_timeout = int(patient(COMMAND_S))
 
@@ -81,7 +85,8 @@ class Namespace:
 
     A network namespace belongs to a thread, not to a process: whatever the resident thread
     opens, reads or starts belongs to this namespace, and the rest of the process stays where
-    it is. Raises LabError where the namespace cannot be made.
+    it is. Its inode number is of no other namespace as long as the process lives. Raises LabError
+    where the namespace cannot be made.
     """
 
     def __init__(self, name: str) -> None:
@@ -92,7 +97,9 @@ class Namespace:
             raise LabError(
                 f"cannot make the network namespace {name}", str(error), "run the lab as root"
             ) from error
-        self.inode = (Path(netns.NETNS_RUN_DIR) / name).stat().st_ino
+        held = os.open(Path(netns.NETNS_RUN_DIR) / name, os.O_RDONLY | os.O_CLOEXEC)
+        _held.append(held)
+        self.inode = os.fstat(held).st_ino
         self._resident = ThreadPoolExecutor(1, name, netns.setns, (name, 0))
 
     def run(self, function: Callable[..., Result], *arguments: Any, **named: Any) -> Result:

@@ -99,19 +99,17 @@ class Tracer:
                 if words != self._words:
                     self._await_file(ready, inotify, self._process)
 
-    def await_reported(self, expected: Mapping[FourTuple, str], netns: int, first: int = 0) -> bool:
+    def await_reported(self, expected: Mapping[FourTuple, str], netns: int) -> bool:
         """Wait until the tracer has named everything expected; False where it does not in time.
 
         What it says it will tell again has to be told again.
 
-        Decoded lines count from the `first` on: a namespace that is gone may have left its inode
-        number, and with the same addresses its clients' ports, to the one of this scenario.
         Undecoded output counts as soon as it contains every client's address and port.
         """
 
         def reported() -> bool:
             if self._decodes:
-                verdicts = settled_verdicts(self.lines[first:], netns)
+                verdicts = settled_verdicts(self.lines, netns)
                 return all(verdicts.get(key) == verdict for key, verdict in expected.items())
             return all(self.names(key) for key in expected)
 

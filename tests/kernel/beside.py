@@ -33,8 +33,7 @@ def lab_name(four_tuple: model.FourTuple) -> FourTuple:
 class Beside:
     """A listener that answers every SYN by a cookie, and the source beside it.
 
-    A namespace may get the inode number of one that is gone, so the source is emptied first and
-    its counts are those since then.
+    The source is emptied first: what others left in its table would be swept as well.
     """
 
     topology: Topology

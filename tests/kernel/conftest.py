@@ -153,8 +153,8 @@ def session_tracer(request: pytest.FixtureRequest) -> Iterator[Tracer]:
 def shared_tracer(session_tracer: Tracer) -> Tracer:
     """One run of the tool per mode, beside many scenarios: starting it is what takes long.
 
-    Each scenario has its own network namespaces, by which its verdicts are told apart. A namespace
-    that is gone may have left its inode number: what was told before the test is forgotten.
+    Each scenario has its own network namespaces, by which its verdicts are told apart, also those
+    that come after its end (`namespace-gone`).
     """
     assert session_tracer.running, "the tool that the tests share has ended"
     session_tracer.forget_lines()
@@ -172,14 +172,12 @@ def compared(shared_tracer: Tracer) -> Callable[..., tuple[Outcome, Comparison]]
     """Play a scenario beside the shared tracer; the outcome, and what the tool said compared."""
 
     def run(name: str, clients: int, family: str = "4") -> tuple[Outcome, Comparison]:
-        first = len(shared_tracer.lines)
-
         def hook(stage: Stage) -> None:
             if stage.name != READY:
-                shared_tracer.await_reported(stage.expected, stage.netns, first)
+                shared_tracer.await_reported(stage.expected, stage.netns)
 
         outcome = play(name, clients=clients, family=family, after=hook)
-        return outcome, compare(outcome, shared_tracer.lines[first:])
+        return outcome, compare(outcome, shared_tracer.lines)
 
     return run
 

@@ -50,7 +50,7 @@ def module_tracer(request: pytest.FixtureRequest) -> Iterator[Tracer]:
 
 @pytest.fixture
 def without_counters(module_tracer: Tracer) -> Tracer:
-    """The same for one test, without what was told before: namespaces' numbers are used again."""
+    """The same for one test, without what was told before."""
     module_tracer.forget_lines()
     return module_tracer
 

@@ -32,18 +32,18 @@ def warnings_of_the_kernel() -> list[str]:
 
 @pytest.mark.parametrize("family", ["4", "6"])
 def test_it_stands_in_the_timeline_of_each_stuck_client(either_tracer: Tracer, family: str) -> None:
-    before, first = warnings_of_the_kernel(), len(either_tracer.lines)
+    before = warnings_of_the_kernel()
 
     def hook(stage: Stage) -> None:
         if stage.name != READY:
-            either_tracer.await_reported(stage.expected, stage.netns, first)
+            either_tracer.await_reported(stage.expected, stage.netns)
 
     outcome = play("overflow", clients=100, family=family, after=hook)
     (warning,) = warnings_of_the_kernel()[len(before) :]
     assert str(PORT) in warning
     stuck = [
         line
-        for line in either_tracer.lines[first:]
+        for line in either_tracer.lines
         if line["type"] == "verdict"
         and line["netns"] == outcome.netns
         and line["verdict"] == "accept-queue-full"

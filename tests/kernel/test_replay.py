@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from lab.records import FourTuple
 from tests.kernel.conftest import Traced
 
 pytestmark = pytest.mark.kernel
@@ -22,23 +22,23 @@ WITHOUT_BCC = "import sys; sys.modules['bcc'] = None; from tcpstuck_bpf.cli impo
 def assert_recovered_when_the_clients_closed(run: Traced) -> None:
     """The told delay is from the SYN to the FIN, by the clients' own records.
 
-    The SYN was sent between the call of connect() and its success; the FIN between the note that
-    a client closes and that of the one that closes after it.
+    The SYN was sent between the call of connect() and its success; the FIN came between the note
+    that a client closes and the return of accept(), which it alone makes possible.
     """
     records = {tuple(record.four_tuple): record for record in run.outcome.clients}
-    closings_ns = sorted(record.closed_ns or 0 for record in run.outcome.clients)
-    next_ns = dict(zip(closings_ns, [*closings_ns[1:], time.monotonic_ns()]))
     recovered = [line for line in run.verdicts if line["verdict"] == "recovered"]
     assert len(recovered) == len(records)
     for line in recovered:
         who = (line["client_ip"], line["client_port"], line["server_ip"], line["server_port"])
         opened_ns, connected_ns = records[who].opened_ns, records[who].connected_ns
         closed_ns = records[who].closed_ns
+        accepted_ns = run.outcome.accepted[FourTuple(*who)]
         assert connected_ns is not None
         assert closed_ns is not None
+        assert accepted_ns is not None
         least_ms, most_ms = (
             (closed_ns - connected_ns) / 1_000_000,
-            (next_ns[closed_ns] - opened_ns) / 1_000_000,
+            (accepted_ns - opened_ns) / 1_000_000,
         )
         assert least_ms - ROUNDED_MS <= line["delay_ms"] <= most_ms + ROUNDED_MS
         assert line["updates"] == "ack-filtered"

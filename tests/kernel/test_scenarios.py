@@ -87,12 +87,11 @@ def test_the_mss_that_the_cookie_keeps(
     mss: int,
 ) -> None:
     """Ethernet's 1500 bytes without the headers of IP and TCP; the kernel's tables have both."""
-    first = len(shared_tracer.lines)
     outcome, comparison = compared("ack-dropped", 2, family)
     assert comparison.agrees, comparison
     told = {
         (line["client_port"], *re.findall(r"\(MSS (.*?)\)", str(line["evidence"])))
-        for line in shared_tracer.lines[first:]
+        for line in shared_tracer.lines
         if line["type"] == "verdict" and line["netns"] == outcome.netns
     }
     # A client may be told twice: the firewall's rules are read beside it.
