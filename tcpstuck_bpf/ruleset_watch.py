@@ -16,7 +16,10 @@ from tcpstuck_bpf.model import Ruleset
 INTERVAL_NS = 1_000_000_000
 """A namespace's rules are not read more often than that: a flood must not be paid for."""
 SHARE = 4
-"""After a reading comes a pause of so many times its length, whichever namespace is next."""
+"""To each reading belongs a pause of so many times its length, whichever namespace is next."""
+AT_ONCE_NS = 10_000_000_000
+"""Readings of so much time together follow one another, and their pauses come later: a slow machine
+is not to wait for the first causes."""
 
 
 class _Done(NamedTuple):
@@ -54,7 +57,8 @@ class RulesetWatch:
         self._read_ns: dict[int, int] = {}
         """By namespace, when the latest reading began."""
         self._rests_until_ns: dict[int, int] = {}
-        self._next_ns = 0
+        self._paid_until_ns = 0
+        """When all readings so far and their pauses would be over, had each had its own at once."""
         self._under_way = False
         self._hurried = False
         self._done: queue.SimpleQueue[_Done] = queue.SimpleQueue()
@@ -77,8 +81,9 @@ class RulesetWatch:
         return found
 
     def _is_due(self, netns: int, now_ns: int) -> bool:
-        rested_ns = max(self._next_ns, self._rests_until_ns.get(netns, 0))
-        return self._hurried or now_ns >= rested_ns
+        is_paused = self._paid_until_ns - now_ns >= SHARE * AT_ONCE_NS
+        has_rested = now_ns >= self._rests_until_ns.get(netns, 0)
+        return self._hurried or (has_rested and not is_paused)
 
     def hurry(self) -> None:
         """The run ends: what is wanted is read without a pause from now on."""
@@ -87,7 +92,8 @@ class RulesetWatch:
     def _take(self, done: _Done, found: dict[int, Ruleset]) -> None:
         now_ns = self._clock_ns()
         cost_ns = now_ns - done.ruleset.read_ns
-        self._next_ns = now_ns + SHARE * cost_ns
+        begun_ns = max(self._paid_until_ns, done.ruleset.read_ns)
+        self._paid_until_ns = begun_ns + (SHARE + 1) * cost_ns
         self._rests_until_ns[done.netns] = now_ns + INTERVAL_NS
         self._under_way = False
         found[done.netns] = done.ruleset

@@ -122,8 +122,8 @@ def test_a_verdict_does_not_wait_for_the_rules_and_is_told_again_with_them(
 
 
 def test_what_was_read_before_the_drop_is_no_proof_and_is_corrected(tmp_path: Path) -> None:
-    """The pause between two readings puts the second one off beyond the second verdict."""
-    machine = Machine(2, (0, RULE), (3, LATER))
+    """A namespace rests between two readings: the second one ends after the second verdict."""
+    machine = Machine(3, (0, RULE), (4, LATER))
     machine.drop()
     other = ack_filtered(handshake(at(3)), at(3.1))
     machine.script.append(

@@ -9,7 +9,7 @@ import pytest
 
 from lab.patience import COMMAND_S, patient
 from tcpstuck_bpf.model import Ruleset
-from tcpstuck_bpf.ruleset_watch import INTERVAL_NS, SHARE, RulesetWatch
+from tcpstuck_bpf.ruleset_watch import AT_ONCE_NS, INTERVAL_NS, SHARE, RulesetWatch
 from tests.builders import at
 
 ONE, OTHER = 7, 8
@@ -75,18 +75,31 @@ def test_a_namespace_rests_and_another_does_not_wait_for_it() -> None:
     machine.watch.taken()
     machine.watch.want(OTHER, at(-1))
     cost_ns = INTERVAL_NS // 100
-    machine.end_after(cost_ns)
-    assert machine.jobs == []
+    assert ONE in machine.end_after(cost_ns)
     machine.watch.want(ONE, machine.now_ns)
-    machine.now_ns += SHARE * cost_ns
-    machine.watch.taken()
     assert OTHER in machine.end_after(cost_ns)
+    assert machine.jobs == []
     machine.now_ns = at(0) + cost_ns + INTERVAL_NS - 1
     machine.watch.taken()
     assert machine.jobs == []
     machine.now_ns += 1
     machine.watch.taken()
     assert ONE in machine.end_after(cost_ns)
+
+
+def test_slow_readings_follow_one_another_until_they_have_taken_much_time() -> None:
+    """As on a slow machine: the cause of the first drops is not to wait for a pause."""
+    machine = Machine()
+    cost_ns = AT_ONCE_NS // 4
+    for netns in range(10):
+        machine.watch.want(netns, at(-1))
+    machine.watch.taken()
+    for netns in range(4):
+        assert netns in machine.end_after(cost_ns)
+    assert machine.jobs == []
+    machine.now_ns += SHARE * cost_ns
+    machine.watch.taken()
+    assert len(machine.jobs) == 1
 
 
 @pytest.mark.parametrize("namespaces", [1, 50])
@@ -96,7 +109,7 @@ def test_a_flood_of_drops_has_rules_read_for_a_part_of_the_time(
 ) -> None:
     machine = Machine()
     spent_ns = 0
-    while machine.now_ns < at(0) + 200 * max(cost_ns, INTERVAL_NS):
+    while machine.now_ns < at(0) + 400 * max(cost_ns, INTERVAL_NS):
         for netns in range(namespaces):
             machine.watch.want(netns, machine.now_ns)
         machine.watch.taken()
@@ -105,7 +118,7 @@ def test_a_flood_of_drops_has_rules_read_for_a_part_of_the_time(
             spent_ns += cost_ns
         machine.now_ns += cost_ns
     passed_ns = machine.now_ns - at(0)
-    assert spent_ns <= passed_ns // SHARE
+    assert spent_ns <= AT_ONCE_NS + passed_ns // SHARE
     busy = min(1 / (SHARE + 2), namespaces * cost_ns / (INTERVAL_NS + 3 * cost_ns))
     assert spent_ns >= 0.8 * busy * passed_ns
 
