@@ -8,6 +8,10 @@ from tcpstuck_bpf.errors import TcpstuckError
 class LabError(TcpstuckError):
     """The lab could not be built or played; what, why and remedy are single lines."""
 
+    def __str__(self) -> str:
+        """What and why: in a test's report there is nothing else."""
+        return f"{self.what}: {self.why}"
+
     def lines(self) -> list[str]:
         """The message as it is printed, one line each of what, why and remedy."""
         return [f"lab: {self.what}", f"  why: {self.why}", f"  remedy: {self.remedy}"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lab.errors import LabError, LabTimeoutError
 from lab.patience import COMMAND_S, patient
-from lab.topology import CLIENT_ADDRESS, INTERFACE
+from lab.topology import CLIENT_ADDRESS, INTERFACE, SERVER_ADDRESS
 
 if TYPE_CHECKING:
     from lab.topology import Namespace
@@ -70,13 +70,13 @@ def held_back(namespace: Namespace) -> Iterator[None]:
 
     This is the extra batching that the article's client had from its virtual machine: all
     SYN-ACKs arrive at once, and so do the ACKs they draw. A token bucket of a byte per second
-    holds everything but the first packet (its burst has to be a whole packet).
+    holds everything but the first packet (its burst has to be a whole packet), which is ours.
 
-    The requests in a SYN queue that is more than half full live for 7 s (reqsk_timer_handler), so
-    the process that lets go is started before anything is held.
+    The process that lets go is started before anything is held: to start one takes long.
     """
     bucket = f"dev {INTERFACE} root tbf limit 16mb"
     namespace.command("tc", *f"qdisc add {bucket} rate 8bit burst 100".split())
+    namespace.run(_send_datagram)
     with namespace.popen(
         ["tc", "-batch", "-"], stdin=subprocess.PIPE, stderr=subprocess.PIPE
     ) as letting_go:
@@ -103,5 +103,7 @@ def _finished(process: subprocess.Popen[bytes], text: str) -> str:
 
 
 def _send_datagram() -> None:
+    """To both ends: one of them is our own, the other beyond the interface."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-        sender.sendto(b"\n", (CLIENT_ADDRESS[4], DISCARD_PORT))
+        for end in (CLIENT_ADDRESS[4], SERVER_ADDRESS[4]):
+            sender.sendto(b"\n", (end, DISCARD_PORT))

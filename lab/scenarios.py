@@ -262,23 +262,36 @@ def play(
 
 
 def connect_in_one_batch(scene: Scene) -> None:
-    """All clients connect, and their SYN-ACKs reach them together.
+    """All clients connect, their SYNs reach the server together, and so do its answers them.
+
+    The requests in a SYN queue that is more than half full live for 7 s (reqsk_timer_handler), and
+    to open the sockets may take longer than that: so the SYNs are held until all are open.
 
     No SYN is repeated, however long that takes. The first ACKs make room in the SYN queue, and a
     SYN that came before its client has heard of the cookie would be taken into it: that client's
     ACK would be dropped because of its own request, not because of the accept queue.
+
+    Raises LabError where a request has expired all the same.
     """
     clients = scene.settings.clients
     repeated = repeated_syn_rule(scene.settings.port)
     # The rule is there before anything is held back: to make one may take seconds.
     with dropping(scene.topology.client, repeated, scene.ip_version, "OUTPUT"):
         with held_back(scene.topology.server):
-            scene.connect()
+            with held_back(scene.topology.client):
+                scene.connect()
+                scene.clients.await_counts(opened=clients)
             scene.watch.until(
                 lambda: len(scene.watch.records) == clients and scene.syns_answered() >= clients,
                 "an answer to every SYN",
             )
         scene.clients.await_counts(settled=clients)
+    if expired := scene.moved("SyncookiesFailed"):
+        raise LabError(
+            f"{expired} requests left the SYN queue before their clients' ACKs came",
+            "this machine took more than 7 s to let the SYN-ACKs go",
+            "play it again on an idler machine",
+        )
 
 
 def _stuck_once_all_is_quiet(scene: Scene) -> frozenset[FourTuple]:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from lab.records import Comparison, Outcome
-from lab.scene import Scene
+from lab.scenarios import SMALL_BACKLOG, connect_in_one_batch
+from lab.scene import Scene, Settings
 from lab.tracer import Tracer
 from tests.kernel.conftest import Traced
 
@@ -76,6 +77,30 @@ def test_clients_whose_answer_is_held_back_for_long_repeat_no_syn(
     assert set(outcome.expected.values()) == {"accept-queue-full"}
     assert {record.syns for record in outcome.wire.values()} == {1}
     assert comparison.agrees, comparison
+
+
+def test_clients_may_take_longer_to_open_than_a_request_lives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A SYN is repeated after 1, 3 and 7 s; the request of the first has expired by then."""
+    settings = Settings(100)
+    with Scene("overflow", settings, syncookies=1) as scene:
+        connect = scene.connect
+
+        def three_repetitions() -> bool:
+            repeats = scene.topology.client.counters()["TCPSynRetrans"]
+            return repeats >= 3 * settings.clients
+
+        def connect_slowly() -> None:
+            connect()
+            scene.watch.until(three_repetitions, "three repetitions of each SYN")
+
+        monkeypatch.setattr(scene, "connect", connect_slowly)
+        scene.greeter(SMALL_BACKLOG)
+        scene.ready()
+        connect_in_one_batch(scene)
+        assert len(scene.waiting()) == settings.clients
+        assert scene.moved("ListenOverflows") > 0
 
 
 @CORE
