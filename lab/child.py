@@ -6,12 +6,14 @@ answer. The child ends when its end of the pair is closed, so it cannot outlive 
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,8 +21,14 @@ from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 from lab.errors import LabError, LabTimeoutError
-from lab.patience import COMMAND_S, START_S, patient
+from lab.patience import COMMAND_S, START_S, Deadline, patient
 
+STATE_AGAIN_S = 0.01
+_START = (
+    "import importlib, json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "importlib.import_module(sys.argv[2]).main()"
+)
+"""With our own search path: to find it anew (`site`) takes longer than all the rest of a start."""
 IMPORT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -31,12 +39,56 @@ class Place(Protocol):
         """Start a process there."""
 
 
-def pause(process: subprocess.Popen[bytes]) -> None:
+class Running(Protocol):
+    """A process that was started; as `subprocess.Popen` has it."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+
+    def poll(self) -> int | None:
+        """Its exit status once it has ended, below zero for a signal."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit status when it has ended. Raises subprocess.TimeoutExpired."""
+
+    def send_signal(self, number: int, /) -> None:
+        """Send it a signal, unless it has ended."""
+
+    def kill(self) -> None:
+        """SIGKILL."""
+
+
+def pause(process: Running) -> None:
     """SIGSTOP, and wait until the process has stopped: it takes nothing in and does nothing."""
-    if process.poll() is None:
-        os.kill(process.pid, signal.SIGSTOP)
+    if process.poll() is not None:
+        return
+    process.send_signal(signal.SIGSTOP)
+    try:
         # WNOWAIT leaves an exit status, should there be one, to Popen.
         os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    except ChildProcessError:
+        # Nobody but its parent is told.
+        deadline = Deadline(COMMAND_S)
+        while process.poll() is None and _runs(process.pid):
+            if deadline.passed():
+                why = "it runs on"
+                raise LabTimeoutError(
+                    f"process {process.pid} to stop", deadline.limit_s, why
+                ) from None
+            time.sleep(STATE_AGAIN_S)
+
+
+def _runs(pid: int) -> bool:
+    """Whether any thread of a process is not stopped; a process that has ended has none."""
+    try:
+        threads = [
+            thread.read_text("ascii", "replace")
+            for thread in Path(f"/proc/{pid}/task").glob("*/stat")
+        ]
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return any(text.rpartition(")")[2].split()[0] != "T" for text in threads)
 
 
 class Started(NamedTuple):
@@ -52,7 +104,7 @@ class Failure(NamedTuple):
 
 
 class Child:
-    """A `python -m MODULE`, in a namespace, that answers requests.
+    """A module's `main`, in a process of its own in a namespace, that answers requests.
 
     A context manager. Raises LabError where the child ends or does not answer in time.
     """
@@ -61,8 +113,9 @@ class Child:
         self._module = module
         ours, theirs = socket.socketpair()
         with theirs:
+            number = str(theirs.fileno())
             self._process = place.popen(
-                [sys.executable, "-m", module, str(theirs.fileno())],
+                [sys.executable, "-S", "-c", _START, json.dumps(sys.path), module, number],
                 pass_fds=[theirs.fileno()],
                 cwd=IMPORT_ROOT,
             )
@@ -121,7 +174,7 @@ class Child:
 def channel_of_child() -> Connection[Any, Any]:
     """A child's end of the channel, from its command line; says that the child has started."""
     _allow_many_files()
-    channel: Connection[Any, Any] = Connection(int(sys.argv[1]))
+    channel: Connection[Any, Any] = Connection(int(sys.argv[-1]))
     channel.send(Started(os.getpid()))
     return channel
 

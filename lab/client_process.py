@@ -1,6 +1,6 @@
 """The process that holds the client sockets: one thread, one selector, nothing blocking.
 
-Started by `lab.clients.Clients` as `python -m lab.client_process FD`.
+Started by `lab.clients.Clients`.
 """
 
 from __future__ import annotations
@@ -208,5 +208,6 @@ class ClientLoop:
         client.socket.close()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Answer requests until the parent closes the channel."""
     ClientLoop(channel_of_child()).run()

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import subprocess
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lab.errors import LabError, LabTimeoutError
 from lab.patience import COMMAND_S, patient
-from lab.topology import CLIENT_ADDRESS, INTERFACE, SERVER_ADDRESS
+from lab.topology import INTERFACE
 
 if TYPE_CHECKING:
     from lab.topology import Namespace
 
-DISCARD_PORT = 9
+HELD_BYTES = 16 << 20
 
 
 def ack_rule(port: int) -> tuple[str, ...]:
@@ -69,27 +68,24 @@ def held_back(namespace: Namespace) -> Iterator[None]:
     """Hold what the namespace sends; when the context ends it goes out in one batch.
 
     This is the extra batching that the article's client had from its virtual machine: all
-    SYN-ACKs arrive at once, and so do the ACKs they draw. A token bucket of a byte per second
-    holds everything but the first packet (its burst has to be a whole packet), which is ours.
+    SYN-ACKs arrive at once, and so do the ACKs they draw. A queueing discipline of the kind `plug`
+    passes nothing on until it is told to (plug_dequeue).
 
     The process that lets go is started before anything is held: to start one takes long.
     """
-    bucket = f"dev {INTERFACE} root tbf limit 16mb"
-    namespace.command("tc", *f"qdisc add {bucket} rate 8bit burst 100".split())
-    namespace.run(_send_datagram)
-    with namespace.popen(
+    plug = f"dev {INTERFACE} root plug"
+    letting_go = namespace.popen(
         ["tc", "-batch", "-"], stdin=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as letting_go:
+    )
+    with letting_go:
+        namespace.command("tc", *f"qdisc add {plug} limit {HELD_BYTES}".split())
         try:
             yield
         finally:
-            change = f"qdisc change {bucket} rate 10gbit burst 1mb\n"
-            said = _finished(letting_go, change)
-            # The bucket looks at its new rate when its timer ends, in minutes, or when a packet
-            # comes.
-            namespace.run(_send_datagram)
+            release = f"qdisc change {plug} release_indefinite\n"
+            said = _finished(letting_go, release)
     if letting_go.returncode != 0:
-        raise LabError(f"`{change.strip()}` failed", " ".join(said.split()), "see man tc-tbf")
+        raise LabError(f"`{release.strip()}` failed", " ".join(said.split()), "see man tc")
 
 
 def _finished(process: subprocess.Popen[bytes], text: str) -> str:
@@ -100,10 +96,3 @@ def _finished(process: subprocess.Popen[bytes], text: str) -> str:
     except subprocess.TimeoutExpired as error:
         process.kill()
         raise LabTimeoutError(str(process.args), limit_s, "still running") from error
-
-
-def _send_datagram() -> None:
-    """To both ends: one of them is our own, the other beyond the interface."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-        for end in (CLIENT_ADDRESS[4], SERVER_ADDRESS[4]):
-            sender.sendto(b"\n", (end, DISCARD_PORT))

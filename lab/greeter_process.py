@@ -1,6 +1,6 @@
 """A server that speaks first: accepts, greets, and closes when the client does.
 
-Started by `lab.servers.Greeter` as `python -m lab.greeter_process FD`.
+Started by `lab.servers.Greeter`.
 """
 
 from __future__ import annotations
@@ -121,5 +121,6 @@ class GreeterLoop:
             self.channel.send(reached)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Answer requests until the parent closes the channel."""
     GreeterLoop(channel_of_child()).run()

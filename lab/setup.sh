@@ -64,7 +64,9 @@ if [ "$(cat $stamp 2>/dev/null)" != "$fingerprint" ]; then
 	say "making the virtual environment $venv"
 	quietly /usr/bin/python3 -m venv --system-site-packages $venv
 	export PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1
-	quietly $venv/bin/python -m pip install --quiet --editable '.[dev]'
+	# A path instead of an import hook, which each start of the interpreter would have to load.
+	quietly $venv/bin/python -m pip install --quiet --config-settings editable_mode=compat \
+		--editable '.[dev]'
 	printf '%s\n' "$fingerprint" >$stamp
 fi
 

@@ -19,14 +19,14 @@ import tempfile
 import termios
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from pyroute2.inotify.inotify_fd import Inotify
 
-from lab.child import pause
+from lab.child import Running, pause
 from lab.errors import LabError, LabTimeoutError
 from lab.patience import COMMAND_S, START_S, Deadline, patient
 from lab.records import FourTuple, settled_verdicts
@@ -40,6 +40,11 @@ IN_CREATE = 0x100
 IN_MOVED_TO = 0x80
 
 
+def start_command(words: list[str], output: int) -> subprocess.Popen[bytes]:
+    """Start a command whose standard output goes to that file. Raises OSError."""
+    return subprocess.Popen(words, stdout=output, stdin=subprocess.DEVNULL)
+
+
 class Tracer:
     """A tracer's process, its output, and the hook that makes a scenario wait for it.
 
@@ -48,16 +53,19 @@ class Tracer:
     where that is one. Raises LabError where the tracer cannot be started or ends by itself.
     """
 
-    def __init__(self, words: Sequence[str]) -> None:
+    def __init__(
+        self, words: Sequence[str], start: Callable[[list[str], int], Running] = start_command
+    ) -> None:
         self.lines: list[Mapping[str, Any]] = []
         """The decoded JSON lines so far, or since they were forgotten."""
         self.exit_status: int | None = None
         self._words = list(words)
+        self._start = start
         self._decodes = "--json" in words
         self._not_json: str | None = None
         self._text = ""
         self._news = threading.Condition()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Running | None = None
         self._reader: threading.Thread | None = None
 
     def __enter__(self) -> Tracer:
@@ -95,7 +103,7 @@ class Tracer:
             ready = Path(directory) / "ready"
             words = [word.replace(READY_PLACEHOLDER, str(ready)) for word in self._words]
             with _file_appearing(directory) as inotify:
-                self._process = self._popen(words)
+                self._process = self._begin(words)
                 if words != self._words:
                     self._await_file(ready, inotify, self._process)
 
@@ -179,7 +187,7 @@ class Tracer:
         if self._not_json is not None:
             raise LabError("the tracer's output is not JSON Lines", self._not_json, "mend it")
 
-    def _popen(self, words: list[str]) -> subprocess.Popen[bytes]:
+    def _begin(self, words: list[str]) -> Running:
         if not self._decodes and sys.stdout.isatty():
             ours, theirs = pty.openpty()
             os.set_blocking(ours, True)
@@ -187,7 +195,7 @@ class Tracer:
         else:
             ours, theirs = os.pipe()
         try:
-            process = subprocess.Popen(words, stdout=theirs, stdin=subprocess.DEVNULL)
+            process = self._start(words, theirs)
         except OSError as error:
             os.close(ours)
             raise LabError(f"cannot start {words[0]}", str(error), "see its path") from error
@@ -226,7 +234,7 @@ class Tracer:
             self._text += text
             self._news.notify_all()
 
-    def _await_file(self, path: Path, inotify: int, process: subprocess.Popen[bytes]) -> None:
+    def _await_file(self, path: Path, inotify: int, process: Running) -> None:
         deadline = Deadline(START_S)
         ended = os.pidfd_open(process.pid)
         try:

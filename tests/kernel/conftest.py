@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from lab.patience import COMMAND_S, patient
+from lab.preloaded import start_tool
 from lab.records import Comparison, FourTuple, Outcome, compare
 from lab.scenarios import play
 from lab.scene import PORT, READY, Stage
@@ -143,7 +144,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def session_tracer(request: pytest.FixtureRequest) -> Iterator[Tracer]:
     """One run of the tool in a mode, for all tests that need no other options."""
     words = [*TOOL, "--probe-mode", request.param, "--ready-file", READY_PLACEHOLDER]
-    with Tracer(words) as tracer:
+    with Tracer(words, start_tool) as tracer:
         tracer.start()
         yield tracer
         tracer.stop()
@@ -187,7 +188,8 @@ def traced() -> Callable[..., Traced]:
     """Play a scenario beside the tool, with these options besides -p and --json."""
 
     def run(name: str, *options: str, clients: int | None = None, family: str = "4") -> Traced:
-        with Tracer([*TOOL, *options, "--ready-file", READY_PLACEHOLDER]) as tracer:
+        words = [*TOOL, *options, "--ready-file", READY_PLACEHOLDER]
+        with Tracer(words, start_tool) as tracer:
             outcome = play(name, clients=clients, family=family, after=tracer.after)
         lines = [dict(line) for line in tracer.lines]
         verdicts = [line for line in lines if line["type"] == "verdict"]
@@ -235,11 +237,10 @@ def be_greeted(
 @contextlib.contextmanager
 def tracing(*runs: Sequence[str]) -> Iterator[tuple[Tracer, ...]]:
     """The tool, once for each list of options and all at the same time; each is ready."""
-    words = (sys.executable, "-m", "tcpstuck_bpf", "--json")
+    words = (sys.executable, "-m", "tcpstuck_bpf", "--json", "--ready-file", READY_PLACEHOLDER)
     with contextlib.ExitStack() as opened, ThreadPoolExecutor() as threads:
         tracers = tuple(
-            opened.enter_context(Tracer([*words, *options, "--ready-file", READY_PLACEHOLDER]))
-            for options in runs
+            opened.enter_context(Tracer([*words, *options], start_tool)) for options in runs
         )
         list(threads.map(Tracer.start, tracers))
         yield tracers

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from lab.faults import ack_rule, dropping
 from lab.patience import COMMAND_S, patient
+from lab.preloaded import start_tool
 from lab.records import FourTuple
 from lab.scene import PORT
 from lab.topology import SERVER_ADDRESS, Topology
@@ -33,7 +34,7 @@ def rescuing(*options: str) -> Iterator[Tracer]:
         "--ready-file",
         READY_PLACEHOLDER,
     ]
-    with Tracer(words) as tracer:
+    with Tracer(words, start_tool) as tracer:
         tracer.start()
         yield tracer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +16,9 @@ from tests.kernel.conftest import Traced
 
 pytestmark = pytest.mark.kernel
 EXIT_STUCK = 1
+REQUEST_LIFE_S = 7.5
+"""More than a request lives in a SYN queue that is more than half full: it is given up instead of
+being answered a third time, 1 + 2 + 4 s after its SYN (reqsk_timer_handler)."""
 
 MODES = pytest.mark.parametrize("mode", ["fentry", "kprobe"])
 CORE = pytest.mark.core
@@ -82,18 +86,15 @@ def test_clients_whose_answer_is_held_back_for_long_repeat_no_syn(
 def test_clients_may_take_longer_to_open_than_a_request_lives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A SYN is repeated after 1, 3 and 7 s; the request of the first has expired by then."""
     settings = Settings(100)
     with Scene("overflow", settings, syncookies=1) as scene:
         connect = scene.connect
 
-        def three_repetitions() -> bool:
-            repeats = scene.topology.client.counters()["TCPSynRetrans"]
-            return repeats >= 3 * settings.clients
-
         def connect_slowly() -> None:
             connect()
-            scene.watch.until(three_repetitions, "three repetitions of each SYN")
+            scene.clients.await_counts(opened=settings.clients)
+            # What must not matter is time itself: nothing tells that it has passed.
+            time.sleep(REQUEST_LIFE_S)
 
         monkeypatch.setattr(scene, "connect", connect_slowly)
         scene.greeter(SMALL_BACKLOG)
