@@ -133,7 +133,9 @@ def shown(warning: KernelWarning, first_syn_ns: int = at(0)) -> bool:
     history = WarningHistory()
     history.take((warning,))
     syn = TimelineEntry(first_syn_ns, "SYN", "")
-    timeline = history.added_to((syn,), four_tuple(), first_syn_ns, first_syn_ns + at(3) - at(0))
+    timeline = history.added_to(
+        (syn,), four_tuple().server, first_syn_ns, first_syn_ns + at(3) - at(0)
+    )
     assert syn in timeline
     assert list(timeline) == sorted(timeline)
     return [entry.detail for entry in timeline if entry != syn] == [warning.text]
