@@ -74,9 +74,10 @@ def _own_listeners() -> tuple[ListeningSocket, ...]:
 def sockets_for(
     facts: ListenerFacts, listening: Iterable[ListeningSocket]
 ) -> tuple[ListeningSocket, ...]:
-    """Those that get the SYNs: the one that they came to and all that share its address and port.
+    """The one that its segments came to, and all that share its address and port.
 
-    Where the programs did not see which, or it is gone: of the very address, else of any.
+    None where it is gone. Where the programs did not see which it was, those that get the SYNs: of
+    the very address, else of any.
     """
     listening = tuple(listening)
     for own in listening:

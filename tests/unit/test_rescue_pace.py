@@ -64,7 +64,7 @@ def test_a_paused_server_gets_one_packet_a_second_and_then_everyone_completes(
 
 
 def test_who_completes_at_one_socket_of_a_port_makes_no_room_at_a_paused_one() -> None:
-    """SO_REUSEPORT: the paused one gets its one packet a second, whatever the other has room for."""
+    """SO_REUSEPORT: the paused one gets its one packet a second, whatever room the other has."""
     at_paused = {client(number) for number in range(0, 80, 2)}
     at_other = {client(number) for number in range(1, 80, 2)}
     world = RescueWorld(
