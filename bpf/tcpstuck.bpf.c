@@ -92,6 +92,8 @@ struct scratch {
 	u64 mss_place; /* kprobe only: where cookie_vX_init_sequence will write the MSS */
 	u64 listening; /* socket that tcp_conn_request or tcp_check_req is at work for */
 	u64 listener; /* that cookie_vX_check is at work for */
+	u32 socket; /* inode number of the one that the segment came to; 0: not known */
+	u16 own_port; /* its own, in network order */
 	u64 checked; /* its packet, as long as it may still be dropped on its behalf */
 	u32 refused; /* the packet is freed because it is answered by RST */
 	u64 drop_place; /* where it was dropped within cookie_vX_check */
@@ -104,7 +106,7 @@ struct scratch {
 	u32 request_checked; /* tcp_check_req is at work */
 	struct netns_counts none; /* zeros, for a namespace's first */
 	struct listener_key listener_key;
-	struct listener_facts no_facts; /* zeros, for a listener's first */
+	struct listener_facts first_facts; /* zeros but for whose they are */
 };
 
 #define STACK_FRAMES 16
@@ -406,23 +408,79 @@ static __always_inline u8 cookie_counters_moved(const struct counters_before *be
 #define cookie_counters_moved(before) MOVED_UNKNOWN
 #endif
 
+/*
+ * Which socket a segment came to: a packet's address and port need not be the socket's own, nor its
+ * alone.
+ */
+static __always_inline void read_socket(struct scratch *scratch, struct sock *listener)
+{
+#ifdef HAVE_SOCKET_INODE
+	struct socket *socket = READ(listener->sk_socket);
+	u64 inode = 0;
+
+	/* SOCK_INODE: of struct socket_alloc struct socket is the first member. */
+	if (socket)
+		bpf_probe_read_kernel(&inode, sizeof(inode),
+				      &((struct socket_alloc *)socket)->i_ino);
+	scratch->socket = inode;
+	scratch->own_port = swap16(READ(listener->skc_num));
+#endif
+}
+
+/* What a segment that reached a listener says of both. */
+static __always_inline void read_arrival(struct scratch *scratch, struct sock *listener,
+					 struct sk_buff *skb)
+{
+	read_segment(&scratch->segment, listener, skb);
+	if (!scratch->segment.outside)
+		read_socket(scratch, listener);
+	read_listen_counters(&scratch->before, listener);
+}
+
+static __always_inline void name_listener(struct listener_key *key,
+					  const struct handshake_key *handshake, u32 socket)
+{
+	__builtin_memset(key, 0, sizeof(*key));
+	key->netns = handshake->netns;
+	key->socket = socket;
+	if (socket)
+		return;
+	__builtin_memcpy(key->server_address, handshake->server_address, 16);
+	key->server_port = handshake->server_port;
+}
+
 /* The facts of the listener that the segment came to, looked up once per segment. */
 static __always_inline struct listener_facts *facts_of(struct scratch *scratch)
 {
 	struct listener_key *key = &scratch->listener_key;
+	struct handshake_key *handshake = &scratch->segment.key;
+	struct listener_facts *first = &scratch->first_facts;
 	struct listener_facts *facts;
 
-	__builtin_memcpy(key->server_address, scratch->segment.key.server_address, 16);
-	key->netns = scratch->segment.key.netns;
-	key->server_port = scratch->segment.key.server_port;
+	name_listener(key, handshake, scratch->socket);
 	facts = listeners.lookup(key);
 	if (!facts) {
-		listeners.insert(key, &scratch->no_facts);
+		__builtin_memcpy(first->server_address, handshake->server_address, 16);
+		first->server_port = key->socket ? scratch->own_port : handshake->server_port;
+		listeners.insert(key, first);
 		facts = listeners.lookup(key);
 	}
 	if (!facts)
 		lose(LOSS_LISTENERS_UNKNOWN);
 	return facts;
+}
+
+/*
+ * The facts of the listener that an entry counts as owed at: that sent its cookie. Its ACK may come
+ * to another one, where a socket joined or left those of SO_REUSEPORT, or the server was restarted.
+ */
+static __always_inline struct listener_facts *
+facts_owed(struct scratch *scratch, struct listener_facts *facts, const struct handshake *entry)
+{
+	if (entry->socket == scratch->socket)
+		return facts;
+	name_listener(&scratch->listener_key, &scratch->segment.key, entry->socket);
+	return listeners.lookup(&scratch->listener_key);
 }
 
 #define RAISE(place, value)                \
@@ -490,11 +548,15 @@ static __always_inline void note_cookie(struct listener_facts *facts, u32 syn_qu
 	facts->syn_need_ns = now;
 }
 
-/* An entry that was owed an ACK until now is not any more. */
+static __always_inline bool is_owed(const struct handshake *entry)
+{
+	return entry->syn_count && entry->ending == ENDING_NONE && !entry->acks_dropped;
+}
+
+/* An entry that was owed an ACK until now is not any more; the facts are those of `facts_owed`. */
 static __always_inline void note_answer(struct listener_facts *facts, const struct handshake *entry)
 {
-	if (facts && facts->owed && entry->syn_count && entry->ending == ENDING_NONE &&
-	    !entry->acks_dropped)
+	if (facts && facts->owed && is_owed(entry))
 		__sync_fetch_and_add(&facts->owed, -1);
 }
 
@@ -592,10 +654,9 @@ static __always_inline int syn_arrived(struct sock *listener, struct sk_buff *sk
 	scratch->syn = (u64)skb;
 	scratch->cookie_sent = 0;
 	scratch->handshake_tracked = 0;
-	read_segment(&scratch->segment, listener, skb);
+	read_arrival(scratch, listener, skb);
 	scratch->listening = (u64)listener;
 	scratch->syn_queue = syn_queue_of(listener);
-	read_listen_counters(&scratch->before, listener);
 	return 0;
 }
 
@@ -763,6 +824,7 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 	fresh.accept_queue_limit = segment->accept_queue_limit;
 	fresh.syn_queue = scratch->syn_queue;
 	fresh.mss = mss;
+	fresh.socket = scratch->socket;
 	mark_port(segment->key.server_port);
 	refused = new_entry(&segment->key, &fresh);
 	if (!refused) {
@@ -774,6 +836,10 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 	entry = awaiting_ack.lookup(&segment->key);
 	begins = entry && (entry->ending != ENDING_NONE ||
 			   (entry->acks_dropped && entry->client_isn != fresh.client_isn));
+	if (entry && is_owed(entry) && entry->socket != scratch->socket) {
+		note_answer(facts_owed(scratch, 0, entry), entry);
+		begins = true;
+	}
 	note_cookie_sent(scratch, begins, fresh.first_syn_ns);
 	if (!entry) {
 		ADD(counted->count[refused == REFUSED_FULL ? COUNT_TABLE_FULL : COUNT_TABLE_BUSY],
@@ -790,6 +856,7 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 	}
 	entry->last_syn_ns = fresh.last_syn_ns;
 	entry->cookie_isn = cookie;
+	entry->socket = fresh.socket;
 	entry->accept_queue = fresh.accept_queue;
 	entry->accept_queue_limit = fresh.accept_queue_limit;
 	entry->syn_queue = fresh.syn_queue;
@@ -859,7 +926,7 @@ static __always_inline int syn_handled(void)
 	now = bpf_ktime_get_ns();
 	if (entry->client_isn != segment->sequence) {
 		ADD(counted->count[COUNT_REPLACED], 1);
-		note_answer(facts, entry);
+		note_answer(facts_owed(scratch, facts, entry), entry);
 		end(entry, ENDING_REPLACED, now, moved);
 		kind = EVENT_REPLACED;
 	} else if (dropped) {
@@ -870,7 +937,7 @@ static __always_inline int syn_handled(void)
 	} else {
 		ADD(counted->count[COUNT_TAKEN_OVER], 1);
 		if (!has_answered(entry)) {
-			note_answer(facts, entry);
+			note_answer(facts_owed(scratch, facts, entry), entry);
 			end(entry, ENDING_TAKEN_OVER, now, moved);
 		}
 		kind = EVENT_TAKEN_OVER;
@@ -939,8 +1006,7 @@ static __always_inline int ack_arrived(struct sock *listener, struct sk_buff *sk
 	scratch->drop_place = 0;
 	scratch->drop_reason = 0;
 	scratch->child = 0;
-	read_segment(&scratch->segment, listener, skb);
-	read_listen_counters(&scratch->before, listener);
+	read_arrival(scratch, listener, skb);
 	read_cookie_counters(&scratch->before);
 	return 0;
 }
@@ -1008,6 +1074,7 @@ static __always_inline void begin_by_ack(struct scratch *scratch, struct netns_c
 	fresh.cookie_isn = segment->acknowledgement - 1;
 	fresh.accept_queue = segment->accept_queue;
 	fresh.accept_queue_limit = segment->accept_queue_limit;
+	fresh.socket = scratch->socket;
 	mark_port(segment->key.server_port);
 	if (!new_entry(&segment->key, &fresh))
 		ADD(counted->count[COUNT_ACKS_DROPPED_UNTRACKED], 1);
@@ -1078,7 +1145,7 @@ static __always_inline struct listener_facts *ack_noted(struct scratch *scratch,
 	if (result == (u64)listener)
 		return facts;
 	if (entry)
-		note_answer(facts, entry);
+		note_answer(facts_owed(scratch, facts, entry), entry);
 	if (result) {
 		accept_queue = accept_queue_of(listener);
 		RAISE(facts->peak_accept_queue, accept_queue);
@@ -1158,8 +1225,11 @@ static __always_inline int ack_judged(u64 result)
 	/* The second condition is for the verifier: a kind comes with an entry. */
 	if (!kind || !entry)
 		return 0;
-	if (facts && result == listener && facts->owed && !entry->acks_dropped)
-		__sync_fetch_and_add(&facts->owed, -1);
+	if (result == listener && !entry->acks_dropped) {
+		facts = facts_owed(scratch, facts, entry);
+		if (facts && facts->owed)
+			__sync_fetch_and_add(&facts->owed, -1);
+	}
 	if (tell_if_new(counted, kind, segment, entry, now, moved) && kind == EVENT_COMPLETED)
 		forget(&segment->key);
 	return 0;
@@ -1192,8 +1262,7 @@ static __always_inline int request_arrived(struct sock *listener, struct sk_buff
 
 	if (!scratch)
 		return 0;
-	read_segment(&scratch->segment, listener, skb);
-	read_listen_counters(&scratch->before, listener);
+	read_arrival(scratch, listener, skb);
 	scratch->listening = (u64)listener;
 	scratch->syn_queue = syn_queue_of(listener);
 	scratch->request_checked = 1;
@@ -1494,11 +1563,9 @@ static __always_inline bool may_be_awaited(u16 protocol, u64 network)
 static __always_inline void met_no_listener(struct netns_counts *counted, struct segment *segment,
 					    struct handshake *entry, u64 now)
 {
-	struct listener_key key = {};
+	struct listener_key key;
 
-	__builtin_memcpy(key.server_address, segment->key.server_address, 16);
-	key.netns = segment->key.netns;
-	key.server_port = segment->key.server_port;
+	name_listener(&key, &segment->key, entry->socket);
 	note_answer(listeners.lookup(&key), entry);
 	ADD(counted->count[COUNT_NO_LISTENER], 1);
 	end(entry, ENDING_NO_LISTENER, now, 0);

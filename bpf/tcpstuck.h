@@ -72,9 +72,10 @@ struct handshake {
 	__u8 drop_counters; /* enum counter_moved, all dropped ACKs together */
 	__u8 end_counters; /* enum counter_moved, at the segment that ended it */
 	__u8 told_kind; /* the programs' own: of the last event about it, 0: none */
-	__u8 padding[6];
+	__u8 padding[2];
 	__u32 told_at; /* the programs' own: its time in units of 2^20 ns */
 	__u32 filter_device; /* index of the device that the last one came by; 0: not known */
+	__u32 socket; /* that sent the last cookie (where no SYN was seen: that dropped the ACK) */
 };
 
 enum event_kind {
@@ -126,12 +127,18 @@ struct known_client {
 	__u8 padding[2];
 };
 
-/* A server address and port that SYNs came for, in one network namespace. */
+/*
+ * A listening socket: by its inode number, as /proc/net/tcp has it. Several may share an address and
+ * port (SO_REUSEPORT), and where a proxy intercepts what is meant for others (TPROXY, BPF's sk_lookup)
+ * one has segments of any address and port. So these are 0 here, unless the inode number is not known:
+ * then all sockets that segments of one address and port come to are one listener.
+ */
 struct listener_key {
 	__u8 server_address[16];
 	__u32 netns;
 	__u16 server_port;
 	__u8 padding[2];
+	__u32 socket;
 };
 
 /*
@@ -156,7 +163,9 @@ struct listener_facts {
 	__u32 accept_need_accept_queue; /* when the sum of these three was highest */
 	__u32 accept_need_turned_away;
 	__u32 accept_need_syn_queue; /* waits with its ACK sent already, or is yet to send it */
-	__u32 padding;
+	__u8 server_address[16]; /* that the first segment was for */
+	__u16 server_port; /* the socket's own, where that is known; in network order */
+	__u8 padding[2];
 };
 
 /*

@@ -16,6 +16,9 @@ from lab.child import Failure, channel_of_child
 from lab.readings import plain_address
 from lab.servers import GREETING, Accepted, AwaitAccepted, Listen, Listening, Pause, Peers, Resume
 
+IP_TRANSPARENT = 19
+"""include/uapi/linux/in.h; the socket module has it from Python 3.14 on."""
+
 
 class GreeterLoop:
     """The listener, its connections and the requests about them."""
@@ -73,6 +76,10 @@ class GreeterLoop:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setblocking(False)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if request.shares_port:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if request.transparent:
+            listener.setsockopt(socket.SOL_IP, IP_TRANSPARENT, 1)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not request.both_families)
         try:

@@ -33,6 +33,10 @@ class Listen(NamedTuple):
     port: int
     backlog: int
     both_families: bool
+    shares_port: bool = False
+    """With others (SO_REUSEPORT)."""
+    transparent: bool = False
+    """For what is sent to other addresses and ports (IP_TRANSPARENT)."""
 
 
 class Listening(NamedTuple):
@@ -82,10 +86,13 @@ class Greeter(Child):
         *,
         backlog: int,
         both_families: bool = False,
+        shares_port: bool = False,
+        transparent: bool = False,
     ) -> None:
         super().__init__(place, "lab.greeter_process")
+        wanted = Listen(address, port, backlog, both_families, shares_port, transparent)
         try:
-            listening = self.ask(Listen(address, port, backlog, both_families))
+            listening = self.ask(wanted)
         except BaseException:
             self.close()
             raise

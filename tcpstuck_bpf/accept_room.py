@@ -4,6 +4,10 @@ A client's answer that meets a full accept queue is dropped like its first ACK. 
 overflowed gets one client at a time as a pathfinder, until a completed handshake shows how much
 room there is. A listener that never overflowed has no limit. Pure.
 
+Of the sockets of one port (SO_REUSEPORT) each has a queue of its own, and what a client sends goes
+to one of them, as long as none joins or leaves. What completes at one says nothing of the room at
+another.
+
 Times are CLOCK_MONOTONIC nanoseconds.
 """
 
@@ -12,19 +16,12 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from tcpstuck_bpf.flow import SECOND_NS
-from tcpstuck_bpf.model import Event, FourTuple
+from tcpstuck_bpf.model import Event, FourTuple, ListenerId, listener_of
 from tcpstuck_bpf.pacing import KeyedHeap
 
 ANSWER_NS = SECOND_NS
 """How long an answer may take."""
 MAX_LISTENERS = 4096
-
-ListenerKey = tuple[int, bytes, int]
-
-
-def listener_of(who: FourTuple) -> ListenerKey:
-    """Network namespace, server address and port."""
-    return (who.netns, who.server_address, who.server_port)
 
 
 class _Listener:
@@ -52,13 +49,15 @@ class Listeners:
     """All listeners, and whose turn it is: they take turns."""
 
     def __init__(self) -> None:
-        self._listeners: OrderedDict[ListenerKey, _Listener] = OrderedDict()
-        self.open: OrderedDict[ListenerKey, None] = OrderedDict()
+        self._listeners: OrderedDict[ListenerId, _Listener] = OrderedDict()
+        self._at: dict[FourTuple, ListenerId] = {}
+        """Where each client is, from its first turn until it is withdrawn."""
+        self.open: OrderedDict[ListenerId, None] = OrderedDict()
         """Those that may have a client whose turn it is."""
-        self.waking: KeyedHeap[ListenerKey] = KeyedHeap()
+        self.waking: KeyedHeap[ListenerId] = KeyedHeap()
         """When full ones are to be tried again."""
 
-    def _listener(self, key: ListenerKey) -> _Listener:
+    def _listener(self, key: ListenerId) -> _Listener:
         listener = self._listeners.get(key)
         if listener is None:
             listener = self._listeners[key] = _Listener()
@@ -84,7 +83,7 @@ class Listeners:
         Only the answer, or the first overflow, puts off the next pathfinder: else a listener
         whose other clients keep knocking would never be tried again.
         """
-        listener = self._listener(listener_of(event.four_tuple))
+        listener = self._listener(listener_of(event.four_tuple, event.handshake))
         if event.time_ns < listener.as_of_ns:
             return
         if is_answer or listener.room != 0:
@@ -97,7 +96,7 @@ class Listeners:
 
         The queue is full when it is longer than its limit (sk_acceptq_is_full).
         """
-        key = listener_of(event.four_tuple)
+        key = listener_of(event.four_tuple, event.handshake)
         listener = self._listeners.get(key)
         if listener is None or listener.room is None or event.time_ns < listener.as_of_ns:
             return
@@ -105,33 +104,36 @@ class Listeners:
         listener.as_of_ns = event.time_ns
         self._reopen(key, listener)
 
-    def _reopen(self, key: ListenerKey, listener: _Listener) -> None:
+    def _reopen(self, key: ListenerId, listener: _Listener) -> None:
         if listener.ready:
             self.open[key] = None
 
-    def add_ready(self, who: FourTuple, *order: int) -> None:
-        """A client waits for its turn; the lowest `order` comes first."""
-        key = listener_of(who)
+    def add_ready(self, who: FourTuple, key: ListenerId, *order: int) -> None:
+        """A client of that listener waits for its turn; the lowest `order` comes first."""
+        if self._at.get(who, key) != key:
+            self.withdraw(who)
+        self._at[who] = key
         listener = self._listener(key)
         listener.ready.put(who, *order)
         self._reopen(key, listener)
 
     def withdraw(self, who: FourTuple) -> None:
         """A client waits no more, and nothing is under way to it."""
-        listener = self._listeners.get(listener_of(who))
+        self.end_wait(who)
+        key = self._at.pop(who, None)
+        listener = None if key is None else self._listeners.get(key)
         if listener is not None:
             listener.ready.discard(who)
-        self.end_wait(who)
 
     def begin_wait(self, who: FourTuple) -> None:
-        """A SYN-ACK is under way to that client."""
-        self._listener(listener_of(who)).under_way.add(who)
+        """A SYN-ACK is under way to that client, whose turn it was."""
+        self._listener(self._at[who]).under_way.add(who)
 
     def end_wait(self, who: FourTuple) -> None:
         """It is under way no more."""
-        key = listener_of(who)
-        listener = self._listeners.get(key)
-        if listener is not None and who in listener.under_way:
+        key = self._at.get(who)
+        listener = None if key is None else self._listeners.get(key)
+        if key is not None and listener is not None and who in listener.under_way:
             listener.under_way.discard(who)
             self._reopen(key, listener)
 

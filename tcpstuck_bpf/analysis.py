@@ -209,8 +209,9 @@ class Analysis:
         return unseen.number
 
     def _with_warnings(self, finding: Finding) -> Finding:
+        endpoint = self._listeners.endpoint(finding.four_tuple, finding.listener_socket)
         timeline = self._warnings.added_to(
-            finding.timeline, finding.four_tuple, finding.first_syn_ns, finding.verdict_ns
+            finding.timeline, endpoint, finding.first_syn_ns, finding.verdict_ns
         )
         return finding if timeline is finding.timeline else finding._replace(timeline=timeline)
 

@@ -327,6 +327,7 @@ def _last_syn(entry: Handshake) -> tuple[int, ...]:
         entry.syn_queue,
         entry.mss,
         entry.client_isn,
+        entry.socket,
     )
 
 

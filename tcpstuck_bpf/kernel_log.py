@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from tcpstuck_bpf.flow import SECOND_NS, TimelineEntry
-from tcpstuck_bpf.model import CoverageGap, FourTuple, KernelWarning, address_bytes
+from tcpstuck_bpf.model import CoverageGap, KernelWarning, address_bytes
 
 PATH = "/dev/kmsg"
 RECORD_BYTES = 8192
@@ -116,17 +116,21 @@ class WarningHistory:
     def added_to(
         self,
         timeline: tuple[TimelineEntry, ...],
-        four_tuple: FourTuple,
+        endpoint: tuple[bytes, int],
         first_syn_ns: int,
         until_ns: int,
     ) -> tuple[TimelineEntry, ...]:
-        """A handshake's timeline with those that concern its listener, at their time."""
+        """A handshake's timeline with those that concern its listener, at their time.
+
+        `endpoint` is the address and port that it listens at.
+        """
+        address, port = endpoint
         lines = [
             TimelineEntry(warning.time_ns, "kernel's log", warning.text)
             for warning in self._warnings
             if first_syn_ns - CONCERNED_NS <= warning.time_ns <= until_ns
-            and warning.port == four_tuple.server_port
-            and _reaches(warning.address, four_tuple.server_address)
+            and warning.port == port
+            and _reaches(warning.address, address)
         ]
         return tuple(sorted((*timeline, *lines))) if lines else timeline
 

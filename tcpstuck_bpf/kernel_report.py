@@ -16,6 +16,7 @@ from tcpstuck_bpf.layout import (
     COUNTER_MEMBER,
     COUNTERS,
     REQUIRED_MEMBERS,
+    SOCKET_MEMBERS,
     Member,
     find_layout,
     obstacle,
@@ -176,7 +177,7 @@ def describe(
         functions,
         tuple(
             MemberFact(member, types.place(member.kernel_struct, member.path))
-            for member in (*REQUIRED_MEMBERS, COUNTER_MEMBER)
+            for member in (*REQUIRED_MEMBERS, *SOCKET_MEMBERS, COUNTER_MEMBER)
         ),
         {name: counters[name] for name in names_of_counters if name in counters},
         {

@@ -51,6 +51,16 @@ REQUIRED_MEMBERS = (
     Member("sk_buff", "network_header", "u16", "sk_buff", "network_header"),
     Member("sk_buff", "transport_header", "u16", "sk_buff", "transport_header"),
 )
+SOCKET_MEMBERS = (
+    Member("sock", "skc_num", "u16", "sock", "__sk_common.skc_num"),
+    Member("sock", "sk_socket", "struct socket *", "sock", "sk_socket"),
+    Member("socket_alloc", "i_ino", "u64", "socket_alloc", "vfs_inode.i_ino"),
+)
+"""Members that tell listening sockets of one port apart; without them their figures are mixed.
+
+The inode number is SOCK_INODE's (include/net/sock.h), which /proc/net/tcp and sock_diag show. Not
+the socket's cookie: the kernel gives it one only when somebody asks (__sock_gen_cookie).
+"""
 COUNTER_MEMBER = Member("net", "net_statistics", "void *", "net", "mib.net_statistics")
 
 PACKET_SPAN = "packet_span"
@@ -98,6 +108,11 @@ class Layout:
         return begin, -(-(end - begin) // POINTER_BYTES) * POINTER_BYTES
 
     @property
+    def has_sockets(self) -> bool:
+        """Whether the programs can tell listening sockets of one port apart."""
+        return SOCKET_MEMBERS[0] in self.offsets
+
+    @property
     def has_counters(self) -> bool:
         """Whether the programs can read the kernel's SNMP counters of this CPU."""
         return COUNTER_MEMBER in self.offsets and self.per_cpu_offset_table is not None
@@ -139,6 +154,7 @@ def find_layout(types: KernelTypes, per_cpu_offset_table: int | None) -> Layout:
             )
         offsets[member] = place.offset
     drop_obstacle = find_drop_members(types, offsets)
+    find_socket_members(types, offsets)
     enumerators = types.enumerators("LINUX_MIB_")
     counters = {
         name: enumerators[f"LINUX_MIB_{name}"]
@@ -154,6 +170,24 @@ def find_layout(types: KernelTypes, per_cpu_offset_table: int | None) -> Layout:
         return Layout(offsets, {}, None, drop_obstacle)
     offsets[COUNTER_MEMBER] = statistics.offset
     return Layout(offsets, counters, per_cpu_offset_table, drop_obstacle)
+
+
+def find_socket_members(types: KernelTypes, offsets: dict[Member, int]) -> None:
+    """Add the offsets of SOCKET_MEMBERS, all or none of them.
+
+    A struct socket is looked for at the start of its struct socket_alloc.
+    """
+    places = {m: types.place(m.kernel_struct, m.path) for m in SOCKET_MEMBERS}
+    first = types.place("socket_alloc", "socket")
+    if first is None or first.offset:
+        return
+    found = {
+        member: place.offset
+        for member, place in places.items()
+        if place is not None and obstacle(member, place) is None
+    }
+    if len(found) == len(SOCKET_MEMBERS):
+        offsets.update(found)
 
 
 def find_drop_members(types: KernelTypes, offsets: dict[Member, int]) -> str | None:
@@ -203,12 +237,15 @@ def header_text(layout: Layout) -> str:
         "/* Generated from this kernel's type information by tcpstuck_bpf/layout.py. */",
         "struct net;",
         "struct net_device;",
+        "struct socket;",
     ]
     for name, members in structs.items():
         lines += [f"struct {name} {{", "\tunion {", *members, "\t};", "};"]
     if length:
         lines.append(f"#define PACKET_SPAN_AT {begin}")
         checks.append(f'_Static_assert(sizeof(struct {PACKET_SPAN}) == {length}, "padded");')
+    if layout.has_sockets:
+        lines.append("#define HAVE_SOCKET_INODE")
     if layout.counters:
         lines.append("#define HAVE_MIB_COUNTERS")
         lines += [f"#define MIB_{name} {index}" for name, index in layout.counters.items()]

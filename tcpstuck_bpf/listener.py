@@ -55,7 +55,10 @@ class ListenerReport(NamedTuple):
     addresses: tuple[str, ...]
     port: int
     owners: tuple[str, ...]
+    socket: int
+    """Its inode number; 0 where it is not known."""
     sockets: int
+    """Those that share its address and port, itself among them; 0 where that is not known."""
     settings: Mapping[str, int]
     facts: ListenerFacts
     """Of all its addresses."""
@@ -85,7 +88,7 @@ class ListenerReport(NamedTuple):
 
 
 def merged(several: Sequence[ListenerFacts]) -> ListenerFacts:
-    """The facts of a listener that serves several addresses.
+    """The facts of a listener that serves several addresses, where the socket is not known.
 
     It has one pair of queues: lengths are the longest seen. Counts and clients add up, those of a
     need as if they had been there at the same time: it may come out too high, never too low. The
@@ -122,7 +125,8 @@ def cookie_reason(facts: ListenerFacts, settings: Mapping[str, int]) -> str | No
 
 def _unseen(seen: Iterable[ListenerSeen], gaps: Iterable[CoverageGap]) -> Iterable[str]:
     """What the figures lack for want of probes."""
-    ipv4_only = all(one.facts.server_address.startswith(IPV4_MAPPED_PREFIX) for one in seen)
+    addresses = (one.bound or one.facts.server_address for one in seen)
+    ipv4_only = all(address.startswith(IPV4_MAPPED_PREFIX) for address in addresses)
     for gap in gaps:
         if gap.probe in _FIGURES_NEED and not (ipv4_only and "_v6_" in gap.probe):
             yield f"Without {gap.probe} {gap.lost}: rather more than less."
@@ -163,9 +167,10 @@ def report(
     advised = max(wanted, default=None)
     return ListenerReport(
         netns=facts.netns,
-        addresses=tuple(address_text(one.facts.server_address) for one in seen),
+        addresses=tuple(address_text(one.bound or one.facts.server_address) for one in seen),
         port=facts.server_port,
         owners=owners,
+        socket=facts.socket,
         sockets=max(len(one.sockets) for one in seen),
         settings=settings,
         facts=facts,

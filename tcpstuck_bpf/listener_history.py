@@ -20,14 +20,20 @@ from tcpstuck_bpf.model import (
     FourTuple,
     HandshakeId,
     ListenerFacts,
+    ListenerId,
     ListenerSeen,
     Row,
     Sweep,
     SweepPart,
+    listener_id,
+    listener_of,
 )
 
 Place = tuple[int, bytes, int]
-"""Network namespace, server address, server port."""
+"""Network namespace, server address, server port, as a client's packets have them."""
+
+_Silent = dict[ListenerId, dict[Place, "array[int]"]]
+"""When each client that never answered first sent a SYN, in no order. Arrays: a flood has many."""
 
 KEPT_HEIGHTS = 256
 
@@ -36,29 +42,28 @@ class ListenerHistory:
     """Takes in what a run saw, in order; `reports` may be asked for at any time."""
 
     def __init__(self) -> None:
-        self._seen: dict[Place, ListenerSeen] = {}
-        self._heights: dict[Place, list[ListenerFacts]] = {}
-        self._silent: dict[Place, array[int]] = {}
-        """When each first sent a SYN, in no order. An array, for a flood has many."""
-        self._silent_in_sweep: dict[Place, array[int]] = {}
-        self._gone: dict[Place, Counter[int]] = {}
+        self._seen: dict[ListenerId, ListenerSeen] = {}
+        self._heights: dict[ListenerId, list[ListenerFacts]] = {}
+        self._silent: _Silent = {}
+        self._silent_in_sweep: _Silent = {}
+        self._gone: dict[ListenerId, Counter[int]] = {}
 
     def take_listeners(self, seen: Iterable[ListenerSeen]) -> None:
         """Later readings of listeners, of those alone that changed."""
         for one in seen:
             facts = one.facts
-            place = (facts.netns, facts.server_address, facts.server_port)
-            self._seen[place] = one
-            heights = self._heights.setdefault(place, [])
+            listener = facts.listener
+            self._seen[listener] = one
+            heights = self._heights.setdefault(listener, [])
             if not heights or heights[-1].syn_need_ns != facts.syn_need_ns:
                 heights.append(facts)
-                self._keep_few(place, heights)
+                self._keep_few(listener, heights)
 
-    def _keep_few(self, place: Place, heights: list[ListenerFacts]) -> None:
+    def _keep_few(self, listener: ListenerId, heights: list[ListenerFacts]) -> None:
         """A flood raises the need at every reading: of the older half every other one goes."""
         if len(heights) > KEPT_HEIGHTS:
-            silent = self._silent_times(place)
-            best = max(heights, key=lambda facts: self._need(place, silent, facts).together)
+            silent = self._silent_times(listener)
+            best = max(heights, key=lambda facts: self._need(listener, silent, facts).together)
             half = len(heights) // 2
             older = [facts for n, facts in enumerate(heights[:half]) if n % 2 or facts is best]
             heights[:half] = older
@@ -69,10 +74,12 @@ class ListenerHistory:
             return
         for row in sweep.rows:
             if _is_silent(row):
+                listener = listener_of(row.four_tuple, row.handshake)
+                places = self._silent_in_sweep.setdefault(listener, {})
                 place = _place(row.four_tuple)
-                times = self._silent_in_sweep.get(place)
+                times = places.get(place)
                 if times is None:
-                    times = self._silent_in_sweep[place] = array("Q")
+                    times = places[place] = array("Q")
                 times.append(row.handshake.first_syn_ns)
         if sweep.part is SweepPart.LAST:
             self._silent, self._silent_in_sweep = self._silent_in_sweep, {}
@@ -82,34 +89,44 @@ class ListenerHistory:
         times: dict[Place, list[int]] = {}
         for four_tuple, first_syn_ns in leaving:
             times.setdefault(_place(four_tuple), []).append(first_syn_ns)
-        for place, left in times.items():
-            silent = set(self._silent.get(place, ()))
-            # What the programs count as owed they stay part of, at every later height. By height
-            # and not by time, for a flood's would be too many to be kept for ever.
-            heights = self._heights.get(place, [])
-            gone = silent.intersection(left)
-            for first_syn_ns in gone:
-                counted_ns = _first_height_from(heights, first_syn_ns)
-                self._gone.setdefault(place, Counter())[counted_ns] += 1
-            self._silent[place] = array("Q", silent - gone)
+        # Which of the sockets of a port it was is not told again.
+        for listener, places in self._silent.items():
+            for place in places.keys() & times.keys():
+                silent = set(places[place])
+                gone = silent.intersection(times[place])
+                self._note_gone(listener, gone)
+                places[place] = array("Q", silent - gone)
 
-    def _silent_times(self, place: Place) -> list[int]:
+    def _note_gone(self, listener: ListenerId, times: Iterable[int]) -> None:
+        """What the programs count as owed they stay part of, at every later height.
+
+        By height and not by time, for a flood's would be too many to be kept for ever.
+        """
+        heights = self._heights.get(listener, [])
+        for first_syn_ns in times:
+            counted_ns = _first_height_from(heights, first_syn_ns)
+            self._gone.setdefault(listener, Counter())[counted_ns] += 1
+
+    def _silent_times(self, listener: ListenerId) -> list[int]:
         """When those of the table who never answered sent their SYN, in order."""
-        return sorted(set(self._silent.get(place, ())))
+        places = self._silent.get(listener, {})
+        return sorted({syn_ns for times in places.values() for syn_ns in times})
 
-    def _need(self, place: Place, silent_times: Sequence[int], facts: ListenerFacts) -> SynNeed:
-        gone = self._gone.get(place, Counter())
+    def _need(
+        self, listener: ListenerId, silent_times: Sequence[int], facts: ListenerFacts
+    ) -> SynNeed:
+        gone = self._gone.get(listener, Counter())
         silent = bisect.bisect_right(silent_times, facts.syn_need_ns)
         silent += sum(number for since, number in gone.items() if since <= facts.syn_need_ns)
         silent = min(silent, facts.syn_need_owed)
         return SynNeed(facts.syn_need_syn_queue, facts.syn_need_owed - silent, silent)
 
-    def _highest(self, places: Iterable[Place]) -> SynNeed:
+    def _highest(self, listeners: Iterable[ListenerId]) -> SynNeed:
         """Of one listener's addresses: one SYN queue, and the clients of all of them."""
         needs = []
-        for place in places:
-            silent = self._silent_times(place)
-            heights = (self._need(place, silent, facts) for facts in self._heights[place])
+        for listener in listeners:
+            silent = self._silent_times(listener)
+            heights = (self._need(listener, silent, facts) for facts in self._heights[listener])
             needs.append(max(heights, key=_by_height))
         return SynNeed(
             max(need.in_queue for need in needs),
@@ -117,21 +134,39 @@ class ListenerHistory:
             sum(need.silent for need in needs),
         )
 
+    def endpoint(self, who: FourTuple, socket: int) -> tuple[bytes, int]:
+        """Address and port that a client's listener listens at.
+
+        As far as they are not known, those that the client's packets are for: a proxy may have them
+        come to a socket of other ones (TPROXY).
+        """
+        seen = self._seen.get(listener_id(who.netns, socket, *who.server))
+        if seen is None:
+            return who.server
+        return seen.bound or who.server_address, seen.facts.server_port
+
     def reports(self, gaps: Sequence[CoverageGap] = ()) -> tuple[ListenerReport, ...]:
-        """Every listener that a SYN or an ACK came to, by namespace, port and address.
+        """Every listener that a SYN or an ACK came to, by namespace, port, address and socket.
 
         `gaps` are the run's: what they hide is said where it makes a figure too low.
         """
-        together: dict[tuple[object, ...], list[Place]] = {}
-        for place in sorted(self._seen, key=lambda place: (place[0], place[2], place[1])):
-            one = self._seen[place]
-            # Of a server that listens at several addresses each has queues of its own.
-            known = one.sockets if len(one.sockets) == 1 else place
-            together.setdefault((place[0], place[2], one.facts.limit, known), []).append(place)
+        together: dict[tuple[object, ...], list[ListenerId]] = {}
+        for one in sorted(self._seen.values(), key=_in_order):
+            facts, listener = one.facts, one.facts.listener
+            # Where the programs do not tell the socket: of a server that listens at several
+            # addresses each has queues of its own.
+            known: object = one.sockets if len(one.sockets) == 1 else listener
+            whose = (facts.netns, facts.server_port, facts.limit, known)
+            together.setdefault(listener if listener.socket else whose, []).append(listener)
         return tuple(
-            report([self._seen[place] for place in places], self._highest(places), gaps)
-            for places in together.values()
+            report([self._seen[one] for one in listeners], self._highest(listeners), gaps)
+            for listeners in together.values()
         )
+
+
+def _in_order(one: ListenerSeen) -> tuple[object, ...]:
+    facts = one.facts
+    return (facts.netns, facts.server_port, one.bound or facts.server_address, facts.socket)
 
 
 def _first_height_from(heights: Sequence[ListenerFacts], time_ns: int) -> int:

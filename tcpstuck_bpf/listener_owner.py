@@ -17,6 +17,7 @@ from tcpstuck_bpf import netns
 from tcpstuck_bpf.model import (
     IPV4_MAPPED_PREFIX,
     ListenerFacts,
+    ListenerId,
     ListenerSeen,
 )
 
@@ -73,7 +74,17 @@ def _own_listeners() -> tuple[ListeningSocket, ...]:
 def sockets_for(
     facts: ListenerFacts, listening: Iterable[ListeningSocket]
 ) -> tuple[ListeningSocket, ...]:
-    """Those that get the SYNs: of the very address, else of any."""
+    """The one that its segments came to, and all that share its address and port.
+
+    None where it is gone. Where the programs did not see which it was, those that get the SYNs: of
+    the very address, else of any.
+    """
+    listening = tuple(listening)
+    for own in listening:
+        if facts.socket and own.inode == facts.socket:
+            return tuple(one for one in listening if one[:2] == own[:2])
+    if facts.socket:
+        return ()
     fits = {
         one: one.fit(facts.server_address) for one in listening if one.port == facts.server_port
     }
@@ -112,8 +123,8 @@ class ListenerWatch:
 
     def __init__(self) -> None:
         self._last: dict[ListenerFacts, None] = {}
-        self._known: dict[tuple[int, bytes, int], ListenerSeen] = {}
-        self._tries: dict[tuple[int, bytes, int], int] = {}
+        self._known: dict[ListenerId, ListenerSeen] = {}
+        self._tries: dict[ListenerId, int] = {}
 
     def changed(self, facts: Iterable[ListenerFacts]) -> tuple[ListenerSeen, ...]:
         """Those that have changed since the last call, with what is known of them."""
@@ -122,13 +133,13 @@ class ListenerWatch:
         self._last = now
         self._identify([one for one in news if self._wants(one)])
         return tuple(
-            self._known.get(one[:3], ListenerSeen(one, (), (), {}))._replace(facts=one)
+            self._known.get(one.listener, ListenerSeen(one, (), (), {}))._replace(facts=one)
             for one in news
         )
 
     def _wants(self, facts: ListenerFacts) -> bool:
-        known = self._known.get(facts[:3])
-        return not (known and known.owners) and self._tries.get(facts[:3], 0) < TRIES
+        known = self._known.get(facts.listener)
+        return not (known and known.owners) and self._tries.get(facts.listener, 0) < TRIES
 
     def _identify(self, facts: list[ListenerFacts]) -> None:
         if not facts:
@@ -139,13 +150,18 @@ class ListenerWatch:
             with contextlib.suppress(OSError):
                 listening[inode] = netns.run_in(inode, _own_listeners)
         sockets = {one: sockets_for(one, listening.get(one.netns, ())) for one in facts}
-        owners = owners_of(socket.inode for some in sockets.values() for socket in some)
+        owned = {
+            one: (one.socket,) if one.socket else tuple(socket.inode for socket in some)
+            for one, some in sockets.items()
+        }
+        owners = owners_of(inode for inodes in owned.values() for inode in inodes)
         for one, some in sockets.items():
-            names = {name: None for socket in some for name in owners.get(socket.inode, ())}
-            self._tries[one[:3]] = self._tries.get(one[:3], 0) + 1
-            self._known[one[:3]] = ListenerSeen(
+            names = {name: None for inode in owned[one] for name in owners.get(inode, ())}
+            self._tries[one.listener] = self._tries.get(one.listener, 0) + 1
+            self._known[one.listener] = ListenerSeen(
                 one,
                 tuple(names),
                 tuple(sorted(socket.inode for socket in some)),
                 settings.get(one.netns, {}),
+                some[0].address if one.socket and some else None,
             )

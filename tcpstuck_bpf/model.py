@@ -32,6 +32,11 @@ class FourTuple(NamedTuple):
         return 4 if self.client_address.startswith(IPV4_MAPPED_PREFIX) else 6
 
     @property
+    def server(self) -> tuple[bytes, int]:
+        """Address and port that the client's packets are for."""
+        return (self.server_address, self.server_port)
+
+    @property
     def client_ip(self) -> str:
         """The client's address in text, IPv4 in dotted form."""
         return address_text(self.client_address)
@@ -130,6 +135,33 @@ class Handshake(NamedTuple):
     end_counters: int
     filter_device: int = 0
     """Index of the device that the last filtered ACK came by; 0 where it is not known."""
+    socket: int = 0
+    """Inode number of the listening socket that sent the last cookie, or, where no SYN was seen,
+    dropped the ACK; 0 where it is not known."""
+
+
+class ListenerId(NamedTuple):
+    """What tells a listener from the others: struct listener_key of bpf/tcpstuck.h.
+
+    Sockets may share an address and port (SO_REUSEPORT), and one that a proxy intercepts by has
+    segments of any (TPROXY). Both are empty here, unless the socket is not known.
+    """
+
+    netns: int
+    socket: int
+    """Its inode number; 0 where it is not known."""
+    server_address: bytes
+    server_port: int
+
+
+def listener_id(netns: int, socket: int, server_address: bytes, server_port: int) -> ListenerId:
+    """The listener of a socket; where that is 0, of all sockets of an address and port."""
+    return ListenerId(netns, socket, *((b"", 0) if socket else (server_address, server_port)))
+
+
+def listener_of(who: FourTuple, entry: Handshake) -> ListenerId:
+    """The listener that a handshake is at."""
+    return listener_id(who.netns, entry.socket, *who.server)
 
 
 class Event(NamedTuple):
@@ -414,7 +446,7 @@ class NetnsCount(enum.IntEnum):
 
 
 class ListenerFacts(NamedTuple):
-    """How the queues of one server address and port fared: struct listener_facts, in its order.
+    """How the queues of one listening socket fared: struct listener_facts, in its order.
 
     Queue lengths are entries. `peak_...` are each on its own, `..._need_...` belong together: what
     was there when their sum was highest.
@@ -423,7 +455,9 @@ class ListenerFacts(NamedTuple):
     netns: int
     """Inode number of the network namespace."""
     server_address: bytes
+    """What its first segment was for; a socket of any address has others."""
     server_port: int
+    """The socket's own, where that is known."""
     syns: int
     cookies_sent: int
     syns_refused: int
@@ -445,6 +479,13 @@ class ListenerFacts(NamedTuple):
     accept_need_turned_away: int
     """Clients whose ACK had been dropped since the accept queue was last seen empty."""
     accept_need_syn_queue: int
+    socket: int = 0
+    """Its inode number; 0 where it is not known: then all sockets of that address and port."""
+
+    @property
+    def listener(self) -> ListenerId:
+        """Whose they are."""
+        return listener_id(self.netns, self.socket, self.server_address, self.server_port)
 
 
 class ListenerSeen(NamedTuple):
@@ -454,9 +495,12 @@ class ListenerSeen(NamedTuple):
     owners: tuple[str, ...]
     """`name (pid N)` of each process that has the listening socket open; empty if unknown."""
     sockets: tuple[int, ...]
-    """Inode numbers of the listening sockets that would get its SYNs; empty if unknown."""
+    """Inode numbers of the listening sockets that share its address and port, itself among them;
+    empty if unknown."""
     settings: Mapping[str, int]
     """Of the namespace: netns.QUEUE_SETTINGS, as far as they could be read."""
+    bound: bytes | None = None
+    """Address that the socket listens at, any address as zeros; None if unknown."""
 
 
 NetnsCounts = Mapping[int, Mapping[NetnsCount, int]]

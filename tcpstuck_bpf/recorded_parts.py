@@ -192,16 +192,22 @@ def tally_of(values: dict[str, Any]) -> Tally:
 def listener_values(seen: ListenerSeen) -> list[Any]:
     """What stands in a recording."""
     netns, address, *numbers = seen.facts
-    return [[netns, address.hex(), *numbers], seen.owners, seen.sockets, dict(seen.settings)]
+    bound = None if seen.bound is None else seen.bound.hex()
+    known = [seen.owners, seen.sockets, dict(seen.settings), bound]
+    return [[netns, address.hex(), *numbers], *known]
 
 
 def listener_of(values: list[Any]) -> ListenerSeen:
-    """The way back. Raises TypeError or ValueError where it is damaged."""
-    (netns, address, *rest), owners, sockets, settings = values
-    numbers = integers(rest, len(ListenerFacts._fields) - 2)
+    """The way back. Raises TypeError or ValueError where it is damaged.
+
+    One of an earlier version lacks the socket, and the address that it listens at.
+    """
+    (netns, address, *rest), owners, sockets, settings, *bound = values
+    numbers = integers(rest, len(ListenerFacts._fields) - 2 - (not bound))
     return ListenerSeen(
         ListenerFacts(integer(netns), address_of(address), *numbers),
         tuple(map(str, owners)),
         tuple(map(integer, sockets)),
         {str(name): integer(number) for name, number in settings.items()},
+        address_of(bound[0]) if bound and bound[0] is not None else None,
     )

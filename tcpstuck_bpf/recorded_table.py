@@ -50,10 +50,10 @@ def address_of(text: str) -> bytes:
 def handshake_of(values: object) -> Handshake:
     """A struct handshake as a list. Raises ValueError where it is none.
 
-    One of an earlier version may lack the last number, the device.
+    One of an earlier version may lack the last numbers: the socket, and the device before it.
     """
-    lacks_device = isinstance(values, list) and len(values) == _HANDSHAKE_NUMBERS - 1
-    return Handshake(*integers(values, _HANDSHAKE_NUMBERS - lacks_device))
+    lacking = _HANDSHAKE_NUMBERS - len(values) if isinstance(values, list) else 0
+    return Handshake(*integers(values, _HANDSHAKE_NUMBERS - (lacking if lacking in (1, 2) else 0)))
 
 
 def _runs(numbers: Iterable[int]) -> Iterator[list[int]]:

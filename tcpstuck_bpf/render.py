@@ -412,8 +412,11 @@ class TableRenderer:
                 "",
             )
             if listener.sockets > 1:
+                one_of = f"socket {listener.socket}, one of " if listener.socket else ""
+                share = "that share" if listener.socket else "share"
                 yield from self._wrapped(
-                    f"{listener.sockets} sockets share this address (SO_REUSEPORT)", INDENT
+                    f"{one_of}{listener.sockets} sockets {share} this address (SO_REUSEPORT)",
+                    INDENT,
                 )
             if facts.cookies_sent:
                 why = listener.cookie_reason

@@ -39,6 +39,7 @@ from tcpstuck_bpf.model import (
     FourTuple,
     Handshake,
     HandshakeId,
+    listener_of,
 )
 from tcpstuck_bpf.pacing import KeyedHeap, TokenBucket
 from tcpstuck_bpf.rescue_policy import RescuePolicy
@@ -215,7 +216,8 @@ class Rescuer:
     def _make_ready(self, client: Candidate) -> None:
         client.place = Place.READY
         order = (client.tries, client.silent, client.handshake.first_syn_ns)
-        self._listeners.add_ready(client.four_tuple, *order)
+        listener = listener_of(client.four_tuple, client.handshake)
+        self._listeners.add_ready(client.four_tuple, listener, *order)
 
     def _rest(self, client: Candidate) -> None:
         """Nothing is under way to it any more; its next turn stays when it was."""

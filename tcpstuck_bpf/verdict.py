@@ -90,6 +90,8 @@ class Finding(NamedTuple):
     """Where and why this host dropped its ACK."""
     flood_suspected: bool = False
     """Whether it is silent amid what looks like a SYN flood: then it is not told as stuck."""
+    listener_socket: int = 0
+    """Inode number of the listening socket that it is stuck at; 0 where it is not known."""
 
 
 def _accept_queue_was_full(report: FlowReport) -> bool:
@@ -447,4 +449,5 @@ def judge(
         rescue_tries=sum(attempt.sent for attempt in report.attempts),
         drop=drop,
         flood_suspected=bool(report.flood),
+        listener_socket=entry.socket,
     )

@@ -20,7 +20,7 @@ from tcpstuck_bpf.model import (
 )
 
 KEY_FORMAT = "16s16s2s2sI"
-HANDSHAKE_FORMAT = "9Q13IH3B11xI"
+HANDSHAKE_FORMAT = "9Q13IH3B7x2I"
 SEGMENT_FORMAT = "Q4IH3B3x"
 
 KEY = struct.Struct("=" + KEY_FORMAT)
@@ -30,8 +30,8 @@ EVENT = struct.Struct("=" + KEY_FORMAT + HANDSHAKE_FORMAT + SEGMENT_FORMAT)
 COUNTS = struct.Struct(f"={len(NetnsCount)}Q")
 SYNACK = struct.Struct("=60s")
 KNOWN_CLIENT = struct.Struct("=16s16sI2s2x")
-LISTENER_KEY = struct.Struct("=16sI2s2x")
-LISTENER_FACTS = struct.Struct("=5Q11I4x")
+LISTENER_KEY = struct.Struct("=16sI2s2xI")
+LISTENER_FACTS = struct.Struct("=5Q11I16s2s2x")
 CONFIG = struct.Struct("=4QI4B16s")
 
 _KEY_FIELDS = 5
@@ -143,5 +143,7 @@ def decode_counts(data: bytes) -> dict[NetnsCount, int]:
 
 def decode_listener(key: bytes, value: bytes) -> ListenerFacts:
     """A struct listener_key and its struct listener_facts."""
-    address, netns, port = LISTENER_KEY.unpack(key)
-    return ListenerFacts(netns, address, int.from_bytes(port, "big"), *LISTENER_FACTS.unpack(value))
+    _, netns, _, socket = LISTENER_KEY.unpack(key)
+    *figures, address, port = LISTENER_FACTS.unpack(value)
+    facts = ListenerFacts(netns, address, int.from_bytes(port, "big"), *figures)
+    return facts._replace(socket=socket)

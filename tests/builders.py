@@ -116,6 +116,7 @@ def handshake(first_syn_ns: int = START_NS, **changes: Any) -> Handshake:
         ending=Ending.NONE,
         drop_counters=0,
         end_counters=0,
+        socket=0,
     )
     return fresh._replace(**changes)
 

@@ -90,9 +90,10 @@ class RescueWorld:
         self._answers: list[tuple[int, HandshakeId]] = []
         self._next_sweep_ns = START_NS
 
-    def stuck(self, who: FourTuple, counters: int = OVERFLOW) -> None:
-        """A client connects, and its ACK is dropped."""
+    def stuck(self, who: FourTuple, counters: int = OVERFLOW, socket: int = 0) -> None:
+        """A client connects, and its ACK is dropped; by one of its port's sockets, where named."""
         self.table.syn(who, CLIENT_ISN, self.now_ns)
+        self.table.entries[who] = self.table.entries[who]._replace(socket=socket)
         self.drop(who, counters)
 
     def drop(

@@ -47,6 +47,7 @@ nonsense_entries = st.builds(
     drop_counters=BYTES,
     end_counters=BYTES,
     filter_device=NUMBERS,
+    socket=NUMBERS,
 )
 nonsense_events = st.builds(
     Event,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.flow import TimelineEntry
 from tcpstuck_bpf.kernel_log import (
     CLOCKS_AGREE_NS,
@@ -18,8 +19,10 @@ from tcpstuck_bpf.kernel_log import (
     open_kernel_log,
     warning_of,
 )
-from tcpstuck_bpf.model import KernelWarning, address_bytes
-from tests.builders import at, four_tuple
+from tcpstuck_bpf.model import EventKind, KernelWarning, ListenerSeen, address_bytes
+from tcpstuck_bpf.replay import Advanced, Listened, Logged, Observed, Swept
+from tests.builders import ack_dropped, at, event, four_tuple, handshake, header, sweep
+from tests.unit.test_listener import facts
 
 NOW_NS = at(10)
 # As printed by 5.10, 6.1 and later kernels.
@@ -133,7 +136,9 @@ def shown(warning: KernelWarning, first_syn_ns: int = at(0)) -> bool:
     history = WarningHistory()
     history.take((warning,))
     syn = TimelineEntry(first_syn_ns, "SYN", "")
-    timeline = history.added_to((syn,), four_tuple(), first_syn_ns, first_syn_ns + at(3) - at(0))
+    timeline = history.added_to(
+        (syn,), four_tuple().server, first_syn_ns, first_syn_ns + at(3) - at(0)
+    )
     assert syn in timeline
     assert list(timeline) == sorted(timeline)
     return [entry.detail for entry in timeline if entry != syn] == [warning.text]
@@ -158,3 +163,19 @@ def test_a_warning_is_shown_from_a_minute_before_the_syn_up_to_the_verdict() -> 
     assert not shown(warning._replace(time_ns=warning.time_ns - 1))
     assert shown(warning._replace(time_ns=at(3)))
     assert not shown(warning._replace(time_ns=at(3) + 1))
+
+
+def test_a_warning_names_the_port_that_the_listener_has_not_that_of_the_packets() -> None:
+    """Under TPROXY they differ; the kernel's line has the socket's (tcp_syn_flood_action)."""
+    stuck = ack_dropped(handshake(socket=9016), at(0.002))
+    proxy = facts(socket=9016, server_port=3129)
+    warning = KernelWarning(at(0.001), 3129, address_bytes("127.0.0.1"), "Possible SYN flooding")
+    analysis = Analysis(header())
+    seen = ListenerSeen(proxy, (), (), {}, address_bytes("127.0.0.1"))
+    analysis.take(Listened((seen,)))
+    analysis.take(Logged((warning, warning._replace(port=3311))))
+    analysis.take(Observed((event(EventKind.ACK_DROPPED, stuck, at(0.002)),)))
+    analysis.take(Swept(sweep(at(4), stuck)))
+    (finding,) = analysis.take(Advanced(at(9)))
+    assert finding.listener_socket == 9016
+    assert [one.what for one in finding.timeline].count("kernel's log") == 1

@@ -16,6 +16,7 @@ from tcpstuck_bpf.layout import (
     COUNTER_MEMBER,
     DROP_MEMBERS,
     REQUIRED_MEMBERS,
+    SOCKET_MEMBERS,
     Layout,
     Member,
     find_drop_members,
@@ -38,7 +39,10 @@ def test_a_compiler_finds_every_member_where_btf_says(tmp_path: Path) -> None:
     types = kernel()
     layout = find_layout(types.btf(), 0xFFFFFFFF82000000)
     assert dict(layout.offsets) == {m: expected_offset(m) for m in layout.offsets}
-    assert set(layout.offsets) == {*REQUIRED_MEMBERS, *DROP_MEMBERS, COUNTER_MEMBER}
+    assert set(layout.offsets) == {
+        *(*REQUIRED_MEMBERS, *DROP_MEMBERS, *SOCKET_MEMBERS),
+        COUNTER_MEMBER,
+    }
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler")
@@ -90,6 +94,15 @@ def test_without_counters_the_programs_do_without(types: Types, table: int | Non
     layout = find_layout(types.btf(), table)
     assert not layout.has_counters
     assert "HAVE_MIB_COUNTERS" not in header_text(layout)
+
+
+@pytest.mark.parametrize("member", SOCKET_MEMBERS, ids=lambda m: m.path)
+def test_without_the_sockets_members_the_programs_do_without(member: Member) -> None:
+    for types in (kernel(without=member), kernel(sizes={member: 1})):
+        layout = find_layout(types.btf(), 1)
+        assert not layout.has_sockets
+        assert "HAVE_SOCKET_INODE" not in header_text(layout)
+    assert "HAVE_SOCKET_INODE" in header_text(find_layout(kernel().btf(), 1))
 
 
 def test_what_changes_from_boot_to_boot_is_not_in_the_header() -> None:

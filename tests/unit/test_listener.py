@@ -473,6 +473,87 @@ def test_addresses_are_kept_apart_where_they_may_have_queues_of_their_own(
     assert [told.addresses for told in history.reports()] == [("192.0.2.1",), ("192.0.2.2",)]
 
 
+PAUSED, HEALTHY = 9016, 9500
+
+
+def sharing(**settings: int) -> ListenerHistory:
+    """Two sockets of one port: one that accepts nobody, with a backlog of 16, and a healthy one."""
+    forced = settings.get(SYNCOOKIES) == 2
+    paused = overflown(
+        socket=PAUSED,
+        limit=16,
+        lowest_cookie_syn_queue=0 if forced else 16,
+        syn_need_syn_queue=0 if forced else 16,
+        syn_need_owed=49,
+        accept_need_accept_queue=17,
+        accept_need_turned_away=49,
+    )
+    healthy = facts(socket=HEALTHY, limit=500, syns=60, cookies_sent=60 if forced else 0)
+    history = ListenerHistory()
+    for one, owner in ((healthy, "greeter (pid 2)"), (paused, "greeter (pid 1)")):
+        known = seen(one, owner, **settings)
+        history.take_listeners([known._replace(sockets=(PAUSED, HEALTHY))])
+    return history
+
+
+@pytest.mark.parametrize("syncookies", [1, 2])
+def test_of_sockets_that_share_a_port_the_paused_one_is_named(syncookies: int) -> None:
+    paused, healthy = sharing(**{SYNCOOKIES: syncookies}).reports()
+    assert (paused.socket, paused.owners) == (PAUSED, ("greeter (pid 1)",))
+    assert (paused.facts.limit, paused.advised_backlog) == (16, 65)
+    assert (healthy.socket, healthy.owners) == (HEALTHY, ("greeter (pid 2)",))
+    assert (healthy.facts.limit, healthy.advised_backlog) == (500, None)
+    assert healthy.addresses == paused.addresses == ("192.0.2.1",)
+    assert healthy.sockets == paused.sockets == 2
+
+
+def test_who_stays_silent_is_taken_off_the_need_of_the_socket_that_owes() -> None:
+    history = sharing(**{SYNCOOKIES: 1})
+    rows = [
+        row._replace(handshake=row.handshake._replace(socket=HEALTHY if number < 4 else PAUSED))
+        for number, row in enumerate(silent_rows(9))
+    ]
+    history.take_sweep(Sweep(at(4), tuple(rows)))
+    for _ in range(2):
+        assert [told.silent for told in history.reports()] == [5, 0]
+        leaving = [HandshakeId(row.four_tuple, row.handshake.first_syn_ns) for row in rows]
+        history.take_leaving(leaving)
+
+
+def test_clients_of_every_address_of_a_socket_are_its_clients() -> None:
+    """A proxy's, whose packets are for others (TPROXY), and one's that listens at any address."""
+    history = ListenerHistory()
+    known = seen(overflown(socket=PAUSED))._replace(bound=bytes(16))
+    history.take_listeners([known])
+    rows = [
+        Row(
+            row.four_tuple._replace(server_address=address_bytes("192.0.2.80"), server_port=port),
+            row.handshake._replace(socket=PAUSED),
+        )
+        for port, row in enumerate(silent_rows(9), 80)
+    ]
+    history.take_sweep(Sweep(at(4), tuple(rows)))
+    (told,) = history.reports()
+    assert (told.silent, told.port, told.addresses) == (9, SERVER.server_port, ("::",))
+
+
+def test_where_a_listener_listens_need_not_be_where_its_clients_packets_go() -> None:
+    history = ListenerHistory()
+    who = SERVER._replace(server_address=address_bytes("192.0.2.80"), server_port=80)
+    assert history.endpoint(who, PAUSED) == who.server
+    history.take_listeners([seen(facts(socket=PAUSED))])
+    assert history.endpoint(who, PAUSED) == (who.server_address, SERVER.server_port)
+    history.take_listeners([seen(facts(socket=PAUSED))._replace(bound=address_bytes("::1"))])
+    assert history.endpoint(who, PAUSED) == (address_bytes("::1"), SERVER.server_port)
+    assert history.endpoint(who, HEALTHY) == history.endpoint(who, 0) == who.server
+
+
+def test_a_restarted_servers_sockets_are_two_listeners() -> None:
+    history = ListenerHistory()
+    history.take_listeners([seen(overflown(socket=1)), seen(overflown(socket=2, limit=400))])
+    assert [told.facts.limit for told in history.reports()] == [50, 400]
+
+
 def test_chosen_rows_say_nothing_of_the_others() -> None:
     history = ListenerHistory()
     history.take_listeners([seen(overflown())])

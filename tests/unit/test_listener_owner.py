@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,60 @@ def test_sockets_that_share_an_address_are_counted() -> None:
         with socket.create_server(("127.0.0.1", port), reuse_port=True):
             (seen,) = ListenerWatch().changed([of("127.0.0.1", port)])
     assert len(seen.sockets) == 2
+
+
+def test_of_sockets_that_share_an_address_each_is_known_apart() -> None:
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as one:
+        port = one.getsockname()[1]
+        with socket.create_server(("127.0.0.1", port), reuse_port=True) as other:
+            inodes = sorted(os.fstat(each.fileno()).st_ino for each in (one, other))
+            at_each = [of("127.0.0.1", port)._replace(socket=inode) for inode in inodes]
+            seen = ListenerWatch().changed(at_each)
+    assert [each.facts for each in seen] == at_each
+    for each in seen:
+        assert list(each.sockets) == inodes
+        assert each.bound == address_bytes("127.0.0.1")
+        assert f"(pid {os.getpid()})" in each.owners[0]
+
+
+def test_an_owner_is_of_the_socket_and_of_no_other_that_shares_its_address() -> None:
+    """The other one is a child's alone."""
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as own:
+        port = own.getsockname()[1]
+        script = (
+            "import os, socket, sys; s = socket.create_server(('127.0.0.1', int(sys.argv[1])), "
+            "reuse_port=True); print(os.fstat(s.fileno()).st_ino, flush=True); sys.stdin.read()"
+        )
+        words = [sys.executable, "-c", script, str(port)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen(words, text=True, **pipes) as child:  # type: ignore[call-overload]
+            inodes = (os.fstat(own.fileno()).st_ino, int(child.stdout.readline()))
+            seen = ListenerWatch().changed(
+                of("127.0.0.1", port)._replace(socket=inode) for inode in inodes
+            )
+            child.stdin.close()
+    pids = [[owner.rpartition("(pid ")[2][:-1] for owner in each.owners] for each in seen]
+    assert pids == [[str(os.getpid())], [str(child.pid)]]
+
+
+@pytest.mark.parametrize("listens_at", ["0.0.0.0", "127.0.0.1"])
+def test_the_socket_is_known_whatever_address_its_packets_are_for(listens_at: str) -> None:
+    """As a proxy has it whose packets TPROXY brings."""
+    with socket.create_server((listens_at, 0)) as proxy:
+        inode = os.fstat(proxy.fileno()).st_ino
+        port = proxy.getsockname()[1]
+        (seen,) = ListenerWatch().changed([of("192.0.2.80", port)._replace(socket=inode)])
+    assert seen.sockets == (inode,)
+    assert seen.bound == address_bytes(listens_at)
+    assert seen.owners
+
+
+def test_of_a_socket_that_has_gone_no_other_is_taken_for_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as successor:
+        port = successor.getsockname()[1]
+        gone = of("127.0.0.1", port)._replace(socket=(1 << 32) - 1)
+        (seen,) = ListenerWatch().changed([gone])
+    assert (seen.owners, seen.sockets, seen.bound) == ((), (), None)
 
 
 def test_the_very_address_goes_before_any() -> None:

@@ -225,3 +225,18 @@ def test_the_listeners_of_the_summary_fit_and_json_says_the_same() -> None:
     assert line["advised_backlog"] == told.advised_backlog
     assert line["working"] == list(told.working)
     assert (line["cookies_sent"], line["syns_refused"], line["silent_clients"]) == (149, 3, 20)
+
+
+def test_of_sockets_that_share_an_address_each_has_a_row_that_says_which() -> None:
+    told = judged(overflown())._replace(owners=("greeter (pid 1)",), sockets=2)
+    other = told._replace(owners=("greeter (pid 2)",), socket=9500)
+    shown = summed_up(200, listeners=(told, other))
+    assert [line.split(" in ")[0] for line in shown if line.startswith("listener")] == [
+        "listener 192.0.2.1:3311 of greeter (pid 1)",
+        "listener 192.0.2.1:3311 of greeter (pid 2)",
+    ]
+    text = "\n".join(line.strip() for line in shown)
+    assert "\n2 sockets share this address (SO_REUSEPORT)" in text
+    assert "\nsocket 9500, one of 2 sockets that share this address (SO_REUSEPORT)" in text
+    lines = [json.loads(listener_line(one)) for one in (told, other)]
+    assert [(line["socket"], line["sockets"]) for line in lines] == [(None, 2), (9500, 2)]

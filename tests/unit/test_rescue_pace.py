@@ -63,6 +63,20 @@ def test_a_paused_server_gets_one_packet_a_second_and_then_everyone_completes(
     assert world.completed.keys() == everyone
 
 
+def test_who_completes_at_one_socket_of_a_port_makes_no_room_at_a_paused_one() -> None:
+    """SO_REUSEPORT: the paused one gets its one packet a second, whatever room the other has."""
+    at_paused = {client(number) for number in range(0, 80, 2)}
+    at_other = {client(number) for number in range(1, 80, 2)}
+    world = RescueWorld(
+        RescuePolicy(), answer=lambda who, _now_ns: OVERFLOWS if who in at_paused else COMPLETES
+    )
+    for who in sorted(at_paused | at_other):
+        world.stuck(who, socket=9016 if who in at_paused else 9500)
+    world.run_until(START_NS + TIMEOUT_NS + 10 * SECOND_NS)
+    assert world.completed.keys() == at_other
+    assert 5 <= len([who for who in sent_to(world) if who in at_paused]) <= 14
+
+
 def test_a_pathfinder_that_is_gone_does_not_hold_up_the_others_for_long() -> None:
     room = Room()
     gone = client(0)

@@ -149,9 +149,12 @@ def test_fields_are_named_and_ordered_as_in_the_header() -> None:
     own_to_programs = [m for m in members_in_header("handshake") if m in OWN_TO_PROGRAMS]
     assert own_to_programs == list(OWN_TO_PROGRAMS)
     others = [m for m in members_in_header("handshake") if m not in OWN_TO_PROGRAMS]
-    *before, last = Handshake._fields
-    assert [*before, "padding", last] == others
-    assert [*ListenerFacts._fields[3:], "padding"] == members_in_header("listener_facts")
+    *before, device, socket = Handshake._fields
+    assert [*before, "padding", device, socket] == others
+    whose = ["server_address", "server_port"]
+    assert ["netns", *whose, "socket"] == [*ListenerFacts._fields[:3], ListenerFacts._fields[-1]]
+    figures = ListenerFacts._fields[3:-1]
+    assert [*figures, *whose, "padding"] == members_in_header("listener_facts")
 
 
 @pytest.mark.parametrize("prefix", ENUMS)
@@ -249,6 +252,28 @@ def test_every_wanted_port_has_its_bit() -> None:
     assert {
         64 * word + bit for word, bits in words.items() for bit in range(64) if bits >> bit & 1
     } == ports
+
+
+def test_a_listeners_facts_are_of_its_socket_and_of_the_sockets_own_port(run_c: CProgram) -> None:
+    figures = ListenerFacts._fields[3:-1]
+    values = {name: number for number, name in enumerate(figures, 1)}
+    address = address_bytes("192.0.2.7")
+    body = f"""
+    static const __u8 address[] = {{{",".join(map(str, address))}}};
+    struct listener_key key;
+    struct listener_facts facts;
+    memset(&key, 0, sizeof(key));
+    key.netns = 7;
+    key.socket = 4000000001U;
+    fwrite(&key, sizeof(key), 1, stdout);
+    memcpy(facts.server_address, address, 16);
+    facts.server_port = {int.from_bytes((3311).to_bytes(2, "big"), sys.byteorder)};
+    """
+    body += "".join(f"facts.{name} = {number};" for name, number in values.items())
+    data = run_c(f"{body} fwrite(&facts, sizeof(facts), 1, stdout);")
+    size = wire.LISTENER_KEY.size
+    read = wire.decode_listener(data[:size], data[size:])
+    assert read == ListenerFacts(7, address, 3311, *values.values(), socket=4_000_000_001)
 
 
 def test_a_record_may_be_longer_than_the_event_and_not_shorter() -> None:
