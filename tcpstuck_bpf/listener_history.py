@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
 from tcpstuck_bpf.listener import ListenerReport, SynNeed, report
@@ -30,13 +30,22 @@ Place = tuple[int, bytes, int]
 """Network namespace, server address, server port."""
 
 KEPT_HEIGHTS = 256
+MAX_PLACES = 8192
+"""Places whose figures are remembered."""
+MAX_ENDED = 1024
+"""Listeners whose figures began anew and that are told with those they had before."""
 
 
 class ListenerHistory:
     """Takes in what a run saw, in order; `reports` may be asked for at any time."""
 
     def __init__(self) -> None:
+        self.forgotten = 0
+        """Listeners whose figures were given up for want of room."""
         self._seen: dict[Place, ListenerSeen] = {}
+        """The one that changed longest ago first."""
+        self._ended: deque[tuple[ListenerSeen, SynNeed]] = deque()
+        """What was suffered at a place before its figures began anew; the oldest first."""
         self._heights: dict[Place, list[ListenerFacts]] = {}
         self._silent: dict[Place, array[int]] = {}
         """When each first sent a SYN, in no order. An array, for a flood has many."""
@@ -48,11 +57,37 @@ class ListenerHistory:
         for one in seen:
             facts = one.facts
             place = (facts.netns, facts.server_address, facts.server_port)
+            before = self._seen.pop(place, None)
+            if before is not None and _begins_anew(before.facts, facts):
+                self._end(place, before)
             self._seen[place] = one
             heights = self._heights.setdefault(place, [])
             if not heights or heights[-1].syn_need_ns != facts.syn_need_ns:
                 heights.append(facts)
                 self._keep_few(place, heights)
+        self._forget()
+
+    def _end(self, place: Place, before: ListenerSeen) -> None:
+        """Figures never go back: these are another listener's, or the entry was made room of."""
+        if suffered(before.facts):
+            self._ended.append((before, self._highest([place])))
+        if len(self._ended) > MAX_ENDED:
+            self._ended.popleft()
+            self.forgotten += 1
+        self._heights.pop(place, None)
+        self._gone.pop(place, None)
+
+    def _forget(self) -> None:
+        """Where there are too many, those go first that suffered nothing, the idle ones before."""
+        excess = len(self._seen) - MAX_PLACES
+        if excess <= 0:
+            return
+        by_worth = sorted(self._seen, key=lambda place: suffered(self._seen[place].facts))
+        for place in by_worth[:excess]:
+            del self._seen[place]
+            self._heights.pop(place, None)
+            self._gone.pop(place, None)
+        self.forgotten += excess
 
     def _keep_few(self, place: Place, heights: list[ListenerFacts]) -> None:
         """A flood raises the need at every reading: of the older half every other one goes."""
@@ -62,6 +97,15 @@ class ListenerHistory:
             half = len(heights) // 2
             older = [facts for n, facts in enumerate(heights[:half]) if n % 2 or facts is best]
             heights[:half] = older
+            self._move_gone(place, heights)
+
+    def _move_gone(self, place: Place, heights: Sequence[ListenerFacts]) -> None:
+        """Count those who left at heights that are not kept at the next one that is."""
+        moved: Counter[int] = Counter()
+        for since, number in self._gone.get(place, Counter()).items():
+            moved[_first_height_from(heights, since)] += number
+        if moved:
+            self._gone[place] = moved
 
     def take_sweep(self, sweep: Sweep) -> None:
         """A batch of the table's rows; who is in a whole sweep has not answered yet."""
@@ -83,6 +127,8 @@ class ListenerHistory:
         for four_tuple, first_syn_ns in leaving:
             times.setdefault(_place(four_tuple), []).append(first_syn_ns)
         for place, left in times.items():
+            if place not in self._seen:
+                continue
             silent = set(self._silent.get(place, ()))
             # What the programs count as owed they stay part of, at every later height. By height
             # and not by time, for a flood's would be too many to be kept for ever.
@@ -128,9 +174,12 @@ class ListenerHistory:
             # Of a server that listens at several addresses each has queues of its own.
             known = one.sockets if len(one.sockets) == 1 else place
             together.setdefault((place[0], place[2], one.facts.limit, known), []).append(place)
-        return tuple(
-            report([self._seen[place] for place in places], self._highest(places), gaps)
-            for places in together.values()
+        return (
+            *(report([one], need, gaps) for one, need in self._ended),
+            *(
+                report([self._seen[place] for place in places], self._highest(places), gaps)
+                for places in together.values()
+            ),
         )
 
 
@@ -146,6 +195,20 @@ def _first_height_from(heights: Sequence[ListenerFacts], time_ns: int) -> int:
     if low < len(heights):
         return heights[low].syn_need_ns
     return heights[-1].syn_need_ns + 1 if heights else 0
+
+
+def _begins_anew(before: ListenerFacts, now: ListenerFacts) -> bool:
+    return (
+        now.syns < before.syns
+        or now.cookies_sent < before.cookies_sent
+        or now.syns_refused < before.syns_refused
+        or now.acks_refused < before.acks_refused
+    )
+
+
+def suffered(facts: ListenerFacts) -> bool:
+    """Whether a listener sent cookies or turned anybody away: there is something to tell."""
+    return bool(facts.cookies_sent or facts.syns_refused or facts.acks_refused)
 
 
 def _by_height(need: SynNeed) -> tuple[int, int, int]:

@@ -120,6 +120,9 @@ class ListenerWatch:
         now = dict.fromkeys(facts)
         news = [one for one in now if one not in self._last]
         self._last = now
+        places = {one[:3] for one in now}
+        self._known = {place: one for place, one in self._known.items() if place in places}
+        self._tries = {place: tries for place, tries in self._tries.items() if place in places}
         self._identify([one for one in news if self._wants(one)])
         return tuple(
             self._known.get(one[:3], ListenerSeen(one, (), (), {}))._replace(facts=one)
