@@ -21,6 +21,7 @@ from tcpstuck_bpf.errors import RecordingError, UsageError, words_of
 from tcpstuck_bpf.files import write_whole
 from tcpstuck_bpf.flow import FlowReport
 from tcpstuck_bpf.model import (
+    NOT_KNOWN,
     Attempt,
     Coverage,
     Event,
@@ -36,6 +37,7 @@ from tcpstuck_bpf.model import (
     Sweep,
     SweepPart,
     Tally,
+    living_of,
 )
 from tcpstuck_bpf.replay import (
     Advanced,
@@ -110,8 +112,18 @@ class Source(Protocol):
     def forget(self, handshakes: Iterable[HandshakeId]) -> None:
         """Remove entries from the table, where they are still of that handshake."""
 
-    def counts(self) -> NetnsCounts:
-        """What the programs counted since they were attached."""
+    def counts(self, living: Mapping[int, int] = NOT_KNOWN) -> NetnsCounts:
+        """What the programs counted since they were attached, by network namespace.
+
+        `living` has the cookies of those that are there now, by inode number, where they are known:
+        what was counted in another one of that number is counted as gone.
+        """
+
+    def netns_in_full_tables(self) -> Collection[int]:
+        """The network namespaces that have entries in tables that are more than half full."""
+
+    def free(self, gone: Collection[int]) -> None:
+        """Make room in those tables: these network namespaces are gone."""
 
     def listeners(self) -> tuple[ListenerFacts, ...]:
         """How the queues of each listener fared."""
@@ -391,14 +403,20 @@ class Live:
         return cost_ns
 
     def _look_for_namespaces(self) -> None:
-        """Whoever is stuck in a namespace that has been removed is stuck for nobody here."""
+        """Whoever is stuck in one that has been removed is stuck for nobody here.
+
+        Where tables fill, those that are gone make room for others.
+        """
         begun_ns = self.clock_ns()
         if self.find_gone is None or begun_ns < self._next_look_ns:
             return
-        stuck = self.analysis.correlator.netns_of_stuck
-        if not stuck:
+        stuck, crowd = self.analysis.correlator.netns_of_stuck, self.source.netns_in_full_tables()
+        if not stuck and not crowd:
             return
-        gone = self.find_gone(stuck)
+        found = self.find_gone({*stuck, *crowd})
+        if crowd:
+            self.source.free(found)
+        gone = stuck.intersection(found)
         done_ns = self.clock_ns()
         self._next_look_ns = done_ns + max(LOOK_INTERVAL_NS, SWEEP_SHARE * (done_ns - begun_ns))
         if gone:
@@ -419,7 +437,7 @@ class Live:
 
     def _tally(self, wanted: Collection[int] | None = None) -> int:
         before = self.read_kernel_counters(wanted)
-        traced = self.source.counts()
+        traced = self.source.counts(living_of(before))
         now_ns = self.clock_ns()
         after = self.read_kernel_counters(wanted)
         self._step(TallyTaken(Tally(now_ns, before, traced, after)))

@@ -8,7 +8,14 @@ from types import MappingProxyType
 from typing import Any
 
 from tcpstuck_bpf.btf import Btf
-from tcpstuck_bpf.layout import COUNTER_MEMBER, COUNTERS, DROP_MEMBERS, REQUIRED_MEMBERS, Member
+from tcpstuck_bpf.layout import (
+    COOKIE_MEMBER,
+    COUNTER_MEMBER,
+    COUNTERS,
+    DROP_MEMBERS,
+    REQUIRED_MEMBERS,
+    Member,
+)
 from tcpstuck_bpf.probes import EVERY_PROBE, REASON_ARGUMENT
 
 INT, POINTER, STRUCT, UNION, ENUM, TYPEDEF, FUNC, FUNC_PROTO = 1, 2, 4, 5, 6, 8, 12, 13
@@ -54,7 +61,8 @@ class Types:
 _MEMBERS = {
     (member.kernel_struct, member.path): member
     for member in sorted(
-        (*DROP_MEMBERS, *REQUIRED_MEMBERS, COUNTER_MEMBER), key=lambda member: member.kernel_struct
+        (*DROP_MEMBERS, *REQUIRED_MEMBERS, COOKIE_MEMBER, COUNTER_MEMBER),
+        key=lambda member: member.kernel_struct,
     )
 }
 

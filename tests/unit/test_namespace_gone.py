@@ -6,7 +6,7 @@ import errno
 import io
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -241,3 +241,43 @@ def test_what_may_not_be_looked_at_is_not_gone(
 def test_a_process_that_ends_meanwhile_leads_nowhere(host: Path) -> None:
     process(host, 7).unlink()
     assert netns.gone([4711]) == {4711}
+
+
+CROWD = frozenset({4711, 4712, 4713})
+
+
+def gone_are(*gone: int) -> Callable[[Collection[int]], frozenset[int]]:
+    return lambda wanted: frozenset(wanted).intersection(gone)
+
+
+def test_where_tables_fill_those_that_are_gone_make_room() -> None:
+    kernel = FakeKernel()
+    kernel.crowded = CROWD
+    live(kernel, 5, find_gone=gone_are(4711, 4713))
+    assert kernel.freed[0][1] == {4711, 4713}
+    assert kernel.crowded == {4712}
+
+
+def test_nobody_is_told_as_gone_for_a_table_that_fills() -> None:
+    kernel = FakeKernel()
+    kernel.crowded = CROWD
+    kernel.at(at(0.1), DROPPED, event(EventKind.ACK_DROPPED, DROPPED, at(0.1)))
+    *_, summary = live(kernel, 5, find_gone=gone_are(*CROWD))
+    assert (summary["namespace_gone"], summary["stuck"]) == (0, 1)
+
+
+def test_room_is_made_no_more_often_than_namespaces_may_be_looked_for() -> None:
+    kernel = FakeKernel()
+    kernel.crowded = CROWD
+    live(kernel, 20, find_gone=gone_are())
+    *regular, last = [time_ns for time_ns, _ in kernel.freed]
+    assert last == kernel.now_ns
+    assert len(regular) > 1
+    assert all(b - a >= LOOK_INTERVAL_NS for a, b in zip(regular, regular[1:]))
+
+
+def test_counts_are_asked_for_with_the_cookies_of_those_that_are_there() -> None:
+    kernel = FakeKernel()
+    kernel.cookie = 71
+    live(kernel, 2)
+    assert kernel.living[0] == kernel.living[-1] == {NETNS: 71}
