@@ -139,7 +139,7 @@ class Analysis:
             self._attempts.update(attempt.outcome for attempt in step.rescue.attempts)
             self._left_alone = step.rescue.left_alone
         else:
-            self.correlator.note_gone(step.netns, step.now_ns)
+            self.correlator.note_gone(step.netns, step.now_ns, step.until_ns)
 
     def _sweep(self, sweep: Sweep) -> None:
         self.correlator.observe(sweep)

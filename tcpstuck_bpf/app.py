@@ -12,9 +12,10 @@ import stat
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.errors import RecordingError, UsageError, words_of
@@ -178,6 +179,13 @@ class Names(Protocol):
         """The run ends: what is still to be read is read without a pause."""
 
 
+class _There(NamedTuple):
+    """A network namespace that was there."""
+
+    cookie: int
+    seen_ns: int
+
+
 @dataclass
 class Live:
     """A live run. `stop` is set by a signal handler and ends it with the summary.
@@ -208,6 +216,9 @@ class Live:
     """None where it may not be read."""
     find_gone: Callable[[Collection[int]], Collection[int]] | None = None
     """Says to which of these network namespaces nothing leads any more; None: it is not asked."""
+    find_living: Callable[[Collection[int]], Mapping[int, int]] | None = None
+    """The cookies of these network namespaces, as far as they are known, by inode number; None: it
+    is not asked whose the numbers are by now."""
     clock_note: Callable[[], str] | None = None
     """Says at the end what has become of the clock that the run prints its times by."""
     failure: Exception | None = field(default=None, init=False)
@@ -218,6 +229,10 @@ class Live:
     _regular_choice_ns: int = field(default=0, init=False)
     _next_look_ns: int = field(default=0, init=False)
     """When namespaces may be looked for again."""
+    _there: dict[int, _There] = field(default_factory=dict, init=False)
+    """By inode number, of which there are no more than namespaces at any one time."""
+    _others: dict[int, int] = field(default_factory=dict, init=False)
+    """Inode numbers that are another namespace's by now, and until when they were not."""
     _next_tally_ns: int = field(default=0, init=False)
     _untold: deque[Finding | Attempt] = field(default_factory=deque, init=False)
     """In the order in which it is to be told."""
@@ -417,12 +432,32 @@ class Live:
         if crowd:
             self.source.free(found)
         gone = stuck.intersection(found)
+        others = self._are_others(stuck - gone, begun_ns)
         done_ns = self.clock_ns()
         self._next_look_ns = done_ns + max(LOOK_INTERVAL_NS, SWEEP_SHARE * (done_ns - begun_ns))
+        steps = [Vanished(done_ns, (netns,), until_ns) for netns, until_ns in others.items()]
         if gone:
-            self._step(Vanished(done_ns, tuple(sorted(gone))))
+            steps.append(Vanished(done_ns, tuple(sorted(gone))))
+        for step in steps:
+            self._step(step)
+        if steps:
             self._judge()
             self._rescue((), self.analysis.reports)
+
+    def _are_others(self, wanted: AbstractSet[int], now_ns: int) -> dict[int, int]:
+        """The numbers that are another network namespace's by now, and until when they were not."""
+        if self.find_living is not None and wanted:
+            self._note_living(self.find_living(wanted), now_ns)
+        found = sorted(self._others.keys() & wanted)
+        return {netns: self._others.pop(netns) for netns in found}
+
+    def _note_living(self, living: Mapping[int, int], now_ns: int) -> None:
+        """Take in whose the numbers were at this time, or after it."""
+        for netns, cookie in living.items():
+            before = self._there.get(netns)
+            if before is not None and before.cookie != cookie:
+                self._others[netns] = before.seen_ns
+            self._there[netns] = _There(cookie, now_ns)
 
     def _judge(self) -> None:
         """What is told from silence is told beside the kernel's own count of the ACKs that came."""
@@ -436,8 +471,11 @@ class Live:
         self._step(Advanced(now_ns))
 
     def _tally(self, wanted: Collection[int] | None = None) -> int:
+        begun_ns = self.clock_ns()
         before = self.read_kernel_counters(wanted)
-        traced = self.source.counts(living_of(before))
+        living = living_of(before)
+        self._note_living(living, begun_ns)
+        traced = self.source.counts(living)
         now_ns = self.clock_ns()
         after = self.read_kernel_counters(wanted)
         self._step(TallyTaken(Tally(now_ns, before, traced, after)))
