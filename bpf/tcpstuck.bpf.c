@@ -335,10 +335,9 @@ static __always_inline u8 outside_filters(const struct handshake_key *key, u8 fa
 
 /* From 3d368ab87cf6 on ("net: initialize net->net_cookie at netns setup"); before, when asked. */
 #ifdef HAVE_NET_COOKIE
-#define READ_COOKIE(segment, net) \
-	bpf_probe_read_kernel(&(segment)->netns_cookie, sizeof(u64), &(net)->net_cookie)
+#define COOKIE_OF(net) READ((net)->net_cookie)
 #else
-#define READ_COOKIE(segment, net) ((segment)->netns_cookie = 0)
+#define COOKIE_OF(net) 0
 #endif
 
 /*
@@ -372,7 +371,7 @@ static __always_inline void read_segment(struct segment *segment, struct sock *l
 	segment->key.client_port = *(u16 *)&tcp[0];
 	segment->key.server_port = *(u16 *)&tcp[2];
 	segment->key.netns = READ(net->inum);
-	READ_COOKIE(segment, net);
+	segment->netns_cookie = COOKIE_OF(net);
 	segment->sequence = swap32(*(u32 *)&tcp[4]);
 	segment->acknowledgement = swap32(*(u32 *)&tcp[8]);
 	segment->tcp_flags = tcp[13];
@@ -560,6 +559,29 @@ static __always_inline void note_answer(struct listener_facts *facts, const stru
 
 /* Every *_OUTSIDE count follows its counterpart inside the filters. */
 #define FILTERED(which, segment) ((which) + ((segment)->outside ? 1 : 0))
+
+static __always_inline void count_moved(struct netns_counts *counted, const struct segment *segment,
+					u8 moved)
+{
+	if (moved & MOVED_SYNCOOKIES_RECV)
+		ADD(counted->count[FILTERED(COUNT_COOKIES_RECEIVED, segment)], 1);
+	if (moved & MOVED_SYNCOOKIES_FAILED)
+		ADD(counted->count[FILTERED(COUNT_COOKIES_FAILED, segment)], 1);
+	if (moved & MOVED_LISTEN_OVERFLOWS)
+		ADD(counted->count[FILTERED(COUNT_LISTEN_OVERFLOWS, segment)], 1);
+}
+
+/* Of a segment that is left out nothing else is counted; most move nothing and take no place. */
+static __always_inline void count_outside(struct scratch *scratch, u8 moved)
+{
+	struct netns_counts *counted;
+
+	if (!(moved & MOVED_COMPARED))
+		return;
+	counted = counts_of(scratch);
+	if (counted)
+		count_moved(counted, &scratch->segment, moved);
+}
 
 /* The unit of told_at is 2^20 ns, about a millisecond: 32 bits last for weeks. */
 #define TOLD_SHIFT 20
@@ -882,18 +904,11 @@ static __always_inline int syn_handled(void)
 		return 0;
 	segment = &scratch->segment;
 	moved = listen_counters_moved(&scratch->before);
-	if (segment->outside && !(moved & MOVED_LISTEN_OVERFLOWS))
+	if (segment->outside) {
+		count_outside(scratch, moved);
 		return 0;
-	counted = counts_of(scratch);
-	if (!counted)
-		return 0;
-	if (moved & MOVED_LISTEN_OVERFLOWS)
-		ADD(counted->count[FILTERED(COUNT_LISTEN_OVERFLOWS, segment)], 1);
-	if (segment->outside)
-		return 0;
+	}
 	dropped = syn_was_dropped(segment, moved);
-	if (dropped)
-		ADD(counted->count[COUNT_SYNS_DROPPED], 1);
 	facts = facts_of(scratch);
 	if (facts) {
 		__sync_fetch_and_add(&facts->syns, 1);
@@ -903,6 +918,14 @@ static __always_inline int syn_handled(void)
 		RAISE(facts->peak_syn_queue, syn_queue_of((struct sock *)scratch->listening));
 	}
 	entry = awaiting_ack.lookup(&segment->key);
+	/* Most SYNs change nothing that is counted, and take no place. */
+	if (!entry && !dropped && !(moved & MOVED_LISTEN_OVERFLOWS))
+		return 0;
+	counted = counts_of(scratch);
+	if (!counted)
+		return 0;
+	count_moved(counted, segment, moved);
+	ADD(counted->count[COUNT_SYNS_DROPPED], dropped);
 	if (!entry || entry->ending != ENDING_NONE)
 		return 0;
 	now = bpf_ktime_get_ns();
@@ -1178,19 +1201,14 @@ static __always_inline int ack_judged(u64 result)
 		scratch->checked = 0;
 	segment = &scratch->segment;
 	moved = listen_counters_moved(&scratch->before) | cookie_counters_moved(&scratch->before);
-	if (segment->outside && !(moved & MOVED_COMPARED))
+	if (segment->outside) {
+		count_outside(scratch, moved);
 		return 0;
+	}
 	counted = counts_of(scratch);
 	if (!counted)
 		return 0;
-	if (moved & MOVED_SYNCOOKIES_RECV)
-		ADD(counted->count[FILTERED(COUNT_COOKIES_RECEIVED, segment)], 1);
-	if (moved & MOVED_SYNCOOKIES_FAILED)
-		ADD(counted->count[FILTERED(COUNT_COOKIES_FAILED, segment)], 1);
-	if (moved & MOVED_LISTEN_OVERFLOWS)
-		ADD(counted->count[FILTERED(COUNT_LISTEN_OVERFLOWS, segment)], 1);
-	if (segment->outside)
-		return 0;
+	count_moved(counted, segment, moved);
 	now = bpf_ktime_get_ns();
 	if (!result)
 		see_full_accept_queue(segment, (struct sock *)listener, moved);
@@ -1441,7 +1459,9 @@ static __always_inline bool read_freed(struct segment *segment, const struct hea
 		bpf_probe_read_kernel(&way->device, sizeof(u32), &device->ifindex);
 	bpf_probe_read_kernel(&net, sizeof(net), &device->nd_net);
 	bpf_probe_read_kernel(&segment->key.netns, sizeof(u32), &net->inum);
-	READ_COOKIE(segment, net);
+#ifdef HAVE_NET_COOKIE
+	bpf_probe_read_kernel(&segment->netns_cookie, sizeof(u64), &net->net_cookie);
+#endif
 	if (ipv4) {
 		client[2] = server[2] = 0xffff0000;
 		client[3] = *(u32 *)&headers->bytes[12];

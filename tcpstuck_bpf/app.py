@@ -12,7 +12,6 @@ import stat
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
@@ -123,8 +122,11 @@ class Source(Protocol):
     def netns_in_full_tables(self) -> Collection[int]:
         """The network namespaces that have entries in tables that are more than half full."""
 
-    def free(self, gone: Collection[int]) -> None:
-        """Make room in those tables: these network namespaces are gone."""
+    def free(self, gone: Collection[int], living: Mapping[int, int]) -> None:
+        """Make room in those tables: these network namespaces are gone.
+
+        So are those whose number is another one's by now: `living` as for `counts`.
+        """
 
     def listeners(self) -> tuple[ListenerFacts, ...]:
         """How the queues of each listener fared."""
@@ -428,11 +430,13 @@ class Live:
         stuck, crowd = self.analysis.correlator.netns_of_stuck, self.source.netns_in_full_tables()
         if not stuck and not crowd:
             return
-        found = self.find_gone({*stuck, *crowd})
-        if crowd:
-            self.source.free(found)
+        wanted = {*stuck, *crowd}
+        found = self.find_gone(wanted)
         gone = stuck.intersection(found)
-        others = self._are_others(stuck - gone, begun_ns)
+        living = self._living(wanted.difference(found), begun_ns)
+        if crowd:
+            self.source.free(found, living)
+        others = {n: self._others.pop(n) for n in sorted(self._others.keys() & stuck - gone)}
         done_ns = self.clock_ns()
         self._next_look_ns = done_ns + max(LOOK_INTERVAL_NS, SWEEP_SHARE * (done_ns - begun_ns))
         steps = [Vanished(done_ns, (netns,), until_ns) for netns, until_ns in others.items()]
@@ -444,12 +448,13 @@ class Live:
             self._judge()
             self._rescue((), self.analysis.reports)
 
-    def _are_others(self, wanted: AbstractSet[int], now_ns: int) -> dict[int, int]:
-        """The numbers that are another network namespace's by now, and until when they were not."""
-        if self.find_living is not None and wanted:
-            self._note_living(self.find_living(wanted), now_ns)
-        found = sorted(self._others.keys() & wanted)
-        return {netns: self._others.pop(netns) for netns in found}
+    def _living(self, wanted: Collection[int], now_ns: int) -> Mapping[int, int]:
+        """The cookies of the network namespaces with these numbers, as far as they are known."""
+        if self.find_living is None or not wanted:
+            return NOT_KNOWN
+        living = self.find_living(wanted)
+        self._note_living(living, now_ns)
+        return living
 
     def _note_living(self, living: Mapping[int, int], now_ns: int) -> None:
         """Take in whose the numbers were at this time, or after it."""

@@ -14,7 +14,13 @@ from typing import NamedTuple
 
 from tcpstuck_bpf import wire
 from tcpstuck_bpf.kernel.maps import BpfMap
-from tcpstuck_bpf.model import CROWDED_NETNS, GONE_NETNS, NetnsCount, NetnsCounts
+from tcpstuck_bpf.model import (
+    CROWDED_NETNS,
+    GONE_NETNS,
+    NOT_KNOWN,
+    NetnsCount,
+    NetnsCounts,
+)
 
 KEPT_APART = 4096
 """Namespaces that gave their place up whose figures are remembered one by one."""
@@ -84,15 +90,16 @@ class CountsTable:
             return frozenset()
         return frozenset(_entry(key, Counter()).netns for key in keys)
 
-    def free(self, gone: Collection[int]) -> None:
+    def free(self, gone: Collection[int], living: Mapping[int, int] = NOT_KNOWN) -> None:
         """Have the namespaces with these inode numbers give their places up.
 
+        So do those whose number is another one's by now, as far as `living` (see `read`) tells.
         Nothing is counted in one that is gone, so that nothing comes between the reading and the
         removal. Of one that a socket alone holds, which cannot be told from it, a segment may.
         """
         for key in self._keys():
             one = _entry(key, Counter())
-            if one.netns in gone:
+            if one.netns in gone or _is_there(one, living) is False:
                 counts = _sum(self._counts.per_cpu(key))
                 self._counts.delete(key)
                 self._keep(key, one.cookie, counts)

@@ -309,9 +309,9 @@ class KernelSource:
         """The network namespaces that have entries in tables that are more than half full."""
         return self.tables.netns_in_full_tables()
 
-    def free(self, gone: Collection[int]) -> None:
-        """Make room in those tables: these network namespaces are gone."""
-        self.tables.free(gone)
+    def free(self, gone: Collection[int], living: Mapping[int, int]) -> None:
+        """Make room in those tables; see `app.Source`."""
+        self.tables.free(gone, living)
 
     def listeners(self) -> tuple[ListenerFacts, ...]:
         """How the queues of each listener fared since the programs were attached."""

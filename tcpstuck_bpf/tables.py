@@ -187,9 +187,9 @@ class Tables:
         """The network namespaces that have entries in tables that are more than half full."""
         return self._counts.crowd() | self._listeners.crowd()
 
-    def free(self, gone: Collection[int]) -> None:
+    def free(self, gone: Collection[int], living: Mapping[int, int]) -> None:
         """Make room: these network namespaces are gone, see `CountsTable` and `ListenerTable`."""
-        self._counts.free(gone)
+        self._counts.free(gone, living)
         self._listeners.free(gone)
         self._note_room()
 

@@ -67,6 +67,8 @@ class FakeKernel:
         """Network namespaces that have entries in tables that fill."""
         self.freed: list[tuple[int, frozenset[int]]] = []
         """When room was to be made, and by whom."""
+        self.freed_beside: list[dict[int, int]] = []
+        """The cookies of those that are there, each time."""
         self.living: list[dict[int, int]] = []
         """The cookies that counts were asked for with, each time."""
         self.cookie = 0
@@ -121,7 +123,8 @@ class FakeKernel:
     def netns_in_full_tables(self) -> Collection[int]:
         return self.crowded
 
-    def free(self, gone: Collection[int]) -> None:
+    def free(self, gone: Collection[int], living: Mapping[int, int]) -> None:
+        self.freed_beside.append(dict(living))
         self.freed.append((self.now_ns, frozenset(gone)))
         self.crowded -= frozenset(gone)
 

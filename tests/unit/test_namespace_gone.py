@@ -316,6 +316,20 @@ def test_where_tables_fill_those_that_are_gone_make_room() -> None:
     assert kernel.crowded == {4712}
 
 
+def test_whose_numbers_are_taken_is_asked_of_those_that_are_not_gone() -> None:
+    kernel = FakeKernel()
+    kernel.crowded = CROWD
+    asked: list[set[int]] = []
+
+    def find_living(wanted: Collection[int]) -> dict[int, int]:
+        asked.append({*wanted})
+        return {4712: 72}
+
+    live(kernel, 5, find_gone=gone_are(4711, 4713), find_living=find_living)
+    assert asked[0] == {4712}
+    assert kernel.freed_beside[0] == {4712: 72}
+
+
 def test_nobody_is_told_as_gone_for_a_table_that_fills() -> None:
     kernel = FakeKernel()
     kernel.crowded = CROWD

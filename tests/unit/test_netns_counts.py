@@ -110,6 +110,16 @@ def test_one_that_was_only_thought_gone_gets_its_figures_back() -> None:
     assert host.sent({FIRST: 72}) == {GONE_NETNS: 7}
 
 
+def test_those_whose_number_is_another_ones_by_now_make_room_too() -> None:
+    """On a host of containers the lowest number is taken again and again."""
+    host = Host()
+    for one in range(ENTRIES):
+        host.count(FIRST, 1 << one, cookie=71 + one)
+    host.table.free((), {FIRST: 71 + ENTRIES - 1})
+    assert len(host.counts.held) == 1
+    assert host.sent() == {GONE_NETNS: 0b01111111, FIRST: 0b10000000}
+
+
 @pytest.mark.parametrize("cookies", [True, False])
 def test_what_is_kept_of_those_that_are_gone_is_bounded(cookies: bool) -> None:
     host = Host()
