@@ -27,6 +27,7 @@ from tcpstuck_bpf.model import (
     Sweep,
     SweepPart,
     Tally,
+    living_of,
 )
 from tcpstuck_bpf.reconcile import missed_runs_note, reconcile, total_counted, unseen_acks
 from tcpstuck_bpf.replay import (
@@ -78,6 +79,8 @@ class _Unseen(NamedTuple):
     number: int
     known_ns: int
     """The time of the tally that was the first to show the last of them: it had come by then."""
+    cookie: int
+    """The namespace's; 0 where it is not known."""
 
 
 class Analysis:
@@ -200,10 +203,11 @@ class Analysis:
             acks = sum(counts.get(which, 0) for which in _ACKS)
             self.correlator.note_acks(netns, tally.time_ns, acks)
         unseen = unseen_acks(self._tallies[0], tally, self.header.coverage)
+        living = living_of(tally.kernel_before)
         for netns, number in unseen.items():
-            known = self._unseen.get(netns)
-            if known is None or number > known.number:
-                self._unseen[netns] = _Unseen(number, tally.time_ns)
+            known, cookie = self._unseen.get(netns), living.get(netns, 0)
+            if known is None or cookie != known.cookie or number > known.number:
+                self._unseen[netns] = _Unseen(number, tally.time_ns, cookie)
 
     def _unseen_beside(self, report: FlowReport) -> int:
         """How many unseen ACKs there are in its namespace, if its own may be among them."""

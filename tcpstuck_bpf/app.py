@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.errors import RecordingError, UsageError, words_of
@@ -39,6 +39,7 @@ from tcpstuck_bpf.model import (
     Tally,
     living_of,
 )
+from tcpstuck_bpf.netns_numbers import NetnsNumbers
 from tcpstuck_bpf.replay import (
     Advanced,
     Ended,
@@ -181,13 +182,6 @@ class Names(Protocol):
         """The run ends: what is still to be read is read without a pause."""
 
 
-class _There(NamedTuple):
-    """A network namespace that was there."""
-
-    cookie: int
-    seen_ns: int
-
-
 @dataclass
 class Live:
     """A live run. `stop` is set by a signal handler and ends it with the summary.
@@ -231,10 +225,7 @@ class Live:
     _regular_choice_ns: int = field(default=0, init=False)
     _next_look_ns: int = field(default=0, init=False)
     """When namespaces may be looked for again."""
-    _there: dict[int, _There] = field(default_factory=dict, init=False)
-    """By inode number, of which there are no more than namespaces at any one time."""
-    _others: dict[int, int] = field(default_factory=dict, init=False)
-    """Inode numbers that are another namespace's by now, and until when they were not."""
+    _numbers: NetnsNumbers = field(default_factory=NetnsNumbers, init=False)
     _next_tally_ns: int = field(default=0, init=False)
     _untold: deque[Finding | Attempt] = field(default_factory=deque, init=False)
     """In the order in which it is to be told."""
@@ -436,10 +427,10 @@ class Live:
         living = self._living(wanted.difference(found), begun_ns)
         if crowd:
             self.source.free(found, living)
-        others = {n: self._others.pop(n) for n in sorted(self._others.keys() & stuck - gone)}
+        reused = self._numbers.take_reused(stuck - gone)
         done_ns = self.clock_ns()
         self._next_look_ns = done_ns + max(LOOK_INTERVAL_NS, SWEEP_SHARE * (done_ns - begun_ns))
-        steps = [Vanished(done_ns, (netns,), until_ns) for netns, until_ns in others.items()]
+        steps = [Vanished(done_ns, (netns,), until_ns) for netns, until_ns in reused.items()]
         if gone:
             steps.append(Vanished(done_ns, tuple(sorted(gone))))
         for step in steps:
@@ -453,16 +444,8 @@ class Live:
         if self.find_living is None or not wanted:
             return NOT_KNOWN
         living = self.find_living(wanted)
-        self._note_living(living, now_ns)
+        self._numbers.note(living, now_ns)
         return living
-
-    def _note_living(self, living: Mapping[int, int], now_ns: int) -> None:
-        """Take in whose the numbers were at this time, or after it."""
-        for netns, cookie in living.items():
-            before = self._there.get(netns)
-            if before is not None and before.cookie != cookie:
-                self._others[netns] = before.seen_ns
-            self._there[netns] = _There(cookie, now_ns)
 
     def _judge(self) -> None:
         """What is told from silence is told beside the kernel's own count of the ACKs that came."""
@@ -479,7 +462,7 @@ class Live:
         begun_ns = self.clock_ns()
         before = self.read_kernel_counters(wanted)
         living = living_of(before)
-        self._note_living(living, begun_ns)
+        self._numbers.note(living, begun_ns)
         traced = self.source.counts(living)
         now_ns = self.clock_ns()
         after = self.read_kernel_counters(wanted)
