@@ -57,6 +57,7 @@
 
 struct segment {
 	struct handshake_key key;
+	u64 netns_cookie; /* struct netns_key */
 	u32 sequence;
 	u32 acknowledgement;
 	u32 accept_queue;
@@ -72,6 +73,14 @@ struct segment {
 struct counter_pair {
 	u64 first;
 	u64 second;
+};
+
+/* Tables that may be full, and whether they are is remembered. */
+enum table {
+	TABLE_AWAITING_ACK,
+	TABLE_COUNTS,
+	TABLE_LISTENERS,
+	TABLES,
 };
 
 struct counters_before {
@@ -121,7 +130,7 @@ struct port_marks {
 };
 
 enum loss {
-	LOSS_NAMESPACES_UNCOUNTED,
+	LOSS_NAMESPACES_UNCOUNTED, /* segments in namespaces there was no room for in the counts */
 	LOSS_COOKIES_UNMATCHED, /* a cookie was chosen outside tcp_conn_request */
 	LOSS_LISTENERS_UNKNOWN, /* SYNs and ACKs of listeners there was no room for */
 	LOSS_STACKS_UNKNOWN, /* dropped ACKs whose callers there was no room for */
@@ -133,7 +142,8 @@ enum loss {
 #define SIZED_WHEN_LOADED 1
 
 BPF_TABLE("hash", struct handshake_key, struct handshake, awaiting_ack, SIZED_WHEN_LOADED);
-BPF_TABLE("percpu_hash", u32, struct netns_counts, counts, SIZED_WHEN_LOADED);
+BPF_TABLE("percpu_hash", struct netns_key, struct netns_counts, counts, SIZED_WHEN_LOADED);
+BPF_PERCPU_ARRAY(crowded_out, struct netns_counts, 1); /* of namespaces without a place there */
 BPF_TABLE("hash", struct listener_key, struct listener_facts, listeners, SIZED_WHEN_LOADED);
 BPF_RINGBUF_OUTPUT(events, SIZED_WHEN_LOADED);
 #ifdef PROBE_tcp_make_synack
@@ -146,7 +156,7 @@ BPF_TABLE("stacktrace", u32, struct stack, stacks, SIZED_WHEN_LOADED);
 BPF_ARRAY(cookie_ports, struct port_marks, 1);
 #endif
 BPF_ARRAY(config, struct trace_config, 1);
-BPF_ARRAY(table_is_full, u32, 1);
+BPF_ARRAY(table_is_full, u32, TABLES);
 BPF_ARRAY(wanted_ports, u64, 1024); /* one bit per port; BCC is slow with arrays in a value */
 #ifdef SOFTIRQS_INTERLEAVE
 BPF_TABLE("lru_hash", u64, struct scratch, scratches, SIZED_WHEN_LOADED);
@@ -229,22 +239,60 @@ static __always_inline struct scratch *own_scratch(void)
 #define begin_scratch own_scratch
 #endif
 
+/*
+ * A table that is full is asked for no more room. To find that there is none takes the lock of
+ * every CPU's free list before 54a9c3a42d92 ("bpf: Avoid grabbing spin_locks of all cpus when no
+ * free elems"), for each SYN of a flood. So it is found once, and remembered until an entry
+ * goes or user space has swept the tables.
+ */
+static __always_inline bool is_full(u32 table)
+{
+	u32 *full = table_is_full.lookup(&table);
+
+	return full && *full;
+}
+
+static __always_inline long noted(u32 table, long refused)
+{
+	u32 *full = table_is_full.lookup(&table);
+
+	if (full && refused == REFUSED_FULL)
+		*full = 1;
+	return refused;
+}
+
+/* Not to be traced for want of a place among the counts would be the greater loss. */
+static __always_inline struct netns_counts *counts_of_others(void)
+{
+	u32 zero = 0;
+
+	lose(LOSS_NAMESPACES_UNCOUNTED);
+	return crowded_out.lookup(&zero);
+}
+
+static __always_inline struct netns_key netns_of(const struct segment *segment)
+{
+	struct netns_key key = {};
+
+	key.cookie = segment->netns_cookie;
+	key.netns = segment->key.netns;
+	return key;
+}
+
 /* The counts of a namespace, looked up once per segment. */
 static __always_inline struct netns_counts *counts_of(struct scratch *scratch)
 {
-	u32 netns = scratch->segment.key.netns;
+	struct netns_key key = netns_of(&scratch->segment);
 	struct netns_counts *found;
 
 	if (scratch->segment.outside == PASSED_OVER)
 		return 0;
-	found = counts.lookup(&netns);
-	if (found)
-		return found;
-	counts.insert(&netns, &scratch->none);
-	found = counts.lookup(&netns);
-	if (!found)
-		lose(LOSS_NAMESPACES_UNCOUNTED);
-	return found;
+	found = counts.lookup(&key);
+	if (!found && !is_full(TABLE_COUNTS)) {
+		noted(TABLE_COUNTS, counts.insert(&key, &scratch->none));
+		found = counts.lookup(&key);
+	}
+	return found ? found : counts_of_others();
 }
 
 static __always_inline bool port_wanted(u16 port)
@@ -287,6 +335,13 @@ static __always_inline u8 outside_filters(const struct handshake_key *key, u8 fa
 	       !same_address(wanted->listener_address, key->server_address);
 }
 
+/* From 3d368ab87cf6 on ("net: initialize net->net_cookie at netns setup"); before, when asked. */
+#ifdef HAVE_NET_COOKIE
+#define COOKIE_OF(net) READ((net)->net_cookie)
+#else
+#define COOKIE_OF(net) 0
+#endif
+
 /*
  * What is to be known of a segment that came to a listener. Addresses come from the packet, not
  * from the socket: IPv4 on an IPv6 listener must show as IPv4.
@@ -318,6 +373,7 @@ static __always_inline void read_segment(struct segment *segment, struct sock *l
 	segment->key.client_port = *(u16 *)&tcp[0];
 	segment->key.server_port = *(u16 *)&tcp[2];
 	segment->key.netns = READ(net->inum);
+	segment->netns_cookie = COOKIE_OF(net);
 	segment->sequence = swap32(*(u32 *)&tcp[4]);
 	segment->acknowledgement = swap32(*(u32 *)&tcp[8]);
 	segment->tcp_flags = tcp[13];
@@ -459,10 +515,10 @@ static __always_inline struct listener_facts *facts_of(struct scratch *scratch)
 
 	name_listener(key, handshake, scratch->socket);
 	facts = listeners.lookup(key);
-	if (!facts) {
+	if (!facts && !is_full(TABLE_LISTENERS)) {
 		__builtin_memcpy(first->server_address, handshake->server_address, 16);
 		first->server_port = key->socket ? scratch->own_port : handshake->server_port;
-		listeners.insert(key, first);
+		noted(TABLE_LISTENERS, listeners.insert(key, first));
 		facts = listeners.lookup(key);
 	}
 	if (!facts)
@@ -560,8 +616,34 @@ static __always_inline void note_answer(struct listener_facts *facts, const stru
 		__sync_fetch_and_add(&facts->owed, -1);
 }
 
+/* What an ACK moves of the counters that are compared with the kernel's. */
+#define MOVED_COMPARED (MOVED_SYNCOOKIES_RECV | MOVED_SYNCOOKIES_FAILED | MOVED_LISTEN_OVERFLOWS)
+
 /* Every *_OUTSIDE count follows its counterpart inside the filters. */
 #define FILTERED(which, segment) ((which) + ((segment)->outside ? 1 : 0))
+
+static __always_inline void count_moved(struct netns_counts *counted, const struct segment *segment,
+					u8 moved)
+{
+	if (moved & MOVED_SYNCOOKIES_RECV)
+		ADD(counted->count[FILTERED(COUNT_COOKIES_RECEIVED, segment)], 1);
+	if (moved & MOVED_SYNCOOKIES_FAILED)
+		ADD(counted->count[FILTERED(COUNT_COOKIES_FAILED, segment)], 1);
+	if (moved & MOVED_LISTEN_OVERFLOWS)
+		ADD(counted->count[FILTERED(COUNT_LISTEN_OVERFLOWS, segment)], 1);
+}
+
+/* Of a segment that is left out nothing else is counted; most move nothing and take no place. */
+static __always_inline void count_outside(struct scratch *scratch, u8 moved)
+{
+	struct netns_counts *counted;
+
+	if (!(moved & MOVED_COMPARED))
+		return;
+	counted = counts_of(scratch);
+	if (counted)
+		count_moved(counted, &scratch->segment, moved);
+}
 
 /* The unit of told_at is 2^20 ns, about a millisecond: 32 bits last for weeks. */
 #define TOLD_SHIFT 20
@@ -749,30 +831,17 @@ static __always_inline bool port_marked(u16 port)
 #define mark_port(port)
 #endif
 
-/*
- * A new entry of the awaiting-ACK table. To find that there is no room for one takes the lock of
- * every CPU's free list before 54a9c3a42d92 ("bpf: Avoid grabbing spin_locks of all cpus when no
- * free elems"), for each SYN of a flood. So it is found once, and remembered until an entry
- * goes or user space has swept the table.
- */
 static __always_inline long new_entry(struct handshake_key *key, struct handshake *fresh)
 {
-	u32 zero = 0;
-	u32 *full = table_is_full.lookup(&zero);
-	long refused;
-
-	if (full && *full)
+	if (is_full(TABLE_AWAITING_ACK))
 		return REFUSED_FULL;
-	refused = awaiting_ack.insert(key, fresh);
-	if (full && refused == REFUSED_FULL)
-		*full = 1;
-	return refused;
+	return noted(TABLE_AWAITING_ACK, awaiting_ack.insert(key, fresh));
 }
 
 static __always_inline void note_room(void)
 {
-	u32 zero = 0;
-	u32 *full = table_is_full.lookup(&zero);
+	u32 table = TABLE_AWAITING_ACK;
+	u32 *full = table_is_full.lookup(&table);
 
 	if (full && *full)
 		*full = 0;
@@ -901,17 +970,12 @@ static __always_inline int syn_handled(void)
 	if (scratch->cookie_sent)
 		return 0;
 	segment = &scratch->segment;
-	counted = counts_of(scratch);
-	if (!counted)
-		return 0;
 	moved = listen_counters_moved(&scratch->before);
-	if (moved & MOVED_LISTEN_OVERFLOWS)
-		ADD(counted->count[FILTERED(COUNT_LISTEN_OVERFLOWS, segment)], 1);
-	if (segment->outside)
+	if (segment->outside) {
+		count_outside(scratch, moved);
 		return 0;
+	}
 	dropped = syn_was_dropped(segment, moved);
-	if (dropped)
-		ADD(counted->count[COUNT_SYNS_DROPPED], 1);
 	facts = facts_of(scratch);
 	if (facts) {
 		__sync_fetch_and_add(&facts->syns, 1);
@@ -921,6 +985,14 @@ static __always_inline int syn_handled(void)
 		RAISE(facts->peak_syn_queue, syn_queue_of((struct sock *)scratch->listening));
 	}
 	entry = awaiting_ack.lookup(&segment->key);
+	/* Most SYNs change nothing that is counted, and take no place. */
+	if (!entry && !dropped && !(moved & MOVED_LISTEN_OVERFLOWS))
+		return 0;
+	counted = counts_of(scratch);
+	if (!counted)
+		return 0;
+	count_moved(counted, segment, moved);
+	ADD(counted->count[COUNT_SYNS_DROPPED], dropped);
 	if (!entry || entry->ending != ENDING_NONE)
 		return 0;
 	now = bpf_ktime_get_ns();
@@ -1195,18 +1267,15 @@ static __always_inline int ack_judged(u64 result)
 	if (scratch->drop_place || (result && !scratch->refused))
 		scratch->checked = 0;
 	segment = &scratch->segment;
+	moved = listen_counters_moved(&scratch->before) | cookie_counters_moved(&scratch->before);
+	if (segment->outside) {
+		count_outside(scratch, moved);
+		return 0;
+	}
 	counted = counts_of(scratch);
 	if (!counted)
 		return 0;
-	moved = listen_counters_moved(&scratch->before) | cookie_counters_moved(&scratch->before);
-	if (moved & MOVED_SYNCOOKIES_RECV)
-		ADD(counted->count[FILTERED(COUNT_COOKIES_RECEIVED, segment)], 1);
-	if (moved & MOVED_SYNCOOKIES_FAILED)
-		ADD(counted->count[FILTERED(COUNT_COOKIES_FAILED, segment)], 1);
-	if (moved & MOVED_LISTEN_OVERFLOWS)
-		ADD(counted->count[FILTERED(COUNT_LISTEN_OVERFLOWS, segment)], 1);
-	if (segment->outside)
-		return 0;
+	count_moved(counted, segment, moved);
 	now = bpf_ktime_get_ns();
 	if (!result)
 		see_full_accept_queue(segment, (struct sock *)listener, moved);
@@ -1459,6 +1528,9 @@ static __always_inline bool read_freed(struct segment *segment, const struct hea
 		bpf_probe_read_kernel(&way->device, sizeof(u32), &device->ifindex);
 	bpf_probe_read_kernel(&net, sizeof(net), &device->nd_net);
 	bpf_probe_read_kernel(&segment->key.netns, sizeof(u32), &net->inum);
+#ifdef HAVE_NET_COOKIE
+	bpf_probe_read_kernel(&segment->netns_cookie, sizeof(u64), &net->net_cookie);
+#endif
 	if (ipv4) {
 		client[2] = server[2] = 0xffff0000;
 		client[3] = *(u32 *)&headers->bytes[12];
@@ -1577,6 +1649,7 @@ static __always_inline int packet_dropped(void *ctx, u64 skb, u64 place, u32 rea
 {
 	struct netns_counts *counted;
 	struct packet_span packet;
+	struct netns_key netns;
 	struct headers headers;
 	struct segment segment = {};
 	struct handshake *entry;
@@ -1604,7 +1677,10 @@ static __always_inline int packet_dropped(void *ctx, u64 skb, u64 place, u32 rea
 		return 0;
 	if (IS_NO_LOSS(reason))
 		return 0;
-	counted = counts.lookup(&segment.key.netns);
+	netns = netns_of(&segment);
+	counted = counts.lookup(&netns);
+	if (!counted)
+		counted = counts_of_others();
 	if (!counted)
 		return 0;
 	now = bpf_ktime_get_ns();

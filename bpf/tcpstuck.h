@@ -169,9 +169,19 @@ struct listener_facts {
 };
 
 /*
+ * A network namespace. A new one gets the lowest free inode number (ida_alloc in ns_alloc_inum and
+ * its predecessors), often that of one that has just gone. Its cookie no other one ever has.
+ */
+struct netns_key {
+	__u64 cookie; /* SO_NETNS_COOKIE; 0 where the kernel does not set it with the namespace */
+	__u32 netns; /* inode number */
+	__u8 padding[4];
+};
+
+/*
  * Counted per network namespace. *_OUTSIDE are segments that the filters (port, family, address)
  * leave out: they are not traced, but without them the kernel's own counters could not be
- * compared with ours.
+ * compared with ours. A segment outside that moves none of these counters takes no place.
  */
 enum netns_count {
 	COUNT_COOKIES_SENT,

@@ -18,6 +18,8 @@ from tcpstuck_bpf.listener_history import ListenerHistory
 from tcpstuck_bpf.model import (
     ATTEMPT_NOT_SENT,
     ATTEMPT_SENT,
+    CROWDED_NETNS,
+    GONE_NETNS,
     FourTuple,
     HandshakeId,
     NetnsCount,
@@ -25,8 +27,9 @@ from tcpstuck_bpf.model import (
     Sweep,
     SweepPart,
     Tally,
+    living_of,
 )
-from tcpstuck_bpf.reconcile import count_difference, missed_runs_note, reconcile, unseen_acks
+from tcpstuck_bpf.reconcile import missed_runs_note, reconcile, total_counted, unseen_acks
 from tcpstuck_bpf.replay import (
     Advanced,
     Ended,
@@ -76,6 +79,8 @@ class _Unseen(NamedTuple):
     number: int
     known_ns: int
     """The time of the tally that was the first to show the last of them: it had come by then."""
+    cookie: int
+    """The namespace's; 0 where it is not known."""
 
 
 class Analysis:
@@ -137,7 +142,7 @@ class Analysis:
             self._attempts.update(attempt.outcome for attempt in step.rescue.attempts)
             self._left_alone = step.rescue.left_alone
         else:
-            self.correlator.note_gone(step.netns, step.now_ns)
+            self.correlator.note_gone(step.netns, step.now_ns, step.until_ns)
 
     def _sweep(self, sweep: Sweep) -> None:
         self.correlator.observe(sweep)
@@ -193,13 +198,16 @@ class Analysis:
     def _take_tally(self, tally: Tally) -> None:
         self._tallies = [*self._tallies[:1], tally]
         for netns, counts in tally.traced.items():
+            if netns in (GONE_NETNS, CROWDED_NETNS):
+                continue
             acks = sum(counts.get(which, 0) for which in _ACKS)
             self.correlator.note_acks(netns, tally.time_ns, acks)
         unseen = unseen_acks(self._tallies[0], tally, self.header.coverage)
+        living = living_of(tally.kernel_before)
         for netns, number in unseen.items():
-            known = self._unseen.get(netns)
-            if known is None or number > known.number:
-                self._unseen[netns] = _Unseen(number, tally.time_ns)
+            known, cookie = self._unseen.get(netns), living.get(netns, 0)
+            if known is None or cookie != known.cookie or number > known.number:
+                self._unseen[netns] = _Unseen(number, tally.time_ns, cookie)
 
     def _unseen_beside(self, report: FlowReport) -> int:
         """How many unseen ACKs there are in its namespace, if its own may be among them."""
@@ -222,7 +230,7 @@ class Analysis:
 
     def status(self, counts: NetnsCounts, now_ns: int) -> Status:
         """What there is to say while nothing new is."""
-        counted = _total(self._tallies[0].traced, counts)
+        counted = total_counted(self._tallies[0].traced, counts)
         stats = self.correlator.stats()
         return Status(
             watched=self.header.watched,
@@ -238,7 +246,7 @@ class Analysis:
         """The end of the run, from all steps taken; a tally was among them."""
         start, end = self._tallies[0], self._tallies[-1]
         stats = self.correlator.stats()
-        counted = _total(start.traced, end.traced)
+        counted = total_counted(start.traced, end.traced)
         recovered = stats.told_now.get(State.RECOVERED, 0)
         told = {name: number for name, number in self._verdicts.items() if number > 0}
         # Those that an ordinary handshake took over were connected without a cookie's ACK.
@@ -253,6 +261,7 @@ class Analysis:
             "flows_unresolved": stats.unresolved,
             "children_stillborn": counted[NetnsCount.STILLBORN],
             "table_busy": counted[NetnsCount.TABLE_BUSY],
+            "listeners_forgotten": self._listeners.forgotten,
             "causes_not_updated": self._never_updated + len(self._rules_awaited),
         }
         wanted = self.header.settings.trace_filter
@@ -301,10 +310,3 @@ class Analysis:
             rescued=rescued,
             left_alone=self._left_alone,
         )
-
-
-def _total(start: NetnsCounts, end: NetnsCounts) -> Counter[NetnsCount]:
-    counted: Counter[NetnsCount] = Counter()
-    for counts in count_difference(start, end).values():
-        counted.update(counts)
-    return counted

@@ -21,6 +21,7 @@ from tcpstuck_bpf.errors import RecordingError, UsageError, words_of
 from tcpstuck_bpf.files import write_whole
 from tcpstuck_bpf.flow import FlowReport
 from tcpstuck_bpf.model import (
+    NOT_KNOWN,
     Attempt,
     Coverage,
     Event,
@@ -36,7 +37,9 @@ from tcpstuck_bpf.model import (
     Sweep,
     SweepPart,
     Tally,
+    living_of,
 )
+from tcpstuck_bpf.netns_numbers import NetnsNumbers
 from tcpstuck_bpf.replay import (
     Advanced,
     Ended,
@@ -110,8 +113,21 @@ class Source(Protocol):
     def forget(self, handshakes: Iterable[HandshakeId]) -> None:
         """Remove entries from the table, where they are still of that handshake."""
 
-    def counts(self) -> NetnsCounts:
-        """What the programs counted since they were attached."""
+    def counts(self, living: Mapping[int, int] = NOT_KNOWN) -> NetnsCounts:
+        """What the programs counted since they were attached, by network namespace.
+
+        `living` has the cookies of those that are there now, by inode number, where they are known:
+        what was counted in another one of that number is counted as gone.
+        """
+
+    def netns_in_full_tables(self) -> Collection[int]:
+        """The network namespaces that have entries in tables that are more than half full."""
+
+    def free(self, gone: Collection[int], living: Mapping[int, int]) -> None:
+        """Make room in those tables: these network namespaces are gone.
+
+        So are those whose number is another one's by now: `living` as for `counts`.
+        """
 
     def listeners(self) -> tuple[ListenerFacts, ...]:
         """How the queues of each listener fared."""
@@ -196,6 +212,9 @@ class Live:
     """None where it may not be read."""
     find_gone: Callable[[Collection[int]], Collection[int]] | None = None
     """Says to which of these network namespaces nothing leads any more; None: it is not asked."""
+    find_living: Callable[[Collection[int]], Mapping[int, int]] | None = None
+    """The cookies of these network namespaces, as far as they are known, by inode number; None: it
+    is not asked whose the numbers are by now."""
     clock_note: Callable[[], str] | None = None
     """Says at the end what has become of the clock that the run prints its times by."""
     failure: Exception | None = field(default=None, init=False)
@@ -206,6 +225,7 @@ class Live:
     _regular_choice_ns: int = field(default=0, init=False)
     _next_look_ns: int = field(default=0, init=False)
     """When namespaces may be looked for again."""
+    _numbers: NetnsNumbers = field(default_factory=NetnsNumbers, init=False)
     _next_tally_ns: int = field(default=0, init=False)
     _untold: deque[Finding | Attempt] = field(default_factory=deque, init=False)
     """In the order in which it is to be told."""
@@ -391,20 +411,41 @@ class Live:
         return cost_ns
 
     def _look_for_namespaces(self) -> None:
-        """Whoever is stuck in a namespace that has been removed is stuck for nobody here."""
+        """Whoever is stuck in one that has been removed is stuck for nobody here.
+
+        Where tables fill, those that are gone make room for others.
+        """
         begun_ns = self.clock_ns()
         if self.find_gone is None or begun_ns < self._next_look_ns:
             return
-        stuck = self.analysis.correlator.netns_of_stuck
-        if not stuck:
+        stuck, crowd = self.analysis.correlator.netns_of_stuck, self.source.netns_in_full_tables()
+        if not stuck and not crowd:
             return
-        gone = self.find_gone(stuck)
+        wanted = {*stuck, *crowd}
+        found = self.find_gone(wanted)
+        gone = stuck.intersection(found)
+        living = self._living(wanted.difference(found), begun_ns)
+        if crowd:
+            self.source.free(found, living)
+        reused = self._numbers.take_reused(stuck - gone)
         done_ns = self.clock_ns()
         self._next_look_ns = done_ns + max(LOOK_INTERVAL_NS, SWEEP_SHARE * (done_ns - begun_ns))
+        steps = [Vanished(done_ns, (netns,), until_ns) for netns, until_ns in reused.items()]
         if gone:
-            self._step(Vanished(done_ns, tuple(sorted(gone))))
+            steps.append(Vanished(done_ns, tuple(sorted(gone))))
+        for step in steps:
+            self._step(step)
+        if steps:
             self._judge()
             self._rescue((), self.analysis.reports)
+
+    def _living(self, wanted: Collection[int], now_ns: int) -> Mapping[int, int]:
+        """The cookies of the network namespaces with these numbers, as far as they are known."""
+        if self.find_living is None or not wanted:
+            return NOT_KNOWN
+        living = self.find_living(wanted)
+        self._numbers.note(living, now_ns)
+        return living
 
     def _judge(self) -> None:
         """What is told from silence is told beside the kernel's own count of the ACKs that came."""
@@ -418,8 +459,11 @@ class Live:
         self._step(Advanced(now_ns))
 
     def _tally(self, wanted: Collection[int] | None = None) -> int:
+        begun_ns = self.clock_ns()
         before = self.read_kernel_counters(wanted)
-        traced = self.source.counts()
+        living = living_of(before)
+        self._numbers.note(living, begun_ns)
+        traced = self.source.counts(living)
         now_ns = self.clock_ns()
         after = self.read_kernel_counters(wanted)
         self._step(TallyTaken(Tally(now_ns, before, traced, after)))

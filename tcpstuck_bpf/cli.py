@@ -34,7 +34,7 @@ from tcpstuck_bpf.errors import (
 from tcpstuck_bpf.explain import explanation, verdict_list
 from tcpstuck_bpf.kernel_log import open_kernel_log
 from tcpstuck_bpf.listener_owner import ListenerWatch
-from tcpstuck_bpf.model import TraceFilter, TraceSettings, address_text
+from tcpstuck_bpf.model import TraceFilter, TraceSettings, address_text, living_of
 from tcpstuck_bpf.options import as_written, build_parser
 from tcpstuck_bpf.output import JsonOutput, Selection, TableOutput
 from tcpstuck_bpf.places import Namer
@@ -276,12 +276,14 @@ def _trace(options: argparse.Namespace) -> int:
             ending.add("the recording is incomplete", recorder.close)
         if not sys.stdout.isatty():
             _note(watching(watched, source.coverage.mode))
-        live = Live(source, Analysis(header), output, recorder, netns.CounterReader().read)
+        reader = netns.CounterReader()
+        live = Live(source, Analysis(header), output, recorder, reader.read)
         rules = RulesetWatch(read_ruleset, time.monotonic_ns)
         live.name = Namer(source.drop_reasons, source.stack, rules)
         live.describe = ListenerWatch().changed
         live.kernel_log = kernel_log
         live.find_gone = netns.gone
+        live.find_living = lambda wanted: living_of(reader.read(wanted))
         live.clock_note = run_clock.note
         if options.rescue is not None:
             live.rescuing = _rescuing(options, source)

@@ -238,10 +238,16 @@ class Correlator:
         """Network namespaces of the flows that are stuck."""
         return {who.netns for who, flow in self._flows.items() if flow.state in STUCK_STATES}
 
-    def note_gone(self, netns: Collection[int], now_ns: int) -> None:
-        """Take in that nothing leads to these network namespaces; `advance` tells who was stuck."""
+    def note_gone(self, netns: Collection[int], now_ns: int, until_ns: int | None = None) -> None:
+        """Take in that these network namespaces are gone; `advance` tells who was stuck there.
+
+        `until_ns`: the numbers are those of others by now, and were not yet at that time: only of
+        whom nothing has been seen since is known to have been in the ones that are gone.
+        """
         for four_tuple, flow in self._flows.items():
-            if four_tuple.netns in netns and flow.state in STUCK_STATES:
+            if four_tuple.netns not in netns or flow.state not in STUCK_STATES:
+                continue
+            if until_ns is None or _last_segment_ns(flow.handshake) <= until_ns:
                 self._keep_ready(self._told_in(four_tuple, flow, State.NAMESPACE_GONE, now_ns))
 
     def _told_in(
@@ -532,6 +538,10 @@ class Correlator:
             duplicate=self._counts["duplicate"],
             torn=self._counts["torn"],
         )
+
+
+def _last_segment_ns(entry: Handshake) -> int:
+    return max(entry.last_syn_ns, entry.last_ack_dropped_ns, entry.last_ack_filtered_ns)
 
 
 def _by_time(report: FlowReport) -> tuple[int, FourTuple, int]:

@@ -320,7 +320,7 @@ def _namespace_gone(report: FlowReport) -> Iterator[str]:
         yield from _drop_sentences(report)
     yield (
         f"no process, no name and no mount leads to network namespace {report.four_tuple.netns} "
-        f"at {_offset(report, report.decided_ns)}"
+        f"at {_offset(report, report.decided_ns)}, or its number is another one's by then"
     )
 
 

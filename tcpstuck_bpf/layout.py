@@ -63,6 +63,9 @@ the socket's cookie: the kernel gives it one only when somebody asks (__sock_gen
 """
 COUNTER_MEMBER = Member("net", "net_statistics", "void *", "net", "mib.net_statistics")
 
+COOKIE_MEMBER = Member("net", "net_cookie", "u64", "net", "net_cookie")
+"""What no other network namespace ever has (SO_NETNS_COOKIE)."""
+
 PACKET_SPAN = "packet_span"
 """The C struct that one read of struct sk_buff gets: every member of it that is looked at first."""
 SPAN_MEMBERS = (
@@ -136,6 +139,17 @@ def obstacle(member: Member, place: MemberPlace | None) -> str | None:
     return None
 
 
+def cookie_obstacle(types: KernelTypes) -> str | None:
+    """Why a namespace's cookie cannot be read, None where it can.
+
+    Before 5.12 it is an atomic64_t, made when somebody asks: 0 until then
+    (commit 3d368ab87cf6, "net: initialize net->net_cookie at netns setup").
+    """
+    if types.place(COOKIE_MEMBER.kernel_struct, f"{COOKIE_MEMBER.path}.counter") is not None:
+        return "struct net's member net_cookie is made when somebody asks for it"
+    return obstacle(COOKIE_MEMBER, types.place(COOKIE_MEMBER.kernel_struct, COOKIE_MEMBER.path))
+
+
 def find_layout(types: KernelTypes, per_cpu_offset_table: int | None) -> Layout:
     """Look every member up.
 
@@ -153,6 +167,9 @@ def find_layout(types: KernelTypes, per_cpu_offset_table: int | None) -> Layout:
                 "report it, with the kernel's version; a newer tcpstuck-trace may know it",
             )
         offsets[member] = place.offset
+    cookie = types.place(COOKIE_MEMBER.kernel_struct, COOKIE_MEMBER.path)
+    if cookie is not None and cookie_obstacle(types) is None:
+        offsets[COOKIE_MEMBER] = cookie.offset
     drop_obstacle = find_drop_members(types, offsets)
     find_socket_members(types, offsets)
     enumerators = types.enumerators("LINUX_MIB_")
@@ -246,6 +263,8 @@ def header_text(layout: Layout) -> str:
         checks.append(f'_Static_assert(sizeof(struct {PACKET_SPAN}) == {length}, "padded");')
     if layout.has_sockets:
         lines.append("#define HAVE_SOCKET_INODE")
+    if COOKIE_MEMBER in layout.offsets:
+        lines.append("#define HAVE_NET_COOKIE")
     if layout.counters:
         lines.append("#define HAVE_MIB_COUNTERS")
         lines += [f"#define MIB_{name} {index}" for name, index in layout.counters.items()]

@@ -82,9 +82,13 @@ class ListenerReport(NamedTuple):
 
     @property
     def suffered(self) -> bool:
-        """Whether a queue was too short for anyone, or cookies were sent."""
-        facts = self.facts
-        return bool(facts.cookies_sent or facts.syns_refused or facts.acks_refused)
+        """Whether there is something to tell of it; see `suffered`."""
+        return suffered(self.facts)
+
+
+def suffered(facts: ListenerFacts) -> bool:
+    """Whether a queue was too short for anyone, or cookies were sent."""
+    return bool(facts.cookies_sent or facts.syns_refused or facts.acks_refused)
 
 
 def merged(several: Sequence[ListenerFacts]) -> ListenerFacts:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import bisect
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
-from tcpstuck_bpf.listener import ListenerReport, SynNeed, report
+from tcpstuck_bpf.listener import ListenerReport, SynNeed, report, suffered
 from tcpstuck_bpf.model import (
     CoverageGap,
     Ending,
@@ -36,13 +36,22 @@ _Silent = dict[ListenerId, dict[Place, "array[int]"]]
 """When each client that never answered first sent a SYN, in no order. Arrays: a flood has many."""
 
 KEPT_HEIGHTS = 256
+MAX_LISTENERS = 8192
+"""Whose figures are remembered."""
+MAX_ENDED = 1024
+"""Listeners whose figures began anew and that are told with those they had before."""
 
 
 class ListenerHistory:
     """Takes in what a run saw, in order; `reports` may be asked for at any time."""
 
     def __init__(self) -> None:
+        self.forgotten = 0
+        """Listeners whose figures were given up for want of room."""
         self._seen: dict[ListenerId, ListenerSeen] = {}
+        """The one that changed longest ago first."""
+        self._ended: deque[tuple[ListenerSeen, SynNeed]] = deque()
+        """What listeners suffered before their figures began anew; the oldest first."""
         self._heights: dict[ListenerId, list[ListenerFacts]] = {}
         self._silent: _Silent = {}
         self._silent_in_sweep: _Silent = {}
@@ -53,11 +62,37 @@ class ListenerHistory:
         for one in seen:
             facts = one.facts
             listener = facts.listener
+            before = self._seen.pop(listener, None)
+            if before is not None and _begins_anew(before.facts, facts):
+                self._end(listener, before)
             self._seen[listener] = one
             heights = self._heights.setdefault(listener, [])
             if not heights or heights[-1].syn_need_ns != facts.syn_need_ns:
                 heights.append(facts)
                 self._keep_few(listener, heights)
+        self._forget()
+
+    def _end(self, listener: ListenerId, before: ListenerSeen) -> None:
+        """Figures never go back: these are another listener's, or the entry was made room of."""
+        if suffered(before.facts):
+            self._ended.append((before, self._highest([listener])))
+        if len(self._ended) > MAX_ENDED:
+            self._ended.popleft()
+            self.forgotten += 1
+        self._heights.pop(listener, None)
+        self._gone.pop(listener, None)
+
+    def _forget(self) -> None:
+        """Where there are too many, those go first that suffered nothing, the idle ones before."""
+        excess = len(self._seen) - MAX_LISTENERS
+        if excess <= 0:
+            return
+        by_worth = sorted(self._seen, key=lambda listener: suffered(self._seen[listener].facts))
+        for listener in by_worth[:excess]:
+            del self._seen[listener]
+            self._heights.pop(listener, None)
+            self._gone.pop(listener, None)
+        self.forgotten += excess
 
     def _keep_few(self, listener: ListenerId, heights: list[ListenerFacts]) -> None:
         """A flood raises the need at every reading: of the older half every other one goes."""
@@ -67,6 +102,15 @@ class ListenerHistory:
             half = len(heights) // 2
             older = [facts for n, facts in enumerate(heights[:half]) if n % 2 or facts is best]
             heights[:half] = older
+            self._move_gone(listener, heights)
+
+    def _move_gone(self, listener: ListenerId, heights: Sequence[ListenerFacts]) -> None:
+        """Count those who left at heights that are not kept at the next one that is."""
+        moved: Counter[int] = Counter()
+        for since, number in self._gone.get(listener, Counter()).items():
+            moved[_first_height_from(heights, since)] += number
+        if moved:
+            self._gone[listener] = moved
 
     def take_sweep(self, sweep: Sweep) -> None:
         """A batch of the table's rows; who is in a whole sweep has not answered yet."""
@@ -102,6 +146,8 @@ class ListenerHistory:
 
         By height and not by time, for a flood's would be too many to be kept for ever.
         """
+        if listener not in self._seen:
+            return
         heights = self._heights.get(listener, [])
         for first_syn_ns in times:
             counted_ns = _first_height_from(heights, first_syn_ns)
@@ -158,9 +204,12 @@ class ListenerHistory:
             known: object = one.sockets if len(one.sockets) == 1 else listener
             whose = (facts.netns, facts.server_port, facts.limit, known)
             together.setdefault(listener if listener.socket else whose, []).append(listener)
-        return tuple(
-            report([self._seen[one] for one in listeners], self._highest(listeners), gaps)
-            for listeners in together.values()
+        return (
+            *(report([one], need, gaps) for one, need in self._ended),
+            *(
+                report([self._seen[one] for one in listeners], self._highest(listeners), gaps)
+                for listeners in together.values()
+            ),
         )
 
 
@@ -181,6 +230,15 @@ def _first_height_from(heights: Sequence[ListenerFacts], time_ns: int) -> int:
     if low < len(heights):
         return heights[low].syn_need_ns
     return heights[-1].syn_need_ns + 1 if heights else 0
+
+
+def _begins_anew(before: ListenerFacts, now: ListenerFacts) -> bool:
+    return (
+        now.syns < before.syns
+        or now.cookies_sent < before.cookies_sent
+        or now.syns_refused < before.syns_refused
+        or now.acks_refused < before.acks_refused
+    )
 
 
 def _by_height(need: SynNeed) -> tuple[int, int, int]:

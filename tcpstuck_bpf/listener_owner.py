@@ -131,6 +131,9 @@ class ListenerWatch:
         now = dict.fromkeys(facts)
         news = [one for one in now if one not in self._last]
         self._last = now
+        there = {one.listener for one in now}
+        self._known = {which: one for which, one in self._known.items() if which in there}
+        self._tries = {which: tries for which, tries in self._tries.items() if which in there}
         self._identify([one for one in news if self._wants(one)])
         return tuple(
             self._known.get(one.listener, ListenerSeen(one, (), (), {}))._replace(facts=one)

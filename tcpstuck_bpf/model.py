@@ -503,11 +503,28 @@ class ListenerSeen(NamedTuple):
     """Address that the socket listens at, any address as zeros; None if unknown."""
 
 
+GONE_NETNS, CROWDED_NETNS = 0, 1
+"""In place of an inode number, which none of a network namespace is (PROC_DYNAMIC_FIRST in
+fs/proc/generic.c): all namespaces that are gone, and all that there was no place for."""
+NETNS_COOKIE = "net_cookie"
+"""Beside a namespace's counters: its cookie (SO_NETNS_COOKIE, from 5.14 on), which tells it from
+another one of the same inode number; missing, or 0, where it is not known."""
+
+NOT_KNOWN: Mapping[int, int] = {}
+"""The cookies of network namespaces where nobody has asked for them."""
+
 NetnsCounts = Mapping[int, Mapping[NetnsCount, int]]
 """What the programs counted, by network namespace (inode number)."""
 
 KernelCounters = Mapping[int, Mapping[str, int]]
-"""TcpExt counters of the kernel (SyncookiesSent ...), by network namespace (inode number)."""
+"""TcpExt counters of the kernel (SyncookiesSent ...), by network namespace (inode number), with
+NETNS_COOKIE."""
+
+
+def living_of(counters: KernelCounters) -> dict[int, int]:
+    """The cookies of the namespaces that these counters were read in, by inode number."""
+    cookies = {netns: values.get(NETNS_COOKIE, 0) for netns, values in counters.items()}
+    return {netns: cookie for netns, cookie in cookies.items() if cookie}
 
 
 class Tally(NamedTuple):

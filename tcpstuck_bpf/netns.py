@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from tcpstuck_bpf.errors import CannotTraceError, UsageError
-from tcpstuck_bpf.model import KernelCounters
+from tcpstuck_bpf.model import NETNS_COOKIE, KernelCounters
+from tcpstuck_bpf.netns_cookie import own_cookie
 
 COUNTERS = ("SyncookiesSent", "SyncookiesRecv", "SyncookiesFailed", "ListenOverflows")
 QUEUE_SETTINGS = ("ipv4.tcp_syncookies", "ipv4.tcp_max_syn_backlog", "core.somaxconn")
@@ -161,7 +162,9 @@ def parse_netstat(text: str) -> dict[str, int]:
 
 
 def _own_counters() -> dict[str, int]:
-    return parse_netstat(Path("/proc/thread-self/net/netstat").read_text("ascii"))
+    """Of the calling thread's namespace, with its cookie."""
+    counters = parse_netstat(Path("/proc/thread-self/net/netstat").read_text("ascii"))
+    return {**counters, NETNS_COOKIE: own_cookie()} if counters else {}
 
 
 def _own_queue_settings() -> dict[str, int]:
@@ -352,7 +355,12 @@ def read_queue_settings() -> dict[int, dict[str, int]]:
 
 
 def _counters_by_process(pid: int, inode: int) -> dict[str, int]:
-    """Empty where the process has ended, or lives in another namespace by now."""
+    """Empty where the process has ended, or lives in another namespace by now.
+
+    Without the cookie where the namespace cannot be entered.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        return _inside(Path(f"/proc/{pid}/ns/net"), _own_counters, inode)
     try:
         counters = parse_netstat(Path(f"/proc/{pid}/net/netstat").read_text("ascii"))
         return counters if Path(f"/proc/{pid}/ns/net").stat().st_ino == inode else {}

@@ -6,9 +6,18 @@ exactly with a kernel that knows no filters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 
-from tcpstuck_bpf.model import Coverage, NetnsCount, NetnsCounts, Tally
+from tcpstuck_bpf.model import (
+    CROWDED_NETNS,
+    GONE_NETNS,
+    NETNS_COOKIE,
+    Coverage,
+    NetnsCount,
+    NetnsCounts,
+    Tally,
+)
 from tcpstuck_bpf.report import Reconciled
 
 _PAIRS: tuple[tuple[str, NetnsCount, NetnsCount, tuple[str, ...]], ...] = (
@@ -39,15 +48,40 @@ _PAIRS: tuple[tuple[str, NetnsCount, NetnsCount, tuple[str, ...]], ...] = (
 )
 
 
-def count_difference(start: NetnsCounts, end: NetnsCounts) -> dict[int, dict[NetnsCount, int]]:
-    """What was counted between two readings, by namespace."""
-    none: Mapping[NetnsCount, int] = {}
-    return {
-        netns: {
-            which: value - start.get(netns, none).get(which, 0) for which, value in counts.items()
-        }
-        for netns, counts in end.items()
-    }
+_GONE_NOTE = "the kernel's counters of namespaces that are gone went with them"
+_CROWDED_NOTE = "counted in namespaces that had no place of their own: there was no room"
+
+
+def total_counted(start: NetnsCounts, end: NetnsCounts) -> Counter[NetnsCount]:
+    """What was counted between two readings in all network namespaces together."""
+    counted: Counter[NetnsCount] = Counter()
+    for counts in end.values():
+        counted.update(counts)
+    for counts in start.values():
+        counted.subtract(counts)
+    return counted
+
+
+def _is_another(start: Tally, end: Tally, netns: int) -> bool:
+    """Whether an inode number is known to be another namespace's than it was at the start."""
+    before = start.kernel_after.get(netns, {}).get(NETNS_COOKIE, 0)
+    now = end.kernel_before.get(netns, {}).get(NETNS_COOKIE, 0)
+    return bool(before and now) and before != now
+
+
+def _traced_between(start: Tally, end: Tally) -> dict[int, Counter[NetnsCount]]:
+    """What was counted between two readings, by namespace.
+
+    What was counted before the first one in a namespace that has gone since is among the figures of
+    those that are gone at the second.
+    """
+    found = {netns: Counter(counts) for netns, counts in end.traced.items()}
+    for netns, counts in start.traced.items():
+        is_gone = netns not in found or _is_another(start, end, netns)
+        place = GONE_NETNS if is_gone else netns
+        if place in found:
+            found[place].subtract(counts)
+    return found
 
 
 def _kernel_interval(
@@ -55,16 +89,21 @@ def _kernel_interval(
 ) -> tuple[tuple[int, int] | None, str]:
     """Lowest and highest increase that the readings around the traced period allow.
 
-    A namespace that was not there at the start began at zero. Where the increase would be
-    negative, the inode number was used again for another namespace.
+    A namespace that was not there at the start began at zero. Where its cookie is not known and the
+    increase would be negative, the inode number was used again for another namespace.
     """
+    if netns in (GONE_NETNS, CROWDED_NETNS):
+        return None, _GONE_NOTE if netns == GONE_NETNS else _CROWDED_NOTE
     if netns not in end.kernel_before or netns not in end.kernel_after:
         return None, "this namespace's counters could not be read at the end"
     if counter not in end.kernel_after[netns]:
         return None, "this kernel has no such counter"
-    known_before = netns in start.kernel_before
+    cookies = [one[netns].get(NETNS_COOKIE, 0) for one in (end.kernel_before, end.kernel_after)]
+    if cookies[0] != cookies[1]:
+        return None, "another namespace has its number by now"
+    known_before = netns in start.kernel_before and not _is_another(start, end, netns)
     first = start.kernel_before[netns].get(counter, 0) if known_before else 0
-    later = start.kernel_after.get(netns, {}).get(counter, first)
+    later = start.kernel_after.get(netns, {}).get(counter, first) if known_before else 0
     low = end.kernel_before[netns].get(counter, 0) - later
     high = end.kernel_after[netns][counter] - first
     if low < 0 or high < low:
@@ -93,7 +132,7 @@ def reconcile(start: Tally, end: Tally, coverage: Coverage) -> tuple[Reconciled,
     """Every counter of every namespace in which either side saw anything."""
     rows = []
     missing = {gap.probe for gap in coverage.gaps}
-    traced_by_netns = count_difference(start.traced, end.traced)
+    traced_by_netns = _traced_between(start, end)
     none: Mapping[NetnsCount, int] = {}
     for netns in sorted({*traced_by_netns, *end.kernel_after, *end.kernel_before}):
         traced_counts = traced_by_netns.get(netns, none)
@@ -111,7 +150,29 @@ def reconcile(start: Tally, end: Tally, coverage: Coverage) -> tuple[Reconciled,
                 bound = kernel[0] if traced + beside < kernel[0] else kernel[1]
                 note = f"differs by {traced + beside - bound:+d}"
             rows.append(Reconciled(netns, counter, traced, beside, kernel, agrees, note))
-    return tuple(rows)
+    return tuple(_made_up_for(rows))
+
+
+def _lacking(row: Reconciled) -> int:
+    """By how much less was traced than the kernel counted, at the least."""
+    if row.agrees is not False or row.kernel is None:
+        return 0
+    return max(0, row.kernel[0] - row.traced - row.outside)
+
+
+def _made_up_for(rows: list[Reconciled]) -> Iterator[Reconciled]:
+    """The rows, where what namespaces lack may be what was counted for no namespace of its own."""
+    spare: Counter[str] = Counter()
+    for row in rows:
+        spare[row.counter] += row.traced + row.outside if row.netns == CROWDED_NETNS else 0
+        spare[row.counter] -= _lacking(row)
+    crowded = {row.counter for row in rows if row.netns == CROWDED_NETNS}
+    for row in rows:
+        if _lacking(row) and row.counter in crowded and spare[row.counter] >= 0:
+            note = "this namespace had no place of its own: its part may be counted elsewhere"
+            yield row._replace(agrees=None, note=note)
+        else:
+            yield row
 
 
 def missed_runs_note(number: int, rows: Iterable[Reconciled]) -> str:

@@ -16,7 +16,7 @@ from datetime import datetime
 
 from tcpstuck_bpf.evidence import duration_text
 from tcpstuck_bpf.flow import SECOND_NS
-from tcpstuck_bpf.model import Attempt
+from tcpstuck_bpf.model import CROWDED_NETNS, GONE_NETNS, Attempt
 from tcpstuck_bpf.report import RescueTotals, Status, Summary, WallClock
 from tcpstuck_bpf.terminal import BOLD, PLAIN, RED, printable
 from tcpstuck_bpf.timeline import attempt_text
@@ -41,9 +41,12 @@ _UNBREAKABLE = "\xa0"
 SILENT_VERDICT = "ack-missing"
 _STUCK = {rule.name: rule.stuck for rule in RULES}
 _LOSSES = {
-    "namespaces_uncounted": "segments in more network namespaces than are counted: not traced",
+    "namespaces_uncounted": "segments in network namespaces that found no place among the counts: "
+    "traced, but not compared with those namespaces' own counters",
     "cookies_unmatched": "cookies chosen outside tcp_conn_request: not traced",
     "listeners_unknown": "segments of listeners there was no room for: missing in their figures",
+    "listeners_let_go": "listeners that were idle made room for others: missing in their figures",
+    "listeners_forgotten": "listeners' figures forgotten for want of room",
     "stacks_unknown": "dropped ACKs whose callers there was no room for: their hook is not known",
     "tasks_unknown": "segments in softirqs of tasks there was no room for: not traced",
     "programs_not_run": "times a program did not run, another one being at work on that CPU",
@@ -56,6 +59,10 @@ _LOSSES = {
     "causes_not_updated": "verdicts whose firewall rules were not read after the drop",
     "table_busy": "handshakes not tracked: their place in the table was being changed",
 }
+
+
+_NO_NAMESPACE = {GONE_NETNS: "(gone)", CROWDED_NETNS: "(no place)"}
+"""What is shown of figures that belong to no namespace that is there."""
 
 
 def watching(watched: str, mode: str) -> str:
@@ -250,7 +257,7 @@ class TableRenderer:
         return " ".join(words)
 
     def _netns(self, inode: int) -> str:
-        return printable(self._names.get(inode, str(inode)))
+        return _NO_NAMESPACE.get(inode) or printable(self._names.get(inode, str(inode)))
 
     def _wrapped(self, text: str, first: str = INDENT) -> Iterator[str]:
         lines = textwrap.wrap(

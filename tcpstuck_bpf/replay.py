@@ -128,10 +128,13 @@ class Logged(NamedTuple):
 
 
 class Vanished(NamedTuple):
-    """Nothing leads to these network namespaces any more, in which clients were stuck."""
+    """Network namespaces that are gone, in which clients were stuck."""
 
     now_ns: int
     netns: tuple[int, ...]
+    until_ns: int | None = None
+    """Where another namespace has the number: when it still was that of the one that is gone. None:
+    nothing leads to one with that number any more."""
 
 
 class Ended(NamedTuple):
@@ -215,7 +218,8 @@ class Recorder:
         if isinstance(step, Logged):
             return {"warnings": [warning_values(one) for one in step.warnings]}
         if isinstance(step, Vanished):
-            return {"vanished": step.now_ns, "netns": list(step.netns)}
+            known = {} if step.until_ns is None else {"until_ns": step.until_ns}
+            return {"vanished": step.now_ns, "netns": list(step.netns), **known}
         return {"end": step.now_ns, "losses": dict(step.losses), "notes": list(step.notes)}
 
 
@@ -393,7 +397,9 @@ class Replay:
         if "warnings" in values:
             return Logged(tuple(map(warning_of, values["warnings"])))
         if "vanished" in values:
-            return Vanished(integer(values["vanished"]), tuple(map(integer, values["netns"])))
+            until_ns = None if "until_ns" not in values else integer(values["until_ns"])
+            netns = tuple(map(integer, values["netns"]))
+            return Vanished(integer(values["vanished"]), netns, until_ns)
         losses = {str(name): integer(number) for name, number in values["losses"].items()}
         return Ended(integer(values["end"]), losses, tuple(map(str, values["notes"])))
 

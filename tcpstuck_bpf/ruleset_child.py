@@ -23,6 +23,7 @@ from pathlib import Path
 
 from tcpstuck_bpf import features, netfilter_hooks, netns
 from tcpstuck_bpf.model import DropRule, Ruleset
+from tcpstuck_bpf.netns_cookie import own_cookie
 from tcpstuck_bpf.programs import ENVIRONMENT, find_program
 from tcpstuck_bpf.ruleset_text import (
     STRANGE,
@@ -61,8 +62,6 @@ _MOST_DEVICES = 4096
 _MOST_ANSWER = 16 << 20
 """Characters: the most rules come to a quarter of it, unless somebody has made up long names."""
 _PR_SET_PDEATHSIG = 1
-_SO_NETNS_COOKIE, _COOKIE_BYTES = 71, 8
-"""asm-generic/socket.h; of the architectures with BPF tracing none has another number."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -211,16 +210,6 @@ def _conntrack_drops(statistics: Path, columns: Sequence[str]) -> int | None:
         return None
 
 
-def _cookie() -> int:
-    """A number that no other namespace of this boot has or had; 0 before 5.14, which has none."""
-    try:
-        with socket.socket() as inside:
-            cookie = inside.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, _COOKIE_BYTES)
-    except OSError:
-        return 0
-    return int.from_bytes(cookie, sys.byteorder)
-
-
 def read_own() -> Ruleset:
     """What can drop in the network namespace of the calling thread, as it is now."""
     reading = _Reading()
@@ -237,7 +226,7 @@ def read_own() -> Ruleset:
         tuple(dict.fromkeys(reading.elsewhere)),
         tuple(devices) if len(devices) <= _MOST_DEVICES else None,
         time.monotonic_ns(),
-        _cookie(),
+        own_cookie(),
     )
 
 

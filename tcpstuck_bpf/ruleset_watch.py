@@ -15,6 +15,9 @@ from tcpstuck_bpf.model import Ruleset
 
 INTERVAL_NS = 1_000_000_000
 """A namespace's rules are not read more often than that: a flood must not be paid for."""
+MAX_NAMESPACES = 1024
+"""Whose readings are remembered, and so many may wait for one: where there are more, the ones read
+longest ago may be read again sooner, and a drop may stay without the rules that were there."""
 SHARE = 4
 """To each reading belongs a pause of so many times its length, whichever namespace is next."""
 AT_ONCE_NS = 10_000_000_000
@@ -39,8 +42,7 @@ class RulesetWatch:
     """Reads the rules of each network namespace after the latest drop there; one at a time.
 
     `read` gives a namespace's rules, and may take long; `run_beside` runs it elsewhere. Every
-    method returns at once. How many namespaces there can be is bounded by the programs that see the
-    drops (source.MAX_NAMESPACES).
+    method returns at once.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class RulesetWatch:
         self._wanted: dict[int, None] = {}
         """Namespaces to be read, those that wait longest first."""
         self._read_ns: dict[int, int] = {}
-        """By namespace, when the latest reading began."""
+        """By namespace, when the latest reading began; the one read longest ago first."""
         self._rests_until_ns: dict[int, int] = {}
         self._paid_until_ns = 0
         """When all readings so far and their pauses would be over, had each had its own at once."""
@@ -65,7 +67,7 @@ class RulesetWatch:
 
     def want(self, netns: int, dropped_ns: int) -> None:
         """Have a namespace's rules read after a drop, unless they have been, or are being read."""
-        if dropped_ns > self._read_ns.get(netns, 0):
+        if dropped_ns > self._read_ns.get(netns, 0) and len(self._wanted) < MAX_NAMESPACES:
             self._wanted[netns] = None
 
     def taken(self) -> dict[int, Ruleset]:
@@ -94,13 +96,17 @@ class RulesetWatch:
         cost_ns = now_ns - done.ruleset.read_ns
         begun_ns = max(self._paid_until_ns, done.ruleset.read_ns)
         self._paid_until_ns = begun_ns + (SHARE + 1) * cost_ns
+        self._rests_until_ns = {n: t for n, t in self._rests_until_ns.items() if t > now_ns}
         self._rests_until_ns[done.netns] = now_ns + INTERVAL_NS
         self._under_way = False
         found[done.netns] = done.ruleset
 
     def _begin(self, netns: int) -> None:
         del self._wanted[netns]
+        self._read_ns.pop(netns, None)
         begun_ns = self._read_ns[netns] = self._clock_ns()
+        if len(self._read_ns) > MAX_NAMESPACES:
+            del self._read_ns[next(iter(self._read_ns))]
         self._under_way = True
 
         def read() -> None:

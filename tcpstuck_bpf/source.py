@@ -9,7 +9,7 @@ import resource
 import struct
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tcpstuck_bpf import features, probes, trial, wire
@@ -26,6 +26,7 @@ from tcpstuck_bpf.kernel.ring_buffer import RingBuffer, require_libbpf
 from tcpstuck_bpf.kernel.running_kernel import RunningKernel
 from tcpstuck_bpf.layout import PER_CPU_OFFSET_SYMBOL
 from tcpstuck_bpf.model import (
+    NOT_KNOWN,
     Coverage,
     Event,
     HandshakeId,
@@ -300,9 +301,17 @@ class KernelSource:
         """The addresses of an entry's `filter_stack`, the innermost first; empty if unknown."""
         return self.tables.stack(number)
 
-    def counts(self) -> NetnsCounts:
-        """What the programs counted since they were attached, all CPUs together."""
-        return self.tables.counts()
+    def counts(self, living: Mapping[int, int] = NOT_KNOWN) -> NetnsCounts:
+        """What the programs counted since they were attached; see `app.Source`."""
+        return self.tables.counts(living)
+
+    def netns_in_full_tables(self) -> frozenset[int]:
+        """The network namespaces that have entries in tables that are more than half full."""
+        return self.tables.netns_in_full_tables()
+
+    def free(self, gone: Collection[int], living: Mapping[int, int]) -> None:
+        """Make room in those tables; see `app.Source`."""
+        self.tables.free(gone, living)
 
     def listeners(self) -> tuple[ListenerFacts, ...]:
         """How the queues of each listener fared since the programs were attached."""
@@ -316,8 +325,12 @@ class KernelSource:
             name: sum(int.from_bytes(one, sys.byteorder) for one in table.per_cpu(_index(index)))
             for index, name in enumerate(LOSSES)
         }
-        missed = self._programs.missed_runs()
-        return {**named, "undecodable_events": self._undecodable, "programs_not_run": missed}
+        return {
+            **named,
+            "listeners_let_go": self.tables.listeners_let_go,
+            "undecodable_events": self._undecodable,
+            "programs_not_run": self._programs.missed_runs(),
+        }
 
     def loaded_programs(self) -> frozenset[str]:
         """The programs' names: of fentry and fexit those of their functions."""
@@ -364,7 +377,8 @@ def _attach(programs: LoadedPrograms, probe: Probe, mode: str) -> None:
 _SIZES = {
     "awaiting_ack": (wire.KEY.size, wire.HANDSHAKE.size),
     "config": (4, wire.CONFIG.size),
-    "counts": (4, wire.COUNTS.size),
+    "counts": (wire.NETNS_KEY.size, wire.COUNTS.size),
+    "crowded_out": (4, wire.COUNTS.size),
     "listeners": (wire.LISTENER_KEY.size, wire.LISTENER_FACTS.size),
     "synacks": (wire.KEY.size, wire.SYNACK.size),
     "known_clients": (wire.KNOWN_CLIENT.size, 8),

@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from tcpstuck_bpf import wire
 from tcpstuck_bpf.errors import CannotTraceError
 from tcpstuck_bpf.kernel.bpf_syscall import RefusedError
 from tcpstuck_bpf.kernel.maps import NOEXIST, BpfMap
+from tcpstuck_bpf.listener_table import ListenerTable
 from tcpstuck_bpf.model import (
     Ending,
     FourTuple,
     Handshake,
     HandshakeId,
     ListenerFacts,
-    NetnsCount,
     NetnsCounts,
     Row,
     Sweep,
     SweepPart,
 )
+from tcpstuck_bpf.netns_counts import CountsTable
 from tcpstuck_bpf.synack import is_synack_of
 
 READ_AT_ONCE = 1024
@@ -51,6 +52,8 @@ class Tables:
     ) -> None:
         self._maps = maps
         self._handshakes = maps["awaiting_ack"]
+        self._counts = CountsTable(maps["counts"], maps["crowded_out"])
+        self._listeners = ListenerTable(maps["listeners"])
         self._in_batches = in_batches
         self._capacity = capacity
         self._rescue = rescue
@@ -72,8 +75,10 @@ class Tables:
         yield Sweep(begun, tuple(batch), SweepPart.LAST)
 
     def _note_room(self) -> None:
-        """Have the programs try again whether there is room for an entry (`new_entry` in C)."""
-        self._maps["table_is_full"].update(struct.pack("=I", 0), struct.pack("=I", 0))
+        """Have the programs try again whether their tables have room (`is_full` in C)."""
+        flags = self._maps["table_is_full"]
+        for table in range(flags.shape.entries):
+            flags.update(struct.pack("=I", table), struct.pack("=I", 0))
 
     def _rows(self) -> Iterator[Row]:
         if not self._in_batches:
@@ -170,37 +175,32 @@ class Tables:
         data = self._maps["stacks"].lookup(struct.pack("=I", number - 1)) or b""
         return tuple(address for (address,) in struct.iter_unpack("=Q", data) if address)
 
-    def counts(self) -> NetnsCounts:
-        """What the programs counted since they were attached, all CPUs together."""
-        table = self._maps["counts"]
-        return {
-            struct.unpack("=I", key)[0]: self._counted(key)
-            for key in dict.fromkeys(table.keys(2 * table.shape.entries))
-        }
-
-    def _counted(self, key: bytes) -> dict[NetnsCount, int]:
-        total = dict.fromkeys(NetnsCount, 0)
-        for one in self._maps["counts"].per_cpu(key):
-            for which, value in wire.decode_counts(one).items():
-                total[which] += value
-        return total
+    def counts(self, living: Mapping[int, int]) -> NetnsCounts:
+        """What was counted since the programs were attached; see `CountsTable.read`."""
+        return self._counts.read(living)
 
     def take_counts(self) -> NetnsCounts:
         """What was counted until now, which begins anew from nothing."""
-        counted = self.counts()
-        for netns in counted:
-            self._maps["counts"].delete(struct.pack("=I", netns))
-        return counted
+        return self._counts.take_all()
+
+    def netns_in_full_tables(self) -> frozenset[int]:
+        """The network namespaces that have entries in tables that are more than half full."""
+        return self._counts.crowd() | self._listeners.crowd()
+
+    def free(self, gone: Collection[int], living: Mapping[int, int]) -> None:
+        """Make room: these network namespaces are gone, see `CountsTable` and `ListenerTable`."""
+        self._counts.free(gone, living)
+        self._listeners.free(gone)
+        self._note_room()
+
+    @property
+    def listeners_let_go(self) -> int:
+        """Listeners that gave their entries up for others."""
+        return self._listeners.let_go
 
     def listeners(self) -> tuple[ListenerFacts, ...]:
         """What is known of the queues of each address and port that SYNs came for, in order."""
-        table = self._maps["listeners"]
-        facts = []
-        for key in dict.fromkeys(table.keys(2 * table.shape.entries)):
-            value = table.lookup(key)
-            if value is not None:
-                facts.append(wire.decode_listener(key, value))
-        return tuple(sorted(facts))
+        return self._listeners.read()
 
 
 def _take(table: BpfMap, key: bytes) -> tuple[bool, bytes | None]:

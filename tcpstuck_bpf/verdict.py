@@ -241,7 +241,10 @@ RULES: tuple[Rule, ...] = (
         certainty="likely",
         condition=_is(State.NAMESPACE_GONE),
         meaning="was stuck; its server's network namespace is gone",
-        proves="no process, no name and no mount leads to that network namespace any more",
+        proves=(
+            "no process, no name and no mount leads to that network namespace any more, or its "
+            "number is another one's by now"
+        ),
         cannot_prove=(
             "whether an open file or socket still holds it (a segment that comes there takes this "
             "verdict back), nor whether the client has noticed"

@@ -9,6 +9,7 @@ from typing import Any
 
 from tcpstuck_bpf.btf import Btf
 from tcpstuck_bpf.layout import (
+    COOKIE_MEMBER,
     COUNTER_MEMBER,
     COUNTERS,
     DROP_MEMBERS,
@@ -61,7 +62,7 @@ class Types:
 _MEMBERS = {
     (member.kernel_struct, member.path): member
     for member in sorted(
-        (*DROP_MEMBERS, *REQUIRED_MEMBERS, *SOCKET_MEMBERS, COUNTER_MEMBER),
+        (*DROP_MEMBERS, *REQUIRED_MEMBERS, *SOCKET_MEMBERS, COOKIE_MEMBER, COUNTER_MEMBER),
         key=lambda member: member.kernel_struct,
     )
 }

@@ -210,7 +210,7 @@ def reports(
         if isinstance(observation, Rescue):
             told_by.note_rescue(observation)
         elif isinstance(observation, Vanished):
-            told_by.note_gone(observation.netns, observation.now_ns)
+            told_by.note_gone(observation.netns, observation.now_ns, observation.until_ns)
         else:
             told_by.observe(observation)
     return told_by.advance(now_ns)

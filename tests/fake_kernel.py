@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from tcpstuck_bpf.layout import COUNTER_MEMBER, COUNTERS, REQUIRED_MEMBERS
+from tcpstuck_bpf.layout import COOKIE_MEMBER, COUNTER_MEMBER, COUNTERS, REQUIRED_MEMBERS
 
 RELEASE = "9.8.7-look-alike"
 VERSION = "#1 SMP look-alike"
 MEMBERS = [
-    (member.kernel_struct, member.path) for member in (*REQUIRED_MEMBERS, COUNTER_MEMBER)
+    (member.kernel_struct, member.path)
+    for member in (*REQUIRED_MEMBERS, COOKIE_MEMBER, COUNTER_MEMBER)
 ] + [("look_alike", path) for path in ("first", "deep", "deeper", "after", "table", "call", "last")]
 BIT_FIELDS = ("one", "three", "seven")
 PROTOTYPES = {
@@ -72,6 +73,7 @@ struct netns_mib {{ void *ip; struct linux_mib *net_statistics; }};
 struct net {{
 	long passive;
 	struct ns_common ns;
+	unsigned long long net_cookie;
 	struct {{ char pad[3]; struct netns_mib mib; }};
 }};
 struct sock_common {{

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.app import Live
 from tcpstuck_bpf.model import (
+    NETNS_COOKIE,
     Coverage,
     Ending,
     Event,
@@ -61,6 +63,16 @@ class FakeKernel:
         self.forgotten: list[FourTuple] = []
         self.completed = 0
         self.closed = False
+        self.crowded: frozenset[int] = frozenset()
+        """Network namespaces that have entries in tables that fill."""
+        self.freed: list[tuple[int, frozenset[int]]] = []
+        """When room was to be made, and by whom."""
+        self.freed_beside: list[dict[int, int]] = []
+        """The cookies of those that are there, each time."""
+        self.living: list[dict[int, int]] = []
+        """The cookies that counts were asked for with, each time."""
+        self.cookie = 0
+        """The network namespace's."""
         self.unseen_acks: list[int] = []
         """When valid ACKs came that the kernel's counter has and no program saw."""
         self.readings: list[Collection[int] | None] = []
@@ -108,7 +120,16 @@ class FakeKernel:
             self.forgotten.append(who)
             del self.table[who]
 
-    def counts(self) -> NetnsCounts:
+    def netns_in_full_tables(self) -> Collection[int]:
+        return self.crowded
+
+    def free(self, gone: Collection[int], living: Mapping[int, int]) -> None:
+        self.freed_beside.append(dict(living))
+        self.freed.append((self.now_ns, frozenset(gone)))
+        self.crowded -= frozenset(gone)
+
+    def counts(self, living: Mapping[int, int] = MappingProxyType({})) -> NetnsCounts:
+        self.living.append(dict(living))
         return {
             four_tuple().netns: dict.fromkeys(
                 (NetnsCount.COMPLETED, NetnsCount.COOKIES_RECEIVED), self.completed
@@ -127,7 +148,8 @@ class FakeKernel:
     def counters(self, wanted: Collection[int] | None) -> KernelCounters:
         self.readings.append(wanted)
         unseen = sum(came_ns <= self.now_ns for came_ns in self.unseen_acks)
-        return {four_tuple().netns: {"SyncookiesRecv": self.completed + unseen}}
+        cookie = {NETNS_COOKIE: self.cookie} if self.cookie else {}
+        return {four_tuple().netns: {"SyncookiesRecv": self.completed + unseen, **cookie}}
 
 
 def no_counters(_wanted: Collection[int] | None) -> KernelCounters:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tcpstuck_bpf.model import (
     Ending,
     Event,
     EventKind,
+    KernelCounters,
     KernelWarning,
 )
 from tcpstuck_bpf.output import JsonOutput, Selection
@@ -103,6 +104,23 @@ def test_an_ack_that_passed_unseen_since_counts_again() -> None:
     kernel.at(at(0), handshake())
     kernel.at(at(20), handshake(first_syn_ns=at(20)))
     kernel.unseen_acks = [at(0.1), at(20.1)]
+    told = live(kernel, 28)[:2]
+    assert [line["certainty"] for line in told] == ["possible", "possible"]
+
+
+def test_what_passed_unseen_in_another_namespace_of_that_number_hides_none() -> None:
+    """Three ACKs passed in the first, and one in the one that has its number now."""
+
+    class Reused(FakeKernel):
+        def counters(self, wanted: Collection[int] | None) -> KernelCounters:
+            first = self.now_ns < at(10)
+            self.cookie = 71 if first else 72
+            self.unseen_acks = [at(0.1)] * 3 if first else [at(20.1)]
+            return super().counters(wanted)
+
+    kernel = Reused()
+    kernel.at(at(0), handshake())
+    kernel.at(at(20), handshake(first_syn_ns=at(20)))
     told = live(kernel, 28)[:2]
     assert [line["certainty"] for line in told] == ["possible", "possible"]
 

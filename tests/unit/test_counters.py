@@ -14,7 +14,9 @@ from lab.errors import LabError
 from lab.patience import COMMAND_S, patient
 from lab.topology import Namespace
 from tcpstuck_bpf import netns
+from tcpstuck_bpf.model import living_of
 from tcpstuck_bpf.netns import CounterReader
+from tcpstuck_bpf.netns_cookie import own_cookie
 
 SENT = "SyncookiesSent"
 
@@ -131,3 +133,33 @@ def test_a_process_that_has_moved_is_no_way_into_where_it_was(
         moving.stdin.flush()
         assert moving.stdout.readline() == "moved\n"
         assert reader.read([pair[1].inode]) == {}
+
+
+def test_what_was_read_belongs_to_the_namespace_whose_cookie_is_with_it(
+    pair: tuple[Namespace, Namespace],
+) -> None:
+    """An inode number may be another namespace's by the next reading."""
+    cookies = [one.run(own_cookie) for one in pair]
+    if not all(cookies):
+        pytest.skip("this kernel has no SO_NETNS_COOKIE")
+    assert cookies[0] != cookies[1] != own_cookie()
+    by_name = living_of(CounterReader().read([one.inode for one in pair]))
+    assert [by_name[one.inode] for one in pair] == cookies
+    with process_in(pair[1]):
+        pair[1].close()
+        everything = living_of(CounterReader().read())
+    assert everything[pair[1].inode] == cookies[1]
+    assert everything[netns.own_netns()] == own_cookie()
+
+
+def test_a_namespace_that_may_not_be_entered_is_read_without_its_cookie(
+    pair: tuple[Namespace, Namespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> dict[str, int]:
+        raise PermissionError
+
+    monkeypatch.setattr(netns, "_inside", refused)
+    with process_in(pair[1]):
+        found = CounterReader().read()
+    assert found[pair[1].inode][SENT] == 2
+    assert pair[1].inode not in living_of(found)

@@ -13,12 +13,14 @@ from tcpstuck_bpf.btf import Btf
 from tcpstuck_bpf.errors import CannotTraceError
 from tcpstuck_bpf.kernel_types import MemberPlace
 from tcpstuck_bpf.layout import (
+    COOKIE_MEMBER,
     COUNTER_MEMBER,
     DROP_MEMBERS,
     REQUIRED_MEMBERS,
     SOCKET_MEMBERS,
     Layout,
     Member,
+    cookie_obstacle,
     find_drop_members,
     find_layout,
     header_text,
@@ -41,6 +43,7 @@ def test_a_compiler_finds_every_member_where_btf_says(tmp_path: Path) -> None:
     assert dict(layout.offsets) == {m: expected_offset(m) for m in layout.offsets}
     assert set(layout.offsets) == {
         *(*REQUIRED_MEMBERS, *DROP_MEMBERS, *SOCKET_MEMBERS),
+        COOKIE_MEMBER,
         COUNTER_MEMBER,
     }
     compiler = shutil.which("cc")
@@ -103,6 +106,36 @@ def test_without_the_sockets_members_the_programs_do_without(member: Member) -> 
         assert not layout.has_sockets
         assert "HAVE_SOCKET_INODE" not in header_text(layout)
     assert "HAVE_SOCKET_INODE" in header_text(find_layout(kernel().btf(), 1))
+
+
+def lazily_made() -> Types:
+    """A kernel before 5.12, with the cookie as an atomic64_t that is 0 until somebody asks."""
+    types = Types()
+    number = types.add(INT, "s64", 8, struct.pack("=I", 64))
+    atomic = types.add(TYPEDEF, "atomic64_t", types.struct("", ("counter", number, 0)))
+    types.struct("net", ("net_cookie", atomic, 8))
+    return types
+
+
+@pytest.mark.parametrize(
+    ("types", "has_cookie"),
+    [
+        (kernel(), True),
+        (kernel(without=COOKIE_MEMBER), False),
+        (kernel(sizes={COOKIE_MEMBER: 4}), False),
+    ],
+)
+def test_a_namespaces_cookie_is_read_where_it_is_a_plain_number(
+    types: Types, has_cookie: bool
+) -> None:
+    layout = find_layout(types.btf(), 1)
+    assert (COOKIE_MEMBER in layout.offsets) is has_cookie
+    assert ("#define HAVE_NET_COOKIE" in header_text(layout)) is has_cookie
+
+
+def test_a_cookie_that_is_made_when_somebody_asks_is_none() -> None:
+    assert cookie_obstacle(lazily_made().btf()) is not None
+    assert cookie_obstacle(kernel().btf()) is None
 
 
 def test_what_changes_from_boot_to_boot_is_not_in_the_header() -> None:

@@ -6,7 +6,7 @@ import errno
 import io
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 from tcpstuck_bpf import netns
 from tcpstuck_bpf.app import LOOK_INTERVAL_NS, run_replay
 from tcpstuck_bpf.flow import State
-from tcpstuck_bpf.model import Ending, EventKind
+from tcpstuck_bpf.model import Ending, EventKind, KernelCounters
 from tcpstuck_bpf.output import JsonOutput, Selection
 from tcpstuck_bpf.replay import Replay
 from tcpstuck_bpf.rescue import Rescuer
@@ -241,3 +241,115 @@ def test_what_may_not_be_looked_at_is_not_gone(
 def test_a_process_that_ends_meanwhile_leads_nowhere(host: Path) -> None:
     process(host, 7).unlink()
     assert netns.gone([4711]) == {4711}
+
+
+def test_a_number_used_again_ends_those_who_were_seen_while_it_was_the_old_ones() -> None:
+    watching = correlator()
+    reports([sweep(at(9), SILENT, handshake(at(5)))], at(9), watching)
+    watching.note_gone({NETNS}, at(10), until_ns=at(4))
+    (told,) = watching.advance(at(10))
+    assert (told.state, told.four_tuple) == (State.NAMESPACE_GONE, four_tuple())
+    assert watching.stats().still_stuck == 1
+
+
+def test_an_ack_that_came_later_is_the_new_ones() -> None:
+    watching = correlator()
+    dropped = ack_dropped(handshake(), at(5))
+    reports([sweep(at(9), dropped)], at(9), watching)
+    watching.note_gone({NETNS}, at(10), until_ns=at(4))
+    assert watching.advance(at(10)) == []
+
+
+def test_the_run_finds_that_a_number_was_used_again_and_so_does_its_replay(tmp_path: Path) -> None:
+    kernel = FakeKernel()
+    kernel.at(at(0.1), DROPPED, event(EventKind.ACK_DROPPED, DROPPED, at(0.1)))
+
+    def find_living(wanted: Collection[int]) -> dict[int, int]:
+        return {netns: 71 if kernel.now_ns < at(12) else 72 for netns in wanted}
+
+    path = str(tmp_path / "recording")
+    lines = live(kernel, 20, record=path, find_gone=gone_are(), find_living=find_living)
+    assert [line["verdict"] for line in lines if line["type"] == "verdict"] == [
+        "accept-queue-full",
+        "namespace-gone",
+    ]
+    assert (lines[-1]["namespace_gone"], lines[-1]["stuck"]) == (1, 0)
+    stream = io.StringIO()
+    replay = Replay(path)
+    run_replay(replay, JsonOutput(stream, replay.header.clock, Selection([], nothing=False)))
+    assert [json.loads(line) for line in stream.getvalue().splitlines()] == lines
+
+
+def test_a_number_used_again_that_a_reading_of_the_counters_found_is_not_forgotten() -> None:
+    class Reused(FakeKernel):
+        def counters(self, wanted: Collection[int] | None) -> KernelCounters:
+            self.cookie = 71 if self.now_ns < at(1) else 72
+            return super().counters(wanted)
+
+    kernel = Reused()
+    kernel.table[four_tuple()] = SILENT
+    *_, summary = live(kernel, 20, find_gone=gone_are(), find_living=lambda _wanted: {})
+    assert (summary["namespace_gone"], summary["stuck"]) == (1, 0)
+
+
+def test_where_the_number_is_the_same_namespaces_all_the_time_nobody_is_gone() -> None:
+    kernel = FakeKernel()
+    kernel.at(at(0.1), DROPPED, event(EventKind.ACK_DROPPED, DROPPED, at(0.1)))
+    *_, summary = live(
+        kernel, 20, find_gone=gone_are(), find_living=lambda wanted: dict.fromkeys(wanted, 71)
+    )
+    assert (summary["namespace_gone"], summary["stuck"]) == (0, 1)
+
+
+CROWD = frozenset({4711, 4712, 4713})
+
+
+def gone_are(*gone: int) -> Callable[[Collection[int]], frozenset[int]]:
+    return lambda wanted: frozenset(wanted).intersection(gone)
+
+
+def test_where_tables_fill_those_that_are_gone_make_room() -> None:
+    kernel = FakeKernel()
+    kernel.crowded = CROWD
+    live(kernel, 5, find_gone=gone_are(4711, 4713))
+    assert kernel.freed[0][1] == {4711, 4713}
+    assert kernel.crowded == {4712}
+
+
+def test_whose_numbers_are_taken_is_asked_of_those_that_are_not_gone() -> None:
+    kernel = FakeKernel()
+    kernel.crowded = CROWD
+    asked: list[set[int]] = []
+
+    def find_living(wanted: Collection[int]) -> dict[int, int]:
+        asked.append({*wanted})
+        return {4712: 72}
+
+    live(kernel, 5, find_gone=gone_are(4711, 4713), find_living=find_living)
+    assert asked[0] == {4712}
+    assert kernel.freed_beside[0] == {4712: 72}
+
+
+def test_nobody_is_told_as_gone_for_a_table_that_fills() -> None:
+    kernel = FakeKernel()
+    kernel.crowded = CROWD
+    kernel.at(at(0.1), DROPPED, event(EventKind.ACK_DROPPED, DROPPED, at(0.1)))
+    *_, summary = live(kernel, 5, find_gone=gone_are(*CROWD))
+    assert (summary["namespace_gone"], summary["stuck"]) == (0, 1)
+
+
+def test_room_is_made_no_more_often_than_namespaces_may_be_looked_for() -> None:
+    kernel = FakeKernel()
+    kernel.crowded = CROWD
+    live(kernel, 20, find_gone=gone_are())
+    *regular, last = [time_ns for time_ns, _ in kernel.freed]
+    assert last == kernel.now_ns
+    assert len(regular) > 1
+    assert all(b - a >= LOOK_INTERVAL_NS for a, b in zip(regular, regular[1:]))
+
+
+def test_counts_are_asked_for_with_the_cookies_of_those_that_are_there() -> None:
+    kernel = FakeKernel()
+    kernel.cookie = 71
+    live(kernel, 2)
+    assert kernel.living[0] == kernel.living[-1] == {NETNS: 71}

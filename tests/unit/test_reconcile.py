@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from tcpstuck_bpf.model import Coverage, CoverageGap, NetnsCount, Tally
-from tcpstuck_bpf.reconcile import missed_runs_note, reconcile, unseen_acks
+from tcpstuck_bpf.model import (
+    CROWDED_NETNS,
+    GONE_NETNS,
+    NETNS_COOKIE,
+    Coverage,
+    CoverageGap,
+    NetnsCount,
+    Tally,
+)
+from tcpstuck_bpf.reconcile import missed_runs_note, reconcile, total_counted, unseen_acks
 from tcpstuck_bpf.report import Reconciled
 
 NETNS = 7
@@ -163,3 +171,90 @@ def test_programs_that_always_ran_need_no_note() -> None:
 
 def test_once_is_once() -> None:
     assert missed_runs_note(1, ()).startswith("once ")
+
+
+def with_cookie(tally: Tally, cookie: int, after: int | None = None) -> Tally:
+    """The same reading, of the namespace with that cookie; with another one `after`."""
+    return tally._replace(
+        kernel_before={n: {**c, NETNS_COOKIE: cookie} for n, c in tally.kernel_before.items()},
+        kernel_after={
+            n: {**c, NETNS_COOKIE: after or cookie} for n, c in tally.kernel_after.items()
+        },
+    )
+
+
+def counted(tally: Tally, **traced: int) -> Tally:
+    """The same reading, with cookies sent in namespaces of no number as well."""
+    numbers = {"gone": GONE_NETNS, "crowded": CROWDED_NETNS}
+    more = {numbers[name]: {NetnsCount.COOKIES_SENT: value} for name, value in traced.items()}
+    return tally._replace(traced={**tally.traced, **more})
+
+
+def test_a_number_used_again_compares_the_namespace_that_is_there() -> None:
+    """Its counters began at zero, and the figures of the one before are not among its own."""
+    start = with_cookie(reading(10, 3, 10), 71)
+    end = counted(with_cookie(reading(12, 12, 12), 72), gone=8)
+    rows = {row.netns: row for row in reconcile(start, end, COMPLETE)}
+    assert (rows[NETNS].traced, rows[NETNS].kernel, rows[NETNS].agrees) == (12, (12, 12), True)
+    gone = rows[GONE_NETNS]
+    assert (gone.traced, gone.kernel, gone.agrees) == (5, None, None)
+
+
+def test_what_was_lost_in_a_namespace_is_not_hidden_by_one_of_the_same_number_before() -> None:
+    start = with_cookie(reading(0, 0, 0), 71)
+    end = counted(with_cookie(reading(9, 4, 9), 72), gone=5)
+    rows = {row.netns: row for row in reconcile(start, end, COMPLETE)}
+    assert rows[NETNS].agrees is False
+    assert rows[NETNS].note == "differs by -5"
+
+
+def test_a_namespace_that_changed_between_the_two_readings_is_not_compared() -> None:
+    end = with_cookie(reading(15, 5, 15), 71, after=72)
+    row = sent(with_cookie(reading(10, 0, 10), 71), end)
+    assert (row.kernel, row.agrees) == (None, None)
+    assert "another namespace" in row.note
+
+
+def test_one_whose_entry_was_freed_is_counted_among_those_that_are_gone() -> None:
+    start = reading(10, 3, 10)
+    end = counted(Tally(1, {}, {}, {}), gone=9)
+    (row,) = reconcile(start, end, COMPLETE)
+    assert (row.netns, row.traced, row.kernel, row.agrees) == (GONE_NETNS, 6, None, None)
+    assert "gone" in row.note
+
+
+@pytest.mark.parametrize(("crowded", "agrees"), [(0, False), (4, False), (5, None), (9, None)])
+def test_what_was_counted_for_no_namespace_may_be_what_one_lacks(
+    crowded: int, agrees: bool | None
+) -> None:
+    rows = reconcile(reading(10, 0, 10), counted(reading(15, 0, 15), crowded=crowded), COMPLETE)
+    (row,) = (row for row in rows if row.netns == NETNS)
+    assert row.agrees is agrees
+    if agrees is None:
+        assert "no place of its own" in row.note
+    assert [row.traced for row in rows if row.netns == CROWDED_NETNS] == [crowded] * bool(crowded)
+
+
+def test_it_makes_up_for_all_of_them_or_for_none() -> None:
+    """Each may lack less than was counted elsewhere, and both together more."""
+    end = counted(reading(15, 0, 15), crowded=7)
+    other = {NETNS + 1: {"SyncookiesSent": 5}}
+    end = end._replace(
+        kernel_before={**end.kernel_before, **other}, kernel_after={**end.kernel_after, **other}
+    )
+    rows = reconcile(reading(10, 0, 10), end, COMPLETE)
+    assert [row.agrees for row in rows if row.netns >= NETNS] == [False, False]
+
+
+def test_what_more_was_traced_than_the_kernel_counted_is_not_made_up_for() -> None:
+    end = counted(reading(15, 7, 15), crowded=9)
+    rows = reconcile(reading(10, 0, 10), end, COMPLETE)
+    assert [row.agrees for row in rows if row.netns == NETNS] == [False]
+
+
+def test_what_is_counted_in_all_is_never_less_for_who_is_gone() -> None:
+    start = with_cookie(reading(10, 3, 10), 71)
+    freed = counted(Tally(1, {}, {}, {}), gone=9)
+    anew = counted(with_cookie(reading(1, 1, 1), 72), gone=8)
+    for end in (freed, anew):
+        assert total_counted(start.traced, end.traced)[NetnsCount.COOKIES_SENT] == 6

@@ -10,7 +10,7 @@ import pytest
 
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.export import listener_line, verdict_line
-from tcpstuck_bpf.model import FourTuple, address_bytes
+from tcpstuck_bpf.model import CROWDED_NETNS, GONE_NETNS, FourTuple, address_bytes
 from tcpstuck_bpf.render import SHOWN_AT_ONCE, TableRenderer
 from tcpstuck_bpf.replay import Ended, TallyTaken
 from tcpstuck_bpf.report import Reconciled, Status, WallClock
@@ -188,6 +188,24 @@ def test_a_full_table_is_told_from_one_that_was_being_changed() -> None:
     assert "2 handshakes not tracked: their place in the table was being changed" in shown
     busy = summed_up(200, untracked=2, losses={"table_busy": 2})
     assert not any("the table was full" in line for line in busy)
+
+
+def test_figures_that_belong_to_no_namespace_are_named() -> None:
+    rows = [
+        Reconciled(netns, "SyncookiesSent", 5, 0, None, None, "")
+        for netns in (GONE_NETNS, CROWDED_NETNS)
+    ]
+    shown = "\n".join(summed_up(200, reconciliation=tuple(rows)))
+    assert "(gone)" in shown
+    assert "(no place)" in shown
+
+
+@pytest.mark.parametrize(
+    "name", ["namespaces_uncounted", "listeners_let_go", "listeners_forgotten"]
+)
+def test_a_table_that_was_full_is_said(name: str) -> None:
+    (line,) = (line for line in summed_up(300, losses={name: 7}) if line.startswith("7 "))
+    assert name.replace("_", " ") not in line
 
 
 def test_the_reconciliation_fits_a_terminal_of_80_columns() -> None:

@@ -9,7 +9,13 @@ import pytest
 
 from lab.patience import COMMAND_S, patient
 from tcpstuck_bpf.model import Ruleset
-from tcpstuck_bpf.ruleset_watch import AT_ONCE_NS, INTERVAL_NS, SHARE, RulesetWatch
+from tcpstuck_bpf.ruleset_watch import (
+    AT_ONCE_NS,
+    INTERVAL_NS,
+    MAX_NAMESPACES,
+    SHARE,
+    RulesetWatch,
+)
 from tests.builders import at
 
 ONE, OTHER = 7, 8
@@ -173,3 +179,22 @@ def test_a_slow_reading_holds_nothing_up() -> None:
     may_end.set()
     reader.join(patient(COMMAND_S))
     assert watch.taken() == {ONE: Ruleset((), (), at(0))}
+
+
+def test_what_is_remembered_of_namespaces_that_were_read_is_bounded() -> None:
+    """A long run on a host of containers sees any number of them."""
+    machine = Machine()
+    for netns in range(MAX_NAMESPACES + 50):
+        machine.watch.want(netns, machine.now_ns)
+        machine.watch.taken()
+        machine.end_after(1)
+        machine.now_ns += INTERVAL_NS
+    assert len(machine.watch._read_ns) == MAX_NAMESPACES
+    assert len(machine.watch._rests_until_ns) <= MAX_NAMESPACES
+
+
+def test_no_more_than_a_number_of_namespaces_wait_to_be_read() -> None:
+    machine = Machine()
+    for netns in range(MAX_NAMESPACES + 50):
+        machine.watch.want(netns, machine.now_ns)
+    assert len(machine.watch._wanted) == MAX_NAMESPACES

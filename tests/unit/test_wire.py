@@ -50,6 +50,7 @@ FORMATS = {
     "handshake_key": wire.KEY.format,
     "handshake": wire.HANDSHAKE.format,
     "event": wire.EVENT.format,
+    "netns_key": wire.NETNS_KEY.format,
     "netns_counts": wire.COUNTS.format,
     "trace_config": wire.CONFIG.format,
     "synack": wire.SYNACK.format,
