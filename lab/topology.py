@@ -72,10 +72,10 @@ SYSCTLS_OF_SOME_KERNELS: Mapping[str, str] = {
 
 Result = TypeVar("Result")
 _instances = itertools.count(1)
-_held: list[int] = []
-"""An open file of each namespace that was made, for the process's life. The kernel gives the lowest
-free inode number to the next one (ns_alloc_inum), and what a tracer tells of one that is gone must
-not be taken for a word about another."""
+_held: dict[int, int] = {}
+"""An open file of each namespace that was made, by inode number, for the process's life. The kernel
+gives the lowest free number to the next one (ns_alloc_inum), and what a tracer tells of one that is
+gone must not be taken for a word about another."""
 # The helpers that pyroute2 forks have 1 s by default, which an emulated machine can need.
 pyroute2_settings.default_communicate_timeout = int(patient(COMMAND_S))
 
@@ -85,8 +85,8 @@ class Namespace:
 
     A network namespace belongs to a thread, not to a process: whatever the resident thread
     opens, reads or starts belongs to this namespace, and the rest of the process stays where
-    it is. Its inode number is of no other namespace as long as the process lives. Raises LabError
-    where the namespace cannot be made.
+    it is. Its inode number is of no other namespace as long as the process lives, or until it is
+    given up. Raises LabError where the namespace cannot be made.
     """
 
     def __init__(self, name: str) -> None:
@@ -98,8 +98,8 @@ class Namespace:
                 f"cannot make the network namespace {name}", str(error), "run the lab as root"
             ) from error
         held = os.open(Path(netns.NETNS_RUN_DIR) / name, os.O_RDONLY | os.O_CLOEXEC)
-        _held.append(held)
         self.inode = os.fstat(held).st_ino
+        _held[self.inode] = held
         self._resident = ThreadPoolExecutor(1, name, netns.setns, (name, 0))
 
     def run(self, function: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
@@ -155,6 +155,11 @@ class Namespace:
     def sockets(self, state: str, *conditions: str) -> list[SocketRow]:
         """The TCP sockets of this namespace in one of `ss`'s states, such as `established`."""
         return parse_ss(self.command("ss", "-tnH", "state", state, *conditions))
+
+    def give_up_number(self) -> None:
+        """From now on the namespace is gone as soon as nothing lives in it and nothing names it."""
+        if (held := _held.pop(self.inode, None)) is not None:
+            os.close(held)
 
     def close(self) -> None:
         """Remove the name; the kernel keeps the namespace while something still lives in it."""

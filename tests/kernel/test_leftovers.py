@@ -245,6 +245,7 @@ def remove_until_gone(topology: Topology) -> None:
     deadline = Deadline(COMMAND_S)
     with topology.client.run(socket.socket, *netlink) as links:
         links.bind((0, RTMGRP_LINK))
+        topology.server.give_up_number()
         topology.server.close()
         while INTERFACE in [name for _, name in topology.client.run(socket.if_nameindex)]:
             changed, _, _ = select.select([links], [], [], deadline.left())

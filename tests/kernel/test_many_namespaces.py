@@ -51,6 +51,7 @@ def namespace_with(connections: int, port: int, syncookies: str) -> Iterator[Nam
     """One in which so many connections were made to a server of its own, and closed."""
     name = f"tcpstuck-{os.getpid()}-many-{next(_numbers)}"
     with contextlib.closing(Namespace(name)) as made:
+        made.give_up_number()
         made.command("ip", "link", "set", "lo", "up")
         made.pin({"net/ipv4/tcp_syncookies": syncookies})
         with made.run(socket.create_server, ("127.0.0.1", port)) as listener:
