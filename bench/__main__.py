@@ -13,8 +13,8 @@ from typing import Any
 from tabulate import tabulate
 
 from lab.errors import LabError
-from lab.guest import run_in_guest
-from lab.guest_machine import GuestOptions
+from lab.guests.machine import GuestOptions
+from lab.guests.run import run_in_guest
 
 LIMIT_S = 2400.0
 BARS = {

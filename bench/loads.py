@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from bench.tracer import PORT
+from lab.network.segments import segment_packet
+from lab.network.syns import make_syns
+from lab.network.topology import CLIENT_ADDRESS, SERVER_ADDRESS, SILENT_SOURCES, Namespace, Topology
 from lab.records import FourTuple
-from lab.segments import segment_packet
-from lab.syns import make_syns
-from lab.topology import CLIENT_ADDRESS, SERVER_ADDRESS, SILENT_SOURCES, Namespace, Topology
 
 UNRELATED_PORT = 9999
 SYNS = 8000

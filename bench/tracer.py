@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tcpstuck_bpf import probes, source
+from tcpstuck_bpf.kernel import probes, source
 from tcpstuck_bpf.kernel.compilation import program_directory
 from tcpstuck_bpf.model import TraceFilter, TraceSettings
 

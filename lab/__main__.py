@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lab import checks, demo, golden, guest, matrix, package_cache, pair, play, trees
+from lab import checks, demo, golden
+from lab.guests import matrix, packages, pair, run, trees
+from lab.scenarios import play
 from tcpstuck_bpf.errors import EXIT_INTERRUPTED, TcpstuckError
 
 
@@ -13,7 +15,7 @@ def main() -> int:
     """Run one sub-command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python3 -m lab", description=__doc__)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (play, demo, guest, package_cache, checks, trees, matrix, pair, golden):
+    for module in (play, demo, run, packages, checks, trees, matrix, pair, golden):
         module.add_parser(subparsers)
     arguments = parser.parse_args()
     try:

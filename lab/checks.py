@@ -1,6 +1,6 @@
 """`python3 -m lab test`: every check of the project, in groups, with one closing line for all.
 
-The kernel group runs in guests (or natively, see `lab.guest`), and the other groups beside it.
+The kernel group runs in guests (or natively, see `lab.guests.run`), and the other groups beside it.
 Failed checks that are no tests, such as a linter's, count as errors.
 """
 
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from lab import kernel_group
 from lab.errors import LabError
-from lab.kernel_group import (
+from lab.guests import kernel_tests
+from lab.guests.kernel_tests import (
     BUILD,
     DURATIONS,
     NO_TESTS_STATUS,
@@ -29,11 +29,11 @@ from lab.kernel_group import (
     REPOSITORY,
     guest_count,
 )
-from lab.selection import Selection
-from lab.tally import Tally, read_report, tally_report
+from lab.guests.selection import Selection
+from lab.guests.tally import Tally, read_report, tally_report
 
 if TYPE_CHECKING:
-    from lab.package_cache import Subparsers
+    from lab.guests.packages import Subparsers
 
 UNIT_DIRECTORIES = ("tests/unit", "tests/property", "tests/replay", "tests/golden")
 UNIT, KERNEL = "unit", "kernel"
@@ -163,7 +163,7 @@ def _begin_guests(
     """What waits for the guests and counts; it says, too, that there are none to be had."""
     try:
         return stack.enter_context(
-            kernel_group.started(
+            kernel_tests.started(
                 settings.selection, settings.guests, beside=beside, record=settings.record
             )
         )

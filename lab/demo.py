@@ -11,13 +11,13 @@ import sys
 from functools import partial
 from typing import BinaryIO
 
-from lab.guest import run_in_guest
-from lab.guest_machine import GuestOptions
+from lab.guests.machine import GuestOptions
+from lab.guests.run import run_in_guest
+from lab.guests.trial import tracing_refusal
 from lab.records import FourTuple, Outcome
-from lab.scenarios import SCENARIOS, play
-from lab.scene import PORT, READY, Stage
-from lab.tracer import READY_PLACEHOLDER, Tracer
-from lab.trial import tracing_refusal
+from lab.scenarios.catalogue import SCENARIOS, play
+from lab.scenarios.scene import PORT, READY, Stage
+from lab.scenarios.tracer import READY_PLACEHOLDER, Tracer
 
 SCENARIO = "mariadb-stall"
 LIMIT_S = 280.0

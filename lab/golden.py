@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lab.errors import LabError
-from lab.faults import ack_rule, dropping
 from lab.golden_files import (
     TRUTH,
     checked_replay,
@@ -28,12 +27,12 @@ from lab.golden_files import (
     kept_truth,
     truth_text,
 )
-from lab.guest import GuestDiedError, GuestOptions, run_in_guest, write_through
-from lab.kernel_group import REPOSITORY
+from lab.guests.kernel_tests import REPOSITORY
+from lab.guests.run import GuestDiedError, GuestOptions, run_in_guest, write_through
+from lab.network.faults import ack_rule, dropping
 from lab.patience import PATIENCE_VARIABLE, patient
-from lab.play import comparison_text
 from lab.records import Outcome, compare, reported_verdicts
-from lab.scenarios import (
+from lab.scenarios.catalogue import (
     LARGE_BACKLOG,
     SCENARIOS,
     SMALL_BACKLOG,
@@ -41,11 +40,12 @@ from lab.scenarios import (
     connect_in_one_batch,
     connect_in_vain,
 )
-from lab.scene import PORT, Scene, Settings
-from lab.tracer import READY_PLACEHOLDER, Tracer
+from lab.scenarios.play import comparison_text
+from lab.scenarios.scene import PORT, Scene, Settings
+from lab.scenarios.tracer import READY_PLACEHOLDER, Tracer
 
 if TYPE_CHECKING:
-    from lab.package_cache import Subparsers
+    from lab.guests.packages import Subparsers
 
 FEW = 4
 OVERFLOWING = SMALL_BACKLOG + 10

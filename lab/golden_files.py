@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from lab.errors import LabError
-from lab.kernel_group import REPOSITORY
-from lab.play import comparison_text
+from lab.guests.kernel_tests import REPOSITORY
 from lab.records import FourTuple, Outcome, compare
+from lab.scenarios.play import comparison_text
 from tcpstuck_bpf.cli import main
 from tcpstuck_bpf.errors import EXIT_NOTHING_STUCK, EXIT_STUCK
 

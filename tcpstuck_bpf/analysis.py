@@ -10,11 +10,19 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
-from tcpstuck_bpf.correlate import Correlator
-from tcpstuck_bpf.drops import NO_NAMES
-from tcpstuck_bpf.flow import FlowReport, State
-from tcpstuck_bpf.kernel_log import WarningHistory
-from tcpstuck_bpf.listener_history import ListenerHistory
+from tcpstuck_bpf.handshake.correlate import Correlator
+from tcpstuck_bpf.handshake.flow import FlowReport, State
+from tcpstuck_bpf.host.kernel_log import WarningHistory
+from tcpstuck_bpf.judge.backlog_history import ListenerHistory
+from tcpstuck_bpf.judge.drop_cause import NO_NAMES
+from tcpstuck_bpf.judge.reconcile import missed_runs_note, reconcile, total_counted, unseen_acks
+from tcpstuck_bpf.judge.verdict import (
+    NO_ROOM_FOR_UPDATE,
+    UPDATE_FOLLOWS,
+    Finding,
+    judge,
+    with_evidence,
+)
 from tcpstuck_bpf.model import (
     ATTEMPT_NOT_SENT,
     ATTEMPT_SENT,
@@ -29,8 +37,7 @@ from tcpstuck_bpf.model import (
     Tally,
     living_of,
 )
-from tcpstuck_bpf.reconcile import missed_runs_note, reconcile, total_counted, unseen_acks
-from tcpstuck_bpf.replay import (
+from tcpstuck_bpf.recording.replay import (
     Advanced,
     Ended,
     Header,
@@ -44,14 +51,7 @@ from tcpstuck_bpf.replay import (
     TallyTaken,
     Vanished,
 )
-from tcpstuck_bpf.report import RescueTotals, Status, Summary
-from tcpstuck_bpf.verdict import (
-    NO_ROOM_FOR_UPDATE,
-    UPDATE_FOLLOWS,
-    Finding,
-    judge,
-    with_evidence,
-)
+from tcpstuck_bpf.summary import RescueTotals, Status, Summary
 
 MAX_RULES_AWAITED = 1024
 """Flows that may wait for the firewall's rules: in a flood few of them tell as much as all."""

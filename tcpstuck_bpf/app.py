@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.errors import RecordingError, UsageError, words_of
 from tcpstuck_bpf.files import write_whole
-from tcpstuck_bpf.flow import FlowReport
+from tcpstuck_bpf.handshake.flow import FlowReport
+from tcpstuck_bpf.host.netns_numbers import NetnsNumbers
+from tcpstuck_bpf.judge.verdict import Finding
 from tcpstuck_bpf.model import (
     NOT_KNOWN,
     Attempt,
@@ -39,8 +41,7 @@ from tcpstuck_bpf.model import (
     Tally,
     living_of,
 )
-from tcpstuck_bpf.netns_numbers import NetnsNumbers
-from tcpstuck_bpf.replay import (
+from tcpstuck_bpf.recording.replay import (
     Advanced,
     Ended,
     Listened,
@@ -55,11 +56,10 @@ from tcpstuck_bpf.replay import (
     TallyTaken,
     Vanished,
 )
-from tcpstuck_bpf.report import Status, Summary
-from tcpstuck_bpf.verdict import Finding
+from tcpstuck_bpf.summary import Status, Summary
 
 if TYPE_CHECKING:
-    from tcpstuck_bpf.rescuing import Rescuing
+    from tcpstuck_bpf.rescue.rescuer import Rescuing
 
 Told = TypeVar("Told")
 

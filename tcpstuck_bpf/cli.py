@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
-from tcpstuck_bpf import netns, terminal
+from tcpstuck_bpf import terminal
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.app import Live, Output, remove_ready_file, run_replay, write_ready_file
 from tcpstuck_bpf.ending import Ending
@@ -31,24 +31,25 @@ from tcpstuck_bpf.errors import (
     UsageError,
     words_of,
 )
-from tcpstuck_bpf.explain import explanation, verdict_list
-from tcpstuck_bpf.kernel_log import open_kernel_log
-from tcpstuck_bpf.listener_owner import ListenerWatch
+from tcpstuck_bpf.host import netns
+from tcpstuck_bpf.host.kernel_log import open_kernel_log
+from tcpstuck_bpf.host.listening_sockets import ListenerWatch
+from tcpstuck_bpf.host.ruleset_reader import read_ruleset
+from tcpstuck_bpf.host.ruleset_watch import RulesetWatch
+from tcpstuck_bpf.host.wall_clock import RunClock
+from tcpstuck_bpf.kernel.drop_names import Namer
+from tcpstuck_bpf.kernel.probes import WITHOUT_VARIABLE, AttachRequest, left_out
 from tcpstuck_bpf.model import TraceFilter, TraceSettings, address_text, living_of
 from tcpstuck_bpf.options import as_written, build_parser
-from tcpstuck_bpf.output import JsonOutput, Selection, TableOutput
-from tcpstuck_bpf.places import Namer
-from tcpstuck_bpf.probes import WITHOUT_VARIABLE, AttachRequest, left_out
-from tcpstuck_bpf.render import TableRenderer, watching
-from tcpstuck_bpf.replay import Header, Recorder, Replay
-from tcpstuck_bpf.report import Summary
-from tcpstuck_bpf.ruleset_reader import read_ruleset
-from tcpstuck_bpf.ruleset_watch import RulesetWatch
-from tcpstuck_bpf.wall_clock import RunClock
+from tcpstuck_bpf.output.explain import explanation, verdict_list
+from tcpstuck_bpf.output.render import TableRenderer, watching
+from tcpstuck_bpf.output.writers import JsonOutput, Selection, TableOutput
+from tcpstuck_bpf.recording.replay import Header, Recorder, Replay
+from tcpstuck_bpf.summary import Summary
 
 if TYPE_CHECKING:
-    from tcpstuck_bpf.rescuing import Rescuing
-    from tcpstuck_bpf.source import KernelSource
+    from tcpstuck_bpf.kernel.source import KernelSource
+    from tcpstuck_bpf.rescue.rescuer import Rescuing
 
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 WIDTH_OF_A_PIPE = 200
@@ -187,7 +188,7 @@ def _attach_request(options: argparse.Namespace) -> AttachRequest:
     types, vmlinux = None, _vmlinux(options)
     if vmlinux is not None:
         # Imported where it is used: pyelftools would delay every start.
-        from tcpstuck_bpf.vmlinux import types_of_running_kernel
+        from tcpstuck_bpf.typeinfo.vmlinux import types_of_running_kernel
 
         types = types_of_running_kernel(vmlinux)
     without = left_out(os.environ.get(WITHOUT_VARIABLE, ""))
@@ -203,17 +204,17 @@ def _attach_request(options: argparse.Namespace) -> AttachRequest:
 
 
 def _open_source(settings: TraceSettings, request: AttachRequest) -> KernelSource:
-    from tcpstuck_bpf.source import open_source
+    from tcpstuck_bpf.kernel.source import open_source
 
     return open_source(settings, request)
 
 
 def _rescuing(options: argparse.Namespace, source: KernelSource) -> Rescuing:
     # Imported where it is used: most runs rescue nobody, and it would delay their start by 4 ms.
-    from tcpstuck_bpf.rescue import Rescuer
-    from tcpstuck_bpf.rescue_policy import RescuePolicy
-    from tcpstuck_bpf.rescuing import Rescuing
-    from tcpstuck_bpf.resend import Resender
+    from tcpstuck_bpf.rescue.planner import Rescuer
+    from tcpstuck_bpf.rescue.policy import RescuePolicy
+    from tcpstuck_bpf.rescue.raw_socket import Resender
+    from tcpstuck_bpf.rescue.rescuer import Rescuing
 
     policy = RescuePolicy(
         include_unknown="all" in options.rescue,
@@ -325,7 +326,7 @@ def _doctor(options: argparse.Namespace) -> int:
         "it looks at the kernel, and traces nothing",
         "leave it out; --vmlinux, --against, --json and -v are for the doctor",
     )
-    from tcpstuck_bpf.consultation import consult
+    from tcpstuck_bpf.doctor.command import consult
 
     width = shutil.get_terminal_size((WIDTH_OF_A_PIPE, 24)).columns
     able, lines = consult(

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 from tcpstuck_bpf import __version__
 from tcpstuck_bpf.errors import EXIT_USAGE
+from tcpstuck_bpf.judge.verdict import RULES, VERDICT_NAMES
 from tcpstuck_bpf.model import address_bytes
 from tcpstuck_bpf.terminal import printable
-from tcpstuck_bpf.verdict import RULES, VERDICT_NAMES
 
 if TYPE_CHECKING:
-    from tcpstuck_bpf.rescue_policy import IPNetwork
+    from tcpstuck_bpf.rescue.policy import IPNetwork
 
 EPILOG = """\
 examples:

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from tcpstuck_bpf.btf import Btf
-from tcpstuck_bpf.layout import (
+from tcpstuck_bpf.kernel.layout import (
     COOKIE_MEMBER,
     COUNTER_MEMBER,
     COUNTERS,
@@ -17,7 +16,8 @@ from tcpstuck_bpf.layout import (
     SOCKET_MEMBERS,
     Member,
 )
-from tcpstuck_bpf.probes import EVERY_PROBE, REASON_ARGUMENT
+from tcpstuck_bpf.kernel.probes import EVERY_PROBE, REASON_ARGUMENT
+from tcpstuck_bpf.typeinfo.btf import Btf
 
 INT, POINTER, STRUCT, UNION, ENUM, TYPEDEF, FUNC, FUNC_PROTO = 1, 2, 4, 5, 6, 8, 12, 13
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from tcpstuck_bpf.correlate import Correlator, FlowReport
+from tcpstuck_bpf.handshake.correlate import Correlator, FlowReport
+from tcpstuck_bpf.kernel.probes import PROBES, WHY_PROBES
 from tcpstuck_bpf.model import (
     Attempt,
     Coverage,
@@ -30,9 +31,8 @@ from tcpstuck_bpf.model import (
     TraceSettings,
     address_bytes,
 )
-from tcpstuck_bpf.probes import PROBES, WHY_PROBES
-from tcpstuck_bpf.replay import Header, Vanished
-from tcpstuck_bpf.report import WallClock
+from tcpstuck_bpf.recording.replay import Header, Vanished
+from tcpstuck_bpf.summary import WallClock
 
 SECOND_NS = 1_000_000_000
 START_NS = 1_000 * SECOND_NS

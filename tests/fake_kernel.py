@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tcpstuck_bpf.layout import COOKIE_MEMBER, COUNTER_MEMBER, COUNTERS, REQUIRED_MEMBERS
+from tcpstuck_bpf.kernel.layout import COOKIE_MEMBER, COUNTER_MEMBER, COUNTERS, REQUIRED_MEMBERS
 
 RELEASE = "9.8.7-look-alike"
 VERSION = "#1 SMP look-alike"

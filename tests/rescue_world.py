@@ -10,11 +10,11 @@ import heapq
 from collections import Counter
 from collections.abc import Callable
 
-from tcpstuck_bpf.candidate import MAX_TRIES
-from tcpstuck_bpf.flow import SECOND_NS
+from tcpstuck_bpf.handshake.flow import SECOND_NS
 from tcpstuck_bpf.model import ATTEMPT_SENT, Attempt, FourTuple, HandshakeId, Moved
-from tcpstuck_bpf.rescue import Plan, Rescuer
-from tcpstuck_bpf.rescue_policy import RescuePolicy
+from tcpstuck_bpf.rescue.candidate import MAX_TRIES
+from tcpstuck_bpf.rescue.planner import Plan, Rescuer
+from tcpstuck_bpf.rescue.policy import RescuePolicy
 from tests.builders import (
     ACK,
     CLIENT_ISN,

@@ -26,8 +26,8 @@ from tcpstuck_bpf.model import (
     Sweep,
     SweepPart,
 )
-from tcpstuck_bpf.output import JsonOutput, Selection
-from tcpstuck_bpf.replay import Recorder
+from tcpstuck_bpf.output.writers import JsonOutput, Selection
+from tcpstuck_bpf.recording.replay import Recorder
 from tests.builders import (
     SECOND_NS,
     at,

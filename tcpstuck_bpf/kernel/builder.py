@@ -10,10 +10,10 @@ import platform
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from tcpstuck_bpf import features, probes
-from tcpstuck_bpf.btf import read_running_kernel
+from tcpstuck_bpf.doctor.kernel_report import describe
 from tcpstuck_bpf.errors import CannotTraceError, UsageError
 from tcpstuck_bpf.files import write_whole
+from tcpstuck_bpf.kernel import features, probes
 from tcpstuck_bpf.kernel.compilation import (
     Compilation,
     CompilerError,
@@ -21,11 +21,11 @@ from tcpstuck_bpf.kernel.compilation import (
 )
 from tcpstuck_bpf.kernel.description import KernelDescription, describe_running
 from tcpstuck_bpf.kernel.kept_files import PROGRAMS
-from tcpstuck_bpf.kernel_report import describe
-from tcpstuck_bpf.layout import PER_CPU_OFFSET_SYMBOL, find_layout
-from tcpstuck_bpf.probes import AttachRequest, Probe
-from tcpstuck_bpf.softirqs import softirq_gaps
-from tcpstuck_bpf.vmlinux import KernelImage, read_image
+from tcpstuck_bpf.kernel.layout import PER_CPU_OFFSET_SYMBOL, find_layout
+from tcpstuck_bpf.kernel.probes import AttachRequest, Probe
+from tcpstuck_bpf.kernel.softirqs import softirq_gaps
+from tcpstuck_bpf.typeinfo.btf import read_running_kernel
+from tcpstuck_bpf.typeinfo.vmlinux import KernelImage, read_image
 
 MODES = ("fentry", "kprobe")
 _COMPILERS_NAMES = {"x86_64": "x86", "aarch64": "arm64"}

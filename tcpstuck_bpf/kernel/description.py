@@ -6,14 +6,13 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from tcpstuck_bpf import features, places, probes
-from tcpstuck_bpf.kernel import artifact
+from tcpstuck_bpf.kernel import artifact, drop_names, features, probes
 from tcpstuck_bpf.kernel.compilation import Compilation
-from tcpstuck_bpf.kernel_types import KernelTypes
-from tcpstuck_bpf.layout import Layout, find_layout, header_text
+from tcpstuck_bpf.kernel.layout import Layout, find_layout, header_text
+from tcpstuck_bpf.kernel.probes import Probe
+from tcpstuck_bpf.kernel.softirqs import BH_LOCK_OPTION, softirq_gaps, tasks_have_softirqs
 from tcpstuck_bpf.model import CoverageGap
-from tcpstuck_bpf.probes import Probe
-from tcpstuck_bpf.softirqs import BH_LOCK_OPTION, softirq_gaps, tasks_have_softirqs
+from tcpstuck_bpf.typeinfo.graph import KernelTypes
 
 
 @dataclass(frozen=True)
@@ -31,14 +30,14 @@ class KernelDescription:
     def drop_reasons(self) -> Mapping[int, str]:
         """Names of enum skb_drop_reason, where skb:kfree_skb has one."""
         arguments = self.types.tracepoint_arguments(probes.KFREE_SKB) or 0
-        return places.reason_names(self.types) if arguments > probes.REASON_ARGUMENT else {}
+        return drop_names.reason_names(self.types) if arguments > probes.REASON_ARGUMENT else {}
 
     def compilation(self, wanted: Collection[Probe], mode: str) -> Compilation:
         """What has to be compiled to attach these probes in a mode."""
         header = header_text(self.layout)
         if self.softirq_gaps:
             header += "#define SOFTIRQS_INTERLEAVE\n"
-        header += places.reason_defines(self.drop_reasons)
+        header += drop_names.reason_defines(self.drop_reasons)
         kinds = {}
         for probe in wanted:
             if probe.raw_tracepoint is not None:

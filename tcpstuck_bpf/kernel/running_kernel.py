@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tcpstuck_bpf import btf, features, kernel_types
-from tcpstuck_bpf.btf import Btf, read_running_kernel
+from tcpstuck_bpf.kernel import features
 from tcpstuck_bpf.kernel.artifact import DamagedError
 from tcpstuck_bpf.kernel.kept_files import FACTS, KeptFiles
-from tcpstuck_bpf.kernel_types import MemberPlace, Prototype
+from tcpstuck_bpf.typeinfo import btf, graph
+from tcpstuck_bpf.typeinfo.btf import Btf, read_running_kernel
+from tcpstuck_bpf.typeinfo.graph import MemberPlace, Prototype
 
 _NOTES = Path("/sys/kernel/notes")
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -82,7 +83,7 @@ class _Answers:
 
 
 class RunningKernel:
-    """The running kernel's own types (`kernel_types.KernelTypes`) and symbols.
+    """The running kernel's own types (`graph.KernelTypes`) and symbols.
 
     Every question raises CannotTraceError where the kernel cannot answer it.
     """
@@ -183,7 +184,7 @@ def _file_name() -> str | None:
         return None
     digest = hashlib.sha256(_FORMAT + build + os.uname().release.encode())
     try:
-        for module in (btf, kernel_types):
+        for module in (btf, graph):
             digest.update(Path(str(module.__file__)).read_bytes())
     except OSError:
         return None

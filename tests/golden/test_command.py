@@ -15,7 +15,7 @@ from lab import golden, golden_files
 from lab.errors import LabError
 from lab.golden import RECORDINGS, objections
 from lab.golden_files import LINES, SUFFIXES, TRUTH, kept_file, kept_recording, kept_truth
-from lab.guest import GuestDiedError
+from lab.guests.run import GuestDiedError
 from lab.records import Outcome
 
 NAME = "ack-dropped"

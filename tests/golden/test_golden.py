@@ -32,18 +32,18 @@ from lab.golden_files import (
     kept_truth,
     replayed,
 )
-from lab.kernel_group import REPOSITORY
-from lab.records import compare
-from lab.scenarios import SCENARIOS
-from lab.topology import (
+from lab.guests.kernel_tests import REPOSITORY
+from lab.network.topology import (
     CLIENT_ADDRESS,
     LOCAL_SOURCES,
     PREFIX_LENGTH,
     SERVER_ADDRESS,
     SILENT_SOURCES,
 )
+from lab.records import compare
+from lab.scenarios.catalogue import SCENARIOS
 from tcpstuck_bpf.model import address_bytes
-from tcpstuck_bpf.replay import Replay
+from tcpstuck_bpf.recording.replay import Replay
 
 NETWORKS = [
     ipaddress.ip_network(network, strict=False)

@@ -7,14 +7,14 @@ from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 
+from lab.network.syns import Syn, send_in_bursts
+from lab.network.topology import SERVER_ADDRESS, SILENT_SOURCES, Topology, source_addresses
+from lab.network.watch import Watch
 from lab.records import FourTuple
-from lab.scene import PORT
-from lab.syns import Syn, send_in_bursts
-from lab.topology import SERVER_ADDRESS, SILENT_SOURCES, Topology, source_addresses
-from lab.watch import Watch
+from lab.scenarios.scene import PORT
 from tcpstuck_bpf import model
+from tcpstuck_bpf.kernel.source import KernelSource
 from tcpstuck_bpf.model import Event, NetnsCount, Row
-from tcpstuck_bpf.source import KernelSource
 from tests.kernel.conftest import listening
 
 SERVER_IP = SERVER_ADDRESS[4]

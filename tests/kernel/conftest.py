@@ -18,16 +18,16 @@ from typing import Any
 
 import pytest
 
+from lab.guests.shares import COLLECTED_VARIABLE, ENDED_VARIABLE
+from lab.guests.trial import tracing_refusal
+from lab.network.topology import Namespace, Topology
 from lab.patience import COMMAND_S, patient
-from lab.preloaded import start_tool
+from lab.processes.preloaded import start_tool
+from lab.processes.servers import GREETING
 from lab.records import Comparison, FourTuple, Outcome, compare
-from lab.scenarios import play
-from lab.scene import PORT, READY, Stage
-from lab.servers import GREETING
-from lab.shares import COLLECTED_VARIABLE, ENDED_VARIABLE
-from lab.topology import Namespace, Topology
-from lab.tracer import READY_PLACEHOLDER, Tracer
-from lab.trial import tracing_refusal
+from lab.scenarios.catalogue import play
+from lab.scenarios.scene import PORT, READY, Stage
+from lab.scenarios.tracer import READY_PLACEHOLDER, Tracer
 
 FORCE = "TCPSTUCK_FORCE_KERNEL_TESTS"
 TOOL = (sys.executable, "-m", "tcpstuck_bpf", "-p", "3311", "--json")

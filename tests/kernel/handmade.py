@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lab.faults import dropping
+from lab.network.faults import dropping
+from lab.network.segments import IPPROTO_TCP
+from lab.network.syns import make_syn, send_in_bursts, send_segment
+from lab.network.topology import SERVER_ADDRESS, SILENT_SOURCES, Topology, source_addresses
+from lab.network.watch import Watch
 from lab.patience import COMMAND_S, patient
 from lab.records import FourTuple
-from lab.scene import PORT
-from lab.segments import IPPROTO_TCP
-from lab.syns import make_syn, send_in_bursts, send_segment
-from lab.topology import SERVER_ADDRESS, SILENT_SOURCES, Topology, source_addresses
-from lab.tracer import Tracer
-from lab.watch import Watch
+from lab.scenarios.scene import PORT
+from lab.scenarios.tracer import Tracer
 
 MSS_TABLE = {4: (536, 1300, 1440, 1460), 6: (1280 - 60, 1480 - 60, 1500 - 60, 9000 - 60)}
 """msstab[] of net/ipv4/syncookies.c and net/ipv6/syncookies.c; a cookie holds an index into it."""

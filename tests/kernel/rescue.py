@@ -8,13 +8,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lab.faults import ack_rule, dropping
+from lab.network.faults import ack_rule, dropping
+from lab.network.topology import SERVER_ADDRESS, Topology
 from lab.patience import COMMAND_S, patient
-from lab.preloaded import start_tool
+from lab.processes.preloaded import start_tool
 from lab.records import FourTuple
-from lab.scene import PORT
-from lab.topology import SERVER_ADDRESS, Topology
-from lab.tracer import READY_PLACEHOLDER, Tracer
+from lab.scenarios.scene import PORT
+from lab.scenarios.tracer import READY_PLACEHOLDER, Tracer
 from tests.kernel.conftest import listening
 
 EARLY_VERDICT_S = "1"

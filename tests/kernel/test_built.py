@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.package_cache import running_kernel_image
+from lab.guests.packages import running_kernel_image
 from lab.patience import START_S, patient
 from tests.kernel.conftest import Traced
 

@@ -13,15 +13,15 @@ from unittest import mock
 
 import pytest
 
+from lab.network.syns import FIRST_PORT, ISN_STEP, make_syn, send_syn
+from lab.network.topology import Topology
+from lab.network.tun import TunClients
 from lab.patience import COMMAND_S, Deadline, patient
 from lab.records import FourTuple
-from lab.scenarios import play
-from lab.scene import PORT, READY, Stage
-from lab.syns import FIRST_PORT, ISN_STEP, make_syn, send_syn
-from lab.topology import Topology
-from lab.tracer import READY_PLACEHOLDER, Tracer
-from lab.tun import TunClients
-from tcpstuck_bpf.probes import KERNEL_COUNTERS, OPTIONAL, PROBES, WITHOUT_VARIABLE
+from lab.scenarios.catalogue import play
+from lab.scenarios.scene import PORT, READY, Stage
+from lab.scenarios.tracer import READY_PLACEHOLDER, Tracer
+from tcpstuck_bpf.kernel.probes import KERNEL_COUNTERS, OPTIONAL, PROBES, WITHOUT_VARIABLE
 from tests.kernel.conftest import TOOL, Traced, summary_of, told_by, tracing
 from tests.kernel.handmade import ISN, Client, Site, site, told
 

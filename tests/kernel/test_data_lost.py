@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lab.tracer import Tracer
+from lab.scenarios.tracer import Tracer
 from tests.kernel.conftest import told_by
 from tests.kernel.handmade import Client, Site, site, told
 

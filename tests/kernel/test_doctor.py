@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lab.package_cache import running_kernel_image
+from lab.guests.packages import running_kernel_image
 from tests.kernel.conftest import Traced
 
 pytestmark = pytest.mark.kernel

@@ -19,17 +19,18 @@ from pathlib import Path
 
 import pytest
 
+from lab.network.syns import BURST, make_syn, make_syns
+from lab.network.topology import LOCAL_SOURCES, SILENT_SOURCES, Topology, source_addresses
 from lab.patience import COMMAND_S, patient
 from lab.records import FourTuple
-from lab.scene import PORT
-from lab.syns import BURST, make_syn, make_syns
-from lab.topology import LOCAL_SOURCES, SILENT_SOURCES, Topology, source_addresses
-from tcpstuck_bpf import model, tables, wire
+from lab.scenarios.scene import PORT
+from tcpstuck_bpf import model, wire
+from tcpstuck_bpf.kernel import tables
+from tcpstuck_bpf.kernel.probes import PROBES, AttachRequest
+from tcpstuck_bpf.kernel.source import EVENT_PAGES, EVENTS_AT_ONCE, KernelSource, open_source
+from tcpstuck_bpf.kernel.tables import READ_AT_ONCE
 from tcpstuck_bpf.model import Ending, EventKind, NetnsCount
-from tcpstuck_bpf.probes import PROBES, AttachRequest
-from tcpstuck_bpf.source import EVENT_PAGES, EVENTS_AT_ONCE, KernelSource, open_source
 from tcpstuck_bpf.synack import is_synack_of
-from tcpstuck_bpf.tables import READ_AT_ONCE
 from tests.kernel.beside import SERVER_IP, Beside, identity, lab_name, silent_client
 from tests.kernel.conftest import be_greeted, listening
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from lab.faults import ack_rule, dropping
-from lab.places import (
+from lab.network.drop_sites import (
     PLACES,
     Fault,
     Spot,
@@ -21,13 +20,15 @@ from lab.places import (
     security_module,
     wrong_checksums,
 )
+from lab.network.faults import ack_rule, dropping
+from lab.network.segments import IPPROTO_TCP
+from lab.network.syns import flood
+from lab.network.topology import SILENT_SOURCES, source_addresses
 from lab.records import FourTuple
-from lab.scene import PORT
-from lab.segments import IPPROTO_TCP
-from lab.syns import flood
-from lab.topology import SILENT_SOURCES, source_addresses
-from lab.tracer import Tracer
-from tcpstuck_bpf import model, probes, source
+from lab.scenarios.scene import PORT
+from lab.scenarios.tracer import Tracer
+from tcpstuck_bpf import model
+from tcpstuck_bpf.kernel import probes, source
 from tcpstuck_bpf.kernel.running_kernel import RunningKernel
 from tests.kernel.conftest import be_greeted, summary_of, told_by, tracing
 from tests.kernel.handmade import Client, Site, site, told

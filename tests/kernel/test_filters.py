@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 import pytest
 
+from lab.network.syns import make_syns, send_in_bursts
+from lab.network.topology import INTERFACE, SERVER_ADDRESS, SILENT_SOURCES, Topology
+from lab.network.watch import Watch
 from lab.records import FourTuple
-from lab.scene import PORT
-from lab.syns import make_syns, send_in_bursts
-from lab.topology import INTERFACE, SERVER_ADDRESS, SILENT_SOURCES, Topology
-from lab.tracer import Tracer
-from lab.watch import Watch
+from lab.scenarios.scene import PORT
+from lab.scenarios.tracer import Tracer
 from tests.kernel.conftest import be_greeted, listening, summary_of, told_by, tracing
 
 pytestmark = pytest.mark.kernel

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from lab.network.syns import Syn, make_syns, repeat_until, send_in_bursts
+from lab.network.topology import SILENT_SOURCES
 from lab.patience import COMMAND_S, patient
-from lab.scene import PORT
-from lab.syns import Syn, make_syns, repeat_until, send_in_bursts
-from lab.topology import SILENT_SOURCES
-from lab.tracer import READY_PLACEHOLDER, Tracer
+from lab.scenarios.scene import PORT
+from lab.scenarios.tracer import READY_PLACEHOLDER, Tracer
 from tests.kernel.conftest import TOOL, summary_of
 from tests.kernel.handmade import Site, site
 

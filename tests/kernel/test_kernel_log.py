@@ -7,9 +7,9 @@ import subprocess
 import pytest
 
 from lab.patience import COMMAND_S, patient
-from lab.scenarios import play
-from lab.scene import PORT, READY, Stage
-from lab.tracer import Tracer
+from lab.scenarios.catalogue import play
+from lab.scenarios.scene import PORT, READY, Stage
+from lab.scenarios.tracer import Tracer
 
 pytestmark = pytest.mark.kernel
 

@@ -18,14 +18,14 @@ from pathlib import Path
 
 import pytest
 
-from lab.child import pause
-from lab.faults import dropping, syn_rule
+from lab.network.faults import dropping, syn_rule
+from lab.network.topology import INTERFACE, SERVER_ADDRESS, Namespace, Topology
+from lab.network.watch import Watch
 from lab.patience import COMMAND_S, START_S, Deadline, patient
+from lab.processes.child import pause
 from lab.records import FourTuple
-from lab.scene import PORT
-from lab.topology import INTERFACE, SERVER_ADDRESS, Namespace, Topology
-from lab.watch import Watch
-from tcpstuck_bpf.candidate import MAX_TRIES
+from lab.scenarios.scene import PORT
+from tcpstuck_bpf.rescue.candidate import MAX_TRIES
 from tests.kernel.rescue import cookie_server, silenced
 
 pytestmark = pytest.mark.kernel

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from lab.readings import SocketRow
-from lab.scenarios import SMALL_BACKLOG, connect_in_one_batch
-from lab.scene import PORT, Scene, Settings
-from lab.servers import MariaDb
+from lab.network.readings import SocketRow
+from lab.processes.servers import MariaDb
+from lab.scenarios.catalogue import SMALL_BACKLOG, connect_in_one_batch
+from lab.scenarios.scene import PORT, Scene, Settings
 from tests.kernel.conftest import tracing
 
 pytestmark = pytest.mark.kernel

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from lab.scenarios import connect_in_one_batch
-from lab.scene import PORT, Scene, Settings
-from lab.servers import Greeter
-from lab.tracer import Tracer
+from lab.processes.servers import Greeter
+from lab.scenarios.catalogue import connect_in_one_batch
+from lab.scenarios.scene import PORT, Scene, Settings
+from lab.scenarios.tracer import Tracer
 from tests.kernel.conftest import tracing
 
 pytestmark = pytest.mark.kernel

@@ -15,15 +15,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from lab.network.topology import Namespace
 from lab.patience import COMMAND_S, patient
 from lab.records import FourTuple
-from lab.scene import PORT
-from lab.topology import Namespace
-from lab.tracer import READY_PLACEHOLDER, Tracer
-from tcpstuck_bpf.btf import read_running_kernel
-from tcpstuck_bpf.layout import cookie_obstacle
+from lab.scenarios.scene import PORT
+from lab.scenarios.tracer import READY_PLACEHOLDER, Tracer
+from tcpstuck_bpf.host.netns_cookie import own_cookie
+from tcpstuck_bpf.kernel.layout import cookie_obstacle
 from tcpstuck_bpf.model import CROWDED_NETNS, GONE_NETNS
-from tcpstuck_bpf.netns_cookie import own_cookie
+from tcpstuck_bpf.typeinfo.btf import read_running_kernel
 from tests.kernel.conftest import summary_of
 from tests.kernel.handmade import Client, Site, site, told
 
@@ -33,7 +33,7 @@ PLACES = 8
 MORE_THAN_FIT = 20
 SENT = "SyncookiesSent"
 WITH_FEW_PLACES = (
-    "import sys; from tcpstuck_bpf import cli, source; "
+    "import sys; from tcpstuck_bpf import cli; from tcpstuck_bpf.kernel import source; "
     f"source.MAX_NAMESPACES = source.MAX_LISTENERS = {PLACES}; sys.exit(cli.main())"
 )
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from lab.tracer import Tracer
-from tcpstuck_bpf.btf import read_running_kernel
+from lab.scenarios.tracer import Tracer
+from tcpstuck_bpf.typeinfo.btf import read_running_kernel
 from tests.kernel.conftest import told_by
 from tests.kernel.handmade import Client, Site, site, told
 

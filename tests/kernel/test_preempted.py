@@ -14,13 +14,13 @@ from contextlib import ExitStack
 
 import pytest
 
+from lab.network.syns import FIRST_PORT, ISN_STEP
+from lab.network.topology import Topology
+from lab.network.tun import TunClients
 from lab.patience import LOAD_S, patient
 from lab.records import FourTuple
-from lab.scene import PORT
-from lab.syns import FIRST_PORT, ISN_STEP
-from lab.topology import Topology
-from lab.tracer import Tracer
-from lab.tun import TunClients
+from lab.scenarios.scene import PORT
+from lab.scenarios.tracer import Tracer
 from tests.kernel.conftest import COUNTERS, summary_of, told_by, tracing
 
 pytestmark = pytest.mark.kernel

@@ -9,17 +9,17 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from lab.faults import ack_rule, dropping, no_syn_rule
+from lab.network.faults import ack_rule, dropping, no_syn_rule
+from lab.network.syns import make_syns, send_in_bursts, send_syns
+from lab.network.topology import SERVER_ADDRESS, SILENT_SOURCES
+from lab.network.watch import Watch
 from lab.patience import COMMAND_S, patient
+from lab.processes.servers import MariaDb
 from lab.records import FourTuple, reported_verdicts
-from lab.scenarios import LARGE_BACKLOG, SMALL_BACKLOG, connect_in_one_batch
-from lab.scene import PORT, Scene, Settings
-from lab.servers import MariaDb
-from lab.syns import make_syns, send_in_bursts, send_syns
-from lab.topology import SERVER_ADDRESS, SILENT_SOURCES
-from lab.tracer import Tracer
-from lab.watch import Watch
-from tcpstuck_bpf.candidate import DRY_RUN, NOT_KNOWN, SENT_DATA
+from lab.scenarios.catalogue import LARGE_BACKLOG, SMALL_BACKLOG, connect_in_one_batch
+from lab.scenarios.scene import PORT, Scene, Settings
+from lab.scenarios.tracer import Tracer
+from tcpstuck_bpf.rescue.candidate import DRY_RUN, NOT_KNOWN, SENT_DATA
 from tests.kernel.conftest import be_greeted, summary_of
 from tests.kernel.rescue import attempts, cookie_server, rescuing, silenced
 

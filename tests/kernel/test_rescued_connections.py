@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from lab.network.topology import SERVER_ADDRESS
 from lab.patience import COMMAND_S, patient
-from lab.topology import SERVER_ADDRESS
-from lab.tracer import Tracer
+from lab.scenarios.tracer import Tracer
 from tests.kernel.conftest import be_greeted
 from tests.kernel.rescue import cookie_server, rescuing, silenced
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import pytest
 
 from lab.records import Comparison, Outcome
-from lab.scenarios import SMALL_BACKLOG, connect_in_one_batch
-from lab.scene import Scene, Settings
-from lab.tracer import Tracer
+from lab.scenarios.catalogue import SMALL_BACKLOG, connect_in_one_batch
+from lab.scenarios.scene import Scene, Settings
+from lab.scenarios.tracer import Tracer
 from tests.kernel.conftest import Traced
 
 pytestmark = pytest.mark.kernel

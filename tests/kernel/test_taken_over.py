@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import pytest
 
+from lab.network.syns import make_syn, send_syn
 from lab.patience import COMMAND_S, Deadline
-from lab.scene import PORT
-from lab.syns import make_syn, send_syn
-from lab.tracer import Tracer
+from lab.scenarios.scene import PORT
+from lab.scenarios.tracer import Tracer
 from tests.kernel.conftest import summary_of, tracing
 from tests.kernel.handmade import ISN, Client, Site, site, told
 

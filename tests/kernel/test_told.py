@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 import pytest
 
-from lab.faults import dropping, synack_rule
+from lab.network.faults import dropping, synack_rule
+from lab.network.syns import Syn, make_syn, make_syns, send_in_bursts
+from lab.network.topology import CLIENT_ADDRESS, SERVER_ADDRESS, SILENT_SOURCES, Topology
+from lab.network.watch import Watch
 from lab.records import FourTuple
-from lab.scene import PORT
-from lab.syns import Syn, make_syn, make_syns, send_in_bursts
-from lab.topology import CLIENT_ADDRESS, SERVER_ADDRESS, SILENT_SOURCES, Topology
-from lab.tracer import Tracer
-from lab.watch import Watch
-from tcpstuck_bpf.tables import READ_AT_ONCE
+from lab.scenarios.scene import PORT
+from lab.scenarios.tracer import Tracer
+from tcpstuck_bpf.kernel.tables import READ_AT_ONCE
 from tests.kernel.conftest import be_greeted, listening, summary_of, told_by, tracing
 
 pytestmark = pytest.mark.kernel

@@ -21,9 +21,9 @@ from functools import partial
 
 import pytest
 
+from lab.network.topology import INTERFACE
 from lab.patience import COMMAND_S, patient
-from lab.scene import PORT
-from lab.topology import INTERFACE
+from lab.scenarios.scene import PORT
 from tcpstuck_bpf.kernel.bpf_syscall import RefusedError, bpf
 from tests.kernel.conftest import summary_of, tracing
 from tests.kernel.handmade import Client, Site, site

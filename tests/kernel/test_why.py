@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from lab.faults import ack_rule
+from lab.network.faults import ack_rule
+from lab.network.topology import SERVER_ADDRESS, Namespace, Topology
 from lab.patience import COMMAND_S, patient
 from lab.records import FourTuple
-from lab.scene import PORT
-from lab.topology import SERVER_ADDRESS, Namespace, Topology
-from lab.tracer import Tracer
+from lab.scenarios.scene import PORT
+from lab.scenarios.tracer import Tracer
 from tests.kernel.conftest import summary_of, tracing
 from tests.kernel.handmade import told
 from tests.kernel.rescue import cookie_server

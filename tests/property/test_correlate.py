@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from tcpstuck_bpf.correlate import Correlator, FlowReport, State
-from tcpstuck_bpf.flow import ENDED_STATES, STUCK_STATES, is_remarkable, merge
+from tcpstuck_bpf.handshake.correlate import Correlator, FlowReport, State
+from tcpstuck_bpf.handshake.flow import ENDED_STATES, STUCK_STATES, is_remarkable, merge
+from tcpstuck_bpf.judge.verdict import RULES, judge
 from tcpstuck_bpf.model import (
     Coverage,
     Ending,
@@ -20,7 +21,6 @@ from tcpstuck_bpf.model import (
     Row,
     Sweep,
 )
-from tcpstuck_bpf.verdict import RULES, judge
 from tests.builders import SECOND_NS, TIMEOUT_NS, Table, correlator, four_tuple, handshake, seconds
 from tests.property.history import Truth
 from tests.property.world import CLIENTS, World

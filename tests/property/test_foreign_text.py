@@ -13,24 +13,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcpstuck_bpf import doctor_output
 from tcpstuck_bpf.analysis import Analysis
-from tcpstuck_bpf.doctor import Check, MachineReport, Trial
+from tcpstuck_bpf.doctor import render
+from tcpstuck_bpf.doctor.kernel_report import Change, FunctionFact, KernelReport
+from tcpstuck_bpf.doctor.machine_report import Check, MachineReport, Trial
 from tcpstuck_bpf.errors import UsageError
+from tcpstuck_bpf.handshake.timeline import TimelineEntry
 from tcpstuck_bpf.json_text import json_text
-from tcpstuck_bpf.kernel_report import Change, FunctionFact, KernelReport
+from tcpstuck_bpf.judge.verdict import Finding
+from tcpstuck_bpf.kernel.probes import PROBES
 from tcpstuck_bpf.model import Attempt, CoverageGap
-from tcpstuck_bpf.output import JsonOutput, Selection, TableOutput
-from tcpstuck_bpf.probes import PROBES
-from tcpstuck_bpf.render import TableRenderer
-from tcpstuck_bpf.replay import Ended, Recorder, Replay, TallyTaken
-from tcpstuck_bpf.report import Reconciled, RescueTotals, Status, Summary
+from tcpstuck_bpf.output.render import TableRenderer
+from tcpstuck_bpf.output.writers import JsonOutput, Selection, TableOutput
+from tcpstuck_bpf.recording.replay import Ended, Recorder, Replay, TallyTaken
+from tcpstuck_bpf.summary import Reconciled, RescueTotals, Status, Summary
 from tcpstuck_bpf.terminal import CLEAR_LINE, line, never_fail, printable
-from tcpstuck_bpf.timeline import TimelineEntry
-from tcpstuck_bpf.verdict import Finding
 from tests.builders import at, four_tuple, handshake, header, identity, tally
-from tests.unit.test_listener import judged, overflown
-from tests.unit.test_render import CLOCK, finding
+from tests.unit.judge.test_listener import judged, overflown
+from tests.unit.output.test_render import CLOCK, finding
 
 ENCODINGS = ("ascii", "latin-1", "utf-8")
 HOSTILE = (
@@ -180,9 +180,9 @@ def test_the_doctor_and_errors_have_no_control_character(
 ) -> None:
     machine, kernel = foreign_reports(name)
     lines = [
-        *doctor_output.machine_lines(machine, width, True),
-        *doctor_output.kernel_lines(kernel, width, True),
-        *doctor_output.change_lines(kernel, kernel, [Change(name, name, name)], width),
+        *render.machine_lines(machine, width, True),
+        *render.kernel_lines(kernel, width, True),
+        *render.change_lines(kernel, kernel, [Change(name, name, name)], width),
         *UsageError(name, name, name).lines(),
     ]
     assert all(one.isprintable() for one in lines)
@@ -192,9 +192,9 @@ def test_the_doctor_and_errors_have_no_control_character(
     assert_harmless(shown)
     assert shown.count("\n") == len(lines)
     for one in (
-        *doctor_output.machine_json(machine),
-        *doctor_output.kernel_json(kernel),
-        *doctor_output.change_json(kernel, kernel, [Change(name, name, name)]),
+        *render.machine_json(machine),
+        *render.kernel_json(kernel),
+        *render.change_json(kernel, kernel, [Change(name, name, name)]),
     ):
         json.dumps(json.loads(one), ensure_ascii=False).encode("utf-8")
         assert one.isascii()

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tcpstuck_bpf import wire
+from tcpstuck_bpf.kernel.netns_counts import CountsTable
 from tcpstuck_bpf.model import NetnsCount
-from tcpstuck_bpf.netns_counts import CountsTable
 from tests.fake_maps import FakeMap
 
 PLACES = 3

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tcpstuck_bpf.model import Row, Sweep, SweepPart
-from tcpstuck_bpf.recorded_table import RecordedTable
+from tcpstuck_bpf.recording.table import RecordedTable
 from tests.builders import at, four_tuple, handshake, repeated
 
 ENTRIES = (handshake(), repeated(handshake(), at(1)), handshake(at(2)))

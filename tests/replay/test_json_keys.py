@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tcpstuck_bpf.app import run_replay
-from tcpstuck_bpf.output import JsonOutput, Selection
-from tcpstuck_bpf.replay import Replay
+from tcpstuck_bpf.output.writers import JsonOutput, Selection
+from tcpstuck_bpf.recording.replay import Replay
 from tests.replay.test_replay import recorded
 
 DOCS = Path(__file__).parents[2] / "docs"

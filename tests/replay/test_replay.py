@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tcpstuck_bpf import replay
 from tcpstuck_bpf.app import run_replay
 from tcpstuck_bpf.cli import main
 from tcpstuck_bpf.errors import EXIT_NOTHING_STUCK, EXIT_STUCK, RecordingError
@@ -32,8 +31,9 @@ from tcpstuck_bpf.model import (
     Sweep,
     Tally,
 )
-from tcpstuck_bpf.output import JsonOutput, Selection
-from tcpstuck_bpf.replay import (
+from tcpstuck_bpf.output.writers import JsonOutput, Selection
+from tcpstuck_bpf.recording import replay
+from tcpstuck_bpf.recording.replay import (
     Advanced,
     Ended,
     Header,
@@ -61,7 +61,7 @@ from tests.builders import (
     sweep,
     tally,
 )
-from tests.unit.test_listener import overflown, seen
+from tests.unit.judge.test_listener import overflown, seen
 
 FILTERED = ack_filtered(handshake(), at(4.05))
 END = Ended(at(9), {"undecodable_events": 0}, ("a note",))
@@ -329,7 +329,7 @@ KILLED = """
 import os, signal, sys
 from tests.builders import header
 from tests.replay.test_replay import STEPS
-from tcpstuck_bpf.replay import Recorder
+from tcpstuck_bpf.recording.replay import Recorder
 recorder = Recorder(sys.argv[1], header())
 for step in STEPS[:int(sys.argv[2])]:
     recorder.write(step)

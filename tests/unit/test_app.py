@@ -14,6 +14,7 @@ import pytest
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.app import Live, remove_ready_file, run_replay
 from tcpstuck_bpf.errors import UsageError
+from tcpstuck_bpf.judge.verdict import Finding
 from tcpstuck_bpf.model import (
     Ending,
     Event,
@@ -21,9 +22,8 @@ from tcpstuck_bpf.model import (
     KernelCounters,
     KernelWarning,
 )
-from tcpstuck_bpf.output import JsonOutput, Selection
-from tcpstuck_bpf.replay import Recorder, Replay
-from tcpstuck_bpf.verdict import Finding
+from tcpstuck_bpf.output.writers import JsonOutput, Selection
+from tcpstuck_bpf.recording.replay import Recorder, Replay
 from tests.builders import (
     SECOND_NS,
     ack_dropped,

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from tcpstuck_bpf import netns
 from tcpstuck_bpf.cli import EXIT_BROKEN_PIPE, main
 from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE, EXIT_USAGE, CannotTraceError, UsageError
+from tcpstuck_bpf.host import netns
+from tcpstuck_bpf.judge.verdict import RULES
 from tcpstuck_bpf.options import build_parser
-from tcpstuck_bpf.verdict import RULES
 from tests.builders import four_tuple, header
 from tests.replay.test_replay import recorded
 
@@ -27,7 +27,7 @@ README = Path(__file__).parents[2] / "README.md"
 WITHOUT_BCC = """
 import sys
 sys.modules["bcc"] = None
-from tcpstuck_bpf import features
+from tcpstuck_bpf.kernel import features
 features.require_privileges = lambda: None
 from tcpstuck_bpf.cli import main
 sys.exit(main(sys.argv[1:]))
@@ -214,7 +214,7 @@ def test_without_bcc_the_package_to_install_is_named() -> None:
 def test_without_privileges_sudo_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("tcpstuck_bpf.features._effective_capabilities", lambda: 0)
+    monkeypatch.setattr("tcpstuck_bpf.kernel.features._effective_capabilities", lambda: 0)
     assert main(["-p", "3311"]) == EXIT_CANNOT_TRACE
     assert "sudo tcpstuck-trace" in capsys.readouterr().err
 
@@ -430,7 +430,7 @@ def test_an_explanation_needs_neither_bcc_nor_privileges(
 ) -> None:
     ended = child("--explain", "ack-missing")
     assert (ended.returncode, ended.stderr) == (0, "")
-    monkeypatch.setattr("tcpstuck_bpf.features._effective_capabilities", lambda: 0)
+    monkeypatch.setattr("tcpstuck_bpf.kernel.features._effective_capabilities", lambda: 0)
     assert main(["--explain", "ack-missing"]) == 0
     assert "spoofed" in capsys.readouterr().out
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from tcpstuck_bpf import cli, netns
+from tcpstuck_bpf import cli
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.app import Live, run_replay
-from tcpstuck_bpf.doctor import _try
+from tcpstuck_bpf.doctor.machine_report import _try
 from tcpstuck_bpf.ending import Ending, close_all
 from tcpstuck_bpf.errors import (
     EXIT_CANNOT_TRACE,
@@ -27,10 +27,11 @@ from tcpstuck_bpf.errors import (
     EXIT_STUCK,
     CannotTraceError,
 )
+from tcpstuck_bpf.host import netns
 from tcpstuck_bpf.kernel.bpf_syscall import RefusedError
 from tcpstuck_bpf.model import KernelCounters, Sweep
-from tcpstuck_bpf.output import JsonOutput, Selection
-from tcpstuck_bpf.replay import Recorder, Replay
+from tcpstuck_bpf.output.writers import JsonOutput, Selection
+from tcpstuck_bpf.recording.replay import Recorder, Replay
 from tcpstuck_bpf.terminal import CLEAR_LINE
 from tests.builders import SECOND_NS, at, four_tuple, handshake, header
 from tests.scripted_run import FakeKernel

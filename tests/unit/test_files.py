@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from tcpstuck_bpf import app, files, programs, vmlinux
+from tcpstuck_bpf import app, files
 from tcpstuck_bpf.app import remove_ready_file, write_ready_file
 from tcpstuck_bpf.errors import RecordingError, TcpstuckError, UsageError
 from tcpstuck_bpf.files import OutputFile, write_whole
+from tcpstuck_bpf.host import programs
+from tcpstuck_bpf.host.ruleset_child import _output
 from tcpstuck_bpf.kernel import builder
-from tcpstuck_bpf.replay import Ended, Recorder, TallyTaken
-from tcpstuck_bpf.ruleset_child import _output
+from tcpstuck_bpf.recording.replay import Ended, Recorder, TallyTaken
+from tcpstuck_bpf.typeinfo import vmlinux
 from tests.builders import at, header, tally
 
 Write = Callable[[str], object]
@@ -268,5 +270,5 @@ def test_programs_see_nothing_of_our_environment(
 
 @pytest.mark.parametrize("text", ["shutil.which", "os.system", "shell=True", "os.popen", "execlp"])
 def test_no_program_is_looked_for_by_path(text: str) -> None:
-    for source in Path(programs.__file__).parent.rglob("*.py"):
+    for source in Path(app.__file__).parent.rglob("*.py"):
         assert text not in source.read_text("utf-8"), source

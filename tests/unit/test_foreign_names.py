@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tcpstuck_bpf import netns, ruleset_child
-from tcpstuck_bpf.kernel_log import warning_of
-from tcpstuck_bpf.listener_owner import owners_of
-from tcpstuck_bpf.ruleset_text import reachable, xtables_rules
+from tcpstuck_bpf.host import netns, ruleset_child
+from tcpstuck_bpf.host.kernel_log import warning_of
+from tcpstuck_bpf.host.listening_sockets import owners_of
+from tcpstuck_bpf.host.ruleset_text import reachable, xtables_rules
 from tcpstuck_bpf.terminal import printable
 from tests.builders import at
 

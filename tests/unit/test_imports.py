@@ -15,41 +15,41 @@ ROOT = Path(__file__).parents[2]
 IMPORT_TIME_LIMIT_S = 60
 
 PURE = (
-    "correlate",
-    "verdict",
-    "render",
-    "export",
+    "handshake.correlate",
+    "judge.verdict",
+    "output.render",
+    "output.export",
     "wire",
     "model",
     "errors",
     "json_text",
     "terminal",
-    "replay",
-    "explain",
-    "flood",
-    "rescue",
+    "recording.replay",
+    "output.explain",
+    "handshake.flood",
+    "rescue.planner",
     "synack",
-    "backlog_knobs",
-    "listener",
-    "listener_history",
-    "ruleset_text",
+    "judge.backlog_knobs",
+    "judge.backlog",
+    "judge.backlog_history",
+    "host.ruleset_text",
 )
 OF_THE_KERNEL_SIDE = {
-    "btf",
-    "doctor",
-    "dwarf",
-    "features",
-    "kernel_report",
-    "kernel_types",
-    "layout",
-    "netfilter_hooks",
-    "probes",
-    "ruleset_child",
-    "ruleset_reader",
-    "softirqs",
-    "source",
-    "unpacking",
-    "vmlinux",
+    "typeinfo.btf",
+    "doctor.machine_report",
+    "typeinfo.dwarf",
+    "kernel.features",
+    "doctor.kernel_report",
+    "typeinfo.graph",
+    "kernel.layout",
+    "host.netfilter_hooks",
+    "kernel.probes",
+    "host.ruleset_child",
+    "host.ruleset_reader",
+    "kernel.softirqs",
+    "kernel.source",
+    "typeinfo.unpacking",
+    "typeinfo.vmlinux",
 }
 # What talks to the machine: none of it is needed to judge what others have observed.
 TALKS_TO_THE_MACHINE = {
@@ -72,10 +72,25 @@ ONLY_SOME_RUNS_NEED = {
     # --rescue:
     *(
         f"{PACKAGE}.{name}"
-        for name in ("accept_room", "candidate", "rescue", "rescue_policy", "rescuing", "resend")
+        for name in (
+            "rescue.turns",
+            "rescue.candidate",
+            "rescue.planner",
+            "rescue.policy",
+            "rescue.rescuer",
+            "rescue.raw_socket",
+        )
     ),
     # --doctor, --build and --vmlinux:
-    *(f"{PACKAGE}.{name}" for name in ("consultation", "doctor", "dwarf", "vmlinux")),
+    *(
+        f"{PACKAGE}.{name}"
+        for name in (
+            "doctor.command",
+            "doctor.machine_report",
+            "typeinfo.dwarf",
+            "typeinfo.vmlinux",
+        )
+    ),
     "elftools",
     # The table at the end of a run:
     "html",
@@ -155,7 +170,7 @@ def test_a_start_imports_nothing_that_only_some_runs_need() -> None:
     """What a run without --rescue imports until the programs are attached."""
     lines = (
         "import sys",
-        f"import {PACKAGE}.cli, {PACKAGE}.source",
+        f"import {PACKAGE}.cli, {PACKAGE}.kernel.source",
         "print(*sorted(sys.modules))",
     )
     child = subprocess.run(
@@ -168,7 +183,7 @@ def test_a_start_imports_nothing_that_only_some_runs_need() -> None:
     )
     assert (child.returncode, child.stderr) == (0, "")
     loaded = set(child.stdout.split())
-    assert f"{PACKAGE}.render" in loaded
+    assert f"{PACKAGE}.output.render" in loaded
     assert sorted(loaded & ONLY_SOME_RUNS_NEED) == []
 
 
@@ -186,16 +201,22 @@ DOORS = {
     "cli._print",
     "cli._complain",
     "options.error",
-    "output.findings",
-    "output.attempts",
-    "output.summary",
-    "output.status",
-    "output._clear",
-    "output._put",
-    "replay._write_line",
+    "output.writers.findings",
+    "output.writers.attempts",
+    "output.writers.summary",
+    "output.writers.status",
+    "output.writers._clear",
+    "output.writers._put",
+    "recording.replay._write_line",
 }
 """Where text leaves: each passes it through `terminal` or `json_text`."""
-OTHER_WRITERS = {"kernel.compiler", "kernel.kept_files", "files", "ruleset_child", "unpacking"}
+OTHER_WRITERS = {
+    "kernel.compiler",
+    "kernel.kept_files",
+    "files",
+    "host.ruleset_child",
+    "typeinfo.unpacking",
+}
 """Their bytes are for programs, or their standard error is read by the process that traces."""
 
 
@@ -225,7 +246,11 @@ def test_text_leaves_by_few_doors() -> None:
 
 def test_the_data_flows_one_way() -> None:
     """No earlier stage knows a later one."""
-    for early, later in (("correlate", "verdict"), ("verdict", "render"), ("wire", "correlate")):
+    for early, later in (
+        ("handshake.correlate", "judge.verdict"),
+        ("judge.verdict", "output.render"),
+        ("wire", "handshake.correlate"),
+    ):
         assert later not in closure(early)
 
 

@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from tcpstuck_bpf import analysis, places
+from tcpstuck_bpf import analysis
 from tcpstuck_bpf.app import run_replay
+from tcpstuck_bpf.host.ruleset_reader import read_ruleset
+from tcpstuck_bpf.host.ruleset_watch import RulesetWatch
+from tcpstuck_bpf.kernel import drop_names
 from tcpstuck_bpf.model import DropRule, Ending, Event, EventKind, Handshake, Row, Ruleset
-from tcpstuck_bpf.output import JsonOutput, Selection, TableOutput
-from tcpstuck_bpf.render import TableRenderer
-from tcpstuck_bpf.replay import Replay
-from tcpstuck_bpf.ruleset_reader import read_ruleset
-from tcpstuck_bpf.ruleset_watch import RulesetWatch
+from tcpstuck_bpf.output.render import TableRenderer
+from tcpstuck_bpf.output.writers import JsonOutput, Selection, TableOutput
+from tcpstuck_bpf.recording.replay import Replay
 from tests.builders import (
     NF_PLACE,
     NF_REASON,
@@ -42,7 +43,7 @@ DROPPED = ack_filtered(handshake(), at(0.1))
 def _symbols(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "kallsyms"
     path.write_text(f"{NF_PLACE - 0xA2:016x} T nf_hook_slow\n")
-    monkeypatch.setattr(places, "_SYMBOLS", path)
+    monkeypatch.setattr(drop_names, "_SYMBOLS", path)
 
 
 class Machine(FakeKernel):
@@ -59,7 +60,7 @@ class Machine(FakeKernel):
         self.jobs: list[tuple[int, Callable[[], None]]] = []
         self.read: Callable[[int], Ruleset] = self.read_own
         self.watch = RulesetWatch(lambda n: self.read(n), lambda: self.now_ns, self.begin)
-        self.namer = places.Namer({NF_REASON: "NETFILTER_DROP"}, lambda _n: (), self.watch)
+        self.namer = drop_names.Namer({NF_REASON: "NETFILTER_DROP"}, lambda _n: (), self.watch)
 
     def read_own(self, _netns: int) -> Ruleset:
         there = [rule for since, rule in self.rules if at(since) <= self.now_ns]

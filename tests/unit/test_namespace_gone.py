@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from tcpstuck_bpf import netns
 from tcpstuck_bpf.app import LOOK_INTERVAL_NS, run_replay
-from tcpstuck_bpf.flow import State
+from tcpstuck_bpf.handshake.flow import State
+from tcpstuck_bpf.host import netns
 from tcpstuck_bpf.model import Ending, EventKind, KernelCounters
-from tcpstuck_bpf.output import JsonOutput, Selection
-from tcpstuck_bpf.replay import Replay
-from tcpstuck_bpf.rescue import Rescuer
-from tcpstuck_bpf.rescue_policy import RescuePolicy
+from tcpstuck_bpf.output.writers import JsonOutput, Selection
+from tcpstuck_bpf.recording.replay import Replay
+from tcpstuck_bpf.rescue.planner import Rescuer
+from tcpstuck_bpf.rescue.policy import RescuePolicy
 from tests.builders import (
     ack_dropped,
     at,

@@ -14,8 +14,8 @@ import pytest
 
 import tcpstuck_bpf
 from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE, EXIT_STUCK, EXIT_USAGE
-from tcpstuck_bpf.explain import explanation
 from tcpstuck_bpf.options import build_parser
+from tcpstuck_bpf.output.explain import explanation
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MEASURED = ("bpf", "docs", "tcpstuck_bpf")

@@ -7,10 +7,10 @@ import json
 import pytest
 
 from tcpstuck_bpf.model import EventKind, Handshake, ListenerSeen
-from tcpstuck_bpf.recorded_parts import event_of, event_values, listener_of, listener_values
-from tcpstuck_bpf.recorded_table import handshake_of
+from tcpstuck_bpf.recording.table import handshake_of
+from tcpstuck_bpf.recording.values import event_of, event_values, listener_of, listener_values
 from tests.builders import at, event, handshake
-from tests.unit.test_listener import facts
+from tests.unit.judge.test_listener import facts
 
 ENTRY = handshake(filter_device=7, socket=9016)
 BEFORE = {0: ENTRY, 1: ENTRY._replace(socket=0), 2: ENTRY._replace(socket=0, filter_device=0)}

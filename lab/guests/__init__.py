@@ -1,0 +1,1 @@
+"""Kernels in machines that are thrown away."""

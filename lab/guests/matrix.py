@@ -1,0 +1,287 @@
+"""The kernel tests on every kernel of the matrix, with the BCC of its suite, in both probe modes.
+
+Both modes run in one guest per row; which test belongs to which mode is read from its id. What is
+printed of a row's kernel and BCC is what its guest said they are. A mode in which nothing passed
+is a failure, whatever the reason: a matrix that quietly tested nothing would look green.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import re
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+from xml.etree import ElementTree
+
+from lab.ending import sigterm_ends_program
+from lab.errors import LabError
+from lab.guests import trees
+from lab.guests.kernel_tests import (
+    FORCE_VARIABLE,
+    KERNEL_DIRECTORY,
+    KERNEL_TEST_LIMIT_S,
+    REPOSITORY,
+    guest_count,
+)
+from lab.guests.matrix_report import (
+    ANY_MODE,
+    MODES,
+    UNKNOWN,
+    Cell,
+    Failure,
+    RowResult,
+    as_json,
+    complaints,
+    empty_result,
+    log_of,
+    progress,
+    table,
+    verdict,
+)
+from lab.guests.matrix_rows import row_words, run_rows
+from lab.guests.packages import IMAGE_VARIABLE
+from lab.guests.run import TIMEOUT_STATUS, GuestDiedError, GuestOptions, run_in_guest, write_through
+from lab.guests.selection import Selection
+from lab.guests.trees import ROWS, Place, Row
+from lab.patience import PATIENCE_VARIABLE, patient
+
+if TYPE_CHECKING:
+    from lab.guests.packages import Subparsers
+    from lab.guests.run import Sink
+
+ROW_LIMIT_S = 3 * 3600.0
+"""For the tests of one guest: a slow machine is not a failure."""
+REPORTING_S = 900.0
+"""What boots the guest, and what is left to pytest for its report when the limit has passed."""
+REPORT_FILE = "report.xml"
+KERNEL_FILE = "kernel"
+BCC_FILE = "bcc"
+MESSAGE_LENGTH = 300
+HEARD_LINES = 3
+"""As many as an error of the tool has: what, why, remedy."""
+
+
+def mode_of(test: str) -> str:
+    """The mode that a test's id names, such as the first in `test_x[fentry-overflow-120]`."""
+    parameters = re.search(r"\[(.*)\]$", test)
+    words = parameters[1].split("-") if parameters else []
+    return next((mode for mode in MODES if mode in words), ANY_MODE)
+
+
+def cells_of(report: str) -> dict[str, Cell]:
+    """The results by mode in a JUnit XML report, as pytest writes it.
+
+    A test that failed and then broke while it was cleaned up has two entries in such a report. One
+    that was interrupted has an entry like one that passed, but the suite does not count it.
+    """
+    cells = {mode: Cell() for mode in MODES}
+    known: dict[str, ElementTree.Element] = {}
+    read = ElementTree.fromstring(report)
+    for case in read.iter("testcase"):
+        name = f"{case.get('classname')}::{case.get('name')}"
+        if name not in known or _complaint(known[name]) is None:
+            known[name] = case
+    ended = sum(int(suite.get("tests", 0)) for suite in read.iter("testsuite"))
+    for name, case in itertools.islice(known.items(), ended):
+        cell = cells.setdefault(mode_of(name), Cell())
+        complaint, skip = _complaint(case), case.find("skipped")
+        if complaint is not None:
+            cell.failures.append(Failure(name, f"{first_line(complaint)}{_heard(case)}"))
+        elif skip is not None:
+            cell.skipped[skip.get("message") or "no reason"] += 1
+        else:
+            cell.passed += 1
+    return cells
+
+
+def _complaint(case: ElementTree.Element) -> ElementTree.Element | None:
+    return next((one for kind in ("failure", "error") for one in case.iter(kind)), None)
+
+
+def first_line(complaint: ElementTree.Element) -> str:
+    """Why a test failed: pytest's own first line of it."""
+    told = (complaint.get("message") or complaint.text or "").strip()
+    return (told.splitlines() or ["no message"])[0][:MESSAGE_LENGTH]
+
+
+def _heard(case: ElementTree.Element) -> str:
+    """What a test's processes said last on standard error: the tool says there why it ended."""
+    lines = (case.findtext("system-err") or "").splitlines()
+    said = [line.strip() for line in lines if line.strip() and not line.startswith("---")]
+    return f" (heard: {'; '.join(said[-HEARD_LINES:])[:MESSAGE_LENGTH]})" if said else ""
+
+
+def pytest_command(share: Path, selection: Selection, limit_s: float) -> list[str]:
+    """What a guest runs: it notes its versions, then the tests, by the distribution's Python.
+
+    After the limit pytest is interrupted, so that it still reports what it has.
+    """
+    settings = (f"timeout={KERNEL_TEST_LIMIT_S}", "junit_logging=all")
+    tests = [
+        *("timeout", "--signal=INT", f"--kill-after={REPORTING_S / 2:g}", f"{limit_s:g}"),
+        *("/usr/bin/python3", "-m", "pytest", "-v", "-rsfE", "--durations=40"),
+        *("-p", "no:cacheprovider"),
+        *(word for setting in settings for word in ("-o", setting)),
+        f"--junitxml={share / REPORT_FILE}",
+        *selection.kernel_words(),
+        KERNEL_DIRECTORY,
+    ]
+    notes = (
+        f"uname -r > {shlex.quote(str(share / KERNEL_FILE))}",
+        "dpkg-query --show --showformat='${Version}' python3-bpfcc > "
+        + shlex.quote(str(share / BCC_FILE)),
+        f"exec {shlex.join(tests)}",
+    )
+    return ["/bin/sh", "-euc", "\n".join(notes)]
+
+
+def guest_environment(ours: Mapping[str, str], kernel: Path) -> dict[str, str]:
+    """The settings of the tests in a guest of that kernel, the user's patience among them."""
+    passed_on = {name: ours[name] for name in (PATIENCE_VARIABLE,) if name in ours}
+    settings = {FORCE_VARIABLE: "1", IMAGE_VARIABLE: str(kernel), "PYTHONPATH": str(REPOSITORY)}
+    return {**passed_on, **settings}
+
+
+def run_row(
+    row: Row,
+    selection: Selection,
+    sink: Sink,
+    demanded: tuple[str, ...] = MODES,
+    place: Place | None = None,
+) -> RowResult:
+    """Boot a row's guest and run the tests in it; no LabError gets out, it is a result.
+
+    Without a place to boot, the row's newest is made.
+    """
+    result = empty_result(row, demanded)
+    with tempfile.TemporaryDirectory(prefix="tcpstuck-matrix-") as scratch:
+        share = Path(scratch)
+        try:
+            _test_in_guest(result, share, selection, sink, place)
+        except GuestDiedError as error:
+            sink(error.console.encode())
+            result.trouble = f"{error.what}: {error.why}"
+        except LabError as error:
+            result.trouble = f"{error.what}: {error.why}"
+        result.kernel = _noted(share / KERNEL_FILE)
+        result.bcc = _noted(share / BCC_FILE)
+    return result
+
+
+def _test_in_guest(
+    result: RowResult, share: Path, selection: Selection, sink: Sink, place: Place | None
+) -> None:
+    place = place or trees.prepare(result.row)
+    options = GuestOptions(
+        kernel=place.kernel,
+        root=place.root,
+        views=(REPOSITORY, place.kernel.parent),
+        shares=(share,),
+        environment=guest_environment(os.environ, place.kernel),
+        timeout_s=patient(ROW_LIMIT_S + REPORTING_S),
+    )
+    ran = run_in_guest(
+        pytest_command(share, selection, patient(ROW_LIMIT_S)),
+        options=options,
+        stdout_sink=sink,
+        stderr_sink=sink,
+        cwd=REPOSITORY,
+    )
+    result.seconds = ran.total_s
+    report = share / REPORT_FILE
+    if report.is_file():
+        try:
+            result.cells = cells_of(report.read_text())
+        except (ElementTree.ParseError, UnicodeDecodeError) as error:
+            result.trouble = f"the report is damaged: {error}"
+    if ran.timed_out or ran.status == TIMEOUT_STATUS:
+        result.trouble = f"cut off after {ran.total_s:.0f} s"
+    elif ran.status != 0 and not any(cell.failures for cell in result.cells.values()):
+        result.trouble = result.trouble or f"pytest ended with status {ran.status}"
+
+
+def _noted(path: Path) -> str:
+    return path.read_text().strip() if path.is_file() else UNKNOWN
+
+
+def _run_logged(
+    row: Row, selection: Selection, demanded: tuple[str, ...], place: Place | None, verbose: bool
+) -> RowResult:
+    """Run a row; what its guest prints goes to a file in the cache, or to our own output."""
+    if verbose:
+        return run_row(row, selection, write_through(sys.stdout), demanded, place)
+    with log_of(row).open("wb", buffering=0) as log:
+        result = run_row(row, selection, log.write, demanded, place)
+    print(progress(result), flush=True)
+    return result
+
+
+def _results(arguments: argparse.Namespace) -> list[RowResult]:
+    # Whoever selects tests by name may mean such as have nothing to do with the modes.
+    demanded = () if arguments.select else MODES
+    chosen = arguments.rows or ROWS
+    if arguments.guests == 1:
+        wanted = Selection(core=arguments.core, matching=arguments.select)
+        place = None
+        if arguments.place:
+            kernel, root = arguments.place
+            place = Place(kernel, root, fresh=False)
+        # Before there is a guest, what makes its tree has to be ended too.
+        with sigterm_ends_program():
+            return [_run_logged(row, wanted, demanded, place, arguments.verbose) for row in chosen]
+    selection = ["--core"] if arguments.core else []
+    selection += [f"--select={arguments.select}"] if arguments.select else []
+    return run_rows(
+        [row for row in ROWS if row in chosen],
+        arguments.guests,
+        lambda row, place, report: row_words(row, place, report, selection),
+        demanded,
+        lambda result: print(progress(result), flush=True),
+    )
+
+
+def _matrix_command(refuse: Callable[[str], NoReturn], arguments: argparse.Namespace) -> int:
+    if arguments.verbose and arguments.guests > 1:
+        refuse("--verbose is for one guest at a time: what several print would be mixed")
+    if arguments.place and (arguments.guests > 1 or len(arguments.rows or ROWS) > 1):
+        refuse("--place is for one row")
+    results = _results(arguments)
+    print(table(results), *complaints(results), sep="\n", flush=True)
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(as_json(results), indent=2) + "\n")
+    return verdict(results, arguments.all)
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the `matrix` command."""
+    parser = subparsers.add_parser("matrix", help="the kernel tests on every kernel")
+    suites = ", ".join(row.suite for row in ROWS)
+    parser.add_argument(
+        "--rows", metavar="ROW", nargs="+", type=trees.row_named, help=f"of {suites}"
+    )
+    parser.add_argument("--all", action="store_true", help="the newest kernels' rows count too")
+    parser.add_argument(
+        "--guests", metavar="N", type=guest_count, default=1, help="rows at a time; default 1"
+    )
+    parser.add_argument(
+        "--place",
+        metavar=("IMAGE", "TREE"),
+        nargs=2,
+        type=Path,
+        help="boot this kernel over this tree, not what is newest for the one row",
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the table there as JSON")
+    parser.add_argument("--verbose", action="store_true", help="show what the guests print")
+    subset = parser.add_mutually_exclusive_group()
+    subset.add_argument("--core", action="store_true", help="only what is marked so")
+    subset.add_argument("--select", metavar="EXPRESSION", help="pytest's -k")
+    parser.set_defaults(run=functools.partial(_matrix_command, parser.error))

@@ -1,0 +1,208 @@
+"""What the rows of the matrix brought back, as a table, as complaints and as a file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from lab.guests.packages import cache_directory
+from lab.guests.trees import Row
+
+MODES = ("fentry", "kprobe")
+ANY_MODE = "any"
+"""For tests whose id names no mode: the tool chooses, or it does not matter."""
+UNKNOWN = "?"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A test that failed or broke, and in one line why."""
+
+    test: str
+    message: str
+
+
+@dataclass
+class Cell:
+    """How the tests of one row in one mode ended; what broke counts as failed."""
+
+    passed: int = 0
+    failures: list[Failure] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Number of tests by the reason they were skipped for."""
+
+
+@dataclass
+class RowResult:
+    """What a row's guest brought back."""
+
+    row: Row
+    cells: dict[str, Cell]
+    """By mode; each of MODES is there, ANY_MODE where a test belongs to it."""
+    kernel: str = UNKNOWN
+    """The release, as uname -r has it."""
+    bcc: str = UNKNOWN
+    """The version of Debian's package."""
+    trouble: str | None = None
+    """What went wrong outside the tests, in one line."""
+    seconds: float = 0.0
+    demanded: tuple[str, ...] = MODES
+    """Modes that tests must have been run in; without any, at least some test must have passed."""
+
+    @property
+    def untested(self) -> list[str]:
+        """Modes in which something should have passed, or was only skipped."""
+        empty = Cell()
+        bare = [mode for mode in MODES if not self.cells[mode].passed]
+        found = [mode for mode in bare if mode in self.demanded or self.cells[mode] != empty]
+        nothing = not any(cell.passed for cell in self.cells.values())
+        return found or ([ANY_MODE] if nothing else [])
+
+    @property
+    def good(self) -> bool:
+        """Whether something passed wherever it should, and nothing failed."""
+        failed = any(cell.failures for cell in self.cells.values())
+        return not self.untested and not failed and self.trouble is None
+
+
+def empty_result(row: Row, demanded: tuple[str, ...], trouble: str | None = None) -> RowResult:
+    """A row in which nothing was tested yet."""
+    cells = {mode: Cell() for mode in MODES}
+    return RowResult(row, cells, trouble=trouble, demanded=demanded)
+
+
+def log_of(row: Row) -> Path:
+    """The file, in the cache, for what a row's guest prints; its directory is made."""
+    path = cache_directory() / "matrix" / f"{row.suite}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def progress(result: RowResult) -> str:
+    """The line for a row that has just ended."""
+    state = "good" if result.good else f"BAD, see {log_of(result.row)}"
+    return f"{result.row.suite}: {state}, {result.seconds:.0f} s in its guest"
+
+
+def upstream(version: str) -> str:
+    """The upstream part of a Debian version, without what repacking added."""
+    return re.split(r"[+-]", version)[0]
+
+
+def table(results: Sequence[RowResult]) -> str:
+    """A line for each row and mode."""
+    lines = [
+        (
+            result.row.suite,
+            result.kernel,
+            upstream(result.bcc),
+            mode,
+            cell.passed,
+            len(cell.failures),
+            _skips(cell),
+            "" if result.row.counts else "reported only",
+        )
+        for result in results
+        for mode, cell in result.cells.items()
+    ]
+    headers = ("row", "kernel", "BCC", "mode", "passed", "failed", "skipped", "note")
+    columns = len(headers) if any(line[-1] for line in lines) else len(headers) - 1
+    # Versions are text: 6.10 is not 6.1.
+    return tabulate([line[:columns] for line in lines], headers[:columns], disable_numparse=[1, 2])
+
+
+def _skips(cell: Cell) -> str:
+    reasons = (f"{count} ({reason})" for reason, count in sorted(cell.skipped.items()))
+    return "; ".join(reasons) or "0"
+
+
+def complaints(results: Sequence[RowResult]) -> list[str]:
+    """A line for each cause of failures with the first test that met it, and for all else."""
+    lines = []
+    for result in results:
+        where = f"{result.row.suite} ({result.kernel}, BCC {upstream(result.bcc)})"
+        lines += [f"{where}: {result.trouble}"] if result.trouble else []
+        lines += [
+            f"{where}: nothing was tested in mode {mode}"
+            for mode in result.untested
+            if not result.cells.get(mode, Cell()).failures
+        ]
+        for cell in result.cells.values():
+            causes = Counter(failure.message for failure in cell.failures)
+            firsts = {failure.message: failure.test for failure in reversed(cell.failures)}
+            for message, count in causes.items():
+                others = f" and {count - 1} more" if count > 1 else ""
+                lines.append(f"{where}: {firsts[message]}{others}: {message}")
+    return lines
+
+
+def as_json(results: Sequence[RowResult]) -> list[dict[str, Any]]:
+    """The table's lines with the reasons, for a file."""
+    return [
+        {
+            "row": result.row.suite,
+            "counts": result.row.counts,
+            "kernel": result.kernel,
+            "bcc": result.bcc,
+            "mode": mode,
+            "passed": cell.passed,
+            "failed": len(cell.failures),
+            "skipped": sum(cell.skipped.values()),
+            "skip_reasons": dict(cell.skipped),
+            "failures": [{"test": one.test, "message": one.message} for one in cell.failures],
+            "trouble": result.trouble,
+            "seconds": round(result.seconds, 1),
+            "demanded": list(result.demanded),
+        }
+        for result in results
+        for mode, cell in result.cells.items()
+    ]
+
+
+def results_of(text: str) -> list[RowResult]:
+    """The results that as_json made such a text of, JSON in a file; seconds are rounded.
+
+    Raises ValueError for any other text.
+    """
+    try:
+        lines = json.loads(text)
+        results: dict[str, RowResult] = {}
+        for line in lines:
+            result = results.setdefault(line["row"], _without_cells(line))
+            failures = [Failure(str(one["test"]), str(one["message"])) for one in line["failures"]]
+            skipped = Counter({why: int(count) for why, count in line["skip_reasons"].items()})
+            result.cells[str(line["mode"])] = Cell(int(line["passed"]), failures, skipped)
+        found = list(results.values())
+        # What was left out, was of another type or contradicts itself does not come out the same.
+        same = as_json(found) == lines and all(set(MODES) <= set(one.cells) for one in found)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    if not same:
+        raise ValueError("it is not what was to be written")
+    return found
+
+
+def _without_cells(line: dict[str, Any]) -> RowResult:
+    trouble = line["trouble"]
+    return RowResult(
+        Row(str(line["row"]), bool(line["counts"])),
+        {},
+        str(line["kernel"]),
+        str(line["bcc"]),
+        None if trouble is None else str(trouble),
+        float(line["seconds"]),
+        tuple(str(mode) for mode in line["demanded"]),
+    )
+
+
+def verdict(results: Sequence[RowResult], all_count: bool) -> int:
+    """The exit status: 1 where a row that counts is not good."""
+    counted = [result for result in results if all_count or result.row.counts]
+    return 0 if all(result.good for result in counted) else 1

@@ -1,0 +1,237 @@
+"""`python3 -m lab pair`: the rescue between two kernels, a guest for each, joined by a wire.
+
+What a repeated SYN-ACK draws is up to the client's kernel, and what that answer is worth to the
+server's; on one machine they are the same kernel. Here the server and the tool run on one, the
+clients on another. `lab.guests.pair_end` is what runs in the guests; the clients' own view decides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import socket
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+from tabulate import tabulate
+
+from lab.ending import sigterm_ends_program
+from lab.errors import LabError
+from lab.guests import trees
+from lab.guests.kernel_tests import REPOSITORY
+from lab.guests.machine import guest_words
+from lab.guests.packages import cache_directory
+from lab.guests.pair_end import CLIENT, FAMILIES, HARDWARE, OPTION_SETS, SERVER
+from lab.guests.run import GuestDiedError, GuestOptions, Wire, run_in_guest
+from lab.guests.trees import ROWS, Row
+from lab.patience import COMMAND_S, PATIENCE_VARIABLE, patient
+
+if TYPE_CHECKING:
+    from lab.guests.packages import Subparsers
+
+PAIR_LIMIT_S = 1800.0
+"""For both guests of a pair: a slow machine is not a failure."""
+HEADERS = (
+    *("server", "kernel", "client", "kernel", "family", "options", "in the SYN-ACK"),
+    *("stuck", "rescued/greeted"),
+)
+UNKNOWN = "?"
+
+
+class Pair(NamedTuple):
+    """Which row's kernel plays which part."""
+
+    server: Row
+    client: Row
+
+
+@dataclass
+class PairResult:
+    """What the clients' guest told."""
+
+    pair: Pair
+    tries: list[dict[str, Any]] = field(default_factory=list)
+    closing: dict[str, Any] = field(default_factory=dict)
+    """The kernels' releases, and how the clients ended whom the tool knew nothing of."""
+    trouble: str | None = None
+
+    def take_in(self, said: bytes) -> None:
+        """The clients' lines of JSON; one that was cut off says nothing."""
+        whole, _, _ = said.rpartition(b"\n")
+        for line in map(json.loads, whole.splitlines()):
+            if "family" in line:
+                self.tries.append(line)
+            else:
+                self.closing = line
+
+    @property
+    def good(self) -> bool:
+        """Whether all was tried, whoever was stuck got all that it was owed, and nobody else."""
+        untraced = self.closing.get("untraced", 0)
+        controlled = untraced and untraced == self.closing["waiting"]
+        complete = len(self.tries) == len(FAMILIES) * len(OPTION_SETS)
+        return bool(controlled and complete) and all(map(is_good, self.tries))
+
+
+def is_good(one: dict[str, Any]) -> bool:
+    """Whether every client of a try was stuck, then greeted, and got its bytes back."""
+    counts = (one["stuck"], one["greeted"], one["equal"], one["rescued"])
+    return one["clients"] > 0 and all(count == one["clients"] for count in counts)
+
+
+def ring(rows: Sequence[Row]) -> list[Pair]:
+    """Each row once as server and once as client, its partner as far from it as can be."""
+    half = len(rows) // 2
+    return [Pair(row, rows[(at + half) % len(rows)]) for at, row in enumerate(rows)]
+
+
+def table(results: Sequence[PairResult]) -> str:
+    """A line for each try."""
+    lines = [
+        (
+            result.pair.server.suite,
+            result.closing.get("server", UNKNOWN),
+            result.pair.client.suite,
+            result.closing.get("client", UNKNOWN),
+            one["family"],
+            one["options"],
+            one["negotiated"],
+            f"{one['stuck']} of {one['clients']}",
+            f"{one['rescued']}/{one['greeted']}",
+        )
+        for result in results
+        for one in result.tries
+    ]
+    return tabulate(lines, HEADERS, disable_numparse=True)
+
+
+def complaints(results: Sequence[PairResult]) -> list[str]:
+    """A line for all that is not as it should be."""
+    lines = []
+    for result in results:
+        where = f"{result.pair.server.suite} with {result.pair.client.suite}"
+        lines += [f"{where}: {result.trouble}"] if result.trouble else []
+        lines += [f"{where}: {one}" for one in result.tries if not is_good(one)]
+        if not result.good and not result.trouble and all(map(is_good, result.tries)):
+            lines.append(f"{where}: {len(result.tries)} tries, {result.closing or 'no end'}")
+    return lines
+
+
+# Apt is asked once a run what the newest is.
+_place_of = functools.lru_cache(trees.prepare)
+
+
+def options_for(row: Row, part: str, descriptor: int) -> GuestOptions:
+    """The guest that plays a part, on its end of the wire. Raises CacheError."""
+    place = _place_of(row)
+    patience = {name: os.environ[name] for name in (PATIENCE_VARIABLE,) if name in os.environ}
+    return GuestOptions(
+        kernel=place.kernel,
+        root=place.root,
+        cpus=1,
+        memory="1500M",
+        views=(REPOSITORY, place.kernel.parent),
+        wire=Wire(descriptor, HARDWARE[part]),
+        environment={"PYTHONPATH": str(REPOSITORY), **patience},
+        timeout_s=patient(PAIR_LIMIT_S),
+    )
+
+
+def command_for(part: str) -> list[str]:
+    """What its guest runs, by the distribution's Python."""
+    return ["/usr/bin/python3", "-m", "lab.guests.pair_end", part]
+
+
+@contextlib.contextmanager
+def _server(options: GuestOptions, log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """The server's guest; told to end with the block, should it not have ended by itself."""
+    assert options.wire is not None
+    words, end = guest_words(options, command_for(SERVER)), options.wire.descriptor
+    with subprocess.Popen(words, cwd=REPOSITORY, stdout=log, stderr=log, pass_fds=[end]) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+def run_pair(pair: Pair, log: IO[bytes]) -> PairResult:
+    """Boot both guests and let the clients tell; no LabError gets out, it is a result."""
+    result = PairResult(pair)
+    said = bytearray()
+
+    def hear(piece: bytes) -> None:
+        said.extend(piece)
+        log.write(piece)
+
+    try:
+        with contextlib.ExitStack() as stack:
+            ends = [stack.enter_context(end) for end in socket.socketpair()]
+            # Whatever has to be made is made before either guest waits for the other.
+            ours = options_for(pair.server, SERVER, ends[0].fileno())
+            theirs = options_for(pair.client, CLIENT, ends[1].fileno())
+            stack.enter_context(sigterm_ends_program())
+            server = stack.enter_context(_server(ours, log))
+            ran = run_in_guest(
+                command_for(CLIENT),
+                options=theirs,
+                stdout_sink=hear,
+                stderr_sink=log.write,
+                cwd=REPOSITORY,
+            )
+            status = server.wait(patient(COMMAND_S)) if ran.status == 0 else 0
+        if ran.status or status:
+            result.trouble = f"client's guest: status {ran.status}; server's guest: {status}"
+    except GuestDiedError as error:
+        log.write(error.console.encode())
+        result.trouble = f"{error.what}: {error.why}"
+    except LabError as error:
+        result.trouble = f"{error.what}: {error.why}"
+    except subprocess.TimeoutExpired:
+        result.trouble = "the server's guest did not end"
+    result.take_in(bytes(said))
+    return result
+
+
+def _pair_command(arguments: argparse.Namespace) -> int:
+    named = [bool(arguments.server), bool(arguments.client)]
+    if any(named) if arguments.all else not all(named):
+        raise LabError("which pairs?", "name rows for both parts, or --all", "see --help")
+    chosen = [Pair(server, client) for server in arguments.server for client in arguments.client]
+    results = []
+    for pair in ring(ROWS) if arguments.all else chosen:
+        path = cache_directory() / "pair" / f"{pair.server.suite}_{pair.client.suite}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb", buffering=0) as log:
+            results.append(run_pair(pair, log))
+        state = "good" if results[-1].good else f"BAD, see {path}"
+        print(f"{pair.server.suite} with {pair.client.suite}: {state}", flush=True)
+    print(table(results), *complaints(results), sep="\n", flush=True)
+    if arguments.json is not None:
+        told = [[*(row.suite for row in one.pair), one.tries, one.closing] for one in results]
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(told, indent=2) + "\n")
+    return 0 if all(result.good for result in results) else 1
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add the `pair` command."""
+    parser = subparsers.add_parser("pair", help="the rescue between two different kernels")
+    suites = ", ".join(row.suite for row in ROWS)
+    for part in (SERVER, CLIENT):
+        parser.add_argument(
+            f"--{part}",
+            metavar="ROW",
+            nargs="+",
+            default=[],
+            type=trees.row_named,
+            help=f"of {suites}",
+        )
+    parser.add_argument("--all", action="store_true", help="each row in both parts")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
+    parser.set_defaults(run=_pair_command)

@@ -1,0 +1,423 @@
+"""Run a command in a throw-away guest with a real Debian kernel, or natively where that will do.
+
+The guest is booted by virtme-ng over this machine's own file system, under software emulation
+unless KVM works here. The command's exit status, standard output and standard error come back
+apart; nothing else is mixed into them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from selectors import EVENT_READ, DefaultSelector
+from typing import TYPE_CHECKING, ClassVar, TextIO
+
+from lab.ending import sigterm_ends_program
+from lab.errors import LabError
+from lab.guests import machine
+from lab.guests.machine import GuestOptions, Wire
+from lab.guests.packages import cached_busybox, cached_kernel
+from lab.guests.trial import kvm_works, tracing_refusal
+
+if TYPE_CHECKING:
+    from lab.guests.packages import Subparsers
+
+__all__ = ["GuestDiedError", "GuestError", "GuestOptions", "GuestResult", "Wire", "run_in_guest"]
+
+TIMEOUT_STATUS = 124
+"""The exit status for a command that was cut off, as with coreutils' timeout."""
+HARNESS_STATUS = 125
+"""The exit status when the harness, not the command, failed, as with coreutils' env."""
+_CHUNK_BYTES = 65536
+_LOG_TAIL_LINES = 15
+
+Sink = Callable[[bytes], object]
+"""Takes a piece of a stream as it arrives."""
+
+
+class GuestError(LabError):
+    """No guest could be had."""
+
+    exit_status: ClassVar[int] = HARNESS_STATUS
+
+
+class GuestDiedError(GuestError):
+    """The guest did not boot, or died or hung before the command ended."""
+
+    def __init__(self, what: str, why: str, console: str) -> None:
+        remedy = "allow more with --timeout or --memory, or try another --kernel"
+        super().__init__(what, why, remedy)
+        self.console = console
+        """Everything the guest's console and QEMU said."""
+
+    def lines(self) -> list[str]:
+        """The message, after the end of the console that explains it."""
+        tail = self.console.splitlines()[-_LOG_TAIL_LINES:]
+        return [*(f"  console: {line}" for line in tail), *super().lines()]
+
+
+@dataclass(frozen=True)
+class GuestResult:
+    """How a command ended."""
+
+    status: int
+    """Exit status; 128 + the signal's number for a signal; TIMEOUT_STATUS when cut off."""
+    stdout: bytes
+    """Empty where a sink took it."""
+    stderr: bytes
+    timed_out: bool
+    native: bool
+    kernel_log: str
+    """The guest's console (warnings and worse) with what QEMU said; empty when native."""
+    boot_s: float
+    """From the start of the harness to the start of the command."""
+    total_s: float
+
+
+def choose_native(options: GuestOptions, refusal: Callable[[], str | None]) -> bool:
+    """Whether to run on this machine's kernel. Raises GuestError where options contradict."""
+    if options.native == "always":
+        if options.needs_guest:
+            raise GuestError(
+                "cannot run natively",
+                "a kernel, a root tree, a wire or an instruction clock was asked for",
+                "leave out --native always",
+            )
+        return True
+    return options.native == "auto" and not options.needs_guest and refusal() is None
+
+
+def run_in_guest(
+    command: Sequence[str],
+    *,
+    options: GuestOptions | None = None,
+    stdout_sink: Sink | None = None,
+    stderr_sink: Sink | None = None,
+    cwd: Path | None = None,
+) -> GuestResult:
+    """Run a command to its end, or to the time limit, and kill whatever it leaves behind.
+
+    Without sinks the output is collected in the result. Raises GuestError, or CacheError where
+    there is no kernel to boot.
+    """
+    options = options or GuestOptions()
+    directory = Path.cwd() if cwd is None else cwd
+    collected: tuple[list[bytes], list[bytes]] = ([], [])
+    sinks = (stdout_sink or collected[0].append, stderr_sink or collected[1].append)
+    native = choose_native(options, tracing_refusal)
+    run = _run_natively if native else _run_guest
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="tcpstuck-guest-") as scratch:
+        outcome = run(command, options, directory, Path(scratch), sinks)
+    return GuestResult(
+        status=TIMEOUT_STATUS if outcome.status is None else outcome.status,
+        stdout=b"".join(collected[0]),
+        stderr=b"".join(collected[1]),
+        timed_out=outcome.status is None,
+        native=native,
+        kernel_log=outcome.kernel_log,
+        boot_s=outcome.boot_s,
+        total_s=time.monotonic() - started,
+    )
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    status: int | None
+    """None when the time limit passed."""
+    kernel_log: str = ""
+    boot_s: float = 0.0
+
+
+def _run_natively(
+    command: Sequence[str],
+    options: GuestOptions,
+    cwd: Path,
+    scratch: Path,
+    sinks: tuple[Sink, Sink],
+) -> _Outcome:
+    script = scratch / machine.SCRIPT_FILE
+    script.write_text(machine.native_script(command, options.environment))
+    with _session(["/bin/bash", str(script)], cwd=cwd, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        streams = {process.stdout.fileno(): sinks[0], process.stderr.fileno(): sinks[1]}
+        ended = _pump(process.pid, streams, options.timeout_s)
+    if not ended:
+        return _Outcome(None)
+    return _Outcome(process.returncode if process.returncode >= 0 else 128 - process.returncode)
+
+
+def _run_guest(
+    command: Sequence[str],
+    options: GuestOptions,
+    cwd: Path,
+    control: Path,
+    sinks: tuple[Sink, Sink],
+) -> _Outcome:
+    arguments = _prepare(command, options, cwd, control)
+    log = bytearray()
+    pipes = [control / machine.STDOUT_PIPE, control / machine.STDERR_PIPE]
+    began = time.time()
+    with contextlib.ExitStack() as stack:
+        streams: dict[int, Sink] = {}
+        for pipe, sink in zip(pipes, sinks):
+            os.mkfifo(pipe)
+            reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+            stack.callback(os.close, reader)
+            streams[reader] = sink
+        environment = {**os.environ, "TMPDIR": str(control)}
+        environment["PATH"] = f"{environment.get('PATH', '')}:/usr/sbin:/sbin"
+        wire = () if options.wire is None else (options.wire.descriptor,)
+        process = stack.enter_context(
+            _session(arguments, cwd=Path("/"), env=environment, pass_fds=wire)
+        )
+        assert process.stdout is not None
+        streams[process.stdout.fileno()] = log.extend
+        ended = _pump(process.pid, streams, options.timeout_s)
+    text = log.decode(errors="replace")
+    marker = control / machine.STARTED_FILE
+    if not marker.exists():
+        why = "QEMU ended early" if ended else f"not within the limit of {options.timeout_s:g} s"
+        raise GuestDiedError("the guest did not boot", why, text)
+    boot_s = marker.stat().st_mtime - began
+    return _Outcome(_status(control, text) if ended else None, text, boot_s)
+
+
+def _prepare(command: Sequence[str], options: GuestOptions, cwd: Path, control: Path) -> list[str]:
+    """The command line that boots the guest; writes the script it will run."""
+    virtme = shutil.which("virtme-run", path=f"{Path(sys.executable).parent}:{os.defpath}")
+    if virtme is None or shutil.which("qemu-system-x86_64") is None:
+        missing = "virtme-ng" if virtme is None else "qemu-system-x86_64"
+        raise GuestError("cannot boot a guest", f"{missing} is missing", "run `make setup`")
+    for directory in (options.root, *options.shares, *options.views):
+        if not directory.is_dir():
+            why = f"{directory} is no directory"
+            raise GuestError("the guest cannot see it", why, "name an existing one")
+    kernel = cached_kernel() if options.kernel is None else options.kernel
+    if not kernel.is_file():
+        raise GuestError("cannot boot a guest", f"{kernel} is no file", "name a kernel image")
+    (control / machine.SCRIPT_FILE).write_text(machine.boot_script(command, options, cwd))
+    use_kvm = not options.icount and kvm_works(kernel)
+    arguments = machine.virtme_arguments(
+        options, kernel=kernel, busybox=cached_busybox(), control=control, use_kvm=use_kvm
+    )
+    return [virtme, *arguments]
+
+
+def _status(control: Path, console: str) -> int:
+    """The command's exit status as the guest wrote it down."""
+    written = control / machine.STATUS_FILE
+    digits = written.read_text().strip() if written.exists() else ""
+    if not digits.isdigit():
+        raise GuestDiedError(
+            "the guest died before the command ended", "it left no exit status", console
+        )
+    return int(digits)
+
+
+@contextlib.contextmanager
+def _session(
+    arguments: list[str],
+    *,
+    cwd: Path,
+    stderr: int = subprocess.STDOUT,
+    env: dict[str, str] | None = None,
+    pass_fds: Sequence[int] = (),
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a session of its own, of which nothing is left when the block ends."""
+    with sigterm_ends_program():
+        process = subprocess.Popen(
+            arguments,
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            start_new_session=True,
+            pass_fds=pass_fds,
+        )
+        try:
+            yield process
+        finally:
+            # Before the wait: as long as the leader is not reaped its group's number is not reused.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            for stream in (process.stdout, process.stderr):
+                if stream is not None:
+                    stream.close()
+
+
+def _pump(pid: int, streams: dict[int, Sink], limit_s: float) -> bool:
+    """Hand on what arrives until the process ends; False if the limit passed before."""
+    deadline = time.monotonic() + limit_s
+    exited = os.pidfd_open(pid)
+    with DefaultSelector() as selector, contextlib.closing(os.fdopen(exited, "rb", 0)):
+        selector.register(exited, EVENT_READ)
+        for stream in streams:
+            os.set_blocking(stream, False)
+            selector.register(stream, EVENT_READ)
+        while True:
+            ready = {key.fd for key, _ in selector.select(max(0.0, deadline - time.monotonic()))}
+            for stream in ready & streams.keys():
+                if _hand_on(stream, streams[stream]) is False:
+                    selector.unregister(stream)
+            if exited in ready:
+                for stream, sink in streams.items():
+                    while _hand_on(stream, sink):
+                        pass
+                return True
+            if time.monotonic() >= deadline:
+                return False
+
+
+def _hand_on(stream: int, sink: Sink) -> bool | None:
+    """Hand on one piece; None where there is none now, False where there never will be."""
+    try:
+        piece = os.read(stream, _CHUNK_BYTES)
+    except BlockingIOError:
+        return None
+    if piece:
+        sink(piece)
+    return bool(piece)
+
+
+def _memory_size(text: str) -> str:
+    if not re.fullmatch(r"[1-9][0-9]*[MG]", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size like 512M or 2G")
+    return text
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return number
+
+
+def _cpu_count(text: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of CPUs from 1 to 99")
+    return int(text)
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+def _wire(text: str) -> Wire:
+    descriptor, comma, address = text.partition(",")
+    if not comma or not descriptor.isdecimal() or not re.fullmatch(r"[0-9a-f:]{17}", address):
+        raise argparse.ArgumentTypeError(f"{text!r} is not DESCRIPTOR,HARDWARE-ADDRESS")
+    return Wire(int(descriptor), address)
+
+
+def options_from(arguments: argparse.Namespace) -> GuestOptions:
+    """The options that the `guest` command's arguments stand for."""
+    return GuestOptions(
+        kernel=arguments.kernel.resolve() if arguments.kernel else None,
+        root=arguments.root.resolve(),
+        cpus=arguments.cpus,
+        memory=arguments.memory,
+        icount=arguments.icount,
+        shares=tuple(share.resolve() for share in arguments.share),
+        views=tuple(view.resolve() for view in arguments.view),
+        wire=arguments.wire,
+        environment=dict(arguments.env),
+        timeout_s=arguments.timeout,
+        native=arguments.native,
+    )
+
+
+def _guest_command(arguments: argparse.Namespace) -> int:
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    if not command:
+        raise GuestError("nothing to run", "no command was given", "put one after --")
+    options = options_from(arguments)
+    try:
+        result = run_in_guest(
+            command,
+            options=options,
+            stdout_sink=write_through(sys.stdout),
+            stderr_sink=write_through(sys.stderr),
+        )
+    except BrokenPipeError:
+        # Our reader has gone. What is still buffered must not be tried again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    if result.timed_out:
+        print(f"lab: cut off after {options.timeout_s:g} s: {command[0]}", file=sys.stderr)
+    if arguments.verbose:
+        place = "natively" if result.native else f"in a guest booted in {result.boot_s:.1f} s"
+        print(f"lab: ran {place}; {result.total_s:.1f} s in all", file=sys.stderr)
+    return result.status
+
+
+def write_through(stream: TextIO) -> Sink:
+    """Make a sink that writes each piece to a standard stream at once."""
+
+    def write(piece: bytes) -> None:
+        stream.buffer.write(piece)
+        stream.buffer.flush()
+
+    return write
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """The `guest` command: any command in a throw-away guest."""
+    parser = subparsers.add_parser(
+        "guest",
+        help="run a command on a real Debian kernel in a throw-away guest",
+        epilog=f"Exit status: the command's; {TIMEOUT_STATUS} cut off by --timeout; "
+        f"{HARNESS_STATUS} no guest.",
+    )
+    defaults = GuestOptions()
+    parser.add_argument("--kernel", metavar="IMAGE", type=Path, help="default: the cached one")
+    parser.add_argument(
+        "--root", metavar="TREE", type=Path, default=defaults.root, help="default: this machine's"
+    )
+    parser.add_argument("--cpus", metavar="N", type=_cpu_count, default=defaults.cpus)
+    parser.add_argument("--memory", metavar="SIZE", type=_memory_size, default=defaults.memory)
+    parser.add_argument(
+        "--icount", action="store_true", help="the guest's clock counts instructions; one CPU"
+    )
+    parser.add_argument(
+        "--share", metavar="DIR", type=Path, action="append", default=[], help="may be written to"
+    )
+    parser.add_argument(
+        "--view", metavar="DIR", type=Path, action="append", default=[], help="read-only"
+    )
+    parser.add_argument(
+        "--wire", metavar="FD,MAC", type=_wire, help="a network interface on an open stream socket"
+    )
+    parser.add_argument(
+        "--env", metavar="NAME=VALUE", type=_assignment, action="append", default=[]
+    )
+    parser.add_argument("--timeout", metavar="SECONDS", type=_positive, default=defaults.timeout_s)
+    parser.add_argument(
+        "--native",
+        choices=("auto", "always", "never"),
+        default=defaults.native,
+        help="use this machine's own kernel; auto: where it allows tracing",
+    )
+    parser.add_argument("--verbose", action="store_true", help="say where it ran and how long")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND...")
+    parser.set_defaults(run=_guest_command)

@@ -1,0 +1,1 @@
+"""Namespaces joined by a wire, and what goes over it."""

@@ -1,0 +1,154 @@
+"""SYNs from addresses of our choice, through a raw socket of the client's namespace."""
+
+from __future__ import annotations
+
+import ipaddress
+import itertools
+import socket
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from lab.network.segments import IPPROTO_TCP, SynTemplate, segment_packet
+from lab.network.topology import source_addresses
+from lab.patience import LOAD_S
+from lab.records import FourTuple
+
+if TYPE_CHECKING:
+    from lab.network.topology import Namespace
+    from lab.network.watch import Watch
+
+SOURCES_USED = 250
+FIRST_PORT = 1024
+LAST_PORT = 65_535
+BURST = 256
+"""SYNs sent before their SYN-ACKs are waited for; well below net.core.netdev_max_backlog (1000
+per CPU), past which the kernel drops what a veth delivers."""
+ISN_STEP = 0x9E37_79B1
+"""Odd, so that the ISNs of up to 2^32 SYNs differ."""
+
+
+class Syn(NamedTuple):
+    """One SYN to be sent."""
+
+    four_tuple: FourTuple
+    isn: int
+    packet: bytes
+
+
+def make_syns(prefix: str, server_ip: str, server_port: int, count: int) -> Iterator[Syn]:
+    """SYNs with `count` different 4-tuples, from the host addresses of a prefix.
+
+    Raises ValueError where the prefix has not enough addresses for them.
+    """
+    sources = source_addresses(prefix, SOURCES_USED)
+    if count > len(sources) * (LAST_PORT - FIRST_PORT + 1):
+        raise ValueError(f"{count} SYNs are more than {prefix} has addresses and ports for")
+    packed = [ipaddress.ip_address(source).packed for source in sources]
+    template = SynTemplate(server_ip, server_port)
+    for number in range(count):
+        which = number % len(sources)
+        port = FIRST_PORT + number // len(sources)
+        isn = number * ISN_STEP & 0xFFFF_FFFF
+        yield Syn(
+            FourTuple(sources[which], port, server_ip, server_port),
+            isn,
+            template.packet(packed[which], port, isn),
+        )
+
+
+def make_syn(four_tuple: FourTuple, isn: int, mss: int | None = None) -> Syn:
+    """The SYN of one 4-tuple; the same one with the same ISN is what a client would repeat.
+
+    `mss` is in bytes, by default that of Ethernet.
+    """
+    source = ipaddress.ip_address(four_tuple.client_ip).packed
+    template = SynTemplate(four_tuple.server_ip, four_tuple.server_port, mss)
+    return Syn(four_tuple, isn, template.packet(source, four_tuple.client_port, isn))
+
+
+def send_in_bursts(namespace: Namespace, watch: Watch, syns: Iterable[Syn]) -> None:
+    """Send SYNs to one server in bursts, each answered before the next.
+
+    The answers are counted on the wire, so 4-tuples may come more than once. Raises
+    LabTimeoutError where the server does not answer all of them.
+    """
+    sent = 0
+    watch.take_in()
+    before = watch.synacks
+
+    def all_answered() -> bool:
+        return watch.synacks - before >= sent
+
+    waiting = iter(syns)
+    while burst := list(itertools.islice(waiting, BURST)):
+        server_ip = burst[0].four_tuple.server_ip
+        with namespace.run(_raw_socket, ":" in server_ip) as raw:
+            for syn in burst:
+                raw.sendto(syn.packet, (server_ip, 0))
+        sent += len(burst)
+        watch.until(all_answered, f"SYN-ACKs for {sent} SYNs", LOAD_S)
+
+
+def repeat_until(
+    namespace: Namespace,
+    syns: Sequence[Syn],
+    is_over: Callable[[], bool],
+    note: Callable[[int], None],
+) -> None:
+    """Send the same SYNs to one server again and again, as fast as they can be sent.
+
+    `note` is told how many were sent, each time that all have been.
+    """
+    server_ip = syns[0].four_tuple.server_ip
+    with namespace.run(_raw_socket, ":" in server_ip) as raw:
+        while not is_over():
+            for syn in syns:
+                raw.sendto(syn.packet, (server_ip, 0))
+            note(len(syns))
+
+
+def send_syns(
+    namespace: Namespace, watch: Watch, prefix: str, server_ip: str, server_port: int, count: int
+) -> set[FourTuple]:
+    """Send SYNs with `count` different 4-tuples in bursts; returns their 4-tuples.
+
+    Raises LabTimeoutError where the server does not answer all of them.
+    """
+    syns = list(make_syns(prefix, server_ip, server_port, count))
+    send_in_bursts(namespace, watch, syns)
+    return {syn.four_tuple for syn in syns}
+
+
+def send_syn(namespace: Namespace, syn: Syn) -> None:
+    """Send one that may stay unanswered."""
+    with namespace.run(_raw_socket, ":" in syn.four_tuple.server_ip) as raw:
+        raw.sendto(syn.packet, (syn.four_tuple.server_ip, 0))
+
+
+def send_segment(
+    namespace: Namespace,
+    four_tuple: FourTuple,
+    sequence: int,
+    acknowledgement: int,
+    payload: bytes = b"",
+    wrong_by: int = 0,
+    extensions: tuple[int, bytes] = (IPPROTO_TCP, b""),
+) -> None:
+    """Send an ACK of the 4-tuple's client, or data; `segment_packet` has the words."""
+    packet = segment_packet(four_tuple, sequence, acknowledgement, payload, wrong_by, extensions)
+    with namespace.run(_raw_socket, ":" in four_tuple.server_ip) as raw:
+        raw.sendto(packet, (four_tuple.server_ip, 0))
+
+
+def flood(namespace: Namespace, four_tuple: FourTuple, packets: int) -> None:
+    """Send ACKs that belong to no connection, as fast as they can be sent."""
+    packet = segment_packet(four_tuple, 1, 1)
+    with namespace.run(_raw_socket, ":" in four_tuple.server_ip) as raw:
+        for _ in range(packets):
+            raw.sendto(packet, (four_tuple.server_ip, 0))
+
+
+def _raw_socket(ipv6: bool) -> socket.socket:
+    # IPPROTO_RAW means that we bring the IP header, for both families.
+    family = socket.AF_INET6 if ipv6 else socket.AF_INET
+    return socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)

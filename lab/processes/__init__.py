@@ -1,0 +1,1 @@
+"""Clients and servers, each a process of its own."""

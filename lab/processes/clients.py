@@ -1,0 +1,115 @@
+"""Clients that connect and wait for the server to speak first, as MySQL's do.
+
+One process in the client's namespace holds all sockets (`client_process`); this is the
+scenario's side of it, and the words both sides use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from lab.errors import LabTimeoutError
+from lab.patience import LOAD_S, SETTLE_S, patient
+from lab.processes.child import Child, Place
+from lab.records import ClientRecord
+
+ALL = "all"
+WAITING = "waiting"
+"""Only the sockets that are connected and have not been greeted."""
+
+
+class Connect(NamedTuple):
+    """Open connections; `sources` are used in turn, none means the kernel chooses."""
+
+    how_many: int
+    in_flight: int
+    """At most so many at a time on their way: to being connected, or to their end with
+    `then_close`."""
+    server_ip: str
+    server_port: int
+    sources: tuple[str, ...] = ()
+    then_close: bool = False
+    """Close as soon as the greeting is there."""
+
+
+class WaitFor(NamedTuple):
+    """Answer as soon as every count is reached (True) or the limit has passed (False)."""
+
+    counts: Mapping[str, int]
+    """`opened`, `connected`, `settled` (connected or failed), `greeted`, `failed` or `ended`
+    (closed or failed), each counting all sockets since the start."""
+    limit_s: float
+
+
+class Send(NamedTuple):
+    """Write a payload to some sockets."""
+
+    payload: bytes
+    which: str = ALL
+
+
+class Close(NamedTuple):
+    """Close some sockets: with a FIN, or with an RST (SO_LINGER 0)."""
+
+    which: str = ALL
+    reset: bool = False
+
+
+class Report(NamedTuple):
+    """Answer with every socket's record, in the order they were opened."""
+
+
+class Clients(Child):
+    """The client process; a context manager."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place, "lab.processes.client_process")
+
+    def __enter__(self) -> Clients:
+        return self
+
+    def connect(
+        self,
+        count: int,
+        server_ip: str,
+        server_port: int,
+        *,
+        in_flight: int | None = None,
+        sources: Sequence[str] = (),
+        then_close: bool = False,
+    ) -> None:
+        """Begin to open `count` connections; returns before they are open."""
+        self.ask(
+            Connect(count, in_flight or count, server_ip, server_port, tuple(sources), then_close)
+        )
+
+    def reach(self, limit_s: float, **counts: int) -> bool:
+        """Wait for counts such as `settled=200`; False where `limit_s` seconds passed first."""
+        return bool(self.ask(WaitFor(counts, limit_s), limit_s + LOAD_S))
+
+    def await_counts(self, limit_s: float = SETTLE_S, **counts: int) -> None:
+        """Like `reach`, but patient, and raises LabTimeoutError where the limit passed first."""
+        limit_s = patient(limit_s)
+        if not self.reach(limit_s, **counts):
+            raise LabTimeoutError(f"clients to reach {counts}", limit_s, self.summary())
+
+    def send(self, payload: bytes, which: str = ALL) -> None:
+        """Write a payload to all sockets or the waiting ones."""
+        self.ask(Send(payload, which))
+
+    def close_sockets(self, which: str = ALL, *, reset: bool = False) -> None:
+        """Close all sockets or the waiting ones, with a FIN or an RST."""
+        self.ask(Close(which, reset))
+
+    def records(self) -> tuple[ClientRecord, ...]:
+        """Every socket's record so far."""
+        return tuple(self.ask(Report()))
+
+    def summary(self) -> str:
+        """One line on where the clients stand."""
+        records = self.records()
+        connected = sum(record.connected_ns is not None for record in records)
+        greeted = sum(record.greeted_ns is not None for record in records)
+        failed = sum(record.error is not None for record in records)
+        return f"{len(records)} opened, {connected} connected, {greeted} greeted, {failed} failed"

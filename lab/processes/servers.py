@@ -1,0 +1,237 @@
+"""Servers that speak first: a small one of our own and a real MariaDB.
+
+Both can be paused, so that the kernel goes on with the handshakes while nobody accepts.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from lab.errors import LabError, LabTimeoutError
+from lab.patience import COMMAND_S, LOAD_S, SETTLE_S, START_S, Deadline, patient
+from lab.processes.child import Child, Place, pause
+
+GREETING = b"220 lab at your service\r\n"
+MARIADB_BINARY = "/usr/sbin/mariadbd"
+MARIADB_UID = 65534
+"""nobody's: mariadbd does not run as root, and the user `mysql` comes only with the whole server
+package, which would start a service."""
+
+
+class Listen(NamedTuple):
+    """Open the listening socket; nothing is accepted before Resume."""
+
+    address: str
+    port: int
+    backlog: int
+    both_families: bool
+    shares_port: bool = False
+    """With others (SO_REUSEPORT)."""
+    transparent: bool = False
+    """For what is sent to other addresses and ports (IP_TRANSPARENT)."""
+
+
+class Listening(NamedTuple):
+    """The answer to Listen."""
+
+    port: int
+
+
+class Resume(NamedTuple):
+    """Accept and greet from now on, first of all what waits in the accept queue."""
+
+
+class Pause(NamedTuple):
+    """Accept nothing from now on."""
+
+
+class Peers(NamedTuple):
+    """Answer with everyone accepted so far."""
+
+
+class AwaitAccepted(NamedTuple):
+    """Answer as soon as `how_many` connections were accepted (True) or the limit passed (False)."""
+
+    how_many: int
+    limit_s: float
+
+
+class Accepted(NamedTuple):
+    """What accept() returned, and when (CLOCK_MONOTONIC ns)."""
+
+    peer_ip: str
+    peer_port: int
+    time_ns: int
+
+
+class Greeter(Child):
+    """Our own server process; a context manager. It listens at once and begins paused.
+
+    Port 0 lets the kernel choose; `port` is the one it listens on.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        address: str,
+        port: int,
+        *,
+        backlog: int,
+        both_families: bool = False,
+        shares_port: bool = False,
+        transparent: bool = False,
+    ) -> None:
+        super().__init__(place, "lab.processes.greeter_process")
+        wanted = Listen(address, port, backlog, both_families, shares_port, transparent)
+        try:
+            listening = self.ask(wanted)
+        except BaseException:
+            self.close()
+            raise
+        self.port = int(listening.port)
+
+    def __enter__(self) -> Greeter:
+        return self
+
+    def resume(self) -> None:
+        """Begin to accept and greet."""
+        self.ask(Resume())
+
+    def pause(self) -> None:
+        """Stop accepting; the kernel goes on filling the accept queue."""
+        self.ask(Pause())
+
+    def accepted(self) -> list[Accepted]:
+        """Everyone accepted so far."""
+        return list(self.ask(Peers()))
+
+    def await_accepted(self, count: int, limit_s: float = SETTLE_S) -> None:
+        """Wait until `count` connections were accepted; raises LabTimeoutError."""
+        limit_s = patient(limit_s)
+        if not self.ask(AwaitAccepted(count, limit_s), limit_s + LOAD_S):
+            seen = f"{len(self.accepted())} accepted"
+            raise LabTimeoutError(f"the server to accept {count} connections", limit_s, seen)
+
+
+class MariaDb:
+    """A real mariadbd in a namespace; a context manager.
+
+    It runs without grant tables and storage engines it does not need: the greeting is sent
+    before either matters, and starting takes a tenth of a second instead of many. Raises
+    LabError where it cannot be started.
+    """
+
+    def __init__(self, place: Place, address: str, port: int, *, backlog: int) -> None:
+        self._place = place
+        self._directory = Path(tempfile.mkdtemp(prefix="tcpstuck-mariadb-"))
+        self._log = self._directory / "log"
+        try:
+            os.chown(self._directory, MARIADB_UID, MARIADB_UID)
+            self._start(self._words(address, port, backlog))
+        except BaseException:
+            self._remove_directory()
+            raise
+
+    def __enter__(self) -> MariaDb:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._kill()
+        self._remove_directory()
+
+    def pause(self) -> None:
+        """SIGSTOP, and wait until the process has stopped."""
+        pause(self._process)
+        if self._process.poll() is not None:
+            raise self._cannot_start("it ended before it could be paused")
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        os.kill(self._process.pid, signal.SIGCONT)
+
+    def _words(self, address: str, port: int, backlog: int) -> list[str]:
+        return [
+            # The death of the lab must not leave a stopped database behind.
+            *("setpriv", f"--reuid={MARIADB_UID}", f"--regid={MARIADB_UID}", "--clear-groups"),
+            *("--pdeathsig", "KILL", MARIADB_BINARY, "--no-defaults"),
+            f"--datadir={self._directory}",
+            f"--socket={self._directory / 'socket'}",
+            f"--pid-file={self._directory / 'pid'}",
+            f"--bind-address={address}",
+            f"--port={port}",
+            f"--back-log={backlog}",
+            "--max-connections=500",
+            "--max-connect-errors=1000000",
+            # Clients that only read the greeting must not be thrown out while we look.
+            "--connect-timeout=3600",
+            "--skip-networking=0",
+            "--skip-name-resolve",
+            "--skip-grant-tables",
+            "--performance-schema=OFF",
+            "--innodb=OFF",
+            "--default-storage-engine=Aria",
+        ]
+
+    def _start(self, words: list[str]) -> None:
+        kind = (socket.AF_UNIX, socket.SOCK_DGRAM)
+        with socket.socket(*kind) as notices, self._log.open("wb") as log:
+            path = self._directory / "notify"
+            notices.bind(str(path))
+            path.chmod(0o777)
+            try:
+                self._process = self._place.popen(
+                    words,
+                    env={**os.environ, "NOTIFY_SOCKET": str(path)},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                )
+            except FileNotFoundError as error:
+                raise self._cannot_start(str(error)) from error
+            try:
+                self._await_ready(notices)
+            except BaseException:
+                self._kill()
+                raise
+
+    def _await_ready(self, notices: socket.socket) -> None:
+        """Wait for READY=1 of sd_notify(3), which mariadbd sends once it listens."""
+        deadline = Deadline(START_S)
+        while not deadline.passed():
+            # Short enough to notice that the process has ended, which sends no notice.
+            notices.settimeout(min(1.0, deadline.left() or 0.001))
+            try:
+                if b"READY=1" in notices.recv(4096):
+                    return
+            except socket.timeout:
+                pass
+            if self._process.poll() is not None:
+                raise self._cannot_start(f"exit status {self._process.returncode}: {self._said()}")
+        raise LabTimeoutError("MariaDB to listen", deadline.limit_s, self._said())
+
+    def _said(self) -> str:
+        lines = self._log.read_text(errors="replace").splitlines()
+        return lines[-1] if lines else "nothing in its log"
+
+    def _cannot_start(self, why: str) -> LabError:
+        return LabError("cannot run MariaDB", why, "install mariadb-server-core and util-linux")
+
+    def _kill(self) -> None:
+        self._process.kill()
+        self._process.wait(patient(COMMAND_S))
+
+    def _remove_directory(self) -> None:
+        shutil.rmtree(self._directory, ignore_errors=True)

@@ -1,0 +1,57 @@
+"""What `--doctor` was asked, and its answer in lines: this machine, a kernel in a file, or two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tcpstuck_bpf.doctor import machine_report, render
+from tcpstuck_bpf.doctor.kernel_report import KernelReport, changes, describe
+from tcpstuck_bpf.errors import UsageError
+
+
+def consult(
+    vmlinux: str | None, against: str | None, *, width: int, json: bool, verbose: bool
+) -> tuple[bool, Iterable[str]]:
+    """Whether tracing is possible there, and the lines to print.
+
+    Raises UsageError for a file that is no kernel, CannotTraceError for one that cannot be read.
+    """
+    if vmlinux is None:
+        if against is not None:
+            raise UsageError(
+                "--against has no meaning without --vmlinux",
+                "it compares the kernels in two files",
+                "write --doctor --vmlinux FILE --against FILE",
+            )
+        return _this_machine(width, json, verbose)
+    first = _described(vmlinux)
+    if against is None:
+        lines = render.kernel_json(first) if json else render.kernel_lines(first, width, verbose)
+        return not first.trouble, lines
+    second = _described(against)
+    found = changes(first, second)
+    lines = (
+        render.change_json(first, second, found)
+        if json
+        else render.change_lines(first, second, found, width)
+    )
+    return not (first.trouble or second.trouble), lines
+
+
+def _this_machine(width: int, json: bool, verbose: bool) -> tuple[bool, Iterable[str]]:
+    from tcpstuck_bpf.kernel.compilation import require_bcc
+    from tcpstuck_bpf.kernel.source import open_source
+
+    report = machine_report.examine(open_source, require_bcc)
+    lines = render.machine_json(report) if json else render.machine_lines(report, width, verbose)
+    return report.able, lines
+
+
+def _described(path: str) -> KernelReport:
+    # Imported where it is used: pyelftools is not needed for the machine itself.
+    from tcpstuck_bpf.typeinfo.vmlinux import read_image
+
+    image = read_image(path)
+    packing = "" if image.packing == "none" else f", {image.packing}"
+    source = f"{path} ({image.types.form}{packing})"
+    return describe(image.release, source, image.types, image.symbols)

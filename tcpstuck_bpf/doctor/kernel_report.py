@@ -1,0 +1,231 @@
+"""What a kernel is to the tool: its functions, members, counters; and what two of them differ in.
+
+Pure: the kernel may run here, or only be a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tcpstuck_bpf.errors import CannotTraceError
+from tcpstuck_bpf.kernel import probes
+from tcpstuck_bpf.kernel.layout import (
+    COUNTER_MEMBER,
+    COUNTERS,
+    REQUIRED_MEMBERS,
+    SOCKET_MEMBERS,
+    Member,
+    find_layout,
+    obstacle,
+)
+from tcpstuck_bpf.kernel.probes import ATTACH_ALL, EVERY_PROBE, Probe
+from tcpstuck_bpf.kernel.softirqs import softirq_gaps
+from tcpstuck_bpf.model import SOFTIRQ_LOCK, CoverageGap
+from tcpstuck_bpf.typeinfo.graph import KernelTypes, MemberPlace, Prototype
+
+ANY_ADDRESS = 1
+"""The per-CPU offsets: where they are is known of a running kernel only."""
+COUNTER_PREFIX = "LINUX_MIB_"
+DROP_REASON_PREFIX = "SKB_DROP_REASON_"
+SUBSYSTEM_PREFIX = "SKB_DROP_REASON_SUBSYS_"
+"""Names of other enums and of a mask: whose reason a number beyond 65535 is."""
+
+
+class FunctionFact(NamedTuple):
+    """A function, or tracepoint, that is to be probed."""
+
+    probe: Probe
+    prototype: Prototype | None
+    """None where the type information has no such function."""
+    symbol: str
+    """`there`, `missing`, `unknown`, or the names with a compiler's suffix that are there."""
+    arguments: int | None = None
+    """How many a tracepoint has; None for a function, or where its type is not described."""
+
+    @property
+    def there(self) -> bool:
+        """Whether it can be probed by its name, as far as that can be told."""
+        if self.symbol == "unknown":
+            return self.prototype is not None or self.arguments is not None
+        return self.symbol == "there"
+
+    @property
+    def declaration(self) -> str:
+        """Its prototype as C writes it, `-` where it is not known."""
+        if self.probe.raw_tracepoint is not None:
+            count = "-" if self.arguments is None else str(self.arguments)
+            return f"tracepoint {self.probe.function}, arguments: {count}"
+        return "-" if self.prototype is None else self.prototype.text(self.probe.function)
+
+    @property
+    def trouble(self) -> str:
+        """What is in the way of probing it; empty where nothing is."""
+        if self.symbol not in ("there", "missing", "unknown"):
+            return f"the compiler changed it, there is only {self.symbol}: {self.probe.lost}"
+        if not self.there:
+            return f"inlined, or not built in: {self.probe.lost}"
+        if self.probe.raw_tracepoint is not None:
+            has_reason = (self.arguments or 0) > probes.REASON_ARGUMENT
+            return "" if has_reason else "it tells no reason, only the place"
+        if self.prototype is None:
+            return "its type is not described: kprobes only"
+        misread = probes.misread_argument(self.probe, self.prototype)
+        if misread is not None:
+            return f"{misread}: {self.probe.lost}"
+        count, expected = len(self.prototype.parameters), self.probe.parameters
+        if expected is not None and count != expected:
+            return f"{count} parameters instead of {expected}: kprobes only"
+        return ""
+
+
+class MemberFact(NamedTuple):
+    """A struct member that the programs read."""
+
+    member: Member
+    place: MemberPlace | None
+
+    @property
+    def name(self) -> str:
+        """Struct and path."""
+        return f"{self.member.kernel_struct}.{self.member.path}"
+
+    @property
+    def trouble(self) -> str:
+        """Why the programs cannot read it; empty where they can."""
+        return obstacle(self.member, self.place) or ""
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """Everything about one kernel that decides whether, and how, it can be traced."""
+
+    release: str
+    source: str
+    """Where its types were read, and in which form."""
+    functions: tuple[FunctionFact, ...]
+    members: tuple[MemberFact, ...]
+    counters: Mapping[str, int]
+    """Index of each LINUX_MIB_* that the programs read."""
+    drop_reasons: Mapping[str, int]
+    """enum skb_drop_reason, empty before 5.17."""
+    gaps: tuple[CoverageGap, ...]
+    trouble: str
+    """Why it cannot be traced at all; empty where nothing is known to be in the way."""
+
+
+def _symbol(function: str, names: frozenset[str] | None) -> str:
+    if names is None:
+        return "unknown"
+    if function in names:
+        return "there"
+    return ", ".join(sorted(n for n in names if n.startswith(f"{function}."))) or "missing"
+
+
+def _prototype(probe: Probe, types: KernelTypes | None) -> Prototype | None:
+    if types is None or probe.raw_tracepoint is not None:
+        return None
+    return types.prototype(probe.function)
+
+
+def _arguments(probe: Probe, types: KernelTypes | None) -> int | None:
+    if types is None or probe.raw_tracepoint is None:
+        return None
+    return types.tracepoint_arguments(probe.function)
+
+
+def describe(
+    release: str, source: str, types: KernelTypes | None, names: frozenset[str] | None
+) -> KernelReport:
+    """Look everything up.
+
+    `names` are the kernel's function symbols, None where they are not known; `types` is None
+    where the kernel does not describe its types. Raises CannotTraceError where they are damaged.
+    """
+    functions = tuple(
+        FunctionFact(
+            probe,
+            _prototype(probe, types),
+            _symbol(probe.symbol, names),
+            _arguments(probe, types),
+        )
+        for probe in EVERY_PROBE
+    )
+    gaps: tuple[CoverageGap, ...] = ()
+    trouble = "" if types is not None else "it does not describe its types"
+    try:
+        there = {fact.probe.symbol for fact in functions if fact.there}
+        layout = None if types is None else find_layout(types, ANY_ADDRESS)
+        refused = probes.misread(types)
+        if layout is not None and layout.drop_obstacle is not None:
+            refused[probes.KFREE_SKB] = layout.drop_obstacle
+        _, gaps = probes.plan(there, refused, ATTACH_ALL.probes)
+        if layout is not None and not layout.has_counters:
+            gaps = (*gaps, probes.counter_gap("the kernel's types do not show where they are"))
+        if types is not None:
+            gaps = (*gaps, *softirq_gaps(types, None))
+    except CannotTraceError as error:
+        trouble = trouble or error.what
+    if types is None:
+        return KernelReport(release, source, functions, (), {}, {}, gaps, trouble)
+    counters = types.enumerators(COUNTER_PREFIX)
+    names_of_counters = [f"{COUNTER_PREFIX}{name}" for name in COUNTERS]
+    return KernelReport(
+        release,
+        source,
+        functions,
+        tuple(
+            MemberFact(member, types.place(member.kernel_struct, member.path))
+            for member in (*REQUIRED_MEMBERS, *SOCKET_MEMBERS, COUNTER_MEMBER)
+        ),
+        {name: counters[name] for name in names_of_counters if name in counters},
+        {
+            name: value
+            for name, value in types.enumerators(DROP_REASON_PREFIX).items()
+            if not name.startswith(SUBSYSTEM_PREFIX)
+        },
+        gaps,
+        trouble,
+    )
+
+
+class Change(NamedTuple):
+    """Something that is not the same in two kernels; `-` where one has it not."""
+
+    what: str
+    before: str
+    after: str
+
+
+def place_text(place: MemberPlace | None) -> str:
+    """A member's place in words."""
+    if place is None:
+        return "-"
+    bits = f", {place.bits} bits" if place.bits else ""
+    return f"offset {place.offset}, {place.size} bytes{bits}"
+
+
+def _facts(report: KernelReport) -> Iterator[tuple[str, str]]:
+    for function in report.functions:
+        yield function.probe.function, function.declaration
+        if function.symbol != "unknown":
+            yield f"symbol {function.probe.function}", function.symbol
+    for member in report.members:
+        yield member.name, place_text(member.place)
+    for values in (report.counters, report.drop_reasons):
+        yield from ((name, str(value)) for name, value in values.items())
+    yield from ((f"no {gap.probe}", gap.lost) for gap in report.gaps if gap.probe == SOFTIRQ_LOCK)
+
+
+def changes(before: KernelReport, after: KernelReport) -> list[Change]:
+    """What differs, in the order of the report. What only one of them knows of symbols does not."""
+    first, second = dict(_facts(before)), dict(_facts(after))
+    found = []
+    for what in {**first, **second}:
+        if what.startswith("symbol ") and not (what in first and what in second):
+            continue
+        old, new = first.get(what, "-"), second.get(what, "-")
+        if old != new:
+            found.append(Change(what, old, new))
+    return found

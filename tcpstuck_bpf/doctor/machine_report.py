@@ -1,0 +1,276 @@
+"""Every precondition of tracing on this machine, each looked at, or tried where only that tells.
+
+Nothing is left attached, and nothing of the machine is changed, but that the programs compiled for
+the trial are kept, as those of every start are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tcpstuck_bpf.app import Source
+from tcpstuck_bpf.doctor.kernel_report import KernelReport, describe
+from tcpstuck_bpf.ending import Ending
+from tcpstuck_bpf.errors import CannotTraceError
+from tcpstuck_bpf.host import netns
+from tcpstuck_bpf.kernel import bpf_syscall, features
+from tcpstuck_bpf.kernel.kept_files import KeptFiles, cache_directory
+from tcpstuck_bpf.kernel.layout import PER_CPU_OFFSET_SYMBOL
+from tcpstuck_bpf.kernel.probes import EVERY_PROBE
+from tcpstuck_bpf.kernel.softirqs import BH_LOCK_OPTION, softirq_gaps
+from tcpstuck_bpf.model import SOFTIRQ_LOCK, CoverageGap, TraceSettings
+from tcpstuck_bpf.typeinfo.btf import RUNNING_KERNEL, read_running_kernel
+from tcpstuck_bpf.typeinfo.graph import KernelTypes
+
+OK, NOTE, NO = "ok", "note", "NO"
+MODES = ("fentry", "kprobe")
+TRIAL_HANDSHAKES = 1024
+
+OpenSource = Callable[[TraceSettings], Source]
+
+SYNCOOKIES = {
+    0: "no cookie is ever sent: a full queue drops SYNs",
+    1: "cookies while a listener's SYN queue is full",
+    2: "a cookie for every SYN",
+}
+"""net.ipv4.tcp_syncookies (ip-sysctl.rst)."""
+
+
+class Check(NamedTuple):
+    """One precondition."""
+
+    what: str
+    level: str
+    """OK, NOTE, or NO."""
+    state: str
+    why: str
+    """Why it matters."""
+    remedy: str = ""
+
+
+class Trial(NamedTuple):
+    """Our own programs, loaded and attached in one mode for a moment."""
+
+    attached: frozenset[str]
+    gaps: tuple[CoverageGap, ...]
+    problem: str
+    """Why it failed; empty where it did not."""
+
+
+@dataclass(frozen=True)
+class MachineReport:
+    """What the doctor found on the machine it runs on."""
+
+    kernel: KernelReport
+    checks: tuple[Check, ...]
+    trials: Mapping[str, Trial]
+    """By mode."""
+    namespaces: Mapping[int, Mapping[str, int]]
+    """Queue settings by inode number, empty for one that cannot be entered."""
+    names: Mapping[int, str]
+
+    @property
+    def able(self) -> bool:
+        """Whether our programs attach, in either mode."""
+        return any(not trial.problem for trial in self.trials.values())
+
+    @property
+    def gaps(self) -> tuple[CoverageGap, ...]:
+        """What would not be seen, in the mode that sees most."""
+        worked = [trial.gaps for trial in self.trials.values() if not trial.problem]
+        return min(worked, key=len, default=())
+
+
+def examine(open_source: OpenSource, bcc_version: Callable[[], str]) -> MachineReport:
+    """Look at this machine. Raises nothing for what it lacks: that is what it reports."""
+    types, types_check = _types()
+    trials = {mode: _try(open_source, mode) for mode in MODES}
+    names = features.function_symbols([probe.symbol for probe in EVERY_PROBE]) or None
+    source = f"{RUNNING_KERNEL} (BTF)" if types is not None else "no type information"
+    return MachineReport(
+        kernel=describe(os.uname().release, source, types, names),
+        checks=(
+            _capabilities(),
+            _lockdown(),
+            _tracing_programs(),
+            _kprobes(any(not trial.problem for trial in trials.values())),
+            types_check,
+            *(_mode(mode, trials) for mode in MODES),
+            _ring_buffer(),
+            _batch_lookup(),
+            _locked_memory(),
+            _counters(),
+            _softirq_lock(types),
+            _bcc(bcc_version),
+            _kept_programs(),
+        ),
+        trials=trials,
+        namespaces=netns.read_queue_settings(),
+        names=netns.names(),
+    )
+
+
+def _try(open_source: OpenSource, mode: str) -> Trial:
+    if mode == "kprobe" and not features.has_kprobes():
+        return Trial(frozenset(), (), features.kprobes_text())
+    try:
+        source = open_source(TraceSettings(probe_mode=mode, max_handshakes=TRIAL_HANDSHAKES))
+    except CannotTraceError as error:
+        return Trial(frozenset(), (), f"{error.what}: {error.why}")
+    coverage = source.coverage
+    failures: list[str] = []
+    with Ending(failures.append) as ending:
+        ending.add("the programs were not detached in order", source.close)
+    lost = "what it attached goes when this process ends"
+    gaps = (CoverageGap("clean end", failure, lost) for failure in failures)
+    return Trial(coverage.probes, (*coverage.gaps, *gaps), "")
+
+
+def _capabilities() -> Check:
+    held = features.held_capabilities()
+    enough = features.has_tracing_capabilities()
+    who = "root" if os.geteuid() == 0 else f"user {os.geteuid()}"
+    return Check(
+        "capabilities",
+        OK if enough else NO,
+        f"{who} with {', '.join(held) or 'none of those needed'}",
+        "CAP_SYS_ADMIN, or CAP_BPF and CAP_PERFMON, load and attach the programs; CAP_SYSLOG shows "
+        "the kernel's addresses; CAP_NET_ADMIN is not needed",
+        "" if enough else "run it as root: sudo tcpstuck-trace",
+    )
+
+
+def _lockdown() -> Check:
+    why = "mode [confidentiality] forbids reading the kernel's memory (kernel_lockdown(7))"
+    mode, text = features.lockdown_mode(), features.lockdown_text()
+    if mode == "confidentiality":
+        return Check("lockdown", NO, text, why, "boot with lockdown=integrity or less")
+    if mode is not None or "no lockdown" in text:
+        return Check("lockdown", OK, text, why)
+    remedy = "to know it: mount -t securityfs none /sys/kernel/security"
+    return Check("lockdown", NOTE, text, why, remedy)
+
+
+def _tracing_programs() -> Check:
+    refusal = bpf_syscall.tracing_refusal()
+    return Check(
+        "reading kernel memory",
+        NO if refusal else OK,
+        refusal or "a program that calls bpf_probe_read_kernel loads",
+        "tried with bpf(2): capabilities, lockdown and security modules all have a say",
+        "EPERM: lockdown, a security module or a container's seccomp filter" if refusal else "",
+    )
+
+
+def _kprobes(any_mode_works: bool) -> Check:
+    why, state = "one of the two ways to attach", features.kprobes_text()
+    if features.has_kprobes():
+        return Check("kprobes", OK, state, why)
+    if any_mode_works:
+        return Check("kprobes", NOTE, state, why)
+    return Check("kprobes", NO, state, why, "use a kernel with CONFIG_KPROBES=y")
+
+
+def _types() -> tuple[KernelTypes | None, Check]:
+    why = "where the members of the kernel's structs are; what parameters its functions have"
+    try:
+        types = read_running_kernel()
+    except CannotTraceError as error:
+        return None, Check("type information", NO, f"{error.what}: {error.why}", why, error.remedy)
+    return types, Check("type information", OK, f"BTF in {RUNNING_KERNEL}", why)
+
+
+def _mode(mode: str, trials: Mapping[str, Trial]) -> Check:
+    what, trial = f"attaching by {mode}", trials[mode]
+    why = {
+        "fentry": "the cheaper way to attach; auto prefers it",
+        "kprobe": "the way to attach where fentry does not work",
+    }[mode]
+    if not trial.problem:
+        gaps = f", {len(trial.gaps)} gaps" if trial.gaps else ""
+        return Check(what, OK, f"tried: {len(trial.attached)} probes attach{gaps}", why)
+    works = [other for other in MODES if not trials[other].problem]
+    if works:
+        return Check(what, NOTE, trial.problem, why, f"none needed: {works[0]} works")
+    return Check(what, NO, trial.problem, why, "see the rows above, and the kernel log")
+
+
+def _ring_buffer() -> Check:
+    refusal = bpf_syscall.ring_buffer_refusal()
+    return Check(
+        "ring buffer",
+        NO if refusal else OK,
+        refusal or "tried: one can be made",
+        "brings the events (Linux 5.8 and later)",
+        "use a later kernel" if refusal else "",
+    )
+
+
+def _batch_lookup() -> Check:
+    refusal = bpf_syscall.batch_lookup_refusal()
+    return Check(
+        "batch lookup",
+        NOTE if refusal else OK,
+        refusal or "tried: a table can be read in batches",
+        "reads a full table in a fraction of the time; without it, and by kprobe, entry by entry",
+    )
+
+
+def _locked_memory() -> Check:
+    soft, hard = features.locked_memory_limits()
+    words = ["unlimited" if limit is None else f"{limit} bytes" for limit in (soft, hard)]
+    liftable = hard is None or "CAP_SYS_RESOURCE" in features.held_capabilities()
+    return Check(
+        "RLIMIT_MEMLOCK",
+        OK if liftable else NOTE,
+        f"{words[0]}, at most {words[1]}" + ("; raised while tracing" if liftable else ""),
+        "kernels before 5.11 count the tables' memory against it, later ones do not",
+        "" if liftable else "before 5.11: ulimit -l unlimited",
+    )
+
+
+def _counters() -> Check:
+    why = "tells why an ACK was dropped or rejected; without it that is a coverage gap"
+    try:
+        _, address = features.read_symbols((), PER_CPU_OFFSET_SYMBOL)
+    except CannotTraceError as error:
+        return Check("kernel counters", NOTE, f"{error.what}: {error.why}", why, error.remedy)
+    if address is None:
+        state = f"/proc/kallsyms does not show the address of {PER_CPU_OFFSET_SYMBOL}"
+        remedy = "CAP_SYSLOG, kernel.kptr_restrict below 2, CONFIG_KALLSYMS_ALL=y"
+        return Check("kernel counters", NOTE, state, why, remedy)
+    return Check("kernel counters", OK, f"{PER_CPU_OFFSET_SYMBOL} is to be seen", why)
+
+
+def _softirq_lock(types: KernelTypes | None) -> Check:
+    why = "keeps the packets of one CPU apart, as fentry and the counters need it; else a gap"
+    if types is None:
+        return Check(SOFTIRQ_LOCK, NOTE, "not known without type information", why)
+    gaps = softirq_gaps(types, features.kernel_option(BH_LOCK_OPTION))
+    if gaps:
+        remedy = (
+            f"kprobes (chosen by auto); a kernel with {BH_LOCK_OPTION}=y, or without PREEMPT_RT"
+        )
+        return Check(SOFTIRQ_LOCK, NOTE, gaps[0].why, why, remedy)
+    return Check(SOFTIRQ_LOCK, OK, "no packet preempts another on its CPU", why)
+
+
+def _bcc(bcc_version: Callable[[], str]) -> Check:
+    why = (
+        "compiles the programs; neither its embedded headers nor kernel headers matter, ours come "
+        "with the package"
+    )
+    try:
+        return Check("BCC", OK, bcc_version(), why)
+    except CannotTraceError as error:
+        return Check("BCC", NO, f"{error.what}: {error.why}", why, error.remedy)
+
+
+def _kept_programs() -> Check:
+    usable, state = KeptFiles(cache_directory()).state()
+    why = "programs that were compiled once are there for the next start, which is faster so"
+    remedy = "" if usable else "make it ours alone (chown, chmod 0700), or remove it"
+    return Check("kept programs", OK if usable else NOTE, state, why, remedy)

@@ -1,0 +1,221 @@
+"""What the doctor found, as tables for people or JSON Lines for programs.
+
+The keys of the JSON are a public interface, like those of `export`.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+from tcpstuck_bpf.doctor.kernel_report import Change, KernelReport, place_text
+from tcpstuck_bpf.doctor.machine_report import SYNCOOKIES, MachineReport
+from tcpstuck_bpf.host.netns import QUEUE_SETTINGS
+from tcpstuck_bpf.json_text import json_text
+from tcpstuck_bpf.kernel.probes import RESCUE_PROBES, WHY_PROBES, Probe
+from tcpstuck_bpf.output.export import FORMAT
+from tcpstuck_bpf.terminal import printable
+
+NARROWEST_COLUMN = 10
+COLUMN_GAP = 2
+HEADER_PADDING = "  "
+"""By so much tabulate makes every column wider than its heading."""
+
+
+def _fitted(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], width: int
+) -> tuple[list[str], list[list[str]]]:
+    """Cells wrapped so that the table fits: the widest columns give way first.
+
+    Words are broken only where there is no other way.
+    """
+    padded = [f"{header}{HEADER_PADDING}" for header in headers]
+    widths = [max(map(len, column)) for column in zip(padded, *rows)]
+    room = width - COLUMN_GAP * (len(widths) - 1)
+    whole = [
+        max((len(f"{word}{HEADER_PADDING}") for word in header.split()), default=0)
+        for header in headers
+    ]
+    for row in rows:
+        whole = [max(size, *map(len, cell.split(" "))) for size, cell in zip(whole, row)]
+    for least in (whole, [0] * len(widths)):
+        least = [max(NARROWEST_COLUMN, size) for size in least]
+        while sum(widths) > room:
+            yielding = [n for n, low in enumerate(least) if widths[n] > low]
+            if not yielding:
+                break
+            widths[max(yielding, key=lambda n: widths[n])] -= 1
+    heading = [
+        "\n".join(_wrap(header, size - len(HEADER_PADDING)))
+        for header, size in zip(headers, widths)
+    ]
+    return heading, [
+        ["\n".join(_wrap(cell, size)) for cell, size in zip(row, widths)] for row in rows
+    ]
+
+
+def _wrap(text: str, width: int, following: str = "") -> list[str]:
+    return textwrap.wrap(text, width, subsequent_indent=following, break_on_hyphens=False)
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
+    if not rows:
+        return
+    headers = [*map(printable, headers)]
+    rows = [[*map(printable, row)] for row in rows]
+    heading, fitted = _fitted(headers, rows, width)
+    table = tabulate(fitted, headers=heading, tablefmt="simple", disable_numparse=True)
+    yield from (line.rstrip() for line in table.splitlines())
+    yield ""
+
+
+def _wrapped(text: str, width: int) -> Iterator[str]:
+    yield from _wrap(printable(text), width, "  ")
+
+
+def machine_lines(report: MachineReport, width: int, verbose: bool) -> Iterator[str]:
+    """The report on this machine; the answer comes last, where the eye is when it ends."""
+    checks = [
+        (check.what, f"{check.level}: {check.state}", check.why, check.remedy)
+        for check in report.checks
+    ]
+    yield from _table(("what", "state", "why it matters", "remedy"), checks, width)
+    namespaces = [
+        (
+            report.names.get(inode, str(inode)),
+            *(str(settings.get(name, "?")) for name in QUEUE_SETTINGS),
+            SYNCOOKIES.get(settings.get("ipv4.tcp_syncookies", -1), "cannot be read"),
+        )
+        for inode, settings in report.namespaces.items()
+    ]
+    short = [name.split(".")[1] for name in QUEUE_SETTINGS]
+    yield from _table(("netns", *short, "that is"), namespaces, width)
+    yield from _kernel_tables(report, width, verbose)
+    for gap in report.gaps:
+        yield from _wrapped(f"gap: no {gap.probe} ({gap.why}): {gap.lost}", width)
+    worked = [mode for mode, trial in report.trials.items() if not trial.problem]
+    if worked:
+        yield f"able to trace, by {' and by '.join(worked)}"
+        return
+    yield from _wrapped("NOT able to trace here:", width)
+    for mode, trial in report.trials.items():
+        yield from _wrapped(f"  {mode}: {trial.problem}", width)
+
+
+def _kernel_tables(
+    report: MachineReport | KernelReport, width: int, verbose: bool
+) -> Iterator[str]:
+    machine = report if isinstance(report, MachineReport) else None
+    kernel = report.kernel if isinstance(report, MachineReport) else report
+    functions = []
+    for fact in kernel.functions:
+        state = fact.trouble or "ok"
+        if machine is not None and fact.probe not in RESCUE_PROBES:
+            modes = [m for m, t in machine.trials.items() if fact.probe.function in t.attached]
+            state += f"; attaches by {', '.join(modes) or 'neither mode'}"
+        functions.append((_need(fact.probe), fact.declaration, fact.symbol, state))
+    yield from _table(("needed", "function", "symbol", "state"), functions, width)
+    if machine is None or verbose:
+        members = [(m.name, place_text(m.place), m.trouble or "ok") for m in kernel.members]
+        yield from _table(("member", "place", "state"), members, width)
+        counters = [(name, str(index)) for name, index in kernel.counters.items()]
+        yield from _table(("counter", "index"), counters, width)
+    reasons = kernel.drop_reasons
+    if verbose:
+        drops = [(name, str(value)) for name, value in reasons.items()]
+        yield from _table(("drop reason", "value"), drops, width)
+    elif machine is None:
+        yield f"{len(reasons)} drop reasons" + (": -v or --json lists them" if reasons else "")
+
+
+def _need(probe: Probe) -> str:
+    need = "required" if probe.required else "optional"
+    return f"{need} for --rescue" if probe in RESCUE_PROBES else need
+
+
+def kernel_lines(report: KernelReport, width: int, verbose: bool) -> Iterator[str]:
+    """The report on a kernel in a file."""
+    yield from _wrapped(f"Linux {report.release}, types from {report.source}", width)
+    yield ""
+    yield from _kernel_tables(report, width, verbose)
+    for gap in report.gaps:
+        yield from _wrapped(f"gap: no {gap.probe} ({gap.why}): {gap.lost}", width)
+    if report.trouble:
+        yield from _wrapped(f"NOT to be traced: {report.trouble}", width)
+    else:
+        yield "nothing in this file is in the way of tracing"
+
+
+def change_lines(
+    before: KernelReport, after: KernelReport, changes: Sequence[Change], width: int
+) -> Iterator[str]:
+    """What is not the same in two kernels."""
+    yield printable(f"Linux {before.release} -> {after.release}")
+    yield ""
+    yield from _table(("what", before.release, after.release), changes, width)
+    yield f"{len(changes)} changes" if changes else "nothing that tcpstuck-trace uses has changed"
+
+
+def _line(kind: str, values: Mapping[str, Any]) -> str:
+    return json_text({"type": kind, **values})
+
+
+def _kernel_json(kernel: KernelReport) -> Iterator[str]:
+    yield _line("kernel", {"format": FORMAT, "release": kernel.release, "source": kernel.source})
+    for fact in kernel.functions:
+        yield _line(
+            "function",
+            {
+                "function": fact.probe.function,
+                "required": fact.probe.required,
+                "for_rescue": fact.probe in RESCUE_PROBES,
+                "for_why": fact.probe in WHY_PROBES,
+                "prototype": None if fact.prototype is None else fact.declaration,
+                "parameters": None if fact.prototype is None else len(fact.prototype.parameters),
+                "expected_parameters": fact.probe.parameters,
+                "symbol": fact.symbol,
+                "trouble": fact.trouble,
+            },
+        )
+    for member in kernel.members:
+        place = None if member.place is None else member.place._asdict()
+        yield _line("member", {"member": member.name, "place": place, "trouble": member.trouble})
+    yield _line("counters", {"indices": dict(kernel.counters)})
+    yield _line("drop_reasons", {"values": dict(kernel.drop_reasons)})
+
+
+def machine_json(report: MachineReport) -> Iterator[str]:
+    """The report on this machine, the answer last."""
+    yield from _kernel_json(report.kernel)
+    for check in report.checks:
+        yield _line("check", check._asdict())
+    for inode, settings in report.namespaces.items():
+        name = report.names.get(inode)
+        yield _line("netns", {"netns": inode, "name": name, "settings": dict(settings)})
+    modes = {
+        mode: {"able": not trial.problem, "probes": sorted(trial.attached), "why": trial.problem}
+        for mode, trial in report.trials.items()
+    }
+    gaps = [gap.__dict__ for gap in report.gaps]
+    yield _line("doctor", {"able": report.able, "modes": modes, "coverage_gaps": gaps})
+
+
+def kernel_json(report: KernelReport) -> Iterator[str]:
+    """The report on a kernel in a file, the answer last."""
+    yield from _kernel_json(report)
+    gaps = [gap.__dict__ for gap in report.gaps]
+    able = not report.trouble
+    yield _line("doctor", {"able": able, "why": report.trouble, "coverage_gaps": gaps})
+
+
+def change_json(
+    before: KernelReport, after: KernelReport, changes: Sequence[Change]
+) -> Iterator[str]:
+    """What is not the same in two kernels."""
+    for change in changes:
+        yield _line("change", change._asdict())
+    releases = {"before": before.release, "after": after.release}
+    yield _line("changes", {"format": FORMAT, **releases, "changes": len(changes)})

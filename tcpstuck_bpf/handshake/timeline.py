@@ -1,0 +1,170 @@
+"""The history of one flow in lines: what the events told, and what only the entry remembers.
+
+Times are CLOCK_MONOTONIC nanoseconds; sequence numbers are printed as on the wire and relative
+to the ISN, which is what a packet capture shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from tcpstuck_bpf.handshake.flow import Segment, TimelineEntry
+from tcpstuck_bpf.model import ATTEMPT_NOT_SENT, Attempt, Ending, EventKind, Handshake, Moved
+
+MAX_ENTRIES = 24
+
+# An entry's time and its event's are taken by one program run, but not by one reading of the clock.
+_SAME_SEGMENT_NS = 1_000_000
+
+_KIND_TEXT: dict[int, str] = {
+    EventKind.SYN_REPEATED: "SYN repeated",
+    EventKind.SYN_DROPPED: "SYN dropped",
+    EventKind.ACK_DROPPED: "ACK dropped",
+    EventKind.ACK_FILTERED: "ACK filtered",
+    EventKind.ACK_REJECTED: "ACK rejected",
+    EventKind.RESET: "RST from client",
+    EventKind.COMPLETED: "connected",
+    EventKind.TAKEN_OVER: "SYN taken over",
+    EventKind.REPLACED: "SYN of a new handshake",
+    EventKind.NO_LISTENER: "met no listener",
+}
+_KIND_OF_ENDING: dict[int, EventKind] = {
+    Ending.COMPLETED: EventKind.COMPLETED,
+    Ending.REJECTED: EventKind.ACK_REJECTED,
+    Ending.RESET: EventKind.RESET,
+    Ending.TAKEN_OVER: EventKind.TAKEN_OVER,
+    Ending.REPLACED: EventKind.REPLACED,
+    Ending.NO_LISTENER: EventKind.NO_LISTENER,
+}
+_FLAG_NAMES = ((0x02, "SYN"), (0x01, "FIN"), (0x04, "RST"), (0x08, "PSH"), (0x10, "ACK"))
+_COUNTER_NAMES = (
+    (Moved.SYNCOOKIES_RECV, "SyncookiesRecv"),
+    (Moved.SYNCOOKIES_FAILED, "SyncookiesFailed"),
+    (Moved.LISTEN_OVERFLOWS, "ListenOverflows"),
+    (Moved.LISTEN_DROPS, "ListenDrops"),
+)
+
+
+def counters_text(counters: int) -> str:
+    """The kernel's names of the counters that moved, or that none did, or that none could be read.
+
+    `counters` is an enum counter_moved of bpf/tcpstuck.h.
+    """
+    if counters & Moved.UNKNOWN:
+        return "not readable on this kernel"
+    return ", ".join(name for bit, name in _COUNTER_NAMES if counters & bit) or "none"
+
+
+def mss_text(entry: Handshake) -> str:
+    """The MSS (bytes) that the cookie encodes, or that it could not be read."""
+    return f"MSS {entry.mss}" if entry.mss else "MSS not known"
+
+
+def flags_text(tcp_flags: int) -> str:
+    """The names of the TCP flags that are set."""
+    return ",".join(name for bit, name in _FLAG_NAMES if tcp_flags & bit) or "no flags"
+
+
+def relative_sequence(sequence: int, initial: int) -> int:
+    """A sequence number relative to an initial one, between -2**31 and 2**31 - 1 (RFC 1982)."""
+    return (sequence - initial + 2**31) % 2**32 - 2**31
+
+
+def isn_text(sequence: int, client_isn: int) -> str:
+    """A sequence number of the client's relative to its ISN: `ISN+1`."""
+    return f"ISN{relative_sequence(sequence, client_isn):+d}"
+
+
+def attempt_text(attempt: Attempt) -> str:
+    """What was done for a stuck client: `SYN-ACK repeated by us, try 1`."""
+    if attempt.sent:
+        return f"SYN-ACK repeated by us, try {attempt.number}"
+    if attempt.outcome == ATTEMPT_NOT_SENT:
+        return f"SYN-ACK would be repeated, try {attempt.number} (dry run)"
+    return f"SYN-ACK to be repeated, try {attempt.number}: {attempt.outcome}"
+
+
+def _segment_detail(segment: Segment, entry: Handshake) -> str:
+    parts = [flags_text(segment.tcp_flags)]
+    if segment.kind not in (EventKind.SYN_REPEATED, EventKind.SYN_DROPPED):
+        parts.append(f"seq {isn_text(segment.sequence, entry.client_isn)}")
+        parts.append(f"ack {segment.acknowledgement:#010x}")
+    if segment.payload_length:
+        parts.append(f"{segment.payload_length} bytes of data")
+    if segment.kind == EventKind.ACK_FILTERED:
+        parts.append("dropped before TCP, see the evidence")
+    else:
+        parts.append(f"accept queue {segment.accept_queue} of {segment.accept_queue_limit}")
+    if segment.kind in (EventKind.ACK_DROPPED, EventKind.ACK_REJECTED):
+        parts.append(f"counters moved: {counters_text(segment.counters)}")
+    return ", ".join(parts)
+
+
+def _remembered(entry: Handshake) -> Iterator[tuple[int, frozenset[EventKind], str, str]]:
+    """What the entry alone tells, each with the kinds of event that tell it better."""
+    cookie = f"cookie SYN-ACK {entry.cookie_isn:#010x}, {mss_text(entry)}"
+    if entry.syn_count > 1:
+        syns = frozenset({EventKind.SYN_REPEATED, EventKind.SYN_DROPPED})
+        detail = f"the last of {entry.syn_count}; last {cookie}"
+        yield entry.last_syn_ns, syns, _KIND_TEXT[EventKind.SYN_REPEATED], detail
+    if entry.acks_dropped > 0:
+        drops = frozenset({EventKind.ACK_DROPPED})
+        what = _KIND_TEXT[EventKind.ACK_DROPPED]
+        counters = f"counters moved: {counters_text(entry.drop_counters)}"
+        yield entry.first_ack_dropped_ns, drops, what, f"the first; {counters}"
+        if entry.acks_dropped > 1:
+            detail = f"the last of {entry.acks_dropped}; {counters}"
+            yield entry.last_ack_dropped_ns, drops, what, detail
+    if entry.acks_filtered > 0:
+        filters = frozenset({EventKind.ACK_FILTERED})
+        what = _KIND_TEXT[EventKind.ACK_FILTERED]
+        yield entry.first_ack_filtered_ns, filters, what, "the first, dropped before TCP"
+        if entry.acks_filtered > 1:
+            detail = f"the last of {entry.acks_filtered}, dropped before TCP"
+            yield entry.last_ack_filtered_ns, filters, what, detail
+    kind = _KIND_OF_ENDING.get(entry.ending)
+    if kind is not None:
+        yield entry.ended_ns, frozenset({kind}), _KIND_TEXT[kind], "the entry's end"
+
+
+def build_timeline(
+    entry: Handshake,
+    segments: Sequence[Segment],
+    already_omitted: int,
+    attempts: Sequence[Attempt] = (),
+) -> tuple[tuple[TimelineEntry, ...], int]:
+    """A flow's history, oldest first, and how many entries are missing from its middle.
+
+    `already_omitted` segments were not kept; no more than MAX_ENTRIES entries are returned.
+    """
+    detail = f"ISN {entry.client_isn:#010x}"
+    if entry.syn_count <= 1:
+        detail += f"; cookie SYN-ACK {entry.cookie_isn:#010x}, {mss_text(entry)}"
+    detail += f"; accept queue {entry.accept_queue} of {entry.accept_queue_limit}"
+    entries = [
+        TimelineEntry(time_ns, what, detail)
+        for time_ns, kinds, what, detail in _remembered(entry)
+        if not any(
+            s.kind in kinds and abs(s.time_ns - time_ns) < _SAME_SEGMENT_NS for s in segments
+        )
+    ]
+    entries += [
+        TimelineEntry(
+            segment.time_ns,
+            _KIND_TEXT.get(segment.kind, f"segment of kind {segment.kind}"),
+            _segment_detail(segment, entry),
+        )
+        for segment in segments
+    ]
+    entries += [
+        TimelineEntry(attempt.time_ns, "rescue", attempt_text(attempt)) for attempt in attempts
+    ]
+    entries.sort()
+    if entry.syn_count:
+        entries.insert(0, TimelineEntry(entry.first_syn_ns, "SYN", detail))
+    whole = tuple(entries)
+    if len(whole) <= MAX_ENTRIES:
+        return whole, already_omitted
+    head = MAX_ENTRIES // 2
+    tail = MAX_ENTRIES - head
+    return whole[:head] + whole[-tail:], already_omitted + len(whole) - MAX_ENTRIES

@@ -1,0 +1,1 @@
+"""What the machine says beside the programs: namespaces, firewall rules, sockets, the log."""

@@ -1,0 +1,248 @@
+"""Reads the firewall rules of one network namespace that drop packets, and changes none of them.
+
+By the programs that people themselves use, `nft -j` and `iptables-save`, run inside the namespace.
+Neither is run where it would make the kernel load a module: only what is in use is read. Whoever
+may make rules there decides how many there are, so this is a process of its own, which
+`ruleset_reader` starts with limits of time and memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from tcpstuck_bpf.host import netfilter_hooks, netns
+from tcpstuck_bpf.host.netns_cookie import own_cookie
+from tcpstuck_bpf.host.programs import ENVIRONMENT, find_program
+from tcpstuck_bpf.host.ruleset_text import (
+    STRANGE,
+    Parts,
+    nftables_rules,
+    no_parts,
+    reachable,
+    xtables_rules,
+)
+from tcpstuck_bpf.kernel import features
+from tcpstuck_bpf.model import DropRule, Ruleset
+
+CPU_LIMIT_S = 60
+"""Seconds of processor time, for this process and for each program it runs. How much work there can
+be is bounded by what is read; this ends what loops. In an emulated machine whose processors others
+use as well, a start of the tool itself has taken seven.
+"""
+MEMORY_LIMIT = 256 << 20
+"""Bytes of private memory, for each of them: 5 000 rules take 50 MiB."""
+MOST_TEXT = 32 << 20
+"""Bytes that one program may print: 60 000 rules. What is printed becomes six times that."""
+MOST_RULES = 20_000
+"""Rules and jumps that can matter, of one namespace. No more are handed over."""
+
+_MODULE = Path("/sys/module/nf_tables")
+_BUILT_INTO_KERNEL = "nft_do_chain"
+"""A function of nf_tables that the kernel itself has where it is no module."""
+_OWN_NET = Path("/proc/thread-self/net")
+_LEGACY = (("ip", "iptables", "ip_tables_names"), ("ip6", "ip6tables", "ip6_tables_names"))
+_CONNTRACK = (
+    ("nf_conntrack_in", ("prerouting", "output"), ("drop",)),
+    ("nf_confirm", ("input", "postrouting"), ("drop", "insert_failed", "chainlength")),
+)
+"""Functions of connection tracking, their hooks, and what counts the packets that they drop; the
+last column is not there before 5.15 (nf_conntrack_standalone.c)."""
+_MOST_DEVICES = 4096
+"""Devices of one namespace whose names are handed over; where there are more, none are."""
+_MOST_ANSWER = 16 << 20
+"""Characters: the most rules come to a quarter of it, unless somebody has made up long names."""
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when the thread that started it ends (prctl(2))."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class _TooMuchError(Exception):
+    """A program printed more than is read."""
+
+
+def _output(command: Sequence[str]) -> str:
+    """What a program prints. Raises OSError, SubprocessError and _TooMuchError."""
+    program = find_program(command[0])
+    if program is None:
+        raise FileNotFoundError(2, "it is not installed", command[0])
+    with subprocess.Popen(
+        [program, *command[1:]],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=_end_with_parent,
+        env=ENVIRONMENT,
+    ) as running:
+        assert running.stdout is not None
+        text = running.stdout.read(MOST_TEXT + 1)
+        if len(text) > MOST_TEXT:
+            running.kill()
+            raise _TooMuchError
+    if running.returncode:
+        raise subprocess.CalledProcessError(running.returncode, command[0])
+    return text.decode("utf-8", "replace")
+
+
+def _legacy_command(program: str) -> Sequence[str] | None:
+    """What lists the legacy tables; None where nothing that is installed does.
+
+    `iptables-save` may be the one of nf_tables, which has other tables of the same names.
+    """
+    if find_program(f"{program}-legacy-save"):
+        return (f"{program}-legacy-save", "-c")
+    if find_program("xtables-legacy-multi"):
+        return ("xtables-legacy-multi", f"{program}-save", "-c")
+    with contextlib.suppress(OSError, subprocess.SubprocessError, _TooMuchError):
+        if "nf_tables" not in _output((f"{program}-save", "-V")):
+            return (f"{program}-save", "-c")
+    return None
+
+
+class _Reading:
+    """What has been read so far."""
+
+    def __init__(self) -> None:
+        self.parts = no_parts()
+        self.problems: list[str] = []
+        self.elsewhere: list[str] = []
+        self.tables_read: set[str] = set()
+
+    def read(
+        self, command: Sequence[str], parse: Callable[[str], Parts], problems: list[str]
+    ) -> bool:
+        """Whether a program listed rules that could be understood."""
+        try:
+            parts = reachable(parse(_output(command)))
+        except _TooMuchError:
+            problems.append(f"there are too many rules of {command[0]} to be read")
+            return False
+        except MemoryError:
+            problems.append(f"the rules of {command[0]} take too much memory to be read")
+            return False
+        except (OSError, subprocess.SubprocessError, *STRANGE) as error:
+            why = getattr(error, "strerror", None) or type(error).__name__
+            problems.append(f"the rules of {command[0]} cannot be read: {why}")
+            return False
+        problems.extend(parts.problems)
+        room = max(0, MOST_RULES - len(self.parts.rules) - len(self.parts.jumps))
+        if len(parts.rules) + len(parts.jumps) > room:
+            problems.append(
+                f"there are more than {MOST_RULES} rules: not all of them are looked at"
+            )
+        self.parts.rules.extend(parts.rules[:room])
+        self.parts.packets.extend(parts.packets[:room])
+        self.parts.jumps.extend(parts.jumps[: max(0, room - len(parts.rules))])
+        self.parts.chains.update(parts.chains)
+        self.parts.mentioned.update(parts.mentioned)
+        return True
+
+    def read_nftables(self) -> None:
+        """If nf_tables is in use."""
+        if _MODULE.exists() or features.function_symbols([_BUILT_INTO_KERNEL]):
+            self.read(("nft", "-j", "list", "ruleset"), nftables_rules, self.problems)
+
+    def read_legacy(self) -> None:
+        """The tables of ip_tables and ip6_tables, if there are any."""
+        for family, program, names in _LEGACY:
+            try:
+                tables = (_OWN_NET / names).read_text("ascii").split()
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                self.elsewhere.append(
+                    f"whether {program} has legacy tables is not known: {error.strerror}"
+                )
+                continue
+            if not tables:
+                continue
+            command = _legacy_command(program)
+            if command is None:
+                self.elsewhere.append(
+                    f"{program} has legacy tables ({', '.join(tables)}), and nothing that lists "
+                    f"them is installed: {program}-legacy-save"
+                )
+            elif self.read(command, partial(xtables_rules, family=family), self.elsewhere):
+                self.tables_read.add(family)
+
+    def read_others(self, devices: Sequence[tuple[int, str]]) -> None:
+        """What is at the hooks besides."""
+        others = netfilter_hooks.besides_rules(
+            self.parts.chains,
+            self.tables_read,
+            self.parts.mentioned,
+            [name for _, name in devices],
+        )
+        for rule in others.rules:
+            self.parts.add(rule, None)
+        self.elsewhere.extend(others.problems)
+        for function, hooks, columns in _CONNTRACK:
+            dropped = _conntrack_drops(_OWN_NET / "stat" / "nf_conntrack", columns)
+            for family in ("ip", "ip6") if dropped is not None else ():
+                for hook in hooks:
+                    rule = DropRule(family, "nf_conntrack", function, hook, "function", 0, ())
+                    self.parts.add(rule, dropped)
+
+
+def _conntrack_drops(statistics: Path, columns: Sequence[str]) -> int | None:
+    """Packets that connection tracking dropped in this namespace; None where it is not there.
+
+    A line of names, then one of hexadecimal numbers for each CPU.
+    """
+    try:
+        names, *cpus = (line.split() for line in statistics.read_text("ascii").splitlines())
+        places = [names.index(column) for column in columns if column in names]
+        return sum(int(cpu[place], 16) for cpu in cpus for place in places)
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def read_own() -> Ruleset:
+    """What can drop in the network namespace of the calling thread, as it is now."""
+    reading = _Reading()
+    devices = socket.if_nameindex()
+    reading.read_nftables()
+    reading.read_legacy()
+    reading.read_others(devices)
+    return Ruleset(
+        tuple(reading.parts.rules),
+        tuple(reading.problems),
+        0,
+        tuple(reading.parts.jumps),
+        tuple(reading.parts.packets),
+        tuple(dict.fromkeys(reading.elsewhere)),
+        tuple(devices) if len(devices) <= _MOST_DEVICES else None,
+        time.monotonic_ns(),
+        own_cookie(),
+    )
+
+
+def main(inode: int) -> int:
+    """Print the Ruleset of the network namespace with that inode number, as JSON."""
+    _end_with_parent()
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT_S, CPU_LIMIT_S + 1))
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
+    try:
+        ruleset = netns.run_in(inode, read_own)
+    except OSError as error:
+        problem = f"the rules cannot be read: network namespace {inode}: {error.strerror}"
+        ruleset = Ruleset((), (problem,))
+    answer = json.dumps(ruleset)
+    if len(answer) > _MOST_ANSWER:
+        answer = json.dumps(Ruleset((), ("the rules cannot be read: their names are too long",)))
+    sys.stdout.write(answer)
+    return 0

@@ -1,0 +1,236 @@
+"""What a listener's queues went through, and the backlog that would have been enough for it.
+
+Pure. The backlog bounds both queues. The accept queue is full when it holds more than the backlog
+(sk_acceptq_is_full), so a backlog of N holds N + 1. Of the SYN queue that depends on the kernel, in
+one major version even (inet_csk_reqsk_queue_is_full, 3479c7549fb1): the shortest SYN queue at
+which a cookie was sent tells which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from tcpstuck_bpf.judge.backlog_knobs import steps
+from tcpstuck_bpf.model import (
+    IPV4_MAPPED_PREFIX,
+    CoverageGap,
+    ListenerFacts,
+    ListenerSeen,
+    address_text,
+)
+
+SOMAXCONN = "core.somaxconn"
+SYNCOOKIES = "ipv4.tcp_syncookies"
+MAX_SYN_BACKLOG = "ipv4.tcp_max_syn_backlog"
+
+FORCED = "forced"
+QUEUE_FULL = "SYN queue full"
+
+_FIGURES_NEED = frozenset(
+    {"cookie_v6_init_sequence", "cookie_v6_check", "tcp_check_req", "kernel counters"}
+)
+"""What may be missing that counts who needed a place."""
+
+
+class SynNeed(NamedTuple):
+    """How much SYN queue was needed at one moment, in entries."""
+
+    in_queue: int
+    owed: int
+    """Handshakes under cookies whose clients answered later: each would have had a place."""
+    silent: int
+    """More of them, whose clients had not answered when the run ended; not part of the need."""
+
+    @property
+    def together(self) -> int:
+        """Entries that a SYN queue would have held at that moment."""
+        return self.in_queue + self.owed
+
+
+class ListenerReport(NamedTuple):
+    """One listener at the end of a run. Queue lengths and limits are entries."""
+
+    netns: int
+    addresses: tuple[str, ...]
+    port: int
+    owners: tuple[str, ...]
+    socket: int
+    """Its inode number; 0 where it is not known."""
+    sockets: int
+    """Those that share its address and port, itself among them; 0 where that is not known."""
+    settings: Mapping[str, int]
+    facts: ListenerFacts
+    """Of all its addresses."""
+    cookie_reason: str | None
+    """QUEUE_FULL, FORCED (by tcp_syncookies=2), None without a cookie."""
+    accept_queue_needed: int
+    syn_queue_needed: int
+    silent: int
+    advised_backlog: int | None
+    """None where what was seen asks for no longer one."""
+    working: tuple[str, ...]
+    """Complete sentences."""
+    advice: tuple[str, ...]
+    """Complete sentences."""
+
+    @property
+    def is_capped(self) -> bool | None:
+        """Whether the limit is net.core.somaxconn; None where that is unknown."""
+        somaxconn = self.settings.get(SOMAXCONN)
+        return None if somaxconn is None else self.facts.limit == somaxconn
+
+    @property
+    def suffered(self) -> bool:
+        """Whether there is something to tell of it; see `suffered`."""
+        return suffered(self.facts)
+
+
+def suffered(facts: ListenerFacts) -> bool:
+    """Whether a queue was too short for anyone, or cookies were sent."""
+    return bool(facts.cookies_sent or facts.syns_refused or facts.acks_refused)
+
+
+def merged(several: Sequence[ListenerFacts]) -> ListenerFacts:
+    """The facts of a listener that serves several addresses, where the socket is not known.
+
+    It has one pair of queues: lengths are the longest seen. Counts and clients add up, those of a
+    need as if they had been there at the same time: it may come out too high, never too low. The
+    need of SYN queue is not among them: it takes knowing who stayed silent (`SynNeed`).
+    """
+    cookies = [facts.lowest_cookie_syn_queue for facts in several if facts.cookies_sent]
+    return several[0]._replace(
+        syns=sum(facts.syns for facts in several),
+        cookies_sent=sum(facts.cookies_sent for facts in several),
+        syns_refused=sum(facts.syns_refused for facts in several),
+        acks_refused=sum(facts.acks_refused for facts in several),
+        limit=max(facts.limit for facts in several),
+        peak_accept_queue=max(facts.peak_accept_queue for facts in several),
+        peak_syn_queue=max(facts.peak_syn_queue for facts in several),
+        lowest_cookie_syn_queue=min(cookies, default=0),
+        accept_need_accept_queue=max(facts.accept_need_accept_queue for facts in several),
+        accept_need_turned_away=sum(facts.accept_need_turned_away for facts in several),
+        accept_need_syn_queue=max(facts.accept_need_syn_queue for facts in several),
+    )
+
+
+def cookie_reason(facts: ListenerFacts, settings: Mapping[str, int]) -> str | None:
+    """Why cookies were sent, by the sysctl; where that is unknown, by the queue.
+
+    A SYN queue shorter than its limit was not full. That alone proves less: between a look at the
+    queue and the kernel's own another CPU may add to it, and a restarted server has another limit.
+    """
+    if not facts.cookies_sent:
+        return None
+    by_sysctl = {1: QUEUE_FULL, 2: FORCED}.get(settings.get(SYNCOOKIES, 0))
+    by_queue = FORCED if facts.lowest_cookie_syn_queue < facts.limit else QUEUE_FULL
+    return by_sysctl or by_queue
+
+
+def _unseen(seen: Iterable[ListenerSeen], gaps: Iterable[CoverageGap]) -> Iterable[str]:
+    """What the figures lack for want of probes."""
+    addresses = (one.bound or one.facts.server_address for one in seen)
+    ipv4_only = all(address.startswith(IPV4_MAPPED_PREFIX) for address in addresses)
+    for gap in gaps:
+        if gap.probe in _FIGURES_NEED and not (ipv4_only and "_v6_" in gap.probe):
+            yield f"Without {gap.probe} {gap.lost}: rather more than less."
+
+
+def report(
+    seen: Sequence[ListenerSeen], need: SynNeed, gaps: Sequence[CoverageGap] = ()
+) -> ListenerReport:
+    """Judge a listener by what was seen of each of its addresses (one at least)."""
+    facts = merged([one.facts for one in seen])
+    owners = tuple(sorted({owner for one in seen for owner in one.owners}))
+    settings = seen[0].settings
+    reason = cookie_reason(facts, settings)
+    accept_queue = (
+        facts.accept_need_accept_queue + facts.accept_need_turned_away + facts.accept_need_syn_queue
+    )
+    wanted = []
+    working = []
+    if accept_queue > facts.limit + 1:
+        wanted.append(accept_queue - 1)
+        working.append(_accept_working(facts, accept_queue))
+    # Sent at its limit or one beyond: which of the two, this kernel's arithmetic says.
+    beyond = 1 if facts.lowest_cookie_syn_queue > facts.limit else 0
+    if reason == QUEUE_FULL and need.together > facts.limit + beyond:
+        wanted.append(need.together - beyond)
+        working.append(_syn_working(need, beyond))
+    if reason is not None and need.silent:
+        working.append(
+            f"Not counted: {need.silent} under cookies that never answered. "
+            "A flood is not cured by a backlog."
+        )
+    if facts.syns_refused:
+        working.append(
+            f"Not counted: who sent the {facts.syns_refused} SYNs that were dropped for a full "
+            "accept queue (a client tries again after 1, 3, 7 s), so rather more than less."
+        )
+    working += _unseen(seen, gaps)
+    advised = max(wanted, default=None)
+    return ListenerReport(
+        netns=facts.netns,
+        addresses=tuple(address_text(one.bound or one.facts.server_address) for one in seen),
+        port=facts.server_port,
+        owners=owners,
+        socket=facts.socket,
+        sockets=max(len(one.sockets) for one in seen),
+        settings=settings,
+        facts=facts,
+        cookie_reason=reason,
+        accept_queue_needed=max(accept_queue, facts.peak_accept_queue),
+        syn_queue_needed=max(need.together, facts.peak_syn_queue),
+        silent=need.silent,
+        advised_backlog=advised,
+        working=tuple(working),
+        advice=tuple(_advice(facts, owners, settings, reason, advised)),
+    )
+
+
+def _accept_working(facts: ListenerFacts, room: int) -> str:
+    terms = [f"{facts.accept_need_accept_queue} in the accept queue"]
+    if facts.accept_need_turned_away:
+        terms.append(f"{facts.accept_need_turned_away} turned away while it was full")
+    if facts.accept_need_syn_queue:
+        terms.append(f"{facts.accept_need_syn_queue} kept waiting in the SYN queue")
+    return (
+        f"{' + '.join(terms)} = {room} at once -> backlog {room - 1} or more "
+        "(of accept queue a backlog of N holds N + 1)."
+    )
+
+
+def _syn_working(need: SynNeed, beyond: int) -> str:
+    return (
+        f"{need.in_queue} in the SYN queue + {need.owed} under cookies that were to answer = "
+        f"{need.together} at once -> backlog {need.together - beyond} or more "
+        f"(of SYN queue a backlog of N holds {'N + 1' if beyond else 'N'} on this kernel)."
+    )
+
+
+def _advice(
+    facts: ListenerFacts,
+    owners: Iterable[str],
+    settings: Mapping[str, int],
+    reason: str | None,
+    advised: int | None,
+) -> Iterable[str]:
+    somaxconn = settings.get(SOMAXCONN)
+    if reason == FORCED:
+        yield (
+            "Cookies are sent whatever the backlog while net.ipv4.tcp_syncookies is 2; with 1 only "
+            "when the SYN queue is full."
+        )
+    if advised is None:
+        return
+    yield from steps(owners, advised, facts.limit, somaxconn)
+    if somaxconn is not None and somaxconn == facts.limit:
+        yield (
+            f"The limit of now, {facts.limit}, is net.core.somaxconn: perhaps listen() was given "
+            "more, which cannot be known afterwards."
+        )
+    if settings.get(SYNCOOKIES) == 0:
+        yield (
+            f"While net.ipv4.tcp_syncookies is 0, net.ipv4.tcp_max_syn_backlog "
+            f"(now {settings.get(MAX_SYN_BACKLOG, 'unknown')}) bounds the SYN queue as well."
+        )

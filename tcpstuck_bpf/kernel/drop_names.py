@@ -1,0 +1,164 @@
+"""The kernel's own words for where and why it dropped a packet: symbols, and enum skb_drop_reason.
+
+They are looked up on the machine that traces, once for each number, and travel as text with what
+was observed: a recording has to name them on another machine too.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from tcpstuck_bpf.judge.drop_cause import NO_NAMES, is_by_netfilter
+from tcpstuck_bpf.model import Handshake, KernelNames, Row, Ruleset
+from tcpstuck_bpf.typeinfo.graph import KernelTypes
+
+_SYMBOLS = Path("/proc/kallsyms")
+_REASON_PREFIX = "SKB_DROP_REASON_"
+_NO_REASONS = ("SUBSYS_", "MAX")
+"""What other enums with that prefix have (include/net/dropreason.h), and what is no reason."""
+_SUBSYSTEM_SHIFT = 16
+_REASONS_OF_THE_PROGRAMS = ("NO_SOCKET", "PACKET_SOCK_ERROR")
+_FUNCTION_KINDS = frozenset(b"tTwW")
+
+
+def reason_names(types: KernelTypes) -> Mapping[int, str]:
+    """This kernel's drop reasons by number, without their prefix; empty before 5.17."""
+    return {
+        value: name[len(_REASON_PREFIX) :]
+        for name, value in types.enumerators(_REASON_PREFIX).items()
+        if not name[len(_REASON_PREFIX) :].startswith(_NO_REASONS)
+    }
+
+
+def reason_text(number: int, names: Mapping[int, str]) -> str | None:
+    """A drop reason in words; None where this kernel has no reasons.
+
+    Beyond 65535 it is another subsystem's (SKB_DROP_REASON_SUBSYS_SHIFT), whose names vmlinux
+    does not always describe.
+    """
+    if not names:
+        return None
+    if number in names:
+        return names[number]
+    subsystem, own = number >> _SUBSYSTEM_SHIFT, number & ((1 << _SUBSYSTEM_SHIFT) - 1)
+    return f"subsystem {subsystem} reason {own}" if subsystem else f"reason {number}"
+
+
+def reason_defines(names: Mapping[int, str]) -> str:
+    """#define lines for the programs; empty for a kernel whose skb:kfree_skb has no reason."""
+    if not names:
+        return ""
+    known = {name: number for number, name in names.items() if name in _REASONS_OF_THE_PROGRAMS}
+    lines = ["KFREE_SKB_HAS_REASON", *(f"REASON_{name} {value}" for name, value in known.items())]
+    return "".join(f"#define {line}\n" for line in lines)
+
+
+def place_names(addresses: Iterable[int]) -> dict[int, str]:
+    """Kernel addresses as `symbol+0x1f`, those of modules too; one that is hidden in hexadecimal.
+
+    Source: /proc/kallsyms, read anew because modules come and go.
+    """
+    try:
+        lines = _SYMBOLS.read_bytes().splitlines()
+    except OSError:
+        lines = []
+    symbols = sorted(_functions(lines))
+    starts = [start for start, _ in symbols]
+    found = {}
+    for address in addresses:
+        index = bisect.bisect_right(starts, address) - 1
+        found[address] = f"{address:#x}"
+        if index >= 0:
+            start, name = symbols[index]
+            found[address] = f"{name}+{address - start:#x}"
+    return found
+
+
+def _functions(lines: Iterable[bytes]) -> Iterator[tuple[int, str]]:
+    """Address and name of each; addresses read as 0 where they are hidden."""
+    for line in lines:
+        address, kind, name = line.split(maxsplit=2)
+        if kind[0] in _FUNCTION_KINDS and address.strip(b"0"):
+            yield int(address, 16), name.split()[0].decode("ascii", "backslashreplace")
+
+
+class Rules(Protocol):
+    """What reads firewall rules; `ruleset_watch.RulesetWatch` does it beside the loop."""
+
+    def want(self, netns: int, dropped_ns: int) -> None:
+        """Have the rules of a namespace read after a drop."""
+
+    def taken(self) -> Mapping[int, Ruleset]:
+        """What has been read since it was asked last, by namespace."""
+
+    def hurry(self) -> None:
+        """The run ends: make no pause between two readings."""
+
+
+class Namer:
+    """Says what the numbers in entries mean, each once, and has rules read when netfilter dropped.
+
+    `read_stack` gives the addresses of a stack by its number, the innermost first.
+    """
+
+    def __init__(
+        self,
+        reasons: Mapping[int, str],
+        read_stack: Callable[[int], tuple[int, ...]],
+        rules: Rules,
+    ) -> None:
+        self._reasons = reasons
+        self._read_stack = read_stack
+        self._rules = rules
+        self._places: dict[int, str] = {0: ""}
+        self._known_reasons: set[int] = set()
+        self._known_stacks: set[int] = {0}
+
+    def __call__(self, rows: Iterable[Row]) -> KernelNames | None:
+        """Names of what is new in these entries, and rules that have been read; None: nothing."""
+        dropped = [row for row in rows if row.handshake.filter_place or row.handshake.drop_place]
+        names = self._names([row.handshake for row in dropped]) if dropped else NO_NAMES
+        for four_tuple, entry in dropped:
+            if entry.filter_place and self._by_netfilter(entry):
+                self._rules.want(four_tuple.netns, entry.last_ack_filtered_ns)
+        rulesets = {netns: (ruleset,) for netns, ruleset in self._rules.taken().items()}
+        names = names._replace(rulesets=rulesets)
+        return names if any(names) else None
+
+    def hurry(self) -> None:
+        """The run ends: what rules are still to be read is read without a pause."""
+        self._rules.hurry()
+
+    def _names(self, entries: Sequence[Handshake]) -> KernelNames:
+        places = {e.filter_place for e in entries} | {e.drop_place for e in entries}
+        places -= self._places.keys()
+        reasons = {e.filter_reason for e in entries} | {e.drop_reason for e in entries}
+        reasons -= self._known_reasons
+        frames = {
+            e.filter_stack: _callers(self._read_stack(e.filter_stack), e.filter_place)
+            for e in entries
+            if e.filter_stack not in self._known_stacks
+        }
+        self._known_reasons |= reasons
+        self._known_stacks |= frames.keys()
+        addresses = {*places, *(address for stack in frames.values() for address in stack)}
+        if addresses:
+            self._places.update(place_names(addresses))
+        return KernelNames(
+            {place: self._places[place] for place in sorted(places)},
+            {number: reason_text(number, self._reasons) for number in sorted(reasons)},
+            {number: tuple(map(self._places.__getitem__, s)) for number, s in frames.items()},
+            {},
+        )
+
+    def _by_netfilter(self, entry: Handshake) -> bool:
+        reason = reason_text(entry.filter_reason, self._reasons)
+        return is_by_netfilter(reason, self._places[entry.filter_place])
+
+
+def _callers(stack: tuple[int, ...], place: int) -> tuple[int, ...]:
+    """The stack from that place on: what comes before it is the tracing's own."""
+    return stack[stack.index(place) :] if place in stack else stack

@@ -1,0 +1,217 @@
+"""Can this machine trace, and if not, what stands in the way and what would remove it.
+
+Preconditions that can be read are read before anything is loaded; a refusal that only the
+attempt shows is explained afterwards by `refusal`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import re
+import resource
+from collections.abc import Collection
+from pathlib import Path
+
+from tcpstuck_bpf.errors import CannotTraceError
+from tcpstuck_bpf.typeinfo.btf import RUNNING_KERNEL
+
+CAP_SYS_ADMIN = 21
+CAP_PERFMON = 38
+CAP_BPF = 39
+
+RELEVANT_CAPABILITIES = {
+    "CAP_SYS_ADMIN": CAP_SYS_ADMIN,
+    "CAP_SYS_RESOURCE": 24,
+    "CAP_SYSLOG": 34,
+    "CAP_PERFMON": CAP_PERFMON,
+    "CAP_BPF": CAP_BPF,
+}
+"""Those of capabilities(7) that the tool uses where it has them."""
+
+_KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe/type")
+_LOCKDOWN = Path("/sys/kernel/security/lockdown")
+_SYMBOLS = Path("/proc/kallsyms")
+
+
+def _effective_capabilities() -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.MULTILINE)
+    return int(found.group(1), 16) if found else 0
+
+
+def has_tracing_capabilities() -> bool:
+    """CAP_SYS_ADMIN, or CAP_BPF with CAP_PERFMON (capabilities(7))."""
+    held = _effective_capabilities()
+    if held >> CAP_SYS_ADMIN & 1:
+        return True
+    return bool(held >> CAP_BPF & 1 and held >> CAP_PERFMON & 1)
+
+
+def held_capabilities() -> list[str]:
+    """Names of the relevant capabilities in this process's effective set."""
+    held = _effective_capabilities()
+    return [name for name, bit in RELEVANT_CAPABILITIES.items() if held >> bit & 1]
+
+
+def lockdown_mode() -> str | None:
+    """The active lockdown mode, None where securityfs does not tell (kernel_lockdown(7))."""
+    try:
+        found = re.search(r"\[(\w+)\]", _LOCKDOWN.read_text(encoding="ascii"))
+    except OSError:
+        return None
+    return found.group(1) if found else None
+
+
+def lockdown_text() -> str:
+    """The lockdown state in words, or why it cannot be told."""
+    mode = lockdown_mode()
+    if mode is not None:
+        return f"lockdown is [{mode}]"
+    if not _LOCKDOWN.parent.is_dir() or not any(_LOCKDOWN.parent.iterdir()):
+        return f"lockdown unknown: securityfs is not mounted at {_LOCKDOWN.parent}"
+    return f"this kernel has no lockdown ({_LOCKDOWN} is missing)"
+
+
+def has_kprobes() -> bool:
+    """Whether the kernel has the perf event type that attaches kprobes."""
+    return _KPROBE_PMU.exists()
+
+
+def kprobes_text() -> str:
+    """Whether there are kprobes, in words, with what the kernel's configuration says of it."""
+    if has_kprobes():
+        return "the kernel has the kprobe event type"
+    option = kernel_option("CONFIG_KPROBES")
+    built = {"y": "CONFIG_KPROBES=y, but", None: ""}.get(option, "CONFIG_KPROBES is not set:")
+    return f"{built} no kprobe event type ({_KPROBE_PMU} is missing)".lstrip()
+
+
+def _configurations() -> list[str]:
+    release = os.uname().release
+    return ["/proc/config.gz", f"/boot/config-{release}", f"/lib/modules/{release}/config"]
+
+
+def kernel_option(name: str) -> str | None:
+    """`y`, `m` or `n` by the running kernel's configuration; None where it cannot be read."""
+    for path in _configurations():
+        try:
+            data = Path(path).read_bytes()
+            text = (gzip.decompress(data) if path.endswith(".gz") else data).decode("ascii")
+        except (OSError, EOFError, ValueError):
+            continue
+        found = re.search(rf"^{name}=(\w+)$", text, re.MULTILINE)
+        return found.group(1) if found else "n"
+    return None
+
+
+def locked_memory_limits() -> tuple[int | None, int | None]:
+    """Soft and hard RLIMIT_MEMLOCK in bytes; None means unlimited."""
+    limits = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    soft, hard = (None if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    return soft, hard
+
+
+def require_privileges() -> None:
+    """Raises CannotTraceError without the capabilities, or under lockdown (confidentiality)."""
+    if not has_tracing_capabilities():
+        raise CannotTraceError(
+            "no permission to load BPF programs",
+            f"user {os.geteuid()} has neither CAP_SYS_ADMIN nor CAP_BPF with CAP_PERFMON",
+            "run it as root: sudo tcpstuck-trace",
+        )
+    if lockdown_mode() == "confidentiality":
+        raise CannotTraceError(
+            "this kernel is locked down and refuses BPF tracing",
+            "lockdown mode is [confidentiality] (/sys/kernel/security/lockdown)",
+            "boot with lockdown=integrity or less, or trace on another machine",
+        )
+
+
+def refusal(problem: str, wished: str) -> CannotTraceError:
+    """The error for a kernel that refused to load or attach.
+
+    `problem` is what it said, `wished` the probe mode that was asked for.
+    """
+    said = problem
+    not_permitted = "not permitted" in problem or "EPERM" in problem
+    if not_permitted:
+        problem = (
+            "EPERM in spite of the capabilities held, by lockdown or another security module "
+            f"({lockdown_text()})"
+        )
+    if not has_kprobes() and wished == "kprobe":
+        return CannotTraceError(
+            "this kernel can attach no kprobes",
+            kprobes_text(),
+            "use --probe-mode fentry, or a kernel with CONFIG_KPROBES",
+        )
+    if not has_kprobes() and wished == "auto":
+        return CannotTraceError(
+            "this kernel can attach neither kprobes nor fentry programs",
+            f"kprobes: {kprobes_text()}; fentry: {problem}",
+            "use a kernel with CONFIG_KPROBES and CONFIG_DEBUG_INFO_BTF, unlocked (not lockdown); "
+            "tcpstuck-trace --doctor says more",
+        )
+    limit, _ = locked_memory_limits()
+    if not_permitted and "map" in said and limit is not None:
+        return CannotTraceError(
+            "the kernel refused to make the programs' tables",
+            f"{problem}; or, before Linux 5.11, by RLIMIT_MEMLOCK: it is {limit} bytes and could "
+            "not be raised without CAP_SYS_RESOURCE",
+            "run it as root, or after `ulimit -l unlimited`",
+        )
+    if not_permitted:
+        return CannotTraceError(
+            "the kernel refused to load BPF tracing programs",
+            problem,
+            "see `cat /sys/kernel/security/lockdown`, the kernel log, and tcpstuck-trace --doctor",
+        )
+    return CannotTraceError(
+        "the kernel refused the BPF programs",
+        problem,
+        "try --probe-mode kprobe or fentry; if both fail report it, with the kernel's version",
+    )
+
+
+def fentry_obstacle() -> str | None:
+    """Why BCC cannot attach fentry programs here, whatever the types were read from."""
+    if Path(RUNNING_KERNEL).is_file():
+        return None
+    return f"BCC finds the functions in {RUNNING_KERNEL}, which this kernel does not have"
+
+
+def function_symbols(functions: Collection[str]) -> frozenset[str]:
+    """Functions in /proc/kallsyms that are one of `functions`, or one with a compiler's suffix.
+
+    Empty where it cannot be read.
+    """
+    try:
+        symbols = _SYMBOLS.read_bytes()
+    except OSError:
+        return frozenset()
+    names = "|".join(map(re.escape, functions)).encode()
+    found = re.findall(rb"^\S+ [tTwW] ((?:%s)(?:\.[\w.]+)?)$" % names, symbols, re.MULTILINE)
+    return frozenset(name.decode("ascii") for name in found)
+
+
+def read_symbols(functions: Collection[str], data_symbol: str) -> tuple[frozenset[str], int | None]:
+    """Which of `functions` the kernel has, and the address of `data_symbol` (None if hidden).
+
+    Source: /proc/kallsyms, whose addresses read as zero without CAP_SYSLOG or with
+    kptr_restrict=2. Raises CannotTraceError where it cannot be read.
+    """
+    try:
+        symbols = _SYMBOLS.read_bytes()
+    except OSError as error:
+        raise CannotTraceError(
+            "the kernel's symbol table cannot be read",
+            f"{_SYMBOLS}: {error.strerror}",
+            "use a kernel built with CONFIG_KALLSYMS=y and mount /proc",
+        ) from error
+    found = frozenset(name for name in functions if b" " + name.encode() + b"\n" in symbols)
+    line_end = symbols.find(b" " + data_symbol.encode() + b"\n")
+    if line_end < 0:
+        return found, None
+    line_start = symbols.rfind(b"\n", 0, line_end) + 1
+    return found, int(symbols[line_start:line_end].split()[0], 16) or None

@@ -1,0 +1,424 @@
+"""The attach plan: which kernel functions are probed, why, and what is lost without each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from tcpstuck_bpf.errors import CannotTraceError, UsageError
+from tcpstuck_bpf.model import CoverageGap
+from tcpstuck_bpf.typeinfo.graph import KernelTypes, Prototype
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One probed kernel function.
+
+    `parameters` is the number the fexit program was written for: its return value comes after
+    them. None where no return value is read, so that extra parameters do no harm.
+    `arguments` are those that the programs read, by position from 0: what they point to.
+    """
+
+    function: str
+    kprobe_entry: str | None
+    kprobe_return: str | None
+    fentry: bool
+    fexit: bool
+    parameters: int | None
+    arguments: Mapping[int, str]
+    required: bool
+    lost: str
+    raw_tracepoint: str | None = None
+    """The program where it is no function but a tracepoint; the same in every mode."""
+    typed_tracepoint: str | None = None
+    """The same program for kernels that say in BTF what a tracepoint's arguments are: cheaper."""
+
+    @property
+    def symbol(self) -> str:
+        """The function that /proc/kallsyms has where the kernel has it.
+
+        Of a tracepoint that is the one that calls its programs; `__tracepoint_NAME` is data, which
+        a kernel without CONFIG_KALLSYMS_ALL does not list.
+        """
+        return f"__traceiter_{self.function}" if self.raw_tracepoint else self.function
+
+    def serves(self, mode: str) -> bool:
+        """Whether it has a program in a mode, `fentry` or `kprobe`."""
+        if self.raw_tracepoint is not None:
+            return True
+        return self.fexit if mode == "fentry" else self.kprobe_return is not None
+
+
+_SOCKET_AND_PACKET = MappingProxyType({0: "struct sock", 1: "struct sk_buff"})
+_NONE_READ: Mapping[int, str] = MappingProxyType({})
+_PACKET_AND_MSS = MappingProxyType({0: "struct sk_buff", 1: ""})
+"""The second points to a number, whose type's name may change without harm."""
+
+PROBES = (
+    Probe(
+        "tcp_conn_request",
+        "tcp_conn_request_entry",
+        "tcp_conn_request_return",
+        fentry=True,
+        fexit=True,
+        parameters=None,
+        arguments=MappingProxyType({2: "struct sock", 3: "struct sk_buff"}),
+        required=True,
+        lost="no SYN is seen",
+    ),
+    Probe(
+        "cookie_v4_init_sequence",
+        "cookie_init_sequence_entry",
+        "cookie_init_sequence_return",
+        fentry=False,
+        fexit=True,
+        parameters=2,
+        arguments=_PACKET_AND_MSS,
+        required=True,
+        lost="no SYN cookie sent over IPv4 is seen",
+    ),
+    Probe(
+        "cookie_v4_check",
+        "cookie_check_entry",
+        "cookie_check_return",
+        fentry=True,
+        fexit=True,
+        parameters=2,
+        arguments=_SOCKET_AND_PACKET,
+        required=True,
+        lost="what became of an ACK over IPv4 is not seen",
+    ),
+    Probe(
+        "cookie_v6_init_sequence",
+        "cookie_init_sequence_entry",
+        "cookie_init_sequence_return",
+        fentry=False,
+        fexit=True,
+        parameters=2,
+        arguments=_PACKET_AND_MSS,
+        required=False,
+        lost="handshakes over IPv6 are not traced",
+    ),
+    Probe(
+        "cookie_v6_check",
+        "cookie_check_entry",
+        "cookie_check_return",
+        fentry=True,
+        fexit=True,
+        parameters=2,
+        arguments=_SOCKET_AND_PACKET,
+        required=False,
+        lost="what became of an ACK over IPv6 is not seen",
+    ),
+    Probe(
+        "tcp_check_req",
+        "tcp_check_req_entry",
+        "tcp_check_req_return",
+        fentry=True,
+        fexit=True,
+        parameters=None,
+        arguments=_SOCKET_AND_PACKET,
+        required=False,
+        lost="accept-queue overflows of ordinary handshakes are not counted",
+    ),
+    Probe(
+        "tcp_rcv_state_process",
+        None,
+        None,
+        fentry=False,
+        fexit=True,
+        parameters=2,
+        arguments=_SOCKET_AND_PACKET,
+        required=False,
+        lost="whether a new child socket reached ESTABLISHED is not counted by fentry",
+    ),
+    # tcp_rcv_state_process also runs in process context; see the program text why that is no
+    # place for a kprobe. This is its caller for new children alone, with bottom halves off.
+    Probe(
+        "tcp_child_process",
+        "tcp_child_process_entry",
+        "tcp_child_process_return",
+        fentry=False,
+        fexit=False,
+        parameters=3,
+        arguments=MappingProxyType({1: "struct sock"}),
+        required=False,
+        lost="whether a new child socket reached ESTABLISHED is not counted by kprobe",
+    ),
+)
+
+RESCUE_PROBES = (
+    Probe(
+        "tcp_make_synack",
+        None,
+        "tcp_make_synack_return",
+        fentry=False,
+        fexit=True,
+        parameters=6,
+        arguments=_NONE_READ,
+        required=True,
+        lost="no SYN-ACK can be repeated as it was",
+    ),
+    Probe(
+        "inet_csk_complete_hashdance",
+        None,
+        "inet_csk_complete_hashdance_return",
+        fentry=False,
+        fexit=True,
+        parameters=4,
+        arguments=_NONE_READ,
+        required=False,
+        lost="clients whose only handshakes were ordinary ones do not count as known",
+    ),
+)
+"""What --rescue needs besides."""
+
+KFREE_SKB = "kfree_skb"
+WHY_PROBES = (
+    Probe(
+        KFREE_SKB,
+        None,
+        None,
+        fentry=False,
+        fexit=False,
+        parameters=None,
+        arguments=_NONE_READ,
+        required=False,
+        lost="whether this host drops an ACK before TCP, and where, is not seen",
+        raw_tracepoint="packet_freed",
+        typed_tracepoint="packet_freed_typed",
+    ),
+)
+"""What tells where an ACK died; not with --no-why."""
+REASON_ARGUMENT = 2
+"""Of skb:kfree_skb's arguments, counted from 0; there since 5.17."""
+EVERY_PROBE = (*PROBES, *RESCUE_PROBES, *WHY_PROBES)
+
+_IPV6_PROBES = frozenset({"cookie_v6_init_sequence", "cookie_v6_check"})
+_MAKING_ENTRIES = frozenset({"cookie_v4_init_sequence", "cookie_v6_init_sequence"})
+
+
+KERNEL_COUNTERS = "kernel counters"
+"""Not a probe, but as optional as one: the programs' sight of LINUX_MIB_*."""
+OPTIONAL = (
+    *(probe.function for probe in (*PROBES, *WHY_PROBES) if not probe.required),
+    KERNEL_COUNTERS,
+)
+WITHOUT_VARIABLE = "TCPSTUCK_WITHOUT_PROBE"
+"""A test switch: optional probes to leave out, to see that only a declared gap comes of it."""
+
+_NO_REFUSALS: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class AttachRequest:
+    """How to attach; nothing of it changes what a recording means."""
+
+    types: KernelTypes | None = None
+    """Describes struct members and prototypes; None means the running kernel's own BTF."""
+    strict: bool = False
+    """Whether a coverage gap is fatal."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Optional probes that are not to be attached, and why."""
+    rescue: bool = False
+    """Whether SYN-ACKs are to be repeated, for which more has to be seen."""
+
+    why: bool = True
+    """Whether packets that are dropped before TCP are looked at."""
+
+    keep: bool = True
+    """Whether compiled programs are kept for the next start, and those that were are used."""
+    programs: str | None = None
+    """A directory of programs that were built elsewhere, to be used instead of the compiler."""
+
+    @property
+    def probes(self) -> tuple[Probe, ...]:
+        """What is to be attached."""
+        rescue = RESCUE_PROBES if self.rescue else ()
+        return (*PROBES, *rescue, *(WHY_PROBES if self.why else ()))
+
+
+ATTACH_ALL = AttachRequest()
+
+
+class ProbeRefusedError(CannotTraceError):
+    """The kernel has the function, and would not let a program onto it."""
+
+    def __init__(self, function: str, refusal: CannotTraceError) -> None:
+        super().__init__(f"{refusal.what}: {function}", refusal.why, refusal.remedy)
+        self.function = function
+
+
+def left_out(text: str) -> dict[str, str]:
+    """What WITHOUT_VARIABLE holds, names separated by commas, as AttachRequest wants it.
+
+    Raises UsageError for a name that is no optional probe's.
+    """
+    names = [name for name in text.split(",") if name]
+    for name in names:
+        if name not in OPTIONAL:
+            raise UsageError(
+                f"{WITHOUT_VARIABLE} names {name!r}",
+                "only an optional probe can be left out",
+                f"choose from {', '.join(OPTIONAL)}",
+            )
+    return dict.fromkeys(names, f"left out by {WITHOUT_VARIABLE}")
+
+
+def plan(
+    symbols: Collection[str],
+    refused: Mapping[str, str] = _NO_REFUSALS,
+    wanted: Sequence[Probe] = PROBES,
+) -> tuple[tuple[Probe, ...], tuple[CoverageGap, ...]]:
+    """The probes this kernel has functions for, and the gaps that the others leave.
+
+    `refused` are functions that cannot or shall not be probed, and why. Raises CannotTraceError
+    where a required function is missing or refused. IPv6 is all or nothing: a cookie seen without
+    the fate of its ACK would only accuse healthy clients.
+    """
+    why = {
+        probe.function: refused.get(probe.function, "the kernel has no such function")
+        for probe in wanted
+        if probe.symbol not in symbols or probe.function in refused
+    }
+    for probe in wanted:
+        if probe.required and probe.function in symbols and probe.function in refused:
+            raise CannotTraceError(
+                f"this kernel's {probe.function} is not as the programs need it",
+                f"{refused[probe.function]}; without it {probe.lost}",
+                "report it, with the kernel's version; a newer tcpstuck-trace may know it",
+            )
+        if probe in RESCUE_PROBES and probe.required and probe.function in why:
+            raise CannotTraceError(
+                f"this kernel has no function {probe.function} to probe",
+                f"without it {probe.lost}",
+                "leave out --rescue",
+            )
+        if probe.required and probe.function in why:
+            raise CannotTraceError(
+                f"this kernel has no function {probe.function} to probe",
+                f"without it {probe.lost}; it may lack CONFIG_SYN_COOKIES or have it inlined",
+                "use a kernel built with CONFIG_SYN_COOKIES=y",
+            )
+    for function in sorted(_IPV6_PROBES & why.keys()):
+        for other in _IPV6_PROBES - why.keys():
+            why[other] = f"of no use without {function}"
+    gaps = tuple(
+        CoverageGap(probe.function, why[probe.function], probe.lost)
+        for probe in wanted
+        if probe.function in why
+    )
+    return tuple(probe for probe in wanted if probe.function not in why), gaps
+
+
+def counter_gap(why: str) -> CoverageGap:
+    """What is lost where the programs cannot read LINUX_MIB_*."""
+    return CoverageGap(KERNEL_COUNTERS, why, "why an ACK was dropped or rejected is not known")
+
+
+def attach(
+    symbols: Collection[str],
+    request: AttachRequest,
+    has_counters: bool,
+    start: Callable[[tuple[Probe, ...]], str],
+    besides: tuple[CoverageGap, ...] = (),
+) -> tuple[str, tuple[Probe, ...], tuple[CoverageGap, ...]]:
+    """Attach every probe that can be: the mode, the probes, and the gaps that are left.
+
+    `start` attaches all it is given and returns the mode. An optional probe that it cannot
+    attach (ProbeRefusedError) becomes a gap, and the rest is tried again. `besides` are gaps that
+    are no probe's. Raises what `plan` and `start` raise, and CannotTraceError for any gap where the
+    request is strict.
+    """
+    refused = {**misread(request.types, request.probes), **request.left_out}
+    required = {probe.function for probe in request.probes if probe.required}
+    unseen = refused.get(KERNEL_COUNTERS, "__per_cpu_offset or LINUX_MIB_* is not to be seen")
+    while True:
+        probes, gaps = plan(symbols, refused, request.probes)
+        if not has_counters:
+            gaps = (*gaps, counter_gap(unseen))
+        gaps = (*gaps, *besides)
+        if request.strict and gaps:
+            raise CannotTraceError(
+                "not everything can be seen here, and --strict allows no gap",
+                "; ".join(f"no {gap.probe} ({gap.why}): {gap.lost}" for gap in gaps),
+                "leave out --strict, and the verdicts will say what they do not know",
+            )
+        try:
+            mode = start(probes)
+        except ProbeRefusedError as error:
+            if error.function in required:
+                raise
+            refused[error.function] = error.why
+            continue
+        unused = {probe.function for probe in request.probes if not probe.serves(mode)}
+        gaps = tuple(gap for gap in gaps if gap.probe not in unused)
+        return mode, of_mode(probes, mode), gaps
+
+
+def of_mode(wanted: Sequence[Probe], mode: str) -> tuple[Probe, ...]:
+    """Those that have a program in a mode, `fentry` or `kprobe`."""
+    return tuple(probe for probe in wanted if probe.serves(mode))
+
+
+def attach_order(wanted: Sequence[Probe], mode: str) -> tuple[Probe, ...]:
+    """Those that have a program in a mode, the ones that make entries of the table at the end.
+
+    While another one is still to be attached, what ends an entry would pass unseen: a client that
+    gets connected meanwhile would look stuck for ever.
+    """
+    return tuple(sorted(of_mode(wanted, mode), key=lambda probe: probe.function in _MAKING_ENTRIES))
+
+
+def misread_argument(probe: Probe, prototype: Prototype) -> str | None:
+    """Which argument is not where the programs read it, None where all are.
+
+    Programs attached in either mode know arguments by position alone: of one that moved they would
+    read something else and take it for a socket.
+    """
+    for position, kind in probe.arguments.items():
+        if position >= len(prototype.parameters):
+            return f"it has {len(prototype.parameters)} parameters, none at place {position + 1}"
+        found = prototype.parameters[position]
+        if not re.match(rf"(?:const |volatile )*{kind or '[^*(]+'} \*(?!\*)", found):
+            return f"parameter {position + 1} is `{found}`, no pointer to {kind or 'a number'}"
+    return None
+
+
+def misread(types: KernelTypes | None, wanted: Sequence[Probe] = PROBES) -> dict[str, str]:
+    """Functions whose arguments the programs would misread, and why.
+
+    One whose prototype is not described is believed to be as ever. Raises CannotTraceError where
+    the types are damaged.
+    """
+    found: dict[str, str] = {}
+    for probe in wanted:
+        described = types is not None and probe.raw_tracepoint is None
+        prototype = types.prototype(probe.function) if described and types is not None else None
+        why = None if prototype is None else misread_argument(probe, prototype)
+        if why is not None:
+            found[probe.function] = why
+    return found
+
+
+def fentry_obstacle(types: KernelTypes, probes: Collection[Probe]) -> str | None:
+    """Why fentry/fexit cannot be used for these probes, None where nothing speaks against it.
+
+    The described prototype counts, not the version: a parameter more shifts fexit's return value.
+    """
+    for probe in of_mode(tuple(probes), "fentry"):
+        if probe.raw_tracepoint is not None:
+            continue
+        count = types.parameter_count(probe.function)
+        if count is None:
+            return f"{probe.function} is not in the kernel's type information"
+        if probe.parameters is not None and count != probe.parameters:
+            return f"{probe.function} has {count} parameters, not {probe.parameters}"
+    return None
+
+
+def compiler_flags(probes: Collection[Probe]) -> list[str]:
+    """-D flags that leave out of the program text what this kernel cannot attach."""
+    return [f"-DPROBE_{probe.function}" for probe in probes]

@@ -1,0 +1,1 @@
+"""A run in a file, and back."""

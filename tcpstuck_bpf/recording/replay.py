@@ -1,0 +1,457 @@
+"""Recordings: the steps of a run as JSON Lines, and their way back.
+
+The first line is a header, the last one says that the run ended, where it came so far. What lies
+between is what the correlator was given, in order, so that a replay gives the identical verdicts. A
+sweep is written as its difference from the one before (`recorded_table`): a quiet table costs
+nothing. Numbers stay integers; keys and addresses are hexadecimal.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Union
+
+from tcpstuck_bpf import __version__
+from tcpstuck_bpf.errors import RecordingError
+from tcpstuck_bpf.files import OutputFile
+from tcpstuck_bpf.json_text import json_text
+from tcpstuck_bpf.model import (
+    Coverage,
+    CoverageGap,
+    Event,
+    KernelNames,
+    KernelWarning,
+    ListenerSeen,
+    Rescue,
+    Sweep,
+    Tally,
+    TraceFilter,
+    TraceSettings,
+)
+from tcpstuck_bpf.recording.table import (
+    RecordedTable,
+    address_of,
+    integer,
+)
+from tcpstuck_bpf.recording.values import (
+    event_of,
+    event_values,
+    listener_of,
+    listener_values,
+    names_of,
+    rescue_of,
+    rescue_values,
+    tally_of,
+    tally_values,
+    warning_of,
+    warning_values,
+)
+from tcpstuck_bpf.summary import WallClock, utc_text
+
+FORMAT = "tcpstuck-recording"
+VERSION = 1
+_LONGEST_HEADER_BYTES = 1 << 20
+_LONGEST_LINE_BYTES = 1 << 28
+"""A line holds a batch of the table (1 MB), or the rules of one firewall."""
+_ENDLESS_NUMBER = re.compile(rb"\d{1000}")
+"""Reading one takes the square of its length; Python refuses that itself from 3.10.7 on."""
+_TOO_LARGE = "takes more memory than there is"
+_MOST_ENTRIES = (1 << 32) - 1
+"""The most entries of a BPF map: max_entries of union bpf_attr."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What has to be known of a run besides its steps."""
+
+    settings: TraceSettings
+    coverage: Coverage
+    clock: WallClock
+    watched: str
+    table_capacity: int
+    own_netns: int | None = None
+    """The network namespace it was run in; None where that is not recorded."""
+    netns_names: Mapping[int, str] = field(default_factory=dict)
+    """Names that those of that machine had, by inode number."""
+
+
+class Observed(NamedTuple):
+    """Events came."""
+
+    events: tuple[Event, ...]
+
+
+class Swept(NamedTuple):
+    """The table was read."""
+
+    sweep: Sweep
+
+
+class Advanced(NamedTuple):
+    """The flows were brought up to this time, in ns."""
+
+    now_ns: int
+
+
+class TallyTaken(NamedTuple):
+    """Both sides' counters were read."""
+
+    tally: Tally
+
+
+class Named(NamedTuple):
+    """It became known what numbers of the kernel mean, of facts that come next."""
+
+    names: KernelNames
+
+
+class Rescued(NamedTuple):
+    """SYN-ACKs were repeated, or it became known who is not to be rescued."""
+
+    rescue: Rescue
+
+
+class Listened(NamedTuple):
+    """The listeners were looked at; those that had changed."""
+
+    listeners: tuple[ListenerSeen, ...]
+
+
+class Logged(NamedTuple):
+    """The kernel warned of full SYN queues."""
+
+    warnings: tuple[KernelWarning, ...]
+
+
+class Vanished(NamedTuple):
+    """Network namespaces that are gone, in which clients were stuck."""
+
+    now_ns: int
+    netns: tuple[int, ...]
+    until_ns: int | None = None
+    """Where another namespace has the number: when it still was that of the one that is gone. None:
+    nothing leads to one with that number any more."""
+
+
+class Ended(NamedTuple):
+    """The run ended."""
+
+    now_ns: int
+    losses: Mapping[str, int]
+    notes: tuple[str, ...]
+    cut_off: bool = False
+    """Whether the recording has no end, and `now_ns` is the last time in it."""
+
+
+Step = Union[
+    Observed, Swept, Advanced, TallyTaken, Rescued, Named, Listened, Logged, Vanished, Ended
+]
+
+
+class Recorder:
+    """Writes a recording. A full disk ends the recording, not the run.
+
+    The file appears with its header, in place of an older one, and grows by whole lines, each of
+    them written at once. So under its name there is always either what was there before or a
+    recording that can be replayed as far as it goes: a run that is killed has had no time to do
+    anything more, which is why it cannot appear at the end only. It holds the addresses of clients
+    and is for its owner alone (0600).
+
+    Raises RecordingError where the file cannot be created.
+    """
+
+    def __init__(self, path: str, header: Header) -> None:
+        self.failure: str | None = None
+        """Why the recording is incomplete; None while it is not."""
+        self._table = RecordedTable()
+        try:
+            self._file = OutputFile(path, 0o600)
+        except OSError as error:
+            raise _cannot_record(path, error) from error
+        self._write_line(_header_values(header))
+        try:
+            if self.failure is None:
+                self._file.appear()
+        except OSError as error:
+            self._file.close()
+            raise _cannot_record(path, error) from error
+
+    def write(self, step: Step) -> None:
+        """Add a step; after a failure nothing more is written."""
+        if self.failure is None:
+            self._write_line(self._values(step))
+
+    def close(self) -> None:
+        """Nothing more will come. Raises OSError where only this fails."""
+        try:
+            self._file.close()
+        except OSError as error:
+            if self.failure is None:
+                self.failure = str(error.strerror)
+                raise
+
+    def _write_line(self, values: Mapping[str, Any]) -> None:
+        try:
+            self._file.write(f"{json_text(values, (',', ':'))}\n".encode("ascii"))
+        except OSError as error:
+            self.failure = str(error.strerror)
+
+    def _values(self, step: Step) -> dict[str, Any]:
+        if isinstance(step, Observed):
+            return {"events": [event_values(event) for event in step.events]}
+        if isinstance(step, Swept):
+            return self._table.values_of(step.sweep)
+        if isinstance(step, Advanced):
+            return {"advance": step.now_ns}
+        if isinstance(step, TallyTaken):
+            return {"tally": tally_values(step.tally)}
+        if isinstance(step, Rescued):
+            return {"rescue": rescue_values(step.rescue)}
+        if isinstance(step, Named):
+            return {"names": step.names._asdict()}
+        if isinstance(step, Listened):
+            return {"listeners": [listener_values(one) for one in step.listeners]}
+        if isinstance(step, Logged):
+            return {"warnings": [warning_values(one) for one in step.warnings]}
+        if isinstance(step, Vanished):
+            known = {} if step.until_ns is None else {"until_ns": step.until_ns}
+            return {"vanished": step.now_ns, "netns": list(step.netns), **known}
+        return {"end": step.now_ns, "losses": dict(step.losses), "notes": list(step.notes)}
+
+
+def _cannot_record(path: str, error: OSError) -> RecordingError:
+    return RecordingError(
+        f"cannot record to {path}",
+        str(error.strerror),
+        "name a file in a directory that you may write to",
+    )
+
+
+def _header_values(header: Header) -> dict[str, Any]:
+    settings = asdict(header.settings)
+    address = header.settings.trace_filter.listener_address
+    settings["trace_filter"]["listener_address"] = None if address is None else address.hex()
+    coverage = asdict(header.coverage)
+    coverage["probes"] = sorted(header.coverage.probes)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "tool": __version__,
+        "settings": settings,
+        "coverage": coverage,
+        "clock": asdict(header.clock),
+        "watched": header.watched,
+        "table_capacity": header.table_capacity,
+        "own_netns": header.own_netns,
+        "netns_names": dict(header.netns_names),
+    }
+
+
+class Replay:
+    """Reads a recording, a line at a time. Raises RecordingError where the file is none.
+
+    A recording may lack its end: the run was killed, its disk was full, or it still goes on. What
+    is there counts, up to the last whole line; `cut_off` of the Ended that is made for it says so.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._lines_read = 0
+        self._table = RecordedTable()
+        try:
+            self._file: BinaryIO = Path(path).open("rb")  # noqa: SIM115  (closed by steps())
+            # What is no recording may be larger than the memory, or have no end.
+            first = self._file.readline(_LONGEST_HEADER_BYTES)
+        except OSError as error:
+            raise RecordingError(
+                f"cannot read the recording {path}",
+                str(error.strerror),
+                "name a file that --record has written",
+            ) from error
+        self._lines_read = 1
+        try:
+            self.header = self._header(first)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _header(self, line: bytes) -> Header:
+        values = self._decoded(line) if line.startswith(b"{") else {}
+        if values.get("format") != FORMAT:
+            raise RecordingError(
+                f"{self._path} is not a recording of tcpstuck-trace",
+                f'it does not begin with {{"format":"{FORMAT}"',
+                "name a file that --record has written",
+            )
+        version = values.get("version")
+        if not isinstance(version, int) or version > VERSION:
+            raise RecordingError(
+                f"{self._path} was written by a newer tcpstuck-trace",
+                f"its format is {version!r}, this version reads up to {VERSION}",
+                "replay it with that version, or a newer one",
+            )
+        try:
+            return _header(values)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise self._damaged() from error
+
+    def _damaged(self, why: str = "is not what a recording has there") -> RecordingError:
+        return RecordingError(
+            f"the recording {self._path} is damaged",
+            f"line {self._lines_read} {why}",
+            "record again",
+        )
+
+    def _decoded(self, line: bytes) -> dict[str, Any]:
+        if _ENDLESS_NUMBER.search(line):
+            raise self._damaged("has a number without an end")
+        try:
+            values = json.loads(line.decode("ascii"))
+        except (ValueError, RecursionError) as error:
+            if self._lines_read == 1:
+                return {}
+            raise self._damaged() from error
+        except MemoryError as error:
+            raise self._damaged(_TOO_LARGE) from error
+        if not isinstance(values, dict):
+            raise self._damaged()
+        return values
+
+    def _lines(self) -> Iterator[bytes]:
+        """Each whole line after the header. Only a line feed ends one."""
+        while True:
+            try:
+                line = self._file.readline(_LONGEST_LINE_BYTES)
+            except OSError as error:
+                raise self._damaged(f"cannot be read: {error.strerror}") from error
+            except MemoryError as error:
+                raise self._damaged(_TOO_LARGE) from error
+            self._lines_read += 1
+            if not line.endswith(b"\n"):
+                if len(line) >= _LONGEST_LINE_BYTES:
+                    raise self._damaged(f"has more than {_LONGEST_LINE_BYTES >> 20} MiB")
+                # What a killed run has left of a line does not count.
+                return
+            yield line
+
+    def steps(self) -> Iterator[Step]:
+        """The steps in order, an Ended the last. Raises RecordingError at the first damaged line.
+
+        To be called once.
+        """
+        step: Step | None = None
+        reached_ns: int | None = None
+        with self._file:
+            for line in self._lines():
+                values = self._decoded(line)
+                try:
+                    step = self._step(values)
+                    times = (reached_ns, _time_of(step))
+                except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+                    raise self._damaged() from error
+                except MemoryError as error:
+                    raise self._damaged(_TOO_LARGE) from error
+                reached_ns = max((one for one in times if one is not None), default=None)
+                if isinstance(step, Ended) and self._file.read(1):
+                    self._lines_read += 1
+                    raise self._damaged("comes after the one that ends a run")
+                yield step
+        if not isinstance(step, Ended):
+            yield self._broken_off(reached_ns)
+
+    def _broken_off(self, reached_ns: int | None) -> Ended:
+        if reached_ns is None:
+            raise RecordingError(
+                f"the recording {self._path} holds nothing",
+                "it breaks off before anything was traced: the recorder was killed, or its disk "
+                "was full",
+                "record again",
+            )
+        until = utc_text(self.header.clock.realtime(reached_ns))
+        note = (
+            f"the recording breaks off at {until}: its run was killed, its disk was full, or it "
+            "still goes on. What came later is not known, nor are the losses that are counted at "
+            "the end"
+        )
+        return Ended(reached_ns, {}, (note,), cut_off=True)
+
+    def _step(self, values: dict[str, Any]) -> Step:
+        if "events" in values:
+            return Observed(tuple(event_of(event) for event in values["events"]))
+        if "sweep" in values:
+            return Swept(self._table.sweep_of(values))
+        if "advance" in values:
+            return Advanced(integer(values["advance"]))
+        if "tally" in values:
+            return TallyTaken(tally_of(values["tally"]))
+        if "rescue" in values:
+            return Rescued(rescue_of(values["rescue"]))
+        if "names" in values:
+            return Named(names_of(values["names"]))
+        if "listeners" in values:
+            return Listened(tuple(map(listener_of, values["listeners"])))
+        if "warnings" in values:
+            return Logged(tuple(map(warning_of, values["warnings"])))
+        if "vanished" in values:
+            until_ns = None if "until_ns" not in values else integer(values["until_ns"])
+            netns = tuple(map(integer, values["netns"]))
+            return Vanished(integer(values["vanished"]), netns, until_ns)
+        losses = {str(name): integer(number) for name, number in values["losses"].items()}
+        return Ended(integer(values["end"]), losses, tuple(map(str, values["notes"])))
+
+
+def _time_of(step: Step) -> int | None:
+    """Until when a recording reaches that ends with this step; None where it does not tell."""
+    if isinstance(step, (Advanced, Vanished, Ended)):
+        return step.now_ns
+    if isinstance(step, Swept):
+        return step.sweep.time_ns
+    if isinstance(step, TallyTaken):
+        return step.tally.time_ns
+    if isinstance(step, Observed):
+        return max((event.time_ns for event in step.events), default=None)
+    return None
+
+
+def _header(values: dict[str, Any]) -> Header:
+    settings = dict(values["settings"])
+    wanted = dict(settings.pop("trace_filter"))
+    address = wanted.pop("listener_address")
+    trace_filter = TraceFilter(
+        ports=tuple(map(integer, wanted.pop("ports"))),
+        listener_address=None if address is None else address_of(address),
+        **wanted,
+    )
+    capacity = integer(values["table_capacity"])
+    if capacity > _MOST_ENTRIES:
+        raise ValueError(f"no table has {capacity} entries")
+    coverage = values["coverage"]
+    clock = values["clock"]
+    own_netns = values.get("own_netns")
+    return Header(
+        settings=TraceSettings(
+            trace_filter=trace_filter,
+            timeout_ns=integer(settings.pop("timeout_ns")),
+            max_handshakes=integer(settings.pop("max_handshakes")),
+            **settings,
+        ),
+        coverage=Coverage(
+            mode=str(coverage["mode"]),
+            probes=frozenset(map(str, coverage["probes"])),
+            gaps=tuple(
+                CoverageGap(str(gap["probe"]), str(gap["why"]), str(gap["lost"]))
+                for gap in coverage["gaps"]
+            ),
+        ),
+        clock=WallClock(integer(clock["monotonic_ns"]), integer(clock["realtime_ns"])),
+        watched=str(values["watched"]),
+        table_capacity=capacity,
+        own_netns=None if own_netns is None else integer(own_netns),
+        netns_names={
+            int(number): str(name) for number, name in values.get("netns_names", {}).items()
+        },
+    )

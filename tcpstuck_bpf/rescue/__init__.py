@@ -1,0 +1,1 @@
+"""Who gets a SYN-ACK once more, and how it is sent."""

@@ -1,0 +1,48 @@
+"""What the user allows the rescue to do. Pure."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from typing import Union
+
+from tcpstuck_bpf.model import address_bytes
+from tcpstuck_bpf.rescue.pacing import TokenBucket
+
+IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+_MAPPED = ipaddress.IPv6Network((address_bytes("0.0.0.0"), 96))
+
+
+@dataclass(frozen=True)
+class RescuePolicy:
+    """What the user allows. Raises ValueError for a rate below 1."""
+
+    include_unknown: bool = False
+    """Silent clients of addresses that never completed a handshake, too."""
+    rate: int = 100
+    """SYN-ACKs per second, and how many at once."""
+    rate_per_address: int = 20
+    """The same for the silent clients of one address."""
+    excluded: tuple[IPNetwork, ...] = ()
+    after_expiry: bool = False
+    """Also when the cookie may have expired, and the client would get an RST."""
+
+    def __post_init__(self) -> None:
+        for rate in (self.rate, self.rate_per_address):
+            TokenBucket(rate)
+
+    def excludes(self, address: bytes) -> bool:
+        """Whether nothing may be sent to an address (16 bytes).
+
+        An IPv4 client is meant by a network of IPv4-mapped addresses too, but not by ::/0.
+        """
+        ip = ipaddress.IPv6Address(address)
+        if ip not in _MAPPED:
+            return any(ip in network for network in self.excluded)
+        return any(
+            ip.ipv4_mapped in network
+            if isinstance(network, ipaddress.IPv4Network)
+            else network.subnet_of(_MAPPED) and ip in network
+            for network in self.excluded
+        )

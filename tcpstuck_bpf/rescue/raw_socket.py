@@ -1,0 +1,122 @@
+"""Sends finished IP packets from inside network namespaces, through raw sockets."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+import struct
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from types import TracebackType
+
+from tcpstuck_bpf.ending import close_all
+from tcpstuck_bpf.host import netns
+from tcpstuck_bpf.model import FourTuple
+
+MAX_SOCKETS = 64
+KEPT_FOR_NS = 2_000_000_000
+_LINK_LOCAL = ipaddress.IPv6Network("fe80::/10")
+# Python names these two only in part (linux/in.h, linux/in6.h).
+_IP_PKTINFO = 8
+_IPV6_FREEBIND = 78
+
+_ControlMessage = tuple[int, int, bytes]
+
+
+def _raw_socket(family: socket.AddressFamily) -> socket.socket:
+    # IPPROTO_RAW: the packet has its IP header (raw(7)), and nothing is ever received.
+    made = socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)
+    if family == socket.AF_INET6:
+        # A server's address need not be an interface's (an AnyIP route, a transparent proxy);
+        # for IPv4 the header that comes with the packet says so much (inet_sk_flowi_flags).
+        made.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
+    made.setblocking(False)
+    return made
+
+
+def _from_server(four_tuple: FourTuple) -> _ControlMessage:
+    """Has the packet routed as one from the server's address.
+
+    The kernel does not look for that in the header that it is given, and rules by source may
+    decide which uplink a client is answered by.
+    """
+    if four_tuple.family == 4:
+        source = struct.pack("=I4s4s", 0, four_tuple.server_address[12:], bytes(4))
+        return (socket.IPPROTO_IP, _IP_PKTINFO, source)
+    source = struct.pack("=16sI", four_tuple.server_address, 0)
+    return (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, source)
+
+
+class Resender:
+    """Keeps a socket for each namespace and family, for KEPT_FOR_NS.
+
+    A socket stays in the namespace it was opened in, and keeps that alive, with its network
+    devices. So none stays open for long, not even while it is in use: where the namespace has been
+    removed, there is no way back into it. `close_old` is to be called every now and then.
+    `clock_ns` is any monotonic clock.
+    """
+
+    def __init__(self, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._clock_ns = clock_ns
+        self._sockets: OrderedDict[tuple[int, int], tuple[socket.socket, int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._sockets)
+
+    def __enter__(self) -> Resender:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def send(self, four_tuple: FourTuple, packet: bytes) -> None:
+        """Send a packet, IP header included, to the client of a 4-tuple, in its namespace.
+
+        The calling thread stays in its own namespace. Raises OSError where the namespace is gone
+        or cannot be entered, the kernel refuses the packet, or the address means nothing without
+        an interface (RFC 4007), which nobody has noted.
+        """
+        if ipaddress.IPv6Address(four_tuple.client_address) in _LINK_LOCAL:
+            raise OSError(errno.EINVAL, "a link-local address, and its interface is not known")
+        try:
+            place = (four_tuple.client_ip, 0)
+            self._socket(four_tuple).sendmsg([packet], [_from_server(four_tuple)], 0, place)
+        except BlockingIOError as error:
+            raise OSError(errno.ENOBUFS, "the socket's send buffer is full") from error
+
+    def _socket(self, four_tuple: FourTuple) -> socket.socket:
+        key = (four_tuple.netns, four_tuple.family)
+        kept = self._sockets.get(key)
+        if kept is not None:
+            return kept[0]
+        family = socket.AF_INET if four_tuple.family == 4 else socket.AF_INET6
+        opened = netns.run_in(four_tuple.netns, lambda: _raw_socket(family))
+        if len(self._sockets) >= MAX_SOCKETS:
+            self._close_oldest()
+        self._sockets[key] = (opened, self._clock_ns())
+        return opened
+
+    def _close_oldest(self) -> None:
+        _, (oldest, _) = self._sockets.popitem(last=False)
+        oldest.close()
+
+    def close_old(self) -> None:
+        """Close the sockets that were opened KEPT_FOR_NS ago."""
+        now_ns = self._clock_ns()
+        while self._sockets:
+            _, opened_ns = next(iter(self._sockets.values()))
+            if now_ns - opened_ns < KEPT_FOR_NS:
+                return
+            self._close_oldest()
+
+    def close(self) -> None:
+        """Close every socket; a later `send` would open one again. Raises OSError after all."""
+        sockets, self._sockets = self._sockets, OrderedDict()
+        close_all(one.close for one, _ in sockets.values())

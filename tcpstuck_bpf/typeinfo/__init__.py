@@ -1,0 +1,1 @@
+"""What a kernel says of its types, running or in a file."""

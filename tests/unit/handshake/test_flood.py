@@ -1,0 +1,180 @@
+"""What looks like a SYN flood and what does not, and what is told of it in numbers and lines."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+
+from tcpstuck_bpf.handshake import flood
+from tcpstuck_bpf.handshake.flood import FLOOD_SILENT, MANY_SILENT, FloodWatch
+from tcpstuck_bpf.output.export import summary_line, verdict_line
+from tcpstuck_bpf.output.render import TableRenderer
+from tcpstuck_bpf.output.writers import JsonOutput, Selection, TableOutput
+from tcpstuck_bpf.summary import WallClock
+from tests.builders import SECOND_NS, START_NS
+from tests.flood_world import Client, FloodWorld, client, real, spoofed, with_dropped_ack
+
+CLOCK = WallClock(START_NS, 1_700_000_000 * SECOND_NS)
+
+
+def one_sender(number: int, seconds: float = 1) -> list[Client]:
+    return spoofed(number, seconds, port=lambda _, n: 1024 + n)
+
+
+def later(clients: list[Client], seconds: float) -> list[Client]:
+    def moved(one: Client) -> Client:
+        time_ns = one.entry.first_syn_ns + round(seconds * SECOND_NS)
+        return one._replace(entry=one.entry._replace(first_syn_ns=time_ns, last_syn_ns=time_ns))
+
+    return [moved(one) for one in clients]
+
+
+@pytest.mark.parametrize(("number", "suspected"), [(FLOOD_SILENT, 0), (FLOOD_SILENT + 1, 101)])
+def test_as_many_as_the_rescue_takes_for_a_flood_look_like_one(number: int, suspected: int) -> None:
+    assert FloodWorld(one_sender(number)).watch().flood_suspected == suspected
+
+
+def test_a_flood_is_possible_and_nobody_is_stuck() -> None:
+    world = FloodWorld(one_sender(500))
+    summary = world.watch()
+    assert (summary.still_stuck, summary.ever_stuck, summary.flood_suspected) == (0, 0, 500)
+    assert summary.verdicts == {"ack-missing": 500, "completed": 0}
+    told = world.told[-1]
+    assert (told.verdict, told.stuck, told.certainty) == ("ack-missing", False, "possible")
+    assert any("source ports count up" in sentence for sentence in told.evidence)
+
+
+@pytest.mark.parametrize(("acks_a_second", "suspected"), [(0, 0), (5, 3000), (200, 0)])
+def test_many_without_a_pattern_are_a_flood_only_beside_few_acks_of_others(
+    acks_a_second: int, suspected: int
+) -> None:
+    """None: perhaps nobody's ACK gets here. As many: perhaps one of several ways loses them."""
+    assert FloodWorld(spoofed(3000, 5), acks_a_second).watch().flood_suspected == suspected
+
+
+def test_so_many_as_may_be_real_are_no_flood_without_a_pattern() -> None:
+    assert FloodWorld(real(MANY_SILENT - 1, MANY_SILENT - 1, 1), 5).watch().flood_suspected == 0
+
+
+def test_one_port_for_all_is_no_pattern() -> None:
+    clients = spoofed(500, 1, port=lambda *_: 5060)
+    assert FloodWorld(clients).watch().still_stuck == 500
+
+
+def test_who_was_told_before_the_flood_was_seen_is_told_anew() -> None:
+    world = FloodWorld(one_sender(200, 2))
+    while not world.told:
+        world.look()
+    early = list(world.told)
+    assert early
+    assert {finding.stuck for finding in early} == {True}
+    summary = world.watch()
+    corrected = [finding for finding in world.told if finding.updates == "ack-missing"]
+    assert {f.four_tuple for f in corrected} == {f.four_tuple for f in early}
+    assert {f.flood_suspected for f in corrected} == {True}
+    assert (summary.still_stuck, summary.ever_stuck, summary.flood_suspected) == (0, 0, 200)
+
+
+def test_an_address_that_answers_later_was_stuck_all_the_time() -> None:
+    clients = one_sender(500)
+    world = FloodWorld(clients)
+    world.watch()
+    who = clients[7]
+    same_address = client(
+        int.from_bytes(who.four_tuple.client_address[-4:], "big"), 50_000, 1, world.now_ns + 1
+    )
+    world.clients.append(with_dropped_ack(same_address))
+    summary = world.watch()
+    assert world.at_last[who.four_tuple].stuck
+    assert world.at_last[who.four_tuple].updates == "ack-missing"
+    assert (summary.still_stuck, summary.flood_suspected) == (2, 499)
+
+
+def test_a_client_that_repeats_its_syn_is_none_of_a_flood() -> None:
+    clients = one_sender(500)
+    world = FloodWorld(clients)
+    world.watch()
+    who, entry = world.clients[0]
+    entry = entry._replace(syn_count=2, last_syn_ns=world.now_ns)
+    world.clients[0] = Client(who, entry)
+    world.look()
+    assert world.at_last[who].stuck
+    assert world.summary().flood_suspected == 499
+
+
+def test_a_lonely_client_after_a_flood_is_likely_stuck() -> None:
+    lonely = later(real(1, 1, 0), 15)
+    world = FloodWorld([*one_sender(500), *lonely])
+    assert world.watch().still_stuck == 1
+    assert world.at_last[lonely[0].four_tuple].certainty == "likely"
+
+
+def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MAX_ADDRESSES", "MAX_LISTENERS", "MAX_SECONDS", "MAX_REVISED"):
+        monkeypatch.setattr(flood, name, 20)
+    watch = FloodWatch()
+    for n, (who, entry) in enumerate(one_sender(2000, 200)):
+        at_one_of_many = who._replace(server_port=n % 50)
+        watch.note(at_one_of_many, entry)
+        watch.note_real(who)
+        watch.note_acks(n, entry.first_syn_ns, n)
+        watch.settle()
+    kept = (watch._listeners, watch._sources, watch._real, watch._acks)
+    assert [len(one) for one in kept] == [20] * 4
+
+
+def table(world: FloodWorld, *, only: tuple[str, ...] = ()) -> str:
+    stream = io.StringIO()
+    renderer = TableRenderer(
+        clock=CLOCK, width=200, colour=False, verbose=True, own_netns=None, netns_names={}
+    )
+    output = TableOutput(stream, renderer, Selection(only, nothing=False))
+    summary = world.watch()
+    output.findings(world.told)
+    output.summary(summary)
+    return stream.getvalue()
+
+
+def test_the_table_has_one_line_for_a_flood_and_says_what_is_stuck() -> None:
+    stuck = [with_dropped_ack(one) for one in real(2, 1, 1)]
+    shown = table(FloodWorld([*one_sender(20_000, 4), *stuck]))
+    (line,) = (line for line in shown.splitlines() if line.startswith("... "))
+    assert line.startswith("... 20 000 silent SYNs, 5 000 a second at 192.0.2.1:3311")
+    assert shown.count("!ack-failed") == 2
+    assert "\n2 connections are stuck; 20 000 silent SYNs look like a flood\n" in shown
+    assert "ack-missing (flood suspected)         20 000  likely not" in shown
+
+
+def test_a_flood_alone_is_nothing_stuck() -> None:
+    shown = table(FloodWorld(one_sender(20_000, 4)))
+    assert "\nnothing stuck; 20 000 silent SYNs look like a flood\n" in shown
+
+
+def test_a_long_flood_has_a_line_every_ten_seconds() -> None:
+    shown = table(FloodWorld(one_sender(3000, 25)))
+    assert shown.count("... ") == 3
+
+
+def test_only_shows_no_flood_but_corrections_of_what_it_showed() -> None:
+    world = FloodWorld(one_sender(200, 2))
+    while not world.told:
+        world.look()
+    before = len(world.told)
+    world.watch()
+    chosen = Selection(("ack-missing",), nothing=False).of(world.told)
+    assert len(world.told) == 200 + before
+    assert len(chosen) == 2 * before
+
+
+def test_json_has_each_of_a_flood() -> None:
+    world = FloodWorld(one_sender(300))
+    summary = world.watch()
+    stream = io.StringIO()
+    JsonOutput(stream, CLOCK, Selection((), nothing=False)).findings(world.told)
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert sum(line["flood_suspected"] for line in lines) >= 300
+    assert json.loads(verdict_line(world.told[-1], CLOCK))["stuck"] is False
+    last = json.loads(summary_line(summary, CLOCK))
+    assert (last["stuck"], last["ever_stuck"], last["flood_suspected"]) == (0, 0, 300)

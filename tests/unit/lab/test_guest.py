@@ -1,0 +1,375 @@
+"""The pure parts of the guest harness, and its native half against processes of known behaviour."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import dataclasses
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lab.guests import machine, run
+from lab.guests.run import GuestError, GuestOptions, run_in_guest
+
+words = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
+KERNEL = Path("/cache/boot/vmlinuz-1")
+CONTROL = Path("/tmp/control")
+THE_COMMAND = ("-m", "lab", "guest", "--native", "always", "--timeout", "30")
+ANOTHER_PROGRAM = (
+    "-c",
+    """
+import sys
+from lab.guests.run import GuestOptions, run_in_guest, write_through
+options = GuestOptions(native="always", timeout_s=30)
+run_in_guest(sys.argv[2:], options=options, stdout_sink=write_through(sys.stdout))
+""",
+)
+
+
+def virtme(options: GuestOptions, use_kvm: bool = False) -> list[str]:
+    return machine.virtme_arguments(
+        options, kernel=KERNEL, busybox=Path("/cache/busybox"), control=CONTROL, use_kvm=use_kvm
+    )
+
+
+def following(arguments: list[str], name: str) -> list[str]:
+    return [after for before, after in zip(arguments, arguments[1:]) if before == name]
+
+
+def parsed(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    run.add_parser(parser.add_subparsers())
+    return parser.parse_args(["guest", *arguments])
+
+
+def native(code: str, environment: dict[str, str] | None = None) -> run.GuestResult:
+    settings = GuestOptions(native="always", timeout_s=30.0, environment=environment or {})
+    return run_in_guest([sys.executable, "-c", code], options=settings)
+
+
+class TestCommandLine:
+    @given(st.lists(words, min_size=1, max_size=5), words)
+    def test_shell_hands_over_every_word_and_setting_unchanged(
+        self, arguments: list[str], value: str
+    ) -> None:
+        line = machine.command_line(["/usr/bin/printf", r"%s\0", *arguments], {"SETTING": value})
+        shown = subprocess.run(["/bin/bash", "-c", line], capture_output=True, check=True).stdout
+        assert shown == b"".join(word.encode() + b"\0" for word in arguments)
+        settings = subprocess.run(
+            ["/bin/bash", "-c", machine.command_line(["/usr/bin/env", "-0"], {"A": value})],
+            capture_output=True,
+            check=True,
+        ).stdout
+        assert settings == f"A={value}\0".encode()
+
+    def test_guest_sees_nothing_of_the_hosts_environment(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOST_ONLY", "1")
+        assert "HOST_ONLY" not in machine.guest_environment({})
+        assert machine.guest_environment({"PATH": "/x"})["PATH"] == "/x"
+
+    @given(words.filter(lambda name: bool(name)))
+    def test_boot_script_is_valid_shell_whatever_the_paths(self, name: str) -> None:
+        share = Path("/srv") / name.replace("/", "_")
+        script = machine.boot_script(["true"], GuestOptions(shares=(share,)), share)
+        subprocess.run(["/bin/bash", "-n"], input=script.encode(), check=True)
+        assert f"cd {shlex.quote(str(share))}" in script
+
+
+class TestVirtmeArguments:
+    def test_qemu_options_come_last_because_they_swallow_the_rest(self) -> None:
+        arguments = virtme(GuestOptions())
+        swallowed = arguments[arguments.index("--qemu-opts") + 1 :]
+        assert swallowed == machine.qemu_arguments(GuestOptions(), CONTROL, KERNEL)
+
+    def test_kernel_and_size_are_passed_on(self) -> None:
+        arguments = virtme(GuestOptions(cpus=3, memory="768M"))
+        assert following(arguments, "--kimg") == [str(KERNEL)]
+        assert following(arguments, "--cpus") == ["3"]
+        assert following(arguments, "--memory") == ["768M"]
+
+    @pytest.mark.parametrize(
+        ("use_kvm", "icount", "disabled"),
+        [(True, False, False), (True, True, True), (False, False, True), (False, True, True)],
+    )
+    def test_kvm_is_off_unless_it_works_and_no_clock_counts(
+        self, use_kvm: bool, icount: bool, disabled: bool
+    ) -> None:
+        arguments = virtme(GuestOptions(icount=icount), use_kvm)
+        assert ("--disable-kvm" in arguments) is disabled
+
+    def test_instruction_clock_has_one_cpu_whatever_was_asked(self) -> None:
+        arguments = virtme(GuestOptions(icount=True, cpus=4))
+        assert following(arguments, "--cpus") == ["1"]
+        assert following(arguments, "-icount") == [machine.INSTRUCTION_CLOCK]
+        assert "-icount" not in virtme(GuestOptions())
+
+    def test_only_control_and_shares_can_be_written(self) -> None:
+        share = Path("/srv/out")
+        exports = following(virtme(GuestOptions(shares=(share,))), "-virtfs")
+        writable = [export for export in exports if "readonly=on" not in export]
+        assert len(exports) == len(writable) + 1
+        assert {export.split(",")[1] for export in writable} == {f"path={CONTROL}", f"path={share}"}
+
+    def test_every_share_is_mounted_under_the_tag_it_is_exported_with(self) -> None:
+        options = GuestOptions(shares=(Path("/srv/a"), Path("/srv/b")))
+        script = machine.boot_script(["true"], options, Path("/"))
+        for export in following(virtme(options), "-virtfs"):
+            settings = dict(part.split("=", 1) for part in export.split(",")[1:])
+            mounted_by = script + virtme_script(options)
+            assert f" {settings['mount_tag']} " in mounted_by
+        assert script.index("/srv/a") < script.index("/srv/b")
+
+    def test_a_view_is_exported_read_only_and_mounted_under_its_tag(self) -> None:
+        options = GuestOptions(views=(Path("/srv/a b"), Path("/srv/c")))
+        script = machine.boot_script(["true"], options, Path("/"))
+        exports = [one for one in following(virtme(options), "-virtfs") if "lab.view" in one]
+        assert [export.split(",")[1] for export in exports] == ["path=/srv/a b", "path=/srv/c"]
+        for export in exports:
+            assert export.endswith(",readonly=on")
+            (tag,) = (part for part in export.split(",") if part.startswith("mount_tag="))
+            assert f" {tag.split('=')[1]} " in script
+        subprocess.run(["/bin/bash", "-n"], input=script.encode(), check=True)
+
+    def test_a_tree_of_another_suite_gets_the_modules_of_the_kernel_it_runs_under(self) -> None:
+        own = GuestOptions(root=Path("/srv/tree"), kernel=KERNEL)
+        (export,) = (one for one in following(virtme(own), "-virtfs") if "lab.modules" in one)
+        assert f"path={KERNEL.parent.parent}/lib/modules," in export
+        assert export.endswith(",readonly=on")
+        assert "lab.modules" in machine.boot_script(["true"], own, Path("/"))
+        for place in (
+            *virtme(GuestOptions()),
+            machine.boot_script(["true"], GuestOptions(), Path("/")),
+        ):
+            assert "lab.modules" not in place
+
+    def test_a_comma_in_a_path_does_not_end_the_option(self) -> None:
+        exports = following(virtme(GuestOptions(shares=(Path("/srv/a,readonly=on"),))), "-virtfs")
+        assert "path=/srv/a,,readonly=on,mount_tag=" in exports[-1]
+
+    def test_every_port_the_script_uses_is_made(self) -> None:
+        devices = following(virtme(GuestOptions()), "-device")
+        names = {device.split("name=")[1].split(",")[0] for device in devices if "name=" in device}
+        assert names == {f"lab.{port}" for port in machine.STREAM_PORTS}
+        script = machine.boot_script(["true"], GuestOptions(), Path("/"))
+        assert "/dev/virtio-ports/lab.stdout" in script
+        assert "/dev/virtio-ports/lab.stderr" in script
+        assert "/dev/virtio-ports/lab.dev_$stream" in script
+
+    def test_kernel_command_line_has_room_for_the_first_script(self) -> None:
+        """x86's COMMAND_LINE_SIZE is 2048 bytes; virtme-ng's own arguments take about 700."""
+        assert len(base64.b64encode(virtme_script(GuestOptions()).encode())) < 1000
+
+
+def virtme_script(options: GuestOptions) -> str:
+    return following(virtme(options), "--script-sh")[0]
+
+
+class TestArguments:
+    def test_command_may_contain_options_and_dashes(self) -> None:
+        arguments = parsed("--cpus", "4", "--", "sh", "-c", "exit 3", "--", "--cpus")
+        assert arguments.command == ["--", "sh", "-c", "exit 3", "--", "--cpus"]
+        assert run.options_from(arguments).cpus == 4
+
+    def test_everything_reaches_the_options(self, tmp_path: Path) -> None:
+        image = tmp_path / "vmlinuz"
+        options = run.options_from(
+            parsed(
+                *("--kernel", str(image), "--memory", "512M", "--icount", "--share", str(tmp_path)),
+                *("--root", str(tmp_path), "--view", str(tmp_path)),
+                *("--timeout", "1.5", "--native", "never", "--env", "A=b=c", "--env", "D="),
+                *("--", "true"),
+            )
+        )
+        assert options == GuestOptions(
+            kernel=image,
+            root=tmp_path,
+            memory="512M",
+            icount=True,
+            shares=(tmp_path,),
+            views=(tmp_path,),
+            timeout_s=1.5,
+            native="never",
+            environment={"A": "b=c", "D": ""},
+        )
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            ("--cpus", "0"),
+            ("--cpus", "two"),
+            ("--memory", "2"),
+            ("--memory", "0G"),
+            ("--timeout", "0"),
+            ("--timeout", "nan"),
+            ("--timeout", "inf"),
+            ("--env", "A"),
+            ("--env", "1A=b"),
+            ("--env", "A;rm=b"),
+            ("--native", "maybe"),
+        ],
+    )
+    def test_wrong_use_is_refused_before_anything_boots(self, wrong: tuple[str, str]) -> None:
+        with pytest.raises(SystemExit) as refusal:
+            parsed(*wrong, "--", "true")
+        assert refusal.value.code == 2
+
+
+class TestNativeChoice:
+    @pytest.mark.parametrize(
+        ("mode", "refusal", "expected"),
+        [
+            ("auto", None, True),
+            ("auto", "lockdown", False),
+            ("always", "lockdown", True),
+            ("never", None, False),
+        ],
+    )
+    def test_follows_the_trial_unless_told(
+        self, mode: str, refusal: str | None, expected: bool
+    ) -> None:
+        assert run.choose_native(GuestOptions(native=mode), lambda: refusal) is expected
+
+    @pytest.mark.parametrize(
+        "wish",
+        [
+            GuestOptions(icount=True),
+            GuestOptions(kernel=KERNEL),
+            GuestOptions(root=Path("/srv/tree")),
+        ],
+    )
+    def test_what_only_a_guest_has_is_never_run_natively(self, wish: GuestOptions) -> None:
+        assert run.choose_native(wish, lambda: None) is False
+        with pytest.raises(GuestError):
+            run.choose_native(dataclasses.replace(wish, native="always"), lambda: None)
+
+
+class TestNativeRun:
+    """The same pump and time limit that a guest's streams go through."""
+
+    def test_streams_stay_apart_and_the_status_comes_back(self) -> None:
+        result = native("import sys; print('out'); print('err', file=sys.stderr); sys.exit(7)")
+        assert (result.status, result.stdout, result.stderr) == (7, b"out\n", b"err\n")
+        assert result.native
+        assert not result.timed_out
+
+    def test_a_signal_is_128_and_its_number(self) -> None:
+        result = native("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+        assert result.status == 128 + 9
+
+    def test_more_than_a_pipe_holds_arrives_whole(self) -> None:
+        size = 1 << 20
+        result = native(
+            f"import sys; sys.stdout.write('x' * {size}); sys.stderr.write('y' * {size})"
+        )
+        assert result.stdout == b"x" * size
+        assert result.stderr == b"y" * size
+
+    def test_environment_is_added(self) -> None:
+        value = "a b'c\"$d\n"
+        result = native(
+            "import os; print(os.environ['SETTING'], end='')", environment={"SETTING": value}
+        )
+        assert result.stdout == value.encode()
+
+    def test_time_limit_ends_the_command_and_what_it_started(self, tmp_path: Path) -> None:
+        pipe = tmp_path / "held"
+        os.mkfifo(pipe)
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        code = (
+            "import os, signal\n"
+            f"os.open({str(pipe)!r}, os.O_WRONLY)\n"
+            "os.fork()\n"
+            "print('started', flush=True)\n"
+            "signal.pause()"
+        )
+        began = time.monotonic()
+        result = run_in_guest(
+            [sys.executable, "-c", code], options=GuestOptions(native="always", timeout_s=2.0)
+        )
+        assert result.timed_out
+        assert result.status == run.TIMEOUT_STATUS
+        assert b"started" in result.stdout
+        assert 2.0 <= time.monotonic() - began < 20.0
+        os.set_blocking(reader, True)
+        # End of file only once every process that held the other end is gone.
+        assert os.read(reader, 1) == b""
+        os.close(reader)
+
+    def test_a_process_left_behind_neither_delays_nor_survives(self, tmp_path: Path) -> None:
+        pipe = tmp_path / "held"
+        os.mkfifo(pipe)
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        code = (
+            f"import os, signal\nos.open({str(pipe)!r}, os.O_WRONLY)\nos.fork() or signal.pause()"
+        )
+        result = native(code)
+        assert (result.status, result.timed_out) == (0, False)
+        os.set_blocking(reader, True)
+        assert os.read(reader, 1) == b""
+        os.close(reader)
+
+    def test_sinks_get_the_pieces_as_they_come(self) -> None:
+        pieces: list[bytes] = []
+        result = run_in_guest(
+            [sys.executable, "-c", "print(1)"],
+            options=GuestOptions(native="always"),
+            stdout_sink=pieces.append,
+        )
+        assert b"".join(pieces) == b"1\n"
+        assert result.stdout == b""
+
+
+class TestCommand:
+    """`python -m lab guest` as a process, natively."""
+
+    @staticmethod
+    def start(code: str, through: Sequence[str] = THE_COMMAND) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, *through, "--", sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=Path(__file__).resolve().parents[3],
+        )
+
+    def test_a_reader_that_leaves_ends_it_without_a_traceback(self) -> None:
+        with self.start("while True: print('x' * 1000)") as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            process.stdout.read(1)
+            process.stdout.close()
+            assert process.stderr.read() == b""
+            assert process.wait(30) == 128 + signal.SIGPIPE
+
+    @pytest.mark.parametrize("through", [THE_COMMAND, ANOTHER_PROGRAM])
+    def test_a_request_to_end_ends_the_command_too(
+        self, tmp_path: Path, through: Sequence[str]
+    ) -> None:
+        pipe = tmp_path / "held"
+        os.mkfifo(pipe)
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        code = (
+            "import os, signal\n"
+            f"os.open({str(pipe)!r}, os.O_WRONLY)\n"
+            "print('started', flush=True)\n"
+            "signal.pause()"
+        )
+        with self.start(code, through) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"started\n"
+            process.terminate()
+            assert process.wait(30) == 128 + signal.SIGTERM
+        os.set_blocking(reader, True)
+        assert os.read(reader, 1) == b""
+        os.close(reader)
