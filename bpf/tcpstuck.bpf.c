@@ -13,15 +13,15 @@
  *
  * On PREEMPT_RT only a lock of local_bh_disable()'s keeps packets of one CPU apart, and where it is
  * not taken (SOFTIRQS_INTERLEAVE) one may come between another's entry and return. Each task has a
- * scratch of its own then. What is left is a declared gap, softirq_gaps in tcpstuck_bpf/softirqs.py:
- * by fentry the kernel runs no program that a packet of the same CPU is in the midst of, and its
+ * scratch of its own then. What is left is a declared gap (softirq_gaps in kernel/softirqs.py): by
+ * fentry the kernel runs no program that a packet of the same CPU is in the midst of, and its
  * counters, too, are per CPU.
  *
  * All in one text, because BCC translates map accesses only in the text it is given, not in what
  * that includes.
  *
- * KERNEL_LAYOUT_H is generated from the kernel's BTF (tcpstuck_bpf/layout.py): structs that hold
- * only the members named here, at their true offsets.
+ * KERNEL_LAYOUT_H is generated from the kernel's BTF (kernel/layout.py): structs that hold only the
+ * members named here, at their true offsets.
  */
 #include <uapi/linux/ptrace.h>
 #include KERNEL_LAYOUT_H

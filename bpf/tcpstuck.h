@@ -219,9 +219,9 @@ struct netns_counts {
 };
 
 /*
- * Both ends of the handshake that a start tries its programs by (tcpstuck_bpf/trial.py), in network
- * order: 127.83.89.78. Other instances pass it over. No namespace has the number that the filter of
- * the one which tries is set to meanwhile.
+ * Both ends of the handshake that a start tries its programs by (tcpstuck_bpf/kernel/trial.py), in
+ * network order: 127.83.89.78. Other instances pass it over. No namespace has the number that the
+ * filter of the one which tries is set to meanwhile.
  */
 #define TRIAL_ADDRESS 0x4e59537fU /* in memory, little-endian */
 #define NOBODYS_NETNS 0xffffffffU

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from tcpstuck_bpf.handshake.correlate import Correlator
 from tcpstuck_bpf.handshake.flow import FlowReport, State
-from tcpstuck_bpf.host.kernel_log import WarningHistory
 from tcpstuck_bpf.judge.backlog_history import ListenerHistory
 from tcpstuck_bpf.judge.drop_cause import NO_NAMES
+from tcpstuck_bpf.judge.kernel_warnings import WarningHistory
 from tcpstuck_bpf.judge.reconcile import missed_runs_note, reconcile, total_counted, unseen_acks
 from tcpstuck_bpf.judge.verdict import (
     NO_ROOM_FOR_UPDATE,
@@ -37,7 +37,7 @@ from tcpstuck_bpf.model import (
     Tally,
     living_of,
 )
-from tcpstuck_bpf.recording.replay import (
+from tcpstuck_bpf.steps import (
     Advanced,
     Ended,
     Header,

@@ -24,6 +24,7 @@ from tcpstuck_bpf.host.netns_numbers import NetnsNumbers
 from tcpstuck_bpf.judge.verdict import Finding
 from tcpstuck_bpf.model import (
     NOT_KNOWN,
+    SECOND_NS,
     Attempt,
     Coverage,
     Event,
@@ -41,15 +42,14 @@ from tcpstuck_bpf.model import (
     Tally,
     living_of,
 )
-from tcpstuck_bpf.recording.replay import (
+from tcpstuck_bpf.recording.replay import Recorder, Replay
+from tcpstuck_bpf.steps import (
     Advanced,
     Ended,
     Listened,
     Logged,
     Named,
     Observed,
-    Recorder,
-    Replay,
     Rescued,
     Step,
     Swept,
@@ -63,7 +63,6 @@ if TYPE_CHECKING:
 
 Told = TypeVar("Told")
 
-SECOND_NS = 1_000_000_000
 LONGEST_POLL_NS = SECOND_NS // 5
 LAST_READING_NS = SECOND_NS
 """The end of a run waits so long at most for rules that are being read."""

@@ -44,7 +44,8 @@ from tcpstuck_bpf.options import as_written, build_parser
 from tcpstuck_bpf.output.explain import explanation, verdict_list
 from tcpstuck_bpf.output.render import TableRenderer, watching
 from tcpstuck_bpf.output.writers import JsonOutput, Selection, TableOutput
-from tcpstuck_bpf.recording.replay import Header, Recorder, Replay
+from tcpstuck_bpf.recording.replay import Recorder, Replay
+from tcpstuck_bpf.steps import Header
 from tcpstuck_bpf.summary import Summary
 
 if TYPE_CHECKING:

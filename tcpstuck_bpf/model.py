@@ -487,6 +487,11 @@ class ListenerFacts(NamedTuple):
         """Whose they are."""
         return listener_id(self.netns, self.socket, self.server_address, self.server_port)
 
+    @property
+    def suffered(self) -> bool:
+        """Whether a queue was too short for anyone, or cookies were sent."""
+        return bool(self.cookies_sent or self.syns_refused or self.acks_refused)
+
 
 class ListenerSeen(NamedTuple):
     """A listener's facts, and what user space knows of it."""
@@ -581,3 +586,6 @@ class TraceSettings:
     tell_healthy: bool = False
     probe_mode: str = "auto"
     max_handshakes: int = 131_072
+
+
+SECOND_NS = 1_000_000_000

@@ -3,53 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import datetime, timezone
 from typing import NamedTuple
 
 from tcpstuck_bpf.judge.backlog import ListenerReport
+from tcpstuck_bpf.judge.reconcile import Reconciled
 from tcpstuck_bpf.model import CoverageGap
-
-
-def utc_text(realtime_ns: int) -> str:
-    """RFC 3339, UTC, microseconds. Integers only: a float cannot hold today's nanoseconds."""
-    seconds, nanoseconds = divmod(realtime_ns, 1_000_000_000)
-    moment = datetime.fromtimestamp(seconds, timezone.utc).replace(tzinfo=None)
-    return f"{moment.isoformat(timespec='seconds')}.{nanoseconds // 1000:06}Z"
-
-
-@dataclass(frozen=True)
-class WallClock:
-    """One pair of clock readings taken at the same moment, in ns.
-
-    It turns CLOCK_MONOTONIC times into UTC; a recording keeps it, so that a replay prints the
-    times of the recorded run.
-    """
-
-    monotonic_ns: int
-    realtime_ns: int
-
-    def realtime(self, monotonic_ns: int) -> int:
-        """Nanoseconds since the epoch (UTC) at a CLOCK_MONOTONIC time."""
-        return self.realtime_ns + monotonic_ns - self.monotonic_ns
-
-
-class Reconciled(NamedTuple):
-    """One kernel counter of one namespace beside what was traced of it, in the traced period."""
-
-    netns: int
-    counter: str
-    """TcpExt name, for example SyncookiesSent."""
-    traced: int
-    """Inside the filters."""
-    outside: int
-    """Seen by the probes, left out by the filters."""
-    kernel: tuple[int, int] | None
-    """Lowest and highest figure the kernel's counter allows; None where it is unknown."""
-    agrees: bool | None
-    """None where it cannot be told."""
-    note: str
-    """Why it is unknown, differs, or is a lower bound; empty where there is nothing to say."""
 
 
 class Status(NamedTuple):

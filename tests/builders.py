@@ -31,8 +31,7 @@ from tcpstuck_bpf.model import (
     TraceSettings,
     address_bytes,
 )
-from tcpstuck_bpf.recording.replay import Header, Vanished
-from tcpstuck_bpf.summary import WallClock
+from tcpstuck_bpf.steps import Header, Vanished, WallClock
 
 SECOND_NS = 1_000_000_000
 START_NS = 1_000 * SECOND_NS

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.judge.verdict import Finding
 from tcpstuck_bpf.model import FourTuple, Handshake, NetnsCount, Row, Sweep, SweepPart, Tally
-from tcpstuck_bpf.recording.replay import Advanced, Ended, Swept, TallyTaken
+from tcpstuck_bpf.steps import Advanced, Ended, Swept, TallyTaken
 from tcpstuck_bpf.summary import Summary
 from tests.builders import SECOND_NS, START_NS, TIMEOUT_NS, four_tuple, handshake, header
 

@@ -10,8 +10,7 @@ import heapq
 from collections import Counter
 from collections.abc import Callable
 
-from tcpstuck_bpf.handshake.flow import SECOND_NS
-from tcpstuck_bpf.model import ATTEMPT_SENT, Attempt, FourTuple, HandshakeId, Moved
+from tcpstuck_bpf.model import ATTEMPT_SENT, SECOND_NS, Attempt, FourTuple, HandshakeId, Moved
 from tcpstuck_bpf.rescue.candidate import MAX_TRIES
 from tcpstuck_bpf.rescue.planner import Plan, Rescuer
 from tcpstuck_bpf.rescue.policy import RescuePolicy

@@ -8,7 +8,7 @@ import struct
 import subprocess
 from pathlib import Path
 
-from tcpstuck_bpf.kernel import bpf_syscall
+from tcpstuck_bpf.host import bpf_syscall
 
 KVM_LIMIT_S = 10.0
 """A kernel without a root file system panics about 1 s after power-on where KVM works."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tcpstuck_bpf.doctor import machine_report, render
-from tcpstuck_bpf.doctor.kernel_report import KernelReport, changes, describe
 from tcpstuck_bpf.errors import UsageError
+from tcpstuck_bpf.kernel.kernel_report import KernelReport, changes, describe
 
 
 def consult(

@@ -9,19 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from tcpstuck_bpf.app import Source
-from tcpstuck_bpf.doctor.kernel_report import KernelReport, describe
 from tcpstuck_bpf.ending import Ending
 from tcpstuck_bpf.errors import CannotTraceError
-from tcpstuck_bpf.host import netns
-from tcpstuck_bpf.kernel import bpf_syscall, features
+from tcpstuck_bpf.host import bpf_syscall, kallsyms, netns
+from tcpstuck_bpf.kernel import features
 from tcpstuck_bpf.kernel.kept_files import KeptFiles, cache_directory
+from tcpstuck_bpf.kernel.kernel_report import KernelReport, describe
 from tcpstuck_bpf.kernel.layout import PER_CPU_OFFSET_SYMBOL
 from tcpstuck_bpf.kernel.probes import EVERY_PROBE
 from tcpstuck_bpf.kernel.softirqs import BH_LOCK_OPTION, softirq_gaps
-from tcpstuck_bpf.model import SOFTIRQ_LOCK, CoverageGap, TraceSettings
+from tcpstuck_bpf.model import SOFTIRQ_LOCK, Coverage, CoverageGap, TraceSettings
 from tcpstuck_bpf.typeinfo.btf import RUNNING_KERNEL, read_running_kernel
 from tcpstuck_bpf.typeinfo.graph import KernelTypes
 
@@ -29,7 +28,19 @@ OK, NOTE, NO = "ok", "note", "NO"
 MODES = ("fentry", "kprobe")
 TRIAL_HANDSHAKES = 1024
 
-OpenSource = Callable[[TraceSettings], Source]
+
+class Attached(Protocol):
+    """Programs that are attached: what `kernel.source.KernelSource` has of it."""
+
+    @property
+    def coverage(self) -> Coverage:
+        """What they see, and what they do not."""
+
+    def close(self) -> None:
+        """Detach them."""
+
+
+OpenSource = Callable[[TraceSettings], Attached]
 
 SYNCOOKIES = {
     0: "no cookie is ever sent: a full queue drops SYNs",
@@ -88,7 +99,7 @@ def examine(open_source: OpenSource, bcc_version: Callable[[], str]) -> MachineR
     """Look at this machine. Raises nothing for what it lacks: that is what it reports."""
     types, types_check = _types()
     trials = {mode: _try(open_source, mode) for mode in MODES}
-    names = features.function_symbols([probe.symbol for probe in EVERY_PROBE]) or None
+    names = kallsyms.function_symbols([probe.symbol for probe in EVERY_PROBE]) or None
     source = f"{RUNNING_KERNEL} (BTF)" if types is not None else "no type information"
     return MachineReport(
         kernel=describe(os.uname().release, source, types, names),
@@ -235,7 +246,7 @@ def _locked_memory() -> Check:
 def _counters() -> Check:
     why = "tells why an ACK was dropped or rejected; without it that is a coverage gap"
     try:
-        _, address = features.read_symbols((), PER_CPU_OFFSET_SYMBOL)
+        _, address = kallsyms.read_symbols((), PER_CPU_OFFSET_SYMBOL)
     except CannotTraceError as error:
         return Check("kernel counters", NOTE, f"{error.what}: {error.why}", why, error.remedy)
     if address is None:

@@ -23,7 +23,6 @@ from typing import NamedTuple
 from tcpstuck_bpf.handshake.flood import FloodWatch
 from tcpstuck_bpf.handshake.flow import (
     ENDED_STATES,
-    SECOND_NS,
     SILENT_STATES,
     STUCK_STATES,
     Decision,
@@ -41,6 +40,7 @@ from tcpstuck_bpf.handshake.flow import (
 )
 from tcpstuck_bpf.handshake.timeline import build_timeline
 from tcpstuck_bpf.model import (
+    SECOND_NS,
     Ending,
     Event,
     EventKind,

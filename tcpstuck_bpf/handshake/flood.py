@@ -18,8 +18,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import TypeVar
 
-from tcpstuck_bpf.model import FourTuple, Handshake, HandshakeId
-from tcpstuck_bpf.rescue.pacing import SECOND_NS
+from tcpstuck_bpf.model import SECOND_NS, FourTuple, Handshake, HandshakeId
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")

@@ -14,11 +14,10 @@ import enum
 import functools
 from typing import NamedTuple, TypeVar
 
-from tcpstuck_bpf.model import Attempt, Ending, Event, EventKind, FourTuple, Handshake
+from tcpstuck_bpf.model import SECOND_NS, Attempt, Ending, Event, EventKind, FourTuple, Handshake
 
 Shared = TypeVar("Shared", bytes, int)
 
-SECOND_NS = 1_000_000_000
 SEGMENTS_KEPT_AT_EACH_END = 8
 SYNS_OF_A_REPEATING_CLIENT = 3
 

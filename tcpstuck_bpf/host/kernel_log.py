@@ -13,11 +13,8 @@ import contextlib
 import errno
 import os
 import re
-from collections import deque
-from collections.abc import Sequence
 
-from tcpstuck_bpf.handshake.flow import SECOND_NS, TimelineEntry
-from tcpstuck_bpf.model import CoverageGap, KernelWarning, address_bytes
+from tcpstuck_bpf.model import SECOND_NS, CoverageGap, KernelWarning, address_bytes
 
 PATH = "/dev/kmsg"
 RECORD_BYTES = 8192
@@ -26,9 +23,6 @@ RECORDS_AT_ONCE = 1000
 """More than that wait for the next time: a kernel that does not stop talking holds nobody up."""
 CLOCKS_AGREE_NS = SECOND_NS
 """A record is read at once; where its stamp is further from that, its clock has drifted."""
-CONCERNED_NS = 60 * SECOND_NS
-"""How long after the warning a handshake may begin that it still explains."""
-MAX_WARNINGS = 256
 
 _RECORD = re.compile(
     rb"\d+,\d+,(?P<stamp>\d+),[^;]*;"
@@ -101,40 +95,3 @@ def warning_of(record: bytes, now_ns: int) -> KernelWarning | None:
         address=address,
         text=match["text"].decode("utf-8", "backslashreplace").strip(),
     )
-
-
-class WarningHistory:
-    """The warnings of a run, as many of the latest as may still concern somebody. Pure."""
-
-    def __init__(self) -> None:
-        self._warnings: deque[KernelWarning] = deque(maxlen=MAX_WARNINGS)
-
-    def take(self, warnings: Sequence[KernelWarning]) -> None:
-        """More of them."""
-        self._warnings += warnings
-
-    def added_to(
-        self,
-        timeline: tuple[TimelineEntry, ...],
-        endpoint: tuple[bytes, int],
-        first_syn_ns: int,
-        until_ns: int,
-    ) -> tuple[TimelineEntry, ...]:
-        """A handshake's timeline with those that concern its listener, at their time.
-
-        `endpoint` is the address and port that it listens at.
-        """
-        address, port = endpoint
-        lines = [
-            TimelineEntry(warning.time_ns, "kernel's log", warning.text)
-            for warning in self._warnings
-            if first_syn_ns - CONCERNED_NS <= warning.time_ns <= until_ns
-            and warning.port == port
-            and _reaches(warning.address, address)
-        ]
-        return tuple(sorted((*timeline, *lines))) if lines else timeline
-
-
-def _reaches(listening: bytes | None, address: bytes) -> bool:
-    """Whether what listens at one address may be reached at another; None and :: mean any."""
-    return listening in (None, address, address_bytes("0.0.0.0"), address_bytes("::"))

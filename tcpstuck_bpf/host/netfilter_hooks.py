@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tcpstuck_bpf.kernel.bpf_syscall import RefusedError, bpf, bpf_answering
+from tcpstuck_bpf.host.bpf_syscall import RefusedError, bpf, bpf_answering
 from tcpstuck_bpf.model import DropRule
 
 _OWN_NET = Path("/proc/thread-self/net")

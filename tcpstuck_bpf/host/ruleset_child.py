@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from tcpstuck_bpf.host import netfilter_hooks, netns
+from tcpstuck_bpf.host import kallsyms, netfilter_hooks, netns
 from tcpstuck_bpf.host.netns_cookie import own_cookie
 from tcpstuck_bpf.host.programs import ENVIRONMENT, find_program
 from tcpstuck_bpf.host.ruleset_text import (
@@ -32,7 +32,6 @@ from tcpstuck_bpf.host.ruleset_text import (
     reachable,
     xtables_rules,
 )
-from tcpstuck_bpf.kernel import features
 from tcpstuck_bpf.model import DropRule, Ruleset
 
 CPU_LIMIT_S = 60
@@ -153,7 +152,7 @@ class _Reading:
 
     def read_nftables(self) -> None:
         """If nf_tables is in use."""
-        if _MODULE.exists() or features.function_symbols([_BUILT_INTO_KERNEL]):
+        if _MODULE.exists() or kallsyms.function_symbols([_BUILT_INTO_KERNEL]):
             self.read(("nft", "-j", "list", "ruleset"), nftables_rules, self.problems)
 
     def read_legacy(self) -> None:

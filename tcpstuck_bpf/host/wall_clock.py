@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 
-from tcpstuck_bpf.summary import WallClock
+from tcpstuck_bpf.steps import WallClock
 
 TRIES = 5
 """Pairs read, of which the one whose readings are closest together counts."""

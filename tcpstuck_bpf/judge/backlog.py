@@ -82,13 +82,8 @@ class ListenerReport(NamedTuple):
 
     @property
     def suffered(self) -> bool:
-        """Whether there is something to tell of it; see `suffered`."""
-        return suffered(self.facts)
-
-
-def suffered(facts: ListenerFacts) -> bool:
-    """Whether a queue was too short for anyone, or cookies were sent."""
-    return bool(facts.cookies_sent or facts.syns_refused or facts.acks_refused)
+        """Whether there is something to tell of it."""
+        return self.facts.suffered
 
 
 def merged(several: Sequence[ListenerFacts]) -> ListenerFacts:

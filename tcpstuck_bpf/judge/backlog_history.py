@@ -13,7 +13,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
-from tcpstuck_bpf.judge.backlog import ListenerReport, SynNeed, report, suffered
+from tcpstuck_bpf.judge.backlog import ListenerReport, SynNeed, report
 from tcpstuck_bpf.model import (
     CoverageGap,
     Ending,
@@ -74,7 +74,7 @@ class ListenerHistory:
 
     def _end(self, listener: ListenerId, before: ListenerSeen) -> None:
         """Figures never go back: these are another listener's, or the entry was made room of."""
-        if suffered(before.facts):
+        if before.facts.suffered:
             self._ended.append((before, self._highest([listener])))
         if len(self._ended) > MAX_ENDED:
             self._ended.popleft()
@@ -87,7 +87,7 @@ class ListenerHistory:
         excess = len(self._seen) - MAX_LISTENERS
         if excess <= 0:
             return
-        by_worth = sorted(self._seen, key=lambda listener: suffered(self._seen[listener].facts))
+        by_worth = sorted(self._seen, key=lambda listener: self._seen[listener].facts.suffered)
         for listener in by_worth[:excess]:
             del self._seen[listener]
             self._heights.pop(listener, None)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from tcpstuck_bpf.handshake.flow import (
-    SECOND_NS,
     STUCK_STATES,
     FlowFlags,
     FlowReport,
@@ -26,7 +25,7 @@ from tcpstuck_bpf.handshake.timeline import (
 )
 from tcpstuck_bpf.judge.drop_cause import Drop
 from tcpstuck_bpf.judge.netfilter import rule_text
-from tcpstuck_bpf.model import Ending, EventKind, Handshake, Moved
+from tcpstuck_bpf.model import SECOND_NS, Ending, EventKind, Handshake, Moved
 
 MILLISECOND_NS = 1_000_000
 _SUSPECTS_NAMED = 4

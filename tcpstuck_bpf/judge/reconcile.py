@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 from tcpstuck_bpf.model import (
     CROWDED_NETNS,
@@ -18,7 +19,25 @@ from tcpstuck_bpf.model import (
     NetnsCounts,
     Tally,
 )
-from tcpstuck_bpf.summary import Reconciled
+
+
+class Reconciled(NamedTuple):
+    """One kernel counter of one namespace beside what was traced of it, in the traced period."""
+
+    netns: int
+    counter: str
+    """TcpExt name, for example SyncookiesSent."""
+    traced: int
+    """Inside the filters."""
+    outside: int
+    """Seen by the probes, left out by the filters."""
+    kernel: tuple[int, int] | None
+    """Lowest and highest figure the kernel's counter allows; None where it is unknown."""
+    agrees: bool | None
+    """None where it cannot be told."""
+    note: str
+    """Why it is unknown, differs, or is a lower bound; empty where there is nothing to say."""
+
 
 _PAIRS: tuple[tuple[str, NetnsCount, NetnsCount, tuple[str, ...]], ...] = (
     (

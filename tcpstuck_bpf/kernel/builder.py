@@ -10,9 +10,9 @@ import platform
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from tcpstuck_bpf.doctor.kernel_report import describe
 from tcpstuck_bpf.errors import CannotTraceError, UsageError
 from tcpstuck_bpf.files import write_whole
+from tcpstuck_bpf.host import kallsyms
 from tcpstuck_bpf.kernel import features, probes
 from tcpstuck_bpf.kernel.compilation import (
     Compilation,
@@ -21,6 +21,7 @@ from tcpstuck_bpf.kernel.compilation import (
 )
 from tcpstuck_bpf.kernel.description import KernelDescription, describe_running
 from tcpstuck_bpf.kernel.kept_files import PROGRAMS
+from tcpstuck_bpf.kernel.kernel_report import describe
 from tcpstuck_bpf.kernel.layout import PER_CPU_OFFSET_SYMBOL, find_layout
 from tcpstuck_bpf.kernel.probes import AttachRequest, Probe
 from tcpstuck_bpf.kernel.softirqs import softirq_gaps
@@ -42,7 +43,7 @@ def build(directory: Path, images: Sequence[str], request: AttachRequest) -> Ite
     _make(directory)
     if not images:
         types = request.types or read_running_kernel()
-        symbols, _ = features.read_symbols(
+        symbols, _ = kallsyms.read_symbols(
             [probe.symbol for probe in request.probes], PER_CPU_OFFSET_SYMBOL
         )
         yield from _build(directory, [describe_running(types, None)], symbols, request)

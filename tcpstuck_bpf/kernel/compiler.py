@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from tcpstuck_bpf.errors import CannotTraceError, TcpstuckError
+from tcpstuck_bpf.host.bpf_syscall import map_shape
 from tcpstuck_bpf.kernel import artifact
 from tcpstuck_bpf.kernel.artifact import Artifact, MapShape, Program
-from tcpstuck_bpf.kernel.bpf_syscall import map_shape
 from tcpstuck_bpf.kernel.compilation import PROGRAM_TEXT, REFUSED_STATUS
 
 # BCC optimizes what clang hands it, so clang need not do the same before; and nobody debugs the

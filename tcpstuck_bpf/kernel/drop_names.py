@@ -6,22 +6,19 @@ was observed: a recording has to name them on another machine too.
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
+from tcpstuck_bpf.host.kallsyms import place_names
 from tcpstuck_bpf.judge.drop_cause import NO_NAMES, is_by_netfilter
 from tcpstuck_bpf.model import Handshake, KernelNames, Row, Ruleset
 from tcpstuck_bpf.typeinfo.graph import KernelTypes
 
-_SYMBOLS = Path("/proc/kallsyms")
 _REASON_PREFIX = "SKB_DROP_REASON_"
 _NO_REASONS = ("SUBSYS_", "MAX")
 """What other enums with that prefix have (include/net/dropreason.h), and what is no reason."""
 _SUBSYSTEM_SHIFT = 16
 _REASONS_OF_THE_PROGRAMS = ("NO_SOCKET", "PACKET_SOCK_ERROR")
-_FUNCTION_KINDS = frozenset(b"tTwW")
 
 
 def reason_names(types: KernelTypes) -> Mapping[int, str]:
@@ -54,35 +51,6 @@ def reason_defines(names: Mapping[int, str]) -> str:
     known = {name: number for number, name in names.items() if name in _REASONS_OF_THE_PROGRAMS}
     lines = ["KFREE_SKB_HAS_REASON", *(f"REASON_{name} {value}" for name, value in known.items())]
     return "".join(f"#define {line}\n" for line in lines)
-
-
-def place_names(addresses: Iterable[int]) -> dict[int, str]:
-    """Kernel addresses as `symbol+0x1f`, those of modules too; one that is hidden in hexadecimal.
-
-    Source: /proc/kallsyms, read anew because modules come and go.
-    """
-    try:
-        lines = _SYMBOLS.read_bytes().splitlines()
-    except OSError:
-        lines = []
-    symbols = sorted(_functions(lines))
-    starts = [start for start, _ in symbols]
-    found = {}
-    for address in addresses:
-        index = bisect.bisect_right(starts, address) - 1
-        found[address] = f"{address:#x}"
-        if index >= 0:
-            start, name = symbols[index]
-            found[address] = f"{name}+{address - start:#x}"
-    return found
-
-
-def _functions(lines: Iterable[bytes]) -> Iterator[tuple[int, str]]:
-    """Address and name of each; addresses read as 0 where they are hidden."""
-    for line in lines:
-        address, kind, name = line.split(maxsplit=2)
-        if kind[0] in _FUNCTION_KINDS and address.strip(b"0"):
-            yield int(address, 16), name.split()[0].decode("ascii", "backslashreplace")
 
 
 class Rules(Protocol):

@@ -10,7 +10,6 @@ import gzip
 import os
 import re
 import resource
-from collections.abc import Collection
 from pathlib import Path
 
 from tcpstuck_bpf.errors import CannotTraceError
@@ -31,7 +30,6 @@ RELEVANT_CAPABILITIES = {
 
 _KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe/type")
 _LOCKDOWN = Path("/sys/kernel/security/lockdown")
-_SYMBOLS = Path("/proc/kallsyms")
 
 
 def _effective_capabilities() -> int:
@@ -179,39 +177,3 @@ def fentry_obstacle() -> str | None:
     if Path(RUNNING_KERNEL).is_file():
         return None
     return f"BCC finds the functions in {RUNNING_KERNEL}, which this kernel does not have"
-
-
-def function_symbols(functions: Collection[str]) -> frozenset[str]:
-    """Functions in /proc/kallsyms that are one of `functions`, or one with a compiler's suffix.
-
-    Empty where it cannot be read.
-    """
-    try:
-        symbols = _SYMBOLS.read_bytes()
-    except OSError:
-        return frozenset()
-    names = "|".join(map(re.escape, functions)).encode()
-    found = re.findall(rb"^\S+ [tTwW] ((?:%s)(?:\.[\w.]+)?)$" % names, symbols, re.MULTILINE)
-    return frozenset(name.decode("ascii") for name in found)
-
-
-def read_symbols(functions: Collection[str], data_symbol: str) -> tuple[frozenset[str], int | None]:
-    """Which of `functions` the kernel has, and the address of `data_symbol` (None if hidden).
-
-    Source: /proc/kallsyms, whose addresses read as zero without CAP_SYSLOG or with
-    kptr_restrict=2. Raises CannotTraceError where it cannot be read.
-    """
-    try:
-        symbols = _SYMBOLS.read_bytes()
-    except OSError as error:
-        raise CannotTraceError(
-            "the kernel's symbol table cannot be read",
-            f"{_SYMBOLS}: {error.strerror}",
-            "use a kernel built with CONFIG_KALLSYMS=y and mount /proc",
-        ) from error
-    found = frozenset(name for name in functions if b" " + name.encode() + b"\n" in symbols)
-    line_end = symbols.find(b" " + data_symbol.encode() + b"\n")
-    if line_end < 0:
-        return found, None
-    line_start = symbols.rfind(b"\n", 0, line_end) + 1
-    return found, int(symbols[line_start:line_end].split()[0], 16) or None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from tcpstuck_bpf import wire
-from tcpstuck_bpf.judge.backlog import suffered
 from tcpstuck_bpf.kernel.maps import BpfMap
 from tcpstuck_bpf.model import ListenerFacts
 
@@ -52,7 +51,7 @@ class ListenerTable:
         entries = self._table.shape.entries
         if 4 * len(self._values) <= 3 * entries:
             return
-        idle = [key for key in self._values if not suffered(facts[key])]
+        idle = [key for key in self._values if not facts[key].suffered]
         leaving = idle[: len(self._values) - entries // 2]
         self.let_go += len(leaving)
         self._remove(leaving)

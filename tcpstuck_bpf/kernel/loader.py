@@ -9,9 +9,10 @@ import os
 from collections.abc import Mapping
 
 from tcpstuck_bpf.ending import close_all
-from tcpstuck_bpf.kernel import artifact, bpf_syscall
+from tcpstuck_bpf.host import bpf_syscall
+from tcpstuck_bpf.host.bpf_syscall import RefusedError
+from tcpstuck_bpf.kernel import artifact
 from tcpstuck_bpf.kernel.artifact import Artifact, Program
-from tcpstuck_bpf.kernel.bpf_syscall import RefusedError
 from tcpstuck_bpf.kernel.maps import BpfMap
 
 _PROGRAM_TYPES = {

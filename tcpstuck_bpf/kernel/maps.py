@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tcpstuck_bpf.host.bpf_syscall import RefusedError, bpf, bpf_answering
 from tcpstuck_bpf.kernel.artifact import MapShape
-from tcpstuck_bpf.kernel.bpf_syscall import RefusedError, bpf, bpf_answering
 
 _LOOKUP, _UPDATE, _DELETE, _NEXT_KEY, _LOOKUP_AND_DELETE, _LOOKUP_BATCH = 1, 2, 3, 4, 21, 24
 """enum bpf_cmd."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tcpstuck_bpf.kernel import features
+from tcpstuck_bpf.host import kallsyms
 from tcpstuck_bpf.kernel.artifact import DamagedError
 from tcpstuck_bpf.kernel.kept_files import FACTS, KeptFiles
 from tcpstuck_bpf.typeinfo import btf, graph
@@ -154,14 +154,14 @@ class RunningKernel:
     def symbols(
         self, functions: Collection[str], data_symbol: str
     ) -> tuple[frozenset[str], int | None]:
-        """See `features.read_symbols`.
+        """See `kallsyms.read_symbols`.
 
         What was missing is looked for anew: a module may have brought it, or the address may have
         been hidden from the one who asked before.
         """
         known = self._answers
         if not known.functions.issuperset(functions) or data_symbol not in known.addresses:
-            found, address = features.read_symbols(functions, data_symbol)
+            found, address = kallsyms.read_symbols(functions, data_symbol)
             self._learnt |= not known.functions.issuperset(found)
             known.functions |= found
             if address is not None:

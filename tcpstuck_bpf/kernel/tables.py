@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from tcpstuck_bpf import wire
 from tcpstuck_bpf.errors import CannotTraceError
-from tcpstuck_bpf.kernel.bpf_syscall import RefusedError
+from tcpstuck_bpf.host.bpf_syscall import RefusedError
 from tcpstuck_bpf.kernel.listener_table import ListenerTable
 from tcpstuck_bpf.kernel.maps import NOEXIST, BpfMap
 from tcpstuck_bpf.kernel.netns_counts import CountsTable

@@ -9,9 +9,11 @@ from typing import Any
 
 from tcpstuck_bpf.json_text import json_text
 from tcpstuck_bpf.judge.backlog import MAX_SYN_BACKLOG, SOMAXCONN, SYNCOOKIES, ListenerReport
+from tcpstuck_bpf.judge.reconcile import Reconciled
 from tcpstuck_bpf.judge.verdict import Finding
 from tcpstuck_bpf.model import Attempt
-from tcpstuck_bpf.summary import Reconciled, RescueTotals, Summary, WallClock, utc_text
+from tcpstuck_bpf.steps import WallClock, utc_text
+from tcpstuck_bpf.summary import RescueTotals, Summary
 
 FORMAT = 1
 

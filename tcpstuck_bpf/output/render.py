@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 
-from tcpstuck_bpf.handshake.flow import SECOND_NS
 from tcpstuck_bpf.handshake.timeline import attempt_text
 from tcpstuck_bpf.judge.evidence import duration_text
 from tcpstuck_bpf.judge.verdict import RULES, Finding
-from tcpstuck_bpf.model import CROWDED_NETNS, GONE_NETNS, Attempt
-from tcpstuck_bpf.summary import RescueTotals, Status, Summary, WallClock
+from tcpstuck_bpf.model import CROWDED_NETNS, GONE_NETNS, SECOND_NS, Attempt
+from tcpstuck_bpf.steps import WallClock
+from tcpstuck_bpf.summary import RescueTotals, Status, Summary
 from tcpstuck_bpf.terminal import BOLD, PLAIN, RED, printable
 
 SHOWN_AT_ONCE = 1000

@@ -10,7 +10,8 @@ from tcpstuck_bpf.judge.verdict import Finding
 from tcpstuck_bpf.model import Attempt
 from tcpstuck_bpf.output.export import attempt_line, listener_line, summary_line, verdict_line
 from tcpstuck_bpf.output.render import FLOOD_FOLDED_NS, TableRenderer
-from tcpstuck_bpf.summary import Status, Summary, WallClock
+from tcpstuck_bpf.steps import WallClock
+from tcpstuck_bpf.summary import Status, Summary
 from tcpstuck_bpf.terminal import CLEAR_LINE, printable
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Union
+from typing import Any, BinaryIO
 
 from tcpstuck_bpf import __version__
 from tcpstuck_bpf.errors import RecordingError
@@ -22,13 +22,6 @@ from tcpstuck_bpf.json_text import json_text
 from tcpstuck_bpf.model import (
     Coverage,
     CoverageGap,
-    Event,
-    KernelNames,
-    KernelWarning,
-    ListenerSeen,
-    Rescue,
-    Sweep,
-    Tally,
     TraceFilter,
     TraceSettings,
 )
@@ -50,7 +43,22 @@ from tcpstuck_bpf.recording.values import (
     warning_of,
     warning_values,
 )
-from tcpstuck_bpf.summary import WallClock, utc_text
+from tcpstuck_bpf.steps import (
+    Advanced,
+    Ended,
+    Header,
+    Listened,
+    Logged,
+    Named,
+    Observed,
+    Rescued,
+    Step,
+    Swept,
+    TallyTaken,
+    Vanished,
+    WallClock,
+    utc_text,
+)
 
 FORMAT = "tcpstuck-recording"
 VERSION = 1
@@ -62,94 +70,6 @@ _ENDLESS_NUMBER = re.compile(rb"\d{1000}")
 _TOO_LARGE = "takes more memory than there is"
 _MOST_ENTRIES = (1 << 32) - 1
 """The most entries of a BPF map: max_entries of union bpf_attr."""
-
-
-@dataclass(frozen=True)
-class Header:
-    """What has to be known of a run besides its steps."""
-
-    settings: TraceSettings
-    coverage: Coverage
-    clock: WallClock
-    watched: str
-    table_capacity: int
-    own_netns: int | None = None
-    """The network namespace it was run in; None where that is not recorded."""
-    netns_names: Mapping[int, str] = field(default_factory=dict)
-    """Names that those of that machine had, by inode number."""
-
-
-class Observed(NamedTuple):
-    """Events came."""
-
-    events: tuple[Event, ...]
-
-
-class Swept(NamedTuple):
-    """The table was read."""
-
-    sweep: Sweep
-
-
-class Advanced(NamedTuple):
-    """The flows were brought up to this time, in ns."""
-
-    now_ns: int
-
-
-class TallyTaken(NamedTuple):
-    """Both sides' counters were read."""
-
-    tally: Tally
-
-
-class Named(NamedTuple):
-    """It became known what numbers of the kernel mean, of facts that come next."""
-
-    names: KernelNames
-
-
-class Rescued(NamedTuple):
-    """SYN-ACKs were repeated, or it became known who is not to be rescued."""
-
-    rescue: Rescue
-
-
-class Listened(NamedTuple):
-    """The listeners were looked at; those that had changed."""
-
-    listeners: tuple[ListenerSeen, ...]
-
-
-class Logged(NamedTuple):
-    """The kernel warned of full SYN queues."""
-
-    warnings: tuple[KernelWarning, ...]
-
-
-class Vanished(NamedTuple):
-    """Network namespaces that are gone, in which clients were stuck."""
-
-    now_ns: int
-    netns: tuple[int, ...]
-    until_ns: int | None = None
-    """Where another namespace has the number: when it still was that of the one that is gone. None:
-    nothing leads to one with that number any more."""
-
-
-class Ended(NamedTuple):
-    """The run ended."""
-
-    now_ns: int
-    losses: Mapping[str, int]
-    notes: tuple[str, ...]
-    cut_off: bool = False
-    """Whether the recording has no end, and `now_ns` is the last time in it."""
-
-
-Step = Union[
-    Observed, Swept, Advanced, TallyTaken, Rescued, Named, Listened, Logged, Vanished, Ended
-]
 
 
 class Recorder:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from tcpstuck_bpf.model import FourTuple
-from tcpstuck_bpf.rescue.pacing import SECOND_NS, KeyedHeap, TokenBucket
+from tcpstuck_bpf.model import SECOND_NS, FourTuple
+from tcpstuck_bpf.rescue.pacing import KeyedHeap, TokenBucket
 
 _Key = tuple[int, bytes]
 

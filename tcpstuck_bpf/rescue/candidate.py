@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import enum
 
-from tcpstuck_bpf.handshake.flow import SECOND_NS, TCP_FLAG_FIN, FlowFlags, FlowReport, State, merge
-from tcpstuck_bpf.model import Event, EventKind, HandshakeId, Moved
+from tcpstuck_bpf.handshake.flow import TCP_FLAG_FIN, FlowFlags, FlowReport, State, merge
+from tcpstuck_bpf.model import SECOND_NS, Event, EventKind, HandshakeId, Moved
 
 MAX_TRIES = 3
 """SYN-ACKs without an answer, after which a client is left alone."""

@@ -9,7 +9,8 @@ import heapq
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
-SECOND_NS = 1_000_000_000
+from tcpstuck_bpf.model import SECOND_NS
+
 _STALE_ALLOWED = 64
 
 Key = TypeVar("Key")

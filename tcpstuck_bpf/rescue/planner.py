@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from tcpstuck_bpf.handshake.flood import SilenceRate
-from tcpstuck_bpf.handshake.flow import SECOND_NS, STUCK_STATES, FlowReport
+from tcpstuck_bpf.handshake.flow import STUCK_STATES, FlowReport
 from tcpstuck_bpf.model import (
     ATTEMPT_NOT_SENT,
+    SECOND_NS,
     Attempt,
     Ending,
     Event,

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from tcpstuck_bpf.handshake.flow import SECOND_NS, FlowReport
+from tcpstuck_bpf.handshake.flow import FlowReport
 from tcpstuck_bpf.model import (
     ATTEMPT_NOT_SENT,
     ATTEMPT_SENT,
+    SECOND_NS,
     Attempt,
     Event,
     FourTuple,

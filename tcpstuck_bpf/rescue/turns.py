@@ -15,8 +15,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from tcpstuck_bpf.handshake.flow import SECOND_NS
-from tcpstuck_bpf.model import Event, FourTuple, ListenerId, listener_of
+from tcpstuck_bpf.model import SECOND_NS, Event, FourTuple, ListenerId, listener_of
 from tcpstuck_bpf.rescue.pacing import KeyedHeap
 
 ANSWER_NS = SECOND_NS

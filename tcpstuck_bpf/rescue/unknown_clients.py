@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tcpstuck_bpf.model import FourTuple
-from tcpstuck_bpf.rescue.pacing import SECOND_NS, KeyedHeap
+from tcpstuck_bpf.model import SECOND_NS, FourTuple
+from tcpstuck_bpf.rescue.pacing import KeyedHeap
 
 ASK_AGAIN_NS = 2 * SECOND_NS
 MAX_ADDRESSES = 1000

@@ -24,7 +24,7 @@ import pytest
 from lab.network.topology import INTERFACE
 from lab.patience import COMMAND_S, patient
 from lab.scenarios.scene import PORT
-from tcpstuck_bpf.kernel.bpf_syscall import RefusedError, bpf
+from tcpstuck_bpf.host.bpf_syscall import RefusedError, bpf
 from tests.kernel.conftest import summary_of, tracing
 from tests.kernel.handmade import Client, Site, site
 

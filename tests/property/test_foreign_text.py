@@ -15,18 +15,20 @@ from hypothesis import strategies as st
 
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.doctor import render
-from tcpstuck_bpf.doctor.kernel_report import Change, FunctionFact, KernelReport
 from tcpstuck_bpf.doctor.machine_report import Check, MachineReport, Trial
 from tcpstuck_bpf.errors import UsageError
 from tcpstuck_bpf.handshake.timeline import TimelineEntry
 from tcpstuck_bpf.json_text import json_text
+from tcpstuck_bpf.judge.reconcile import Reconciled
 from tcpstuck_bpf.judge.verdict import Finding
+from tcpstuck_bpf.kernel.kernel_report import Change, FunctionFact, KernelReport
 from tcpstuck_bpf.kernel.probes import PROBES
 from tcpstuck_bpf.model import Attempt, CoverageGap
 from tcpstuck_bpf.output.render import TableRenderer
 from tcpstuck_bpf.output.writers import JsonOutput, Selection, TableOutput
-from tcpstuck_bpf.recording.replay import Ended, Recorder, Replay, TallyTaken
-from tcpstuck_bpf.summary import Reconciled, RescueTotals, Status, Summary
+from tcpstuck_bpf.recording.replay import Recorder, Replay
+from tcpstuck_bpf.steps import Ended, TallyTaken
+from tcpstuck_bpf.summary import RescueTotals, Status, Summary
 from tcpstuck_bpf.terminal import CLEAR_LINE, line, never_fail, printable
 from tests.builders import at, four_tuple, handshake, header, identity, tally
 from tests.unit.judge.test_listener import judged, overflown

@@ -33,7 +33,8 @@ from tcpstuck_bpf.model import (
 )
 from tcpstuck_bpf.output.writers import JsonOutput, Selection
 from tcpstuck_bpf.recording import replay
-from tcpstuck_bpf.recording.replay import (
+from tcpstuck_bpf.recording.replay import Recorder, Replay
+from tcpstuck_bpf.steps import (
     Advanced,
     Ended,
     Header,
@@ -41,8 +42,6 @@ from tcpstuck_bpf.recording.replay import (
     Logged,
     Named,
     Observed,
-    Recorder,
-    Replay,
     Rescued,
     Step,
     Swept,

@@ -28,7 +28,7 @@ from tcpstuck_bpf.errors import (
     CannotTraceError,
 )
 from tcpstuck_bpf.host import netns
-from tcpstuck_bpf.kernel.bpf_syscall import RefusedError
+from tcpstuck_bpf.host.bpf_syscall import RefusedError
 from tcpstuck_bpf.model import KernelCounters, Sweep
 from tcpstuck_bpf.output.writers import JsonOutput, Selection
 from tcpstuck_bpf.recording.replay import Recorder, Replay

@@ -20,7 +20,8 @@ from tcpstuck_bpf.files import OutputFile, write_whole
 from tcpstuck_bpf.host import programs
 from tcpstuck_bpf.host.ruleset_child import _output
 from tcpstuck_bpf.kernel import builder
-from tcpstuck_bpf.recording.replay import Ended, Recorder, TallyTaken
+from tcpstuck_bpf.recording.replay import Recorder
+from tcpstuck_bpf.steps import Ended, TallyTaken
 from tcpstuck_bpf.typeinfo import vmlinux
 from tests.builders import at, header, tally
 

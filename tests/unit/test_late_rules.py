@@ -12,6 +12,7 @@ import pytest
 
 from tcpstuck_bpf import analysis
 from tcpstuck_bpf.app import run_replay
+from tcpstuck_bpf.host import kallsyms
 from tcpstuck_bpf.host.ruleset_reader import read_ruleset
 from tcpstuck_bpf.host.ruleset_watch import RulesetWatch
 from tcpstuck_bpf.kernel import drop_names
@@ -43,7 +44,7 @@ DROPPED = ack_filtered(handshake(), at(0.1))
 def _symbols(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "kallsyms"
     path.write_text(f"{NF_PLACE - 0xA2:016x} T nf_hook_slow\n")
-    monkeypatch.setattr(drop_names, "_SYMBOLS", path)
+    monkeypatch.setattr(kallsyms, "_SYMBOLS", path)
 
 
 class Machine(FakeKernel):

@@ -14,11 +14,12 @@ import pytest
 
 from tcpstuck_bpf.cli import main
 from tcpstuck_bpf.doctor import machine_report
-from tcpstuck_bpf.doctor.kernel_report import Change, KernelReport, changes, describe
 from tcpstuck_bpf.doctor.machine_report import NO, NOTE, OK, MachineReport, examine
 from tcpstuck_bpf.doctor.render import change_lines, kernel_lines, machine_json, machine_lines
 from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE, EXIT_USAGE, CannotTraceError
-from tcpstuck_bpf.kernel import bpf_syscall, features
+from tcpstuck_bpf.host import bpf_syscall, kallsyms
+from tcpstuck_bpf.kernel import features
+from tcpstuck_bpf.kernel.kernel_report import Change, KernelReport, changes, describe
 from tcpstuck_bpf.kernel.layout import COUNTER_MEMBER, REQUIRED_MEMBERS
 from tcpstuck_bpf.kernel.probes import (
     EVERY_PROBE,
@@ -188,8 +189,8 @@ class Machine:
         self._set(features, "_effective_capabilities", lambda: (1 << 41) - 1)
         self.locked("none")
         self._set(features, "has_kprobes", lambda: True)
-        self._set(features, "function_symbols", lambda _functions: FUNCTIONS)
-        self._set(features, "read_symbols", lambda *_: (frozenset(), 4096))
+        self._set(kallsyms, "function_symbols", lambda _functions: FUNCTIONS)
+        self._set(kallsyms, "read_symbols", lambda *_: (frozenset(), 4096))
         self._set(machine_report, "read_running_kernel", with_functions(kernel()).btf)
         for name in ("tracing", "ring_buffer", "batch_lookup"):
             self.refuse(name, None)

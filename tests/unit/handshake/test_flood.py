@@ -12,7 +12,7 @@ from tcpstuck_bpf.handshake.flood import FLOOD_SILENT, MANY_SILENT, FloodWatch
 from tcpstuck_bpf.output.export import summary_line, verdict_line
 from tcpstuck_bpf.output.render import TableRenderer
 from tcpstuck_bpf.output.writers import JsonOutput, Selection, TableOutput
-from tcpstuck_bpf.summary import WallClock
+from tcpstuck_bpf.steps import WallClock
 from tests.builders import SECOND_NS, START_NS
 from tests.flood_world import Client, FloodWorld, client, real, spoofed, with_dropped_ack
 

@@ -12,15 +12,14 @@ from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.handshake.flow import TimelineEntry
 from tcpstuck_bpf.host.kernel_log import (
     CLOCKS_AGREE_NS,
-    CONCERNED_NS,
     RECORDS_AT_ONCE,
     KernelLog,
-    WarningHistory,
     open_kernel_log,
     warning_of,
 )
+from tcpstuck_bpf.judge.kernel_warnings import CONCERNED_NS, WarningHistory
 from tcpstuck_bpf.model import EventKind, KernelWarning, ListenerSeen, address_bytes
-from tcpstuck_bpf.recording.replay import Advanced, Listened, Logged, Observed, Swept
+from tcpstuck_bpf.steps import Advanced, Listened, Logged, Observed, Swept
 from tests.builders import ack_dropped, at, event, four_tuple, handshake, header, sweep
 from tests.unit.judge.test_listener import facts
 

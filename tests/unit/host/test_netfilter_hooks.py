@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tcpstuck_bpf.host import netfilter_hooks
+from tcpstuck_bpf.host.bpf_syscall import RefusedError
 from tcpstuck_bpf.host.netfilter_hooks import (
     Hook,
     Others,
@@ -20,7 +21,6 @@ from tcpstuck_bpf.host.netfilter_hooks import (
     of_hooks,
     parse_hook,
 )
-from tcpstuck_bpf.kernel.bpf_syscall import RefusedError
 from tcpstuck_bpf.model import DropRule
 
 INPUT = Hook("ip", "input", "nft_do_chain_inet", "nf_tables", ("inet", "t", "c"), None, "")

@@ -12,11 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from tcpstuck_bpf.host import netfilter_hooks, netns, programs, ruleset_child, ruleset_reader
+from tcpstuck_bpf.host import (
+    kallsyms,
+    netfilter_hooks,
+    netns,
+    programs,
+    ruleset_child,
+    ruleset_reader,
+)
 from tcpstuck_bpf.host.netfilter_hooks import Others
 from tcpstuck_bpf.host.ruleset_child import read_own
 from tcpstuck_bpf.host.ruleset_reader import LIMIT_S, read_ruleset
-from tcpstuck_bpf.kernel import features
 from tcpstuck_bpf.model import Ruleset
 
 RULESET = """
@@ -44,7 +50,7 @@ class Machine:
         self.prints: dict[str, str] = {}
         self.run: list[str] = []
         monkeypatch.setattr(ruleset_child, "_MODULE", net / "missing")
-        monkeypatch.setattr(features, "_SYMBOLS", net / "missing")
+        monkeypatch.setattr(kallsyms, "_SYMBOLS", net / "missing")
         monkeypatch.setattr(ruleset_child, "_OWN_NET", net)
         monkeypatch.setattr(
             ruleset_child, "find_program", lambda name: name if name in self.installed else None

@@ -36,7 +36,7 @@ from tcpstuck_bpf.model import (
     Ruleset,
 )
 from tcpstuck_bpf.output.export import verdict_line
-from tcpstuck_bpf.summary import WallClock
+from tcpstuck_bpf.steps import WallClock
 from tests.builders import (
     NAMES,
     NF_PLACE,

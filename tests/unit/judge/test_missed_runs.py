@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tcpstuck_bpf.analysis import Analysis
-from tcpstuck_bpf.recording.replay import Ended, TallyTaken
+from tcpstuck_bpf.steps import Ended, TallyTaken
 from tcpstuck_bpf.summary import Summary
 from tests.builders import at, header, tally
 

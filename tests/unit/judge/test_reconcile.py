@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from tcpstuck_bpf.judge.reconcile import missed_runs_note, reconcile, total_counted, unseen_acks
+from tcpstuck_bpf.judge.reconcile import (
+    Reconciled,
+    missed_runs_note,
+    reconcile,
+    total_counted,
+    unseen_acks,
+)
 from tcpstuck_bpf.model import (
     CROWDED_NETNS,
     GONE_NETNS,
@@ -14,7 +20,6 @@ from tcpstuck_bpf.model import (
     NetnsCount,
     Tally,
 )
-from tcpstuck_bpf.summary import Reconciled
 
 NETNS = 7
 COMPLETE = Coverage("fentry")

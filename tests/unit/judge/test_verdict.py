@@ -29,7 +29,7 @@ from tcpstuck_bpf.model import (
     Row,
     Sweep,
 )
-from tcpstuck_bpf.recording.replay import Vanished
+from tcpstuck_bpf.steps import Vanished
 from tests.builders import (
     ACK,
     CLIENT_ISN,

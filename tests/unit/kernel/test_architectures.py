@@ -12,7 +12,8 @@ import struct
 
 import pytest
 
-from tcpstuck_bpf.kernel import artifact, bpf_syscall, compilation
+from tcpstuck_bpf.host import bpf_syscall
+from tcpstuck_bpf.kernel import artifact, compilation
 from tcpstuck_bpf.kernel.artifact import Program
 from tcpstuck_bpf.kernel.compilation import Compilation, compile_in_child, decoded
 from tcpstuck_bpf.kernel.layout import find_layout, header_text

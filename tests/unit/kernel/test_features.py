@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tcpstuck_bpf.host import kallsyms
 from tcpstuck_bpf.kernel import features
 from tcpstuck_bpf.kernel.probes import WHY_PROBES
 
@@ -114,11 +115,11 @@ def test_suffixed_functions_are_found_beside_exact_ones(
         "ffff0004 t my_cookie_v6_check\n"
         "ffff0005 t cookie_v6_check\t[module]\n"
     )
-    monkeypatch.setattr(features, "_SYMBOLS", symbols)
+    monkeypatch.setattr(kallsyms, "_SYMBOLS", symbols)
     wanted = ("tcp_conn_request", "tcp_check_req", "cookie_v4_check", "cookie_v6_check")
-    found = features.function_symbols(wanted)
+    found = kallsyms.function_symbols(wanted)
     assert found == {"tcp_conn_request", "tcp_check_req.isra.0"}
-    assert features.read_symbols(wanted, "cookie_v4_check")[1] == 0xFFFF0003
+    assert kallsyms.read_symbols(wanted, "cookie_v4_check")[1] == 0xFFFF0003
 
 
 def test_the_tracepoint_is_found_where_no_data_is_listed(
@@ -127,10 +128,10 @@ def test_the_tracepoint_is_found_where_no_data_is_listed(
     """Without CONFIG_KALLSYMS_ALL `D __tracepoint_kfree_skb` is missing."""
     symbols = tmp_path / "kallsyms"
     symbols.write_text("ffff0001 T __pfx___traceiter_kfree_skb\nffff0002 T __traceiter_kfree_skb\n")
-    monkeypatch.setattr(features, "_SYMBOLS", symbols)
+    monkeypatch.setattr(kallsyms, "_SYMBOLS", symbols)
     (probe,) = WHY_PROBES
-    assert features.function_symbols([probe.symbol]) == {probe.symbol}
-    assert features.read_symbols([probe.symbol], "there_is_none")[0] == {probe.symbol}
+    assert kallsyms.function_symbols([probe.symbol]) == {probe.symbol}
+    assert kallsyms.read_symbols([probe.symbol], "there_is_none")[0] == {probe.symbol}
 
 
 def test_limits_are_those_of_this_process() -> None:

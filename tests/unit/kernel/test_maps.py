@@ -9,9 +9,10 @@ from contextlib import ExitStack, closing
 
 import pytest
 
-from tcpstuck_bpf.kernel import bpf_syscall, maps
+from tcpstuck_bpf.host import bpf_syscall
+from tcpstuck_bpf.host.bpf_syscall import RefusedError, last_lines
+from tcpstuck_bpf.kernel import maps
 from tcpstuck_bpf.kernel.artifact import MapShape
-from tcpstuck_bpf.kernel.bpf_syscall import RefusedError, last_lines
 from tcpstuck_bpf.kernel.maps import NOEXIST, BpfMap
 
 HASH, ARRAY, PERCPU_HASH, PERCPU_ARRAY = 1, 2, 5, 6

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tcpstuck_bpf.host import kallsyms
 from tcpstuck_bpf.kernel import drop_names
 from tcpstuck_bpf.model import KernelNames, Row, Ruleset
 from tests.btf_writer import ENUM, INT, TYPEDEF, Types, add_tracepoint
@@ -43,11 +44,11 @@ def types_with_reasons() -> Types:
     return types
 
 
-@pytest.fixture
-def kallsyms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(name="symbols")
+def _symbols(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "kallsyms"
     path.write_text(SYMBOLS)
-    monkeypatch.setattr(drop_names, "_SYMBOLS", path)
+    monkeypatch.setattr(kallsyms, "_SYMBOLS", path)
     return path
 
 
@@ -80,10 +81,10 @@ def test_a_tracepoint_s_arguments_are_counted_without_its_own(count: int) -> Non
     assert btf.tracepoint_arguments("missing") is None
 
 
-@pytest.mark.usefixtures("kallsyms")
+@pytest.mark.usefixtures("symbols")
 def test_places_are_symbols_with_their_offset() -> None:
     module = 0xFFFFFFFFC0001000 + 0x47F
-    assert drop_names.place_names([NF_PLACE, NF_PLACE + 0x1010, module, 16]) == {
+    assert kallsyms.place_names([NF_PLACE, NF_PLACE + 0x1010, module, 16]) == {
         NF_PLACE: "nf_hook_slow+0xa2",
         NF_PLACE + 0x1010: "ip_rcv_finish_core.isra.0+0x10",
         module: "nft_do_chain+0x47f",
@@ -91,9 +92,9 @@ def test_places_are_symbols_with_their_offset() -> None:
     }
 
 
-def test_hidden_symbols_leave_the_address(kallsyms: Path) -> None:
-    kallsyms.unlink()
-    assert drop_names.place_names([NF_PLACE]) == {NF_PLACE: f"{NF_PLACE:#x}"}
+def test_hidden_symbols_leave_the_address(symbols: Path) -> None:
+    symbols.unlink()
+    assert kallsyms.place_names([NF_PLACE]) == {NF_PLACE: f"{NF_PLACE:#x}"}
 
 
 class Kernel:
@@ -120,7 +121,7 @@ class Kernel:
         self.hurries += 1
 
 
-@pytest.mark.usefixtures("kallsyms")
+@pytest.mark.usefixtures("symbols")
 def test_everything_is_named_once() -> None:
     kernel = Kernel()
     assert kernel.namer([Row(four_tuple(), handshake())]) is None
@@ -134,7 +135,7 @@ def test_everything_is_named_once() -> None:
     assert kernel.namer([row]) is None
 
 
-@pytest.mark.usefixtures("kallsyms")
+@pytest.mark.usefixtures("symbols")
 def test_rules_are_wanted_after_a_drop_of_netfilter_s_and_told_when_they_are_read() -> None:
     kernel = Kernel()
     elsewhere = ack_filtered(handshake(), at(90), filter_place=NF_PLACE + 0x1010, filter_reason=2)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tcpstuck_bpf.errors import CannotTraceError
-from tcpstuck_bpf.kernel import features, running_kernel
+from tcpstuck_bpf.host import kallsyms
+from tcpstuck_bpf.kernel import running_kernel
 from tcpstuck_bpf.kernel.kept_files import KeptFiles
 from tcpstuck_bpf.kernel.layout import find_layout
 from tcpstuck_bpf.kernel.probes import PROBES, misread
@@ -56,7 +57,7 @@ class Machine:
         monkeypatch.setattr(btf, "RUNNING_KERNEL", str(self.shown_types))
         monkeypatch.setattr(running_kernel, "_NOTES", self.notes)
         monkeypatch.setattr(running_kernel, "_BOOT", self.boot)
-        monkeypatch.setattr(features, "_SYMBOLS", self.symbols)
+        monkeypatch.setattr(kallsyms, "_SYMBOLS", self.symbols)
 
     def built(self, build_id: bytes) -> None:
         """Give the kernel a build, among other notes."""

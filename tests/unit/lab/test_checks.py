@@ -131,7 +131,7 @@ def test_coverage_is_told_of_the_tool_and_nothing_else(
 ) -> None:
     directory = checks.BUILD / f"coverage-of-{only_tests.parent.name}"
     monkeypatch.setattr(checks, "COVERAGE", directory)
-    only_tests.write_text("def test_a():\n    from tcpstuck_bpf import wire, tables")
+    only_tests.write_text("def test_a():\n    from tcpstuck_bpf import model, wire")
     try:
         assert run("unit", "--coverage") == 0
         said, table = capfd.readouterr().out, (directory / "table.txt").read_text()

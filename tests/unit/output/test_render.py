@@ -9,12 +9,13 @@ from datetime import datetime, timezone
 import pytest
 
 from tcpstuck_bpf.analysis import Analysis
+from tcpstuck_bpf.judge.reconcile import Reconciled
 from tcpstuck_bpf.judge.verdict import Finding, judge
 from tcpstuck_bpf.model import CROWDED_NETNS, GONE_NETNS, FourTuple, address_bytes
 from tcpstuck_bpf.output.export import listener_line, verdict_line
 from tcpstuck_bpf.output.render import SHOWN_AT_ONCE, TableRenderer
-from tcpstuck_bpf.recording.replay import Ended, TallyTaken
-from tcpstuck_bpf.summary import Reconciled, Status, WallClock
+from tcpstuck_bpf.steps import Ended, TallyTaken, WallClock
+from tcpstuck_bpf.summary import Status
 from tests.builders import (
     START_NS,
     ack_dropped,

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tcpstuck_bpf.model import SECOND_NS
 from tcpstuck_bpf.rescue.addresses import AddressPace
-from tcpstuck_bpf.rescue.pacing import SECOND_NS, KeyedHeap, TokenBucket
+from tcpstuck_bpf.rescue.pacing import KeyedHeap, TokenBucket
 from tests.builders import four_tuple
 from tests.rescue_world import client
 
