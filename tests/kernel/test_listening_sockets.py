@@ -109,16 +109,16 @@ def test_of_two_sockets_that_share_a_port_the_paused_one_is_named(
 MEANT_PORT = 8080
 """What the clients connect to."""
 PREROUTING = (
-    "add table ip proxy; add chain ip proxy in {{ type {} hook prerouting priority {}; }}; "
+    "add table ip proxy; add chain ip proxy before {{ type {} hook prerouting priority {}; }}; "
 )
 TPROXY = (
     PREROUTING.format("filter", "mangle")
-    + f"add rule ip proxy in tcp dport {MEANT_PORT} tproxy to :{PORT} meta mark set 1 accept"
+    + f"add rule ip proxy before tcp dport {MEANT_PORT} tproxy to :{PORT} meta mark set 1 accept"
 )
 LOCAL_BY_MARK = ("rule add fwmark 1 lookup 100", "route add local 0.0.0.0/0 dev lo table 100")
 REDIRECT = (
     PREROUTING.format("nat", "dstnat")
-    + f"add rule ip proxy in tcp dport {MEANT_PORT} redirect to :{PORT}"
+    + f"add rule ip proxy before tcp dport {MEANT_PORT} redirect to :{PORT}"
 )
 
 
