@@ -71,7 +71,9 @@ def _refuse_beside(
     defaults = vars(build_parser().parse_args([]))
     for name, value in vars(options).items():
         if name not in allowed and value != defaults[name]:
-            raise UsageError(f"{as_written(name, value)} has no meaning beside {mode}", why, remedy)
+            raise UsageError(
+                f"{as_written(name, value)} cannot be combined with {mode}", why, remedy
+            )
 
 
 def _settings(options: argparse.Namespace) -> TraceSettings:
@@ -182,7 +184,7 @@ def _vmlinux(options: argparse.Namespace) -> str | None:
 def _attach_request(options: argparse.Namespace) -> AttachRequest:
     if options.against is not None:
         raise UsageError(
-            "--against has no meaning without --doctor",
+            "--against needs --doctor",
             "it compares the kernels in two files",
             "write --doctor --vmlinux FILE --against FILE",
         )
@@ -233,7 +235,7 @@ def _refuse_without_rescue(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if options.rescue is None and value != default:
             raise UsageError(
-                f"{as_written(name, value)} has no meaning without --rescue",
+                f"{as_written(name, value)} needs --rescue",
                 "nothing is sent to anybody",
                 "add --rescue, or leave it out",
             )

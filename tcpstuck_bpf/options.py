@@ -167,8 +167,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser; README.md documents every option of it."""
     parser = Parser(
         prog="tcpstuck-trace",
-        description="Name every TCP connection that its client believes in and the server forgot:\n"
-        "SYN-ACKs sent under SYN cookies whose ACK never came, or was thrown away.",
+        description="List the TCP connections that the client thinks are open but the server has\n"
+        "no record of: its SYN-ACK carried a SYN cookie, and the ACK was lost or dropped.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -220,31 +220,42 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         default=seconds("3"),
         help="when silence becomes a verdict (default: 3)",
     )
-    output.add_argument("--all", action="store_true", help="healthy connections too")
+    output.add_argument("--all", action="store_true", help="show healthy connections too")
     output.add_argument(
-        "--only", metavar="VERDICT[,VERDICT]", type=verdict_names, default=[], help="only these"
+        "--only",
+        metavar="VERDICT[,VERDICT]",
+        type=verdict_names,
+        default=[],
+        help="show only these",
     )
-    output.add_argument("-v", "--verbose", action="store_true", help="timeline, evidence, advice")
-    output.add_argument("--summary", action="store_true", help="only the summary")
-    output.add_argument("--json", action="store_true", help="JSON Lines instead of a table")
+    output.add_argument(
+        "-v", "--verbose", action="store_true", help="show timeline, evidence and advice"
+    )
+    output.add_argument("--summary", action="store_true", help="show only the summary")
+    output.add_argument("--json", action="store_true", help="print JSON Lines instead of a table")
     output.add_argument(
         "--explain",
         metavar="VERDICT",
         nargs="?",
         const="",
         type=verdict_to_explain,
-        help="what it means, what to do; without VERDICT: which there are",
+        help="say what a verdict means and what to do; without VERDICT: list them",
     )
 
 
 def _add_running(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("how to run")
-    run.add_argument("-d", "--duration", metavar="SECONDS", type=seconds, help="end by itself")
     run.add_argument(
-        "--record", metavar="FILE", type=file_name, help="write what was seen, for --replay"
+        "-d", "--duration", metavar="SECONDS", type=seconds, help="stop after this time"
     )
     run.add_argument(
-        "--replay", metavar="FILE", type=file_name, help="judge a recording; needs no root, no BPF"
+        "--record", metavar="FILE", type=file_name, help="record the run, for --replay"
+    )
+    run.add_argument(
+        "--replay",
+        metavar="FILE",
+        type=file_name,
+        help="judge a recording; needs neither root nor BPF",
     )
     run.add_argument(
         "--ready-file",
@@ -270,15 +281,15 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         "--why",
         action="store_true",
         default=True,
-        help="look where on this host an ACK is dropped before TCP (default)",
+        help="find out where this host drops ACKs before TCP (default)",
     )
     why.add_argument(
         "--no-why",
         dest="why",
         action="store_false",
-        help="do not: every packet that this host drops pays some 200 instructions for it",
+        help="do not; --why costs about 200 instructions for each packet that this host drops",
     )
-    run.add_argument("--dry-run", action="store_true", help="compile, load, attach, and end")
+    run.add_argument("--dry-run", action="store_true", help="compile, load, attach, then stop")
     run.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
 
@@ -290,49 +301,49 @@ def _add_rescue(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=rescue_mode("known"),
         type=rescue_mode,
-        help="repeat the SYN-ACK to a stuck client: one whose ACK was thrown away, or whose "
-        "address completed a handshake here before (known), or every one (all); dry-run says "
-        "what would be done",
+        help="repeat the SYN-ACK to stuck clients: to those whose ACK was dropped by the listener "
+        "or whose address completed a handshake here before (known), or to all; dry-run only "
+        "says what would be sent",
     )
     rescue.add_argument(
         "--rescue-exclude",
         metavar="NET[,NET]",
         type=networks,
         default=(),
-        help="never to these addresses",
+        help="never send to these addresses",
     )
     rescue.add_argument(
         "--rescue-rate",
         metavar="N",
         type=packet_rate,
         default=100,
-        help="SYN-ACKs per second, all together (default: 100)",
+        help="at most so many SYN-ACKs per second in all (default: 100)",
     )
     rescue.add_argument(
         "--rescue-late",
         action="store_true",
-        help="also after a minute, when the client may get an RST: an error instead of a hang",
+        help="also send after a minute, when the client may get an RST: an error instead of a hang",
     )
 
 
 def _add_kernel(parser: argparse.ArgumentParser) -> None:
     kernel = parser.add_argument_group("the kernel")
     kernel.add_argument(
-        "--strict", action="store_true", help="refuse to trace where anything cannot be seen"
+        "--strict", action="store_true", help="refuse to trace if any probe or counter is missing"
     )
     kernel.add_argument(
         "--vmlinux",
         metavar="FILE",
         action="append",
         type=file_name,
-        help="struct members from this vmlinux or vmlinuz; with --doctor, report on that kernel; "
-        "with --build, and as often as you like, build for it",
+        help="read struct members from this vmlinux or vmlinuz; with --doctor, report on that "
+        "kernel; with --build, build for it (may be repeated)",
     )
     kernel.add_argument(
         "--no-cache",
         dest="cache",
         action="store_false",
-        help="compile anew, and do not keep what was compiled for the next start",
+        help="compile anew, and keep nothing for the next start",
     )
     kernel.add_argument(
         "--build",
@@ -347,11 +358,11 @@ def _add_kernel(parser: argparse.ArgumentParser) -> None:
         help="use programs that --build made, perhaps on another machine; needs no BCC",
     )
     kernel.add_argument(
-        "--doctor", action="store_true", help="what stands in the way of tracing here, and remedies"
+        "--doctor", action="store_true", help="check every precondition, and name the remedies"
     )
     kernel.add_argument(
         "--against",
         metavar="FILE",
         type=file_name,
-        help="with --doctor --vmlinux: what changed in that kernel",
+        help="with --doctor --vmlinux: show what changed in that kernel",
     )

@@ -19,7 +19,7 @@ def consult(
     if vmlinux is None:
         if against is not None:
             raise UsageError(
-                "--against has no meaning without --vmlinux",
+                "--against needs --vmlinux",
                 "it compares the kernels in two files",
                 "write --doctor --vmlinux FILE --against FILE",
             )

@@ -146,7 +146,7 @@ def kernel_lines(report: KernelReport, width: int, verbose: bool) -> Iterator[st
     if report.trouble:
         yield from _wrapped(f"NOT to be traced: {report.trouble}", width)
     else:
-        yield "nothing in this file is in the way of tracing"
+        yield "this kernel can be traced"
 
 
 def change_lines(

@@ -128,7 +128,7 @@ def _unseen(seen: Iterable[ListenerSeen], gaps: Iterable[CoverageGap]) -> Iterab
     ipv4_only = all(address.startswith(IPV4_MAPPED_PREFIX) for address in addresses)
     for gap in gaps:
         if gap.probe in _FIGURES_NEED and not (ipv4_only and "_v6_" in gap.probe):
-            yield f"Without {gap.probe} {gap.lost}: rather more than less."
+            yield f"Without {gap.probe} {gap.lost}: treat the need as a minimum."
 
 
 def report(
@@ -160,7 +160,7 @@ def report(
     if facts.syns_refused:
         working.append(
             f"Not counted: who sent the {facts.syns_refused} SYNs that were dropped for a full "
-            "accept queue (a client tries again after 1, 3, 7 s), so rather more than less."
+            "accept queue (a client tries again after 1, 3, 7 s): treat the need as a minimum."
         )
     working += _unseen(seen, gaps)
     advised = max(wanted, default=None)
@@ -191,15 +191,15 @@ def _accept_working(facts: ListenerFacts, room: int) -> str:
         terms.append(f"{facts.accept_need_syn_queue} kept waiting in the SYN queue")
     return (
         f"{' + '.join(terms)} = {room} at once -> backlog {room - 1} or more "
-        "(of accept queue a backlog of N holds N + 1)."
+        "(a backlog of N allows N + 1 queued connections)."
     )
 
 
 def _syn_working(need: SynNeed, beyond: int) -> str:
     return (
-        f"{need.in_queue} in the SYN queue + {need.owed} under cookies that were to answer = "
+        f"{need.in_queue} in the SYN queue + {need.owed} cookie handshakes still awaiting an ACK = "
         f"{need.together} at once -> backlog {need.together - beyond} or more "
-        f"(of SYN queue a backlog of N holds {'N + 1' if beyond else 'N'} on this kernel)."
+        f"(on this kernel a backlog of N allows {'N + 1' if beyond else 'N'} in the SYN queue)."
     )
 
 

@@ -98,7 +98,7 @@ KNOBS = (
 """The first row with a name among the owners of a socket is the one that counts."""
 
 _UNKNOWN = Knob((), "the backlog that the application gives to listen()")
-_RESTART = "then restart the server: both count when it calls listen()."
+_RESTART = "then restart the server: both take effect when it calls listen()."
 _RESTART_FOR_IT = "then restart the server: it counts when the server calls listen()."
 
 

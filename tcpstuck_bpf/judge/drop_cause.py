@@ -163,13 +163,12 @@ ROUTE = Cause(
     "look at `ip route get CLIENT` and switch net.ipv4.conf.all.log_martians on",
 )
 ROUTE_OR_RP_FILTER = ROUTE._replace(
-    words="its route (reverse path filter, martian, no route): which cannot be told from here on "
-    "this kernel",
+    words="its route (reverse path filter, martian, no route; this kernel does not say which)",
     advice=f"see whether TcpExtIPReversePathFilter rises (nstat); if so {RP_FILTER.advice}; if not "
     f"{ROUTE.advice}",
 )
 BLACKHOLE = ROUTE._replace(
-    words="a route that throws packets away (blackhole, or a dead one)",
+    words="a route that discards packets (blackhole, or dead)",
     advice="look at `ip route get CLIENT` and `ip route show table all type blackhole`",
 )
 TTL = ROUTE._replace(
@@ -194,29 +193,29 @@ OTHER_SOCKET = Cause(
 )
 REQUEST_QUEUE_FULL = Cause(
     "accept-queue",
-    "the accept queue was full as the ACK of a request in the SYN queue came",
+    "the accept queue was full when the ACK of a request in the SYN queue came",
     "find out why the server does not accept, or raise the listener's backlog",
 )
 NO_SOCKET = Cause(
     "no-socket",
-    "no socket: nothing listened at its address any more",
-    "look whether the server was restarted at that moment",
+    "no socket: no listener was left at its address",
+    "check whether the server was restarted at that moment",
 )
 TCP = Cause(
     "tcp",
     "TCP's own checks before the listener looks at it (checksum, signature, TTL, socket filter, "
-    "IPsec), or nothing listened any more: which cannot be told from here on this kernel",
+    "IPsec), or no listener was left; this kernel does not say which",
     "look at nstat for TcpInCsumErrors and TcpExtTCPMD5*, and at the listener's socket filter",
 )
 OTHER = Cause(
     "other",
-    "something that only the kernel's own words name",
-    "search the kernel's source for that reason, or that place",
+    "something that only the kernel's own words describe",
+    "search the kernel's source for that reason or place",
 )
 
 ACCEPT_QUEUE = Cause(
     "accept-queue",
-    "the accept queue is full; NO_SOCKET, if the kernel says so, misleads: there is a socket",
+    "the accept queue is full (ignore NO_SOCKET: the socket exists, its queue is full)",
     "",
 )
 NO_ROUTE_BACK = Cause(

@@ -67,7 +67,7 @@ def _syn_sentences(report: FlowReport) -> Iterator[str]:
     cookie = f"cookie SYN-ACK {entry.cookie_isn:#010x}"
     if not entry.syn_count:
         yield (
-            f"its SYN was not seen: it came before the tracing, found no room in the table, or its "
+            f"its SYN was not seen: it came before tracing began, the table had no room, or its "
             f"cookie was made elsewhere; its ACK is for {cookie}"
         )
     elif entry.syn_count == 1:
@@ -86,8 +86,8 @@ def _sent_data_sentence(report: FlowReport) -> Iterator[str]:
         yield "a segment carried FIN: the client has closed its side meanwhile"
     elif report.flags & FlowFlags.CLIENT_SENT_DATA:
         yield (
-            "a segment carried data: this client keeps retransmitting it, and is connected as "
-            "soon as one gets through"
+            "a segment carried data: the client keeps retransmitting it, and is connected as soon "
+            "as one copy gets through"
         )
 
 
@@ -102,15 +102,15 @@ def _drop_sentences(report: FlowReport) -> Iterator[str]:
     queue = _queue_text(drops[-1]) if drops else f"{_queue_text(entry)} at its SYN"
     yield f"ACK dropped {when}: {queue}"
     if entry.drop_counters & Moved.UNKNOWN:
-        yield "the kernel's counters could not be read here: judged by the accept queue's length"
+        yield "the kernel's counters could not be read: judged by the accept queue's length"
     else:
         yield f"kernel counters that moved: {counters_text(entry.drop_counters)}"
     for taken in _segments(report, EventKind.TAKEN_OVER)[:1]:
         yield (
-            f"a SYN that it repeated got a place in the SYN queue at "
-            f"{_offset(report, taken.time_ns)}: until that request is gone (63 s by default, "
-            "net.ipv4.tcp_synack_retries) the kernel may refuse this ACK's socket, as the second "
-            "of one 4-tuple (found_dup_sk in tcp_v4_syn_recv_sock)"
+            f"a repeated SYN got a place in the SYN queue at {_offset(report, taken.time_ns)}: "
+            "until that request expires (63 s by default, net.ipv4.tcp_synack_retries) the kernel "
+            "will not create a second socket for the same connection (found_dup_sk in "
+            "tcp_v4_syn_recv_sock)"
         )
     yield from _sent_data_sentence(report)
 
@@ -122,10 +122,9 @@ def _refusal_sentences(drop: Drop) -> Iterator[str]:
         yield f"what dropped it: {drop.refusal.words}"
     elif drop.counter is not None:
         yield (
-            "the cookie was valid and the accept queue had room; which of memory for the request, "
-            "a security module, the route back, MPTCP or an own request of the same 4-tuple in the "
-            "SYN queue refused it cannot be told from here on "
-            "this kernel"
+            "the cookie was valid and the accept queue had room; memory for the request, a "
+            "security module, the route back, MPTCP or a request of its own in the SYN queue "
+            "refused it, and this kernel does not say which"
         )
 
 
@@ -149,22 +148,22 @@ def _filter_sentences(report: FlowReport, drop: Drop) -> Iterator[str]:
     suspects, rule = drop.netfilter.suspects, drop.netfilter.rule
     if rule is not None:
         after = duration_text(drop.netfilter.read_after_ns or 0)
-        yield f"by {rule_text(rule)}: the only match among the rules as they were {after} later"
+        yield f"by {rule_text(rule)}: the only match among the rules read {after} later"
     elif len(suspects) == 1:
-        yield f"whether {rule_text(suspects[0])} dropped it cannot be told from here"
+        yield f"{rule_text(suspects[0])} matches; whether it dropped the ACK is unknown"
     elif suspects:
         named = "; ".join(map(rule_text, suspects[:_SUSPECTS_NAMED]))
-        yield f"which of {len(suspects)} rules dropped it cannot be told from here: {named}"
+        yield f"{len(suspects)} rules match; which one dropped the ACK is unknown: {named}"
     yield from drop.netfilter.notes
     if drop.netfilter.may_reset:
         yield (
-            f"{'that rule' if rule is not None else 'a rule named here'} may have answered it by "
-            "RST (reject with tcp reset): a client that gets that knows, and does not wait"
+            f"{'that rule' if rule is not None else 'a rule named here'} may have answered with an "
+            "RST (reject with tcp reset): a client that gets it knows, and does not wait"
         )
     elif drop.netfilter.may_be_unseen:
-        yield "whether it was answered by RST, as some rules do, is not known either"
+        yield "whether a rule answered with an RST is unknown, too"
     if not drop.sure:
-        yield "the kernel gives no reason here: judged by the place alone"
+        yield "this kernel gives no reason: judged by the place alone"
 
 
 def _kernel_words(drop: Drop) -> str:
@@ -199,7 +198,7 @@ def _attempt_sentences(report: FlowReport) -> Iterator[str]:
         f"our SYN-ACK repeated {_times(len(sent))}, last at {_offset(report, sent[-1].time_ns)}"
     )
     if report.state is State.UNANSWERED:
-        yield f"{repeated}: no answer, a client that is there would have sent a challenge ACK"
+        yield f"{repeated}: no answer; a live client would have sent a challenge ACK"
     else:
         yield repeated
 
@@ -211,7 +210,7 @@ def _repeats(report: FlowReport) -> Iterator[str]:
     age = duration_text(report.age_ns)
     yield f"no ACK and no RST seen in answer to {answered} SYN-ACKs in {age}"
     if report.previous in STUCK_STATES:
-        yield "it goes on repeating its SYN: it knows that it is not connected"
+        yield "it still repeats its SYN: it knows that it is not connected"
 
 
 def _connection(report: FlowReport) -> Iterator[str]:
@@ -253,15 +252,15 @@ def _rejected_segment(report: FlowReport, segment: Segment) -> Iterator[str]:
         f"ack {segment.acknowledgement:#010x}, {segment.payload_length} bytes of data"
     )
     if segment.acknowledgement != wanted:
-        earlier = ", nor can an earlier SYN-ACK be ruled out" if entry.syn_count > 1 else ""
+        earlier = "; it may be an earlier SYN-ACK's" if entry.syn_count > 1 else ""
         yield f"it acknowledges another number than the cookie's {wanted:#010x}{earlier}"
     elif sequence == 0:
         yield (
             "it acknowledges the cookie with seq ISN+0: a keep-alive probe of a client that "
-            "believed it was connected"
+            "thought it was connected"
         )
     elif sequence > 1:
-        yield f"it acknowledges the cookie, but {sequence - 1} bytes before it never got here"
+        yield f"it acknowledges the cookie, but the {sequence - 1} bytes before it never arrived"
     elif segment.time_ns - entry.last_syn_ns > COOKIE_SURELY_VALID_NS:
         yield "it acknowledges the cookie, more than 60 s after it was made"
 
@@ -269,7 +268,7 @@ def _rejected_segment(report: FlowReport, segment: Segment) -> Iterator[str]:
 def _rejection_cause(counters: int) -> str:
     moved = f"kernel counters that moved: {counters_text(counters)}"
     if counters & Moved.UNKNOWN:
-        return "the kernel's counters could not be read here: the cause cannot be told"
+        return "the kernel's counters could not be read: the cause is unknown"
     if counters & Moved.SYNCOOKIES_FAILED:
         return f"{moved}; the cookie is bad or has expired"
     if counters & Moved.SYNCOOKIES_RECV:
@@ -287,7 +286,7 @@ def _rejection(report: FlowReport) -> Iterator[str]:
     entry = report.handshake
     yield from _syn_sentences(report)
     when = _offset(report, entry.ended_ns)
-    yield f"ACK given back to the listener at {when}; the listener answers it by RST"
+    yield f"ACK given back to the listener at {when}; the listener answers with an RST"
     yield _rejection_cause(entry.end_counters)
     segments = _segments(report, EventKind.ACK_REJECTED)
     if segments:
@@ -300,7 +299,7 @@ def _no_listener(report: FlowReport) -> Iterator[str]:
     if entry.acks_dropped:
         yield from _drop_sentences(report)
     when = _offset(report, entry.ended_ns)
-    yield f"a segment of the client found no socket at {when}; the kernel answers it by RST"
+    yield f"a segment of the client found no socket at {when}; the kernel answers with an RST"
 
 
 def _reset(report: FlowReport) -> Iterator[str]:

@@ -23,10 +23,8 @@ _OTHER_CODE = ("function", "program")
 _RACE_NS = 10_000_000
 """A packet is counted before it is dropped, microseconds as a rule. A reading that ended less than
 that before a drop may have the packet in its counters already."""
-NOT_THE_RULE = (
-    "whether the program that reads the queue or a rule behind said no cannot be told from here"
-)
-NOTHING_QUEUES = "no rule loaded after the drop queues it: which one did cannot be told"
+NOT_THE_RULE = "the program that reads the queue or a later rule dropped it; which one is unknown"
+NOTHING_QUEUES = "no rule loaded after the drop queues it; rule unknown"
 MORE_SUSPECTS = "there are more rules that match: not all of them are looked at"
 
 
@@ -199,13 +197,11 @@ def suspicion(
     index of the device it came by, None where that is not known.
     """
     if hook == BRIDGE:
-        return Suspicion(
-            (), ("a bridge's rules are not looked at: which one dropped it cannot be told",)
-        )
+        return Suspicion((), ("the rules of a bridge are not read; rule unknown",))
     if read is None:
         return Suspicion(
             (),
-            ("the rules were not read: which one dropped it cannot be told",),
+            ("the rules were not read; rule unknown",),
             needs_reading=True,
         )
     ruleset = read.ruleset
@@ -222,5 +218,5 @@ def suspicion(
     if found.incomplete:
         notes = (*notes, MORE_SUSPECTS)
     if not suspects and not notes:
-        notes = ("no rule loaded after the drop matches: which one dropped it cannot be told",)
+        notes = ("no rule loaded after the drop matches; rule unknown",)
     return Suspicion(tuple(suspects), notes, read.after_ns, needs_reading=read.after_ns is None)

@@ -212,4 +212,4 @@ def missed_runs_note(number: int, rows: Iterable[Reconciled]) -> str:
             f"{did_not_run} on that CPU: it cost no cookie and no ACK, the kernel's counters agree "
             "exactly; a repeated SYN, an RST or the place of a drop may be missing"
         )
-    return f"{did_not_run} on that CPU: what it cost cannot be told from the counters"
+    return f"{did_not_run} on that CPU: the counters do not show what it cost"

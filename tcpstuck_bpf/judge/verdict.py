@@ -34,7 +34,7 @@ _SILENCE_PROBES = COOKIE_CHECKS | {"tcp_conn_request"}
 
 RAISE_BACKLOG = (
     "raise the listener's backlog (MySQL: back_log) and net.core.somaxconn, then restart the "
-    "server: both count when it calls listen()"
+    "server: both take effect when it calls listen()"
 )
 
 
@@ -137,7 +137,7 @@ RULES: tuple[Rule, ...] = (
         meaning="was stuck; its own packet connected it",
         proves="the server knows the connection now",
         cannot_prove="whether the client's application still waits for it",
-        advice="nothing to do for this one; the cause is in the verdict it had before",
+        advice="nothing to do for this connection; its earlier verdict names the cause",
     ),
     Rule(
         name="rescued",
@@ -147,7 +147,7 @@ RULES: tuple[Rule, ...] = (
         meaning="was stuck; our repeated SYN-ACK connected it",
         proves="the server knows the connection now, by the bare ACK that came after our SYN-ACK",
         cannot_prove="whether the client's application still waits for it",
-        advice="nothing to do for this one; the cause is in the verdict it had before",
+        advice="nothing to do for this connection; its earlier verdict names the cause",
     ),
     Rule(
         name="ack-missing",
@@ -157,14 +157,14 @@ RULES: tuple[Rule, ...] = (
         meaning="no ACK got here; client likely thinks it is connected",
         proves="no ACK, RST or further SYN of this client reached TCP on this host in time",
         cannot_prove=(
-            "that the client is real: a spoofed or vanished source is as silent; nor where its "
-            "ACK was lost: native XDP, another network namespace of this host, what comes before a "
-            "DNAT, the network before this host and the client's own stack cannot be told from here"
+            "that the client is real: a spoofed or dead client looks the same; nor where its ACK "
+            "was lost: drops in native XDP, in another network namespace of this host, before a "
+            "DNAT, in the network and in the client's own stack are not visible here"
         ),
         advice=(
-            "look for what drops ACKs on the way here: a firewall that sees one direction only, "
-            "native XDP on this host, the client's own outgoing rules. "
-            "Many from one unknown source: a SYN flood, nothing to mend"
+            "look for what drops ACKs on the way to this host: a firewall that sees one direction "
+            "only, native XDP on this host, the client's own outgoing rules. "
+            "Many from one unknown source: probably a SYN flood; no action needed"
         ),
         needs=_SILENCE_PROBES,
     ),
@@ -176,7 +176,7 @@ RULES: tuple[Rule, ...] = (
         meaning="ACK came to this host, dropped before TCP",
         proves="an ACK of this handshake came to this host and was dropped before TCP",
         cannot_prove="whether the client's application still waits",
-        advice="look at what is named, with the kernel's word for it",
+        advice="look at what the evidence names, in the kernel's words",
     ),
     Rule(
         name="accept-queue-full",
@@ -188,7 +188,7 @@ RULES: tuple[Rule, ...] = (
         cannot_prove="whether the client's application still waits",
         advice=(
             f"find out why the server does not accept (paused? out of threads?); {RAISE_BACKLOG}. "
-            "Clients: a read time-out, or TCP keep-alive, which turns the hang into an error"
+            "On clients, a read time-out or TCP keep-alive turns the hang into an error"
         ),
         needs=COOKIE_CHECKS,
     ),
@@ -200,8 +200,8 @@ RULES: tuple[Rule, ...] = (
         meaning="ACK came, dropped by this host for another reason",
         proves="an ACK arrived and cookie_vX_check dropped it without an answer",
         cannot_prove=(
-            "which of memory, route, security module, bind or an own request in the SYN queue "
-            "refused it"
+            "which of memory, route, security module, bind or a request of its own in the SYN "
+            "queue refused it"
         ),
         advice=(
             "look at dmesg for denials and memory pressure (net.ipv4.tcp_mem, cgroup limits), and "
@@ -250,8 +250,8 @@ RULES: tuple[Rule, ...] = (
             "verdict back), nor whether the client has noticed"
         ),
         advice=(
-            "nothing to mend here: the container or namespace of this server was removed. A client "
-            "that waits for a greeting waits on; let it connect again"
+            "no action needed here: the container or namespace of this server was removed. A "
+            "client that waits for a greeting goes on waiting; let it connect again"
         ),
     ),
     Rule(
@@ -259,10 +259,10 @@ RULES: tuple[Rule, ...] = (
         stuck=False,
         certainty="certain",
         condition=_is(State.RESET),
-        meaning="the client's address answered RST: it wants none",
+        meaning="the client's address sent an RST: it wants none",
         proves="an RST came from the client's address and port",
         cannot_prove="whether the client closed, or never sent the SYN (spoofed source)",
-        advice="single ones: nothing to do; many: look for spoofed SYNs or impatient health checks",
+        advice="a few: nothing to do; many: look for spoofed SYNs or impatient health checks",
     ),
     Rule(
         name="synack-missing",
@@ -290,9 +290,9 @@ RULES: tuple[Rule, ...] = (
         ),
         cannot_prove="what the bytes were; the last of them may have been a FIN and no data",
         advice=(
-            "close that connection on the server: what it reads lacks its beginning, and neither "
-            "end gets an error. Then find out what drops the client's first segments: ACKs before "
-            "TCP, or a full accept queue"
+            "close that connection on the server: what the server reads lacks its beginning, and "
+            "neither end gets an error. Then find out what drops the client's first segments: ACKs "
+            "before TCP, or a full accept queue"
         ),
     ),
 )
@@ -349,7 +349,7 @@ def _sight_of_drops(rule: Rule, coverage: Coverage) -> Iterator[str]:
     if gap is not None:
         yield f"no probe on {KFREE_SKB} ({gap.why}): {gap.lost}"
     else:
-        yield "whether this host dropped its ACK was not looked at (--no-why)"
+        yield "--no-why: the tool did not look whether this host dropped the ACK"
 
 
 def _certainty(
@@ -376,13 +376,13 @@ def _certainty(
 
 FLOOD_MEANING = "no ACK got here; looks like a SYN flood's spoofed source"
 FLOOD_ADVICE = (
-    "a spoofed source waits for nothing, there is nothing to mend: SYN cookies are the remedy for "
-    "a flood, and at work. If these addresses are your clients', look for what drops ACKs on the "
-    "way here"
+    "no action needed: a spoofed source waits for nothing, and SYN cookies, the remedy for a "
+    "flood, are at work. If these addresses are your clients', look for what drops ACKs on the "
+    "way to this host"
 )
 
-UPDATE_FOLLOWS = "the rules are being read: once they are, another verdict says what they tell"
-NO_ROOM_FOR_UPDATE = "too many verdicts wait for the rules already: this one is not told again"
+UPDATE_FOLLOWS = "the rules are being read; another verdict will say what they show"
+NO_ROOM_FOR_UPDATE = "too many verdicts wait for the rules already: no update will follow"
 
 
 def with_evidence(finding: Finding, sentence: str) -> Finding:
@@ -394,7 +394,7 @@ def _unseen_sentences(unseen_acks: int) -> Iterator[str]:
     if unseen_acks:
         yield (
             f"the kernel counted {unseen_acks} valid ACK{'s' * (unseen_acks > 1)} of cookies in "
-            "this network namespace that no program saw: this client's may be among them"
+            "this network namespace that no program saw; one of them may be this client's"
         )
 
 

@@ -41,23 +41,23 @@ _UNBREAKABLE = "\xa0"
 SILENT_VERDICT = "ack-missing"
 _STUCK = {rule.name: rule.stuck for rule in RULES}
 _LOSSES = {
-    "namespaces_uncounted": "segments in network namespaces that found no place among the counts: "
-    "traced, but not compared with those namespaces' own counters",
+    "namespaces_uncounted": "segments in network namespaces without room in the counts: traced, "
+    "but not compared with the kernel's counters",
     "cookies_unmatched": "cookies chosen outside tcp_conn_request: not traced",
-    "listeners_unknown": "segments of listeners there was no room for: missing in their figures",
-    "listeners_let_go": "listeners that were idle made room for others: missing in their figures",
-    "listeners_forgotten": "listeners' figures forgotten for want of room",
-    "stacks_unknown": "dropped ACKs whose callers there was no room for: their hook is not known",
-    "tasks_unknown": "segments in softirqs of tasks there was no room for: not traced",
-    "programs_not_run": "times a program did not run, another one being at work on that CPU",
-    "kernel_log_overruns": "times lines of the kernel's log were gone before they were read",
+    "listeners_unknown": "segments of listeners without room in the table: missing in the figures",
+    "listeners_let_go": "idle listeners removed to make room: missing in the figures",
+    "listeners_forgotten": "listeners whose figures were dropped to make room",
+    "stacks_unknown": "dropped ACKs without a call stack (stack table full): their hook is unknown",
+    "tasks_unknown": "segments in softirqs of tasks without room in the table: not traced",
+    "programs_not_run": "times a program did not run because another one ran on that CPU",
+    "kernel_log_overruns": "times lines of the kernel's log were overwritten before they were read",
     "undecodable_events": "events that could not be decoded",
-    "flows_evicted": "flows forgotten for want of room",
-    "entries_let_go": "open table entries given up for age or want of room",
-    "flows_unresolved": "flows forgotten undecided",
+    "flows_evicted": "flows dropped to make room",
+    "entries_let_go": "open table entries removed for age or to make room",
+    "flows_unresolved": "flows dropped without a verdict",
     "children_stillborn": "server sockets made but not left ESTABLISHED",
-    "causes_not_updated": "verdicts whose firewall rules were not read after the drop",
-    "table_busy": "handshakes not tracked: their place in the table was being changed",
+    "causes_not_updated": "verdicts not updated: the firewall's rules were not read after the drop",
+    "table_busy": "handshakes not tracked: their table entry was being changed",
 }
 
 
@@ -168,13 +168,13 @@ class TableRenderer:
         folded = self._floods.pop(where)
         netns, server = where
         place = "" if netns == self._own_netns else f" in network namespace {self._netns(netns)}"
-        shown = f"; {_grouped(folded.corrected)} of them stand above as stuck" * (
+        shown = f"; {_grouped(folded.corrected)} of them are listed above as stuck" * (
             folded.corrected > 0
         )
         times = f"{self._time(folded.from_ns)} to {self._time(folded.until_ns)}"
         yield from self._wrapped(
             f"{_grouped(folded.number)} silent SYNs{folded.rate_text} at {server}{place}, {times}: "
-            f"likely a SYN flood, not told as stuck{shown} (each in --json)",
+            f"likely a SYN flood, not counted as stuck{shown} (each in --json)",
             "... ",
         )
 
@@ -441,12 +441,15 @@ class TableRenderer:
     def _losses(self, summary: Summary) -> Iterator[str]:
         told = [
             (summary.pending, "handshakes too young for a verdict at the end"),
-            (summary.superseded, "stuck clients gave up and used their port again"),
+            (summary.superseded, "stuck clients that gave up and reused their port"),
             (
                 summary.untracked - summary.losses.get("table_busy", 0),
                 "handshakes not tracked: the table was full (--max-handshakes)",
             ),
-            (summary.unseen_syn, "ACKs whose SYN was not seen (older than the trace, or let go)"),
+            (
+                summary.unseen_syn,
+                "ACKs whose SYN was not seen (before tracing began, or entry removed)",
+            ),
             *(
                 (number, _LOSSES.get(name, name.replace("_", " ")))
                 for name, number in summary.losses.items()
@@ -490,7 +493,6 @@ class TableRenderer:
                 yield from self._wrapped(f"{where}: {row.note}", INDENT)
         if summary.filtered:
             yield from self._wrapped(
-                "The kernel counts without our filter, so for what was asked alone its figure is "
-                "an upper bound; traced and outside together must equal it.",
+                "The kernel's counters cover all ports: expect traced + outside filter = kernel.",
                 "",
             )

@@ -142,7 +142,7 @@ def test_what_is_refused_is_named_as_it_was_written(
     mode: str, option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([mode, option]) == EXIT_USAGE
-    assert f": {option} has no meaning beside {mode.partition('=')[0]}" in capsys.readouterr().err
+    assert f": {option} cannot be combined with {mode.partition('=')[0]}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_what_goes_with_the_rescue_alone_is_named_as_it_was_written(
 ) -> None:
     assert main([option]) == EXIT_USAGE
     assert (
-        f": {option.partition('=')[0]} has no meaning without --rescue" in capsys.readouterr().err
+        f": {option.partition('=')[0]} needs --rescue" in capsys.readouterr().err
     )
 
 

@@ -220,7 +220,7 @@ def test_who_finds_no_room_to_wait_is_told_so_and_counted(
     first = [line for line in told if line["updates"] is None]
     assert [line["to_be_updated"] for line in first].count(True) == 3
     refused = [line for line in first if not line["to_be_updated"]]
-    assert all("not told again" in " ".join(line["evidence"]) for line in refused)
+    assert all("no update will follow" in " ".join(line["evidence"]) for line in refused)
     again = {line["client_ip"] for line in told if line["updates"] is not None}
     assert again == {line["client_ip"] for line in first if line["to_be_updated"]}
     assert summary["losses"]["causes_not_updated"] == len(refused) == 2

@@ -85,7 +85,7 @@ def test_what_is_not_seen_is_said_where_the_backlog_is_advised(probe: str) -> No
     reached = overflown(server_address=address_bytes("2001:db8::25"))
     gaps = (gap("kfree_skb"), gap(probe), gap("tcp_child_process"))
     told = report([seen(reached)], SynNeed(50, 149, 0), gaps)
-    missing = f"Without {probe} what {probe} shows is not seen: rather more than less."
+    missing = f"Without {probe} what {probe} shows is not seen: treat the need as a minimum."
     assert told.working == (*report([seen(reached)], SynNeed(50, 149, 0)).working, missing)
     nothing_seen = report([seen(facts())], SynNeed(0, 0, 0), (gap("tcp_check_req"),))
     assert len(nothing_seen.working) == 1
@@ -106,9 +106,9 @@ def test_the_working_is_shown() -> None:
     told = judged(overflown())
     assert told.working == (
         "51 in the accept queue + 148 turned away while it was full = 199 at once -> "
-        "backlog 198 or more (of accept queue a backlog of N holds N + 1).",
-        "50 in the SYN queue + 149 under cookies that were to answer = 199 at once -> "
-        "backlog 199 or more (of SYN queue a backlog of N holds N on this kernel).",
+        "backlog 198 or more (a backlog of N allows N + 1 queued connections).",
+        "50 in the SYN queue + 149 cookie handshakes still awaiting an ACK = 199 at once -> "
+        "backlog 199 or more (on this kernel a backlog of N allows N in the SYN queue).",
     )
     assert told.advised_backlog == 199
     assert told.cookie_reason == QUEUE_FULL

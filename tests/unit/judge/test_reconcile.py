@@ -152,22 +152,22 @@ def test_what_did_not_move_is_left_out() -> None:
         (reading(0, 0, 0), reading(5, 5, 5), "agree exactly"),
         (reading(0, 0, 0), reading(0, 0, 0), "agree exactly"),
         (reading(0, 0, 0), reading(5, 4, 5), "may be why"),
-        (reading(0, 0, 0), reading(5, 5, 6), "cannot be told"),
-        (reading(0, 0, 0), reading(None, 5, None), "cannot be told"),
+        (reading(0, 0, 0), reading(5, 5, 6), "do not show"),
+        (reading(0, 0, 0), reading(None, 5, None), "do not show"),
     ],
 )
 def test_what_it_means_that_programs_did_not_run(start: Tally, end: Tally, told: str) -> None:
     note = missed_runs_note(4, reconcile(start, end, COMPLETE))
     assert "4 times" in note
     assert told in note
-    others = {"agree exactly", "may be why", "cannot be told"} - {told}
+    others = {"agree exactly", "may be why", "do not show"} - {told}
     assert not any(other in note for other in others)
 
 
 def test_programs_that_saw_too_much_are_no_sign_of_one_that_did_not_run() -> None:
     note = missed_runs_note(4, reconcile(reading(0, 0, 0), reading(5, 7, 5), COMPLETE))
     assert "may be why" not in note
-    assert "cannot be told" in note
+    assert "do not show" in note
 
 
 def test_programs_that_always_ran_need_no_note() -> None:

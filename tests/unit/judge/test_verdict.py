@@ -307,7 +307,7 @@ def test_without_counters_the_accept_queue_tells_the_likely_cause(
     seen = event(EventKind.ACK_DROPPED, entry, at(1), accept_queue=in_queue, accept_queue_limit=50)
     finding = finding_of(*([] if event_is_lost else [seen]), swept(entry))
     assert (finding.verdict, finding.certainty) == (name, "likely")
-    assert "could not be read here: judged by the accept queue" in text_of(finding)
+    assert "could not be read: judged by the accept queue" in text_of(finding)
 
 
 def test_without_counters_it_is_the_queue_at_the_ack_that_tells_and_not_at_another_segment() -> (
@@ -336,11 +336,11 @@ def test_how_many_acks_passed_unseen_is_said(unseen: int, words: str) -> None:
         (Moved.SYNCOOKIES_FAILED, "bad or has expired"),
         (Moved.SYNCOOKIES_RECV, "timestamp option"),
         (Moved.NOTHING, "not looked at"),
-        (Moved.UNKNOWN, "cannot be told"),
+        (Moved.UNKNOWN, "cause is unknown"),
     ],
 )
 def test_the_cause_of_a_rejection_is_what_the_counters_say(counters: int, sentence: str) -> None:
-    causes = ("bad or has expired", "timestamp option", "not looked at", "cannot be told")
+    causes = ("bad or has expired", "timestamp option", "not looked at", "cause is unknown")
     text = text_of(finding_of(swept(ended(SYN_ONCE, Ending.REJECTED, at(1), counters))))
     assert [cause for cause in causes if cause in text] == [sentence]
 

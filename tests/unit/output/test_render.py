@@ -186,7 +186,7 @@ def test_a_full_table_is_told_from_one_that_was_being_changed() -> None:
     shown = summed_up(200, untracked=5, losses={"table_busy": 2})
     assert "lost events: 0, untracked handshakes: 5" in shown
     assert "3 handshakes not tracked: the table was full (--max-handshakes)" in shown
-    assert "2 handshakes not tracked: their place in the table was being changed" in shown
+    assert "2 handshakes not tracked: their table entry was being changed" in shown
     busy = summed_up(200, untracked=2, losses={"table_busy": 2})
     assert not any("the table was full" in line for line in busy)
 
