@@ -1,4 +1,4 @@
-"""`python3 -m lab demo`: the article's scenario under the tracer, told as it happens.
+"""`python3 -m lab demo`: clients of a paused MariaDB get stuck under the tracer, step by step.
 
 It runs where tracing works: on this machine's own kernel, or in a guest.
 """

@@ -18,7 +18,7 @@ HELD_BYTES = 16 << 20
 
 
 def ack_rule(port: int) -> tuple[str, ...]:
-    """The article's rule: bare ACKs to the server; a segment with data (PSH) or FIN passes."""
+    """A rule that matches bare ACKs to the server, but no segment with data (PSH) or FIN."""
     return ("-p", "tcp", "--dport", str(port), "--tcp-flags", "ALL", "ACK")
 
 
@@ -67,9 +67,8 @@ def dropping(
 def held_back(namespace: Namespace) -> Iterator[None]:
     """Hold what the namespace sends; when the context ends it goes out in one batch.
 
-    This is the extra batching that the article's client had from its virtual machine: all
-    SYN-ACKs arrive at once, and so do the ACKs they draw. A queueing discipline of the kind `plug`
-    passes nothing on until it is told to (plug_dequeue).
+    A virtual machine batches packets like this: all SYN-ACKs arrive at once, and so do the ACKs
+    they draw. The queueing discipline `plug` passes nothing on until told to (plug_dequeue).
 
     The process that lets go is started before anything is held: to start one takes long.
     """

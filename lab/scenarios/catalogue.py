@@ -30,7 +30,7 @@ COOKIE_LIFE_S = 125.0
 
 
 def mariadb_stall(settings: Settings) -> Outcome:
-    """The article's: a paused MariaDB, more clients than its backlog, then it goes on.
+    """A paused MariaDB, more clients than its backlog, then it goes on.
 
     The SYNs arrive at once: the first fill the SYN queue, the others are answered by cookies.
     The SYN-ACKs reach the clients in one batch, their ACKs fill the accept queue, and the
@@ -70,7 +70,7 @@ def overflow(settings: Settings) -> Outcome:
 
 
 def ack_dropped(settings: Settings) -> Outcome:
-    """The article's firewall rule: every client gets its SYN-ACK, no bare ACK arrives.
+    """A firewall drops bare ACKs: every client gets its SYN-ACK, and no bare ACK arrives.
 
     Every SYN is answered by a cookie. The rule is gone again when the scenario ends; the
     clients wait for a greeting from a server that is awake and knows nothing of them.

@@ -18,7 +18,7 @@ from lab.records import FourTuple, Outcome
 FAMILIES = ("4", "6", "mapped")
 """IPv4, IPv6, and IPv4 clients of a listener on `::`."""
 PORT = 3311
-"""The article's."""
+"""The one in Evan Jones, A TCP "stuck" connection mystery (2011), which began all this."""
 
 READY = "ready"
 """The server listens, nothing has been sent: a tracer may start now."""

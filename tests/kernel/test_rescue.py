@@ -229,7 +229,7 @@ def verdict_times_ns(tracer: Tracer, verdict: str) -> dict[FourTuple, int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("run", range(20))
 def test_the_clients_of_a_stalled_mariadb_get_their_greeting(run: int) -> None:
-    """The article's scenario; without rescue all these clients wait for ever (test_scenarios)."""
+    """A paused MariaDB; without rescue all these clients wait for ever (test_scenarios)."""
     mode = ("fentry", "kprobe")[run % 2]
     settings = Settings(200)
     with (

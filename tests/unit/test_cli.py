@@ -152,9 +152,7 @@ def test_what_goes_with_the_rescue_alone_is_named_as_it_was_written(
     option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([option]) == EXIT_USAGE
-    assert (
-        f": {option.partition('=')[0]} needs --rescue" in capsys.readouterr().err
-    )
+    assert f": {option.partition('=')[0]} needs --rescue" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["-t", "-1"], ["-t", "-4"], ["-d", "-0.5"]])
