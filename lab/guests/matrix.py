@@ -50,7 +50,7 @@ from lab.guests.matrix_rows import row_words, run_rows
 from lab.guests.packages import IMAGE_VARIABLE
 from lab.guests.run import TIMEOUT_STATUS, GuestDiedError, GuestOptions, run_in_guest, write_through
 from lab.guests.selection import Selection
-from lab.guests.trees import ROWS, Place, Row
+from lab.guests.trees import ROWS, BootFiles, Row
 from lab.patience import PATIENCE_VARIABLE, patient
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def run_row(
     selection: Selection,
     sink: Sink,
     demanded: tuple[str, ...] = MODES,
-    place: Place | None = None,
+    boot: BootFiles | None = None,
 ) -> RowResult:
     """Boot a row's guest and run the tests in it; no LabError gets out, it is a result.
 
@@ -165,7 +165,7 @@ def run_row(
     with tempfile.TemporaryDirectory(prefix="tcpstuck-matrix-") as scratch:
         share = Path(scratch)
         try:
-            _test_in_guest(result, share, selection, sink, place)
+            _test_in_guest(result, share, selection, sink, boot)
         except GuestDiedError as error:
             sink(error.console.encode())
             result.trouble = f"{error.what}: {error.why}"
@@ -177,15 +177,15 @@ def run_row(
 
 
 def _test_in_guest(
-    result: RowResult, share: Path, selection: Selection, sink: Sink, place: Place | None
+    result: RowResult, share: Path, selection: Selection, sink: Sink, boot: BootFiles | None
 ) -> None:
-    place = place or trees.prepare(result.row)
+    boot = boot or trees.prepare(result.row)
     options = GuestOptions(
-        kernel=place.kernel,
-        root=place.root,
-        views=(REPOSITORY, place.kernel.parent),
+        kernel=boot.kernel,
+        root=boot.root,
+        views=(REPOSITORY, boot.kernel.parent),
         shares=(share,),
-        environment=guest_environment(os.environ, place.kernel),
+        environment=guest_environment(os.environ, boot.kernel),
         timeout_s=patient(ROW_LIMIT_S + REPORTING_S),
     )
     ran = run_in_guest(
@@ -213,13 +213,13 @@ def _noted(path: Path) -> str:
 
 
 def _run_logged(
-    row: Row, selection: Selection, demanded: tuple[str, ...], place: Place | None, verbose: bool
+    row: Row, selection: Selection, demanded: tuple[str, ...], boot: BootFiles | None, verbose: bool
 ) -> RowResult:
     """Run a row; what its guest prints goes to a file in the cache, or to our own output."""
     if verbose:
-        return run_row(row, selection, write_through(sys.stdout), demanded, place)
+        return run_row(row, selection, write_through(sys.stdout), demanded, boot)
     with log_of(row).open("wb", buffering=0) as log:
-        result = run_row(row, selection, log.write, demanded, place)
+        result = run_row(row, selection, log.write, demanded, boot)
     print(progress(result), flush=True)
     return result
 
@@ -230,19 +230,19 @@ def _results(arguments: argparse.Namespace) -> list[RowResult]:
     chosen = arguments.rows or ROWS
     if arguments.guests == 1:
         wanted = Selection(core=arguments.core, matching=arguments.select)
-        place = None
+        boot = None
         if arguments.place:
             kernel, root = arguments.place
-            place = Place(kernel, root, fresh=False)
+            boot = BootFiles(kernel, root, fresh=False)
         # Before there is a guest, what makes its tree has to be ended too.
         with sigterm_ends_program():
-            return [_run_logged(row, wanted, demanded, place, arguments.verbose) for row in chosen]
+            return [_run_logged(row, wanted, demanded, boot, arguments.verbose) for row in chosen]
     selection = ["--core"] if arguments.core else []
     selection += [f"--select={arguments.select}"] if arguments.select else []
     return run_rows(
         [row for row in ROWS if row in chosen],
         arguments.guests,
-        lambda row, place, report: row_words(row, place, report, selection),
+        lambda row, boot, report: row_words(row, boot, report, selection),
         demanded,
         lambda result: print(progress(result), flush=True),
     )

@@ -20,19 +20,19 @@ from lab.guests import trees
 from lab.guests.kernel_tests import REPOSITORY
 from lab.guests.matrix_report import RowResult, empty_result, log_of, results_of, verdict
 from lab.guests.process_group import MORTAL, Processes
-from lab.guests.trees import Place, Row
+from lab.guests.trees import BootFiles, Row
 
-Words = Callable[[Row, Place, Path], Sequence[str]]
+Words = Callable[[Row, BootFiles, Path], Sequence[str]]
 """The command that runs a row over that place and writes its results there as JSON."""
 
 
-def row_words(row: Row, place: Place, report: Path, selection: Sequence[str]) -> list[str]:
+def row_words(row: Row, boot: BootFiles, report: Path, selection: Sequence[str]) -> list[str]:
     """The `matrix` command for one row; its status says whether the row is good.
 
     It must not outlive us, whatever ends us.
     """
     matrix = (*MORTAL, sys.executable, "-m", "lab", "matrix")
-    what = (f"--rows={row.suite}", "--place", str(place.kernel), str(place.root), *selection)
+    what = (f"--rows={row.suite}", "--place", str(boot.kernel), str(boot.root), *selection)
     return [*matrix, *what, "--all", "--verbose", f"--json={report}"]
 
 
@@ -56,7 +56,7 @@ def run_rows(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(sigterm_ends_program())
-        prepared: deque[tuple[Row, Place]] = deque()
+        prepared: deque[tuple[Row, BootFiles]] = deque()
         for row in rows:
             try:
                 prepared.append((row, trees.prepare(row)))
@@ -67,9 +67,9 @@ def run_rows(
         stack.callback(running.end)
         while prepared or running.count:
             while prepared and running.count < guests:
-                row, place = prepared.popleft()
+                row, boot = prepared.popleft()
                 report = scratch / f"{row.suite}.json"
-                process = words(row, place, report)
+                process = words(row, boot, report)
                 running.start((row, report), process, log_of(row), REPOSITORY)
             (row, report), status = running.next_ended()
             take(brought_back(row, demanded, report, status))

@@ -222,7 +222,7 @@ def current_tree(suite: str, apt: Apt, mirror: str) -> tuple[Path, bool]:
 
 
 @dataclass(frozen=True)
-class Place:
+class BootFiles:
     """What a row's guest boots."""
 
     kernel: Path
@@ -232,7 +232,7 @@ class Place:
     """Whether either had to be made."""
 
 
-def prepare(row: Row) -> Place:
+def prepare(row: Row) -> BootFiles:
     """The kernel and the tree of a row, made if they are missing or stale. Raises CacheError."""
     mirror = debian_mirror()
     kernels = suite_apt(row.suite, mirror)
@@ -241,7 +241,7 @@ def prepare(row: Row) -> Place:
     link = f"kernel-{row.suite}"
     new_kernel = fetch(kernels.kernel(), link, kernels)
     root, new_tree = current_tree(row.tree_suite, userland, mirror)
-    return Place(cached_kernel(link), root, new_kernel or new_tree)
+    return BootFiles(cached_kernel(link), root, new_kernel or new_tree)
 
 
 def row_named(suite: str) -> Row:

@@ -347,23 +347,23 @@ def wrong_checksums(server: Namespace) -> int:
 
 
 @dataclass(frozen=True)
-class Place:
+class DropSite:
     """One place, and the families it exists in."""
 
     make: Callable[[Spot], contextlib.AbstractContextManager[Fault]]
     families: tuple[int, ...] = (4, 6)
 
 
-PLACES: Mapping[str, Place] = {
-    "iptables-legacy": Place(partial(iptables, backend="legacy")),
-    "iptables-nft": Place(partial(iptables, backend="nft")),
-    "nft-input": Place(partial(nft_rule, hook="input")),
-    "nft-prerouting": Place(partial(nft_rule, hook="prerouting")),
-    "nft-policy": Place(nft_policy),
-    "rp-filter": Place(rp_filter, families=(4,)),
-    "tc-ingress": Place(tc_ingress),
-    "generic-xdp": Place(generic_xdp),
-    "socket-filter": Place(socket_filter),
-    "no-route": Place(no_route),
+DROP_SITES: Mapping[str, DropSite] = {
+    "iptables-legacy": DropSite(partial(iptables, backend="legacy")),
+    "iptables-nft": DropSite(partial(iptables, backend="nft")),
+    "nft-input": DropSite(partial(nft_rule, hook="input")),
+    "nft-prerouting": DropSite(partial(nft_rule, hook="prerouting")),
+    "nft-policy": DropSite(nft_policy),
+    "rp-filter": DropSite(rp_filter, families=(4,)),
+    "tc-ingress": DropSite(tc_ingress),
+    "generic-xdp": DropSite(generic_xdp),
+    "socket-filter": DropSite(socket_filter),
+    "no-route": DropSite(no_route),
 }
 """The kernel filters reverse paths of IPv4 only."""

@@ -32,7 +32,7 @@ _START = (
 IMPORT_ROOT = Path(__file__).resolve().parents[2]
 
 
-class Place(Protocol):
+class End(Protocol):
     """Where processes can be started: a `Namespace`, or a stand-in for one."""
 
     def popen(self, words: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
@@ -109,12 +109,12 @@ class Child:
     A context manager. Raises LabError where the child ends or does not answer in time.
     """
 
-    def __init__(self, place: Place, module: str) -> None:
+    def __init__(self, end: End, module: str) -> None:
         self._module = module
         ours, theirs = socket.socketpair()
         with theirs:
             number = str(theirs.fileno())
-            self._process = place.popen(
+            self._process = end.popen(
                 [sys.executable, "-S", "-c", _START, json.dumps(sys.path), module, number],
                 pass_fds=[theirs.fileno()],
                 cwd=IMPORT_ROOT,

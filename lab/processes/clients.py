@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from lab.errors import LabTimeoutError
 from lab.patience import LOAD_S, SETTLE_S, patient
-from lab.processes.child import Child, Place
+from lab.processes.child import Child, End
 from lab.records import ClientRecord
 
 ALL = "all"
@@ -63,8 +63,8 @@ class Report(NamedTuple):
 class Clients(Child):
     """The client process; a context manager."""
 
-    def __init__(self, place: Place) -> None:
-        super().__init__(place, "lab.processes.client_process")
+    def __init__(self, end: End) -> None:
+        super().__init__(end, "lab.processes.client_process")
 
     def __enter__(self) -> Clients:
         return self

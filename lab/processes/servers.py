@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from lab.errors import LabError, LabTimeoutError
 from lab.patience import COMMAND_S, LOAD_S, SETTLE_S, START_S, Deadline, patient
-from lab.processes.child import Child, Place, pause
+from lab.processes.child import Child, End, pause
 
 GREETING = b"220 lab at your service\r\n"
 MARIADB_BINARY = "/usr/sbin/mariadbd"
@@ -80,7 +80,7 @@ class Greeter(Child):
 
     def __init__(
         self,
-        place: Place,
+        end: End,
         address: str,
         port: int,
         *,
@@ -89,7 +89,7 @@ class Greeter(Child):
         shares_port: bool = False,
         transparent: bool = False,
     ) -> None:
-        super().__init__(place, "lab.processes.greeter_process")
+        super().__init__(end, "lab.processes.greeter_process")
         wanted = Listen(address, port, backlog, both_families, shares_port, transparent)
         try:
             listening = self.ask(wanted)
@@ -129,8 +129,8 @@ class MariaDb:
     LabError where it cannot be started.
     """
 
-    def __init__(self, place: Place, address: str, port: int, *, backlog: int) -> None:
-        self._place = place
+    def __init__(self, end: End, address: str, port: int, *, backlog: int) -> None:
+        self._end = end
         self._directory = Path(tempfile.mkdtemp(prefix="tcpstuck-mariadb-"))
         self._log = self._directory / "log"
         try:
@@ -192,7 +192,7 @@ class MariaDb:
             notices.bind(str(path))
             path.chmod(0o777)
             try:
-                self._process = self._place.popen(
+                self._process = self._end.popen(
                     words,
                     env={**os.environ, "NOTIFY_SOCKET": str(path)},
                     stdin=subprocess.DEVNULL,

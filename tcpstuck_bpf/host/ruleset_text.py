@@ -68,7 +68,7 @@ _OPTIONS = {
     "--sport": "sport",
 }
 
-Place = tuple[str, str, str]
+ChainName = tuple[str, str, str]
 """A chain's family, table and name."""
 
 
@@ -79,7 +79,7 @@ class Parts(NamedTuple):
     packets: list[int | None]
     """What each rule has counted; as long as `rules`."""
     jumps: list[Jump]
-    chains: set[Place]
+    chains: set[ChainName]
     """Chains that a hook calls, of those that were listed."""
     mentioned: set[str]
     """Statements and targets that make a hook of their own (`synproxy`, `flowtable`)."""
@@ -115,19 +115,19 @@ class _Listing:
     def __init__(self, items: Sequence[Mapping[str, Any]]) -> None:
         self.asleep: set[tuple[str, str]] = set()
         self.has_unclear_flags = False
-        self.chains: dict[Place, Mapping[str, Any]] = {}
-        self.counters: dict[Place, int] = {}
-        self.maps: dict[Place, Any] = {}
+        self.chains: dict[ChainName, Mapping[str, Any]] = {}
+        self.counters: dict[ChainName, int] = {}
+        self.maps: dict[ChainName, Any] = {}
         for item in items:
             if "table" in item:
                 self._note_table(item["table"])
             elif "chain" in item:
-                self.chains[_place(item["chain"])] = item["chain"]
+                self.chains[_name_of(item["chain"])] = item["chain"]
             elif "counter" in item:
-                self.counters[_place(item["counter"])] = int(item["counter"]["packets"])
+                self.counters[_name_of(item["counter"])] = int(item["counter"]["packets"])
             elif "map" in item:
-                self.maps[_place(item["map"])] = item["map"].get("elem", ())
-        self._verdicts: dict[Place, _Verdict] = {}
+                self.maps[_name_of(item["map"])] = item["map"].get("elem", ())
+        self._verdicts: dict[ChainName, _Verdict] = {}
 
     def _note_table(self, table: Mapping[str, Any]) -> None:
         flags = table.get("flags", [])
@@ -138,7 +138,7 @@ class _Listing:
             # nft 1.0.6 prints the table's own name there.
             self.has_unclear_flags = True
 
-    def verdict_of(self, map_: Place) -> _Verdict:
+    def verdict_of(self, map_: ChainName) -> _Verdict:
         """What the verdicts of a map with a name may do; of one that is not listed anything."""
         if map_ not in self._verdicts:
             elements = self.maps.get(map_)
@@ -158,17 +158,17 @@ class _Listing:
             for target in dict.fromkeys(verdict.leads_to):
                 yield Jump(family, table, f"@{name}", "", target, ())
 
-    def hook_of(self, place: Place) -> str:
+    def hook_of(self, chain_name: ChainName) -> str:
         """The hook that calls a chain; empty where none does."""
-        return str(self.chains.get(place, {}).get("hook", ""))
+        return str(self.chains.get(chain_name, {}).get("hook", ""))
 
-    def at_device(self, place: Place) -> Conditions:
+    def at_device(self, chain_name: ChainName) -> Conditions:
         """What a chain at one device's ingress asks of a packet."""
-        device = self.chains.get(place, {}).get("dev")
+        device = self.chains.get(chain_name, {}).get("dev")
         return (("iifname", device),) if isinstance(device, str) else ()
 
 
-def _place(item: Mapping[str, Any]) -> Place:
+def _name_of(item: Mapping[str, Any]) -> ChainName:
     return item["family"], item["table"], item["name"]
 
 
@@ -188,25 +188,25 @@ def nftables_rules(text: str) -> Parts:
         if "rule" in item:
             _add_nftables_rule(parts, item["rule"], listing)
     parts.jumps.extend(listing.map_jumps())
-    for place, item in listing.chains.items():
-        if "hook" in item and place[:2] not in listing.asleep:
-            parts.chains.add(place)
+    for chain_name, item in listing.chains.items():
+        if "hook" in item and chain_name[:2] not in listing.asleep:
+            parts.chains.add(chain_name)
             if item.get("policy") == "drop":
-                conditions = listing.at_device(place)
-                parts.add(DropRule(*place, item["hook"], "policy", 0, conditions), None)
+                conditions = listing.at_device(chain_name)
+                parts.add(DropRule(*chain_name, item["hook"], "policy", 0, conditions), None)
     return parts
 
 
 def _add_nftables_rule(parts: Parts, rule: Mapping[str, Any], listing: _Listing) -> None:
-    place = family, table, chain = rule["family"], rule["table"], rule["chain"]
+    chain_name = family, table, chain = rule["family"], rule["table"], rule["chain"]
     if (family, table) in listing.asleep:
         return
     statements = rule.get("expr", [])
     if any(_is_synproxy(s) for s in statements):
         parts.mentioned.add("synproxy")
     verdict, packets = _rule_verdict(statements, listing, (family, table))
-    hook = listing.hook_of(place)
-    conditions = (*listing.at_device(place), *_conditions(statements))
+    hook = listing.hook_of(chain_name)
+    conditions = (*listing.at_device(chain_name), *_conditions(statements))
     for target in dict.fromkeys(verdict.leads_to):
         parts.jumps.append(Jump(family, table, chain, hook, target, conditions))
     if verdict.drops:
@@ -392,7 +392,7 @@ def _number(counted: str) -> int | None:
 class _Standing(NamedTuple):
     """Where a rule of iptables stands."""
 
-    chain: Place
+    chain: ChainName
     number: int
     packets: int | None
 
@@ -440,9 +440,9 @@ def _add_xtables_rule(
 
 def reachable(parts: Parts) -> Parts:
     """The same without chains that no hook leads to, and jumps that lead to no rule that drops."""
-    ways: dict[Place, list[Jump]] = {}
-    back: dict[Place, list[Place]] = {}
-    starts: dict[Place, None] = {}
+    ways: dict[ChainName, list[Jump]] = {}
+    back: dict[ChainName, list[ChainName]] = {}
+    starts: dict[ChainName, None] = {}
     for jump in parts.jumps:
         chain = (jump.family, jump.table, jump.chain)
         ways.setdefault(chain, []).append(jump)
@@ -469,12 +469,14 @@ def reachable(parts: Parts) -> Parts:
     return rules
 
 
-def _closure(starts: Mapping[Place, None], ways: Mapping[Place, Sequence[Place]]) -> set[Place]:
+def _closure(
+    starts: Mapping[ChainName, None], ways: Mapping[ChainName, Sequence[ChainName]]
+) -> set[ChainName]:
     reached = set(starts)
     waiting = deque(starts)
     while waiting:
-        for place in ways.get(waiting.popleft(), ()):
-            if place not in reached:
-                reached.add(place)
-                waiting.append(place)
+        for chain_name in ways.get(waiting.popleft(), ()):
+            if chain_name not in reached:
+                reached.add(chain_name)
+                waiting.append(chain_name)
     return reached

@@ -29,10 +29,10 @@ from tcpstuck_bpf.model import (
     listener_of,
 )
 
-Place = tuple[int, bytes, int]
+Destination = tuple[int, bytes, int]
 """Network namespace, server address, server port, as a client's packets have them."""
 
-_Silent = dict[ListenerId, dict[Place, "array[int]"]]
+_Silent = dict[ListenerId, dict[Destination, "array[int]"]]
 """When each client that never answered first sent a SYN, in no order. Arrays: a flood has many."""
 
 KEPT_HEIGHTS = 256
@@ -119,27 +119,27 @@ class ListenerHistory:
         for row in sweep.rows:
             if _is_silent(row):
                 listener = listener_of(row.four_tuple, row.handshake)
-                places = self._silent_in_sweep.setdefault(listener, {})
-                place = _place(row.four_tuple)
-                times = places.get(place)
+                destinations = self._silent_in_sweep.setdefault(listener, {})
+                destination = _destination(row.four_tuple)
+                times = destinations.get(destination)
                 if times is None:
-                    times = places[place] = array("Q")
+                    times = destinations[destination] = array("Q")
                 times.append(row.handshake.first_syn_ns)
         if sweep.part is SweepPart.LAST:
             self._silent, self._silent_in_sweep = self._silent_in_sweep, {}
 
     def take_leaving(self, leaving: Iterable[HandshakeId]) -> None:
         """Entries that are removed from the table: silent ones are so for good."""
-        times: dict[Place, list[int]] = {}
+        times: dict[Destination, list[int]] = {}
         for four_tuple, first_syn_ns in leaving:
-            times.setdefault(_place(four_tuple), []).append(first_syn_ns)
+            times.setdefault(_destination(four_tuple), []).append(first_syn_ns)
         # Which of the sockets of a port it was is not told again.
-        for listener, places in self._silent.items():
-            for place in places.keys() & times.keys():
-                silent = set(places[place])
-                gone = silent.intersection(times[place])
+        for listener, destinations in self._silent.items():
+            for destination in destinations.keys() & times.keys():
+                silent = set(destinations[destination])
+                gone = silent.intersection(times[destination])
                 self._note_gone(listener, gone)
-                places[place] = array("Q", silent - gone)
+                destinations[destination] = array("Q", silent - gone)
 
     def _note_gone(self, listener: ListenerId, times: Iterable[int]) -> None:
         """What the programs count as owed they stay part of, at every later height.
@@ -155,8 +155,8 @@ class ListenerHistory:
 
     def _silent_times(self, listener: ListenerId) -> list[int]:
         """When those of the table who never answered sent their SYN, in order."""
-        places = self._silent.get(listener, {})
-        return sorted({syn_ns for times in places.values() for syn_ns in times})
+        destinations = self._silent.get(listener, {})
+        return sorted({syn_ns for times in destinations.values() for syn_ns in times})
 
     def _need(
         self, listener: ListenerId, silent_times: Sequence[int], facts: ListenerFacts
@@ -250,5 +250,5 @@ def _is_silent(row: Row) -> bool:
     return entry.ending == Ending.NONE and not entry.acks_dropped and not entry.acks_filtered
 
 
-def _place(four_tuple: FourTuple) -> Place:
+def _destination(four_tuple: FourTuple) -> Destination:
     return (four_tuple.netns, four_tuple.server_address, four_tuple.server_port)

@@ -39,8 +39,8 @@ ACK_KINDS = frozenset({EventKind.ACK_DROPPED, EventKind.ACK_FILTERED})
 _SYN_KINDS = frozenset({EventKind.SYN_REPEATED, EventKind.SYN_DROPPED})
 
 
-class Place(enum.Enum):
-    """Where a client is; it is in one place at a time."""
+class Stage(enum.Enum):
+    """What the rescue does with a client; it is in one stage at a time."""
 
     NEW = "new"
     UNASKED = "unasked"
@@ -89,9 +89,9 @@ class Candidate:
         "handshake",
         "known",
         "number",
-        "place",
         "reason",
         "sent_data",
+        "stage",
         "stuck",
         "told_unanswered",
         "tried_ns",
@@ -111,7 +111,7 @@ class Candidate:
         self.acknowledged: int | None = None
         self.known: bool | None = None
         self.asked_ns = 0
-        self.place = Place.NEW
+        self.stage = Stage.NEW
         self.reason: str | None = None
         self.budget = False
         self.number = 0
@@ -206,7 +206,7 @@ class Candidate:
             (repeated, REPEATED_SYN),
             (entry.acks_dropped + entry.acks_filtered > self.acks_seen, EVENTS_LOST),
             (self.would_send, DRY_RUN),
-            (self.tries >= MAX_TRIES and self.place is not Place.UNDER_WAY, self._spent()),
+            (self.tries >= MAX_TRIES and self.stage is not Stage.UNDER_WAY, self._spent()),
         )
         return next((why for holds, why in obstacles if holds), None)
 

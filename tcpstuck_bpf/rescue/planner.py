@@ -31,14 +31,14 @@ from tcpstuck_bpf.model import (
     HandshakeId,
     listener_of,
 )
-from tcpstuck_bpf.rescue import candidate as why_not
+from tcpstuck_bpf.rescue import candidate
 from tcpstuck_bpf.rescue.addresses import AddressPace
 from tcpstuck_bpf.rescue.candidate import (
     ACK_KINDS,
     COOKIE_LIFE_NS,
     MAX_TRIES,
     Candidate,
-    Place,
+    Stage,
     overflowed,
 )
 from tcpstuck_bpf.rescue.pacing import KeyedHeap, TokenBucket
@@ -118,7 +118,7 @@ class Rescuer:
 
     def report(self, report: FlowReport) -> None:
         """A flow came into another state worth telling."""
-        client = self._known(report.four_tuple, report.handshake.first_syn_ns)
+        client = self._tracked(report.four_tuple, report.handshake.first_syn_ns)
         if report.state in STUCK_STATES:
             if client is None:
                 if report.four_tuple in self._active or report.four_tuple in self._left:
@@ -127,18 +127,18 @@ class Rescuer:
             else:
                 client.absorb(report)
             client.stuck = True
-            self._place(client)
+            self._set_stage(client)
         elif client is not None and report.handshake.ending != Ending.NONE:
             self._remove(client)
         elif client is not None:
             client.absorb(report)
             # Who is left alone for a namespace that is gone is counted for that.
             client.stuck = client.stuck and client.gone
-            self._place(client)
+            self._set_stage(client)
 
     def observe(self, event: Event) -> None:
         """An event; those of a moment come before its reports."""
-        client = self._known(event.four_tuple, event.handshake.first_syn_ns)
+        client = self._tracked(event.four_tuple, event.handshake.first_syn_ns)
         is_answer = False
         if client is not None:
             client.note(event)
@@ -153,11 +153,11 @@ class Rescuer:
         if event.handshake.ending != Ending.NONE:
             self._remove(client)
             return
-        if is_answer and client.place is Place.UNDER_WAY:
+        if is_answer and client.stage is Stage.UNDER_WAY:
             self._rest(client)
-        self._place(client)
+        self._set_stage(client)
 
-    def _known(self, four_tuple: FourTuple, first_syn_ns: int) -> Candidate | None:
+    def _tracked(self, four_tuple: FourTuple, first_syn_ns: int) -> Candidate | None:
         """The client of that handshake; one of an older handshake has given that up."""
         client = self._active.get(four_tuple) or self._left.get(four_tuple)
         if client is None or client.handshake.first_syn_ns == first_syn_ns:
@@ -169,31 +169,31 @@ class Rescuer:
     def _obstacle(self, client: Candidate) -> str | None:
         why = client.obstacle()
         if why is None and client.silent and client.known is False:
-            return None if self._policy.include_unknown else why_not.NOT_KNOWN
+            return None if self._policy.include_unknown else candidate.NOT_KNOWN
         return why
 
-    def _place(self, client: Candidate) -> None:
+    def _set_stage(self, client: Candidate) -> None:
         """Put a client where its facts put it."""
         why = self._obstacle(client)
         if why is not None or not client.stuck:
             self._leave_alone(client, why)
-        elif client.place is Place.NEW or self._is_left_in_vain(client):
+        elif client.stage is Stage.NEW or self._is_left_in_vain(client):
             self._activate(client)
-        elif client.place is Place.BLOCKED and not client.silent:
+        elif client.stage is Stage.BLOCKED and not client.silent:
             self._addresses.discard(client.four_tuple)
             self._make_ready(client)
-        elif client.place is Place.RESTING and not client.silent:
+        elif client.stage is Stage.RESTING and not client.silent:
             self._due.put(client.four_tuple, client.tried_ns + SPACING_NS)
 
     def _is_left_in_vain(self, client: Candidate) -> bool:
         """Whether a client is left alone for what was a fact and is none any more."""
-        by_time = (why_not.TOO_LATE, why_not.FLOOD_SUSPECTED)
+        by_time = (candidate.TOO_LATE, candidate.FLOOD_SUSPECTED)
         lasting = client.reason in by_time and client.silent
-        return client.place is Place.LEFT_ALONE and not lasting
+        return client.stage is Stage.LEFT_ALONE and not lasting
 
     def _activate(self, client: Candidate) -> None:
         if self._active_by_budget[client.silent] >= self._max_candidates:
-            self._leave_alone(client, why_not.NO_ROOM)
+            self._leave_alone(client, candidate.NO_ROOM)
             return
         self._forget_left(client)
         client.budget = client.silent
@@ -202,10 +202,10 @@ class Rescuer:
         if not self._policy.after_expiry:
             self._expiring.put(client.four_tuple, self._last_ns(client) + 1)
         if client.silent and client.known is None:
-            client.place = Place.UNASKED
+            client.stage = Stage.UNASKED
             self._unasked[client.four_tuple] = None
         elif client.number:
-            client.place = Place.RESTING
+            client.stage = Stage.RESTING
             self._due.put(client.four_tuple, client.tried_ns + SPACING_NS)
         else:
             self._make_ready(client)
@@ -215,7 +215,7 @@ class Rescuer:
         return client.cookie_ns + COOKIE_LIFE_NS - EXPIRY_MARGIN_NS
 
     def _make_ready(self, client: Candidate) -> None:
-        client.place = Place.READY
+        client.stage = Stage.READY
         order = (client.tries, client.silent, client.handshake.first_syn_ns)
         listener = listener_of(client.four_tuple, client.handshake)
         self._listeners.add_ready(client.four_tuple, listener, *order)
@@ -223,14 +223,14 @@ class Rescuer:
     def _rest(self, client: Candidate) -> None:
         """Nothing is under way to it any more; its next turn stays when it was."""
         self._listeners.end_wait(client.four_tuple)
-        client.place = Place.RESTING
+        client.stage = Stage.RESTING
 
     def _withdraw(self, client: Candidate) -> None:
         """Take an active client out of wherever it waits."""
         who = client.four_tuple
         self._unasked.pop(who, None)
         self._listeners.withdraw(who)
-        if client.place is Place.BLOCKED:
+        if client.stage is Stage.BLOCKED:
             self._addresses.discard(who)
         self._due.discard(who)
         self._expiring.discard(who)
@@ -240,18 +240,18 @@ class Rescuer:
     def _leave_alone(self, client: Candidate, why: str | None) -> None:
         """One that is not stuck is remembered, for its tries, and not counted."""
         reason = why if client.stuck else None
-        if client.place is Place.LEFT_ALONE:
+        if client.stage is Stage.LEFT_ALONE:
             if client.reason == reason:
                 return
             self._forget_left(client)
-        elif client.place is not Place.NEW:
+        elif client.stage is not Stage.NEW:
             self._withdraw(client)
-        client.place = Place.LEFT_ALONE
+        client.stage = Stage.LEFT_ALONE
         client.reason = reason
         self._left[client.four_tuple] = client
         if client.reason is not None:
             self._left_alone[client.reason] += 1
-        if client.reason == why_not.NOT_KNOWN:
+        if client.reason == candidate.NOT_KNOWN:
             self._unknown.add(client.four_tuple, self._now_ns, self._last_ns(client))
         if len(self._left) > self._max_candidates:
             self._unknown.discard(self._left.popitem(last=False)[0])
@@ -263,7 +263,7 @@ class Rescuer:
 
     def _remove(self, client: Candidate) -> None:
         """Its end: it is nobody's concern any more."""
-        if client.place is Place.LEFT_ALONE:
+        if client.stage is Stage.LEFT_ALONE:
             self._forget_left(client)
         else:
             self._withdraw(client)
@@ -312,7 +312,7 @@ class Rescuer:
             if is_known(clients[0]):
                 for who in clients:
                     self._left[who].known = True
-                    self._place(self._left[who])
+                    self._set_stage(self._left[who])
 
     def _note_unknown(self, now_ns: int) -> None:
         self._unknown_rate.note(now_ns)
@@ -322,14 +322,14 @@ class Rescuer:
     def _end_waits(self, now_ns: int) -> None:
         for who in self._due.pop_due(now_ns):
             client = self._active[who]
-            if client.place is Place.UNDER_WAY:
+            if client.stage is Stage.UNDER_WAY:
                 self._rest(client)
             why = self._obstacle(client)
             if why is None:
                 self._try_again(client, now_ns)
                 continue
             self._leave_alone(client, why)
-            if why == why_not.NO_ANSWER and not client.told_unanswered:
+            if why == candidate.NO_ANSWER and not client.told_unanswered:
                 client.told_unanswered = True
                 self._unanswered.append(client.id)
 
@@ -343,10 +343,10 @@ class Rescuer:
 
     def _expire(self, client: Candidate, now_ns: int) -> None:
         last_ns = self._last_ns(client)
-        if client.place is Place.UNDER_WAY:
+        if client.stage is Stage.UNDER_WAY:
             last_ns = max(last_ns, client.tried_ns + ANSWER_NS)
         if now_ns > last_ns:
-            self._leave_alone(client, why_not.TOO_LATE)
+            self._leave_alone(client, candidate.TOO_LATE)
         else:
             self._expiring.put(client.four_tuple, last_ns + 1)
 
@@ -358,16 +358,16 @@ class Rescuer:
                 return None
             client = self._active[who]
             if not self._policy.after_expiry and now_ns > self._last_ns(client):
-                self._leave_alone(client, why_not.TOO_LATE)
+                self._leave_alone(client, candidate.TOO_LATE)
             elif client.silent and not client.known and client.asked_ns <= self._flood_ns:
-                self._leave_alone(client, why_not.FLOOD_SUSPECTED)
+                self._leave_alone(client, candidate.FLOOD_SUSPECTED)
             elif not client.silent or self._take_of_address(client, now_ns):
                 return client
 
     def _take_of_address(self, client: Candidate, now_ns: int) -> bool:
         if self._addresses.take(client.four_tuple, now_ns):
             return True
-        client.place = Place.BLOCKED
+        client.stage = Stage.BLOCKED
         order = (client.tries, client.handshake.first_syn_ns)
         self._addresses.block(client.four_tuple, now_ns, *order)
         return False
@@ -377,7 +377,7 @@ class Rescuer:
         client.tries += 1
         client.tried_ns = now_ns
         client.answer_owed = True
-        client.place = Place.UNDER_WAY
+        client.stage = Stage.UNDER_WAY
         self._listeners.begin_wait(client.four_tuple)
         self._due.put(client.four_tuple, now_ns + ANSWER_NS)
         return Plan(client.id, client.handshake, client.number)
@@ -393,9 +393,9 @@ class Rescuer:
                 client.would_send = True
             else:
                 client.failed += 1
-            if client.place is Place.UNDER_WAY:
+            if client.stage is Stage.UNDER_WAY:
                 self._rest(client)
-            self._place(client)
+            self._set_stage(client)
 
     def unanswered(self, now_ns: int) -> list[HandshakeId]:
         """Handshakes all of whose tries were made and drew nothing, each once."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lab.network.drop_sites import (
-    PLACES,
+    DROP_SITES,
     Fault,
     Spot,
     has_bpf_security_module,
@@ -35,7 +35,7 @@ from tests.kernel.handmade import Client, Site, site, told
 
 pytestmark = pytest.mark.kernel
 
-CASES = [(name, family) for name, place in PLACES.items() for family in place.families]
+CASES = [(name, family) for name, place in DROP_SITES.items() for family in place.families]
 DATA = b"anyone there?"
 _HOP_BY_HOP, _FRAGMENT, _DESTINATION = 0, 44, 60
 _PADDING = bytes((1, 4, 0, 0, 0, 0))
@@ -68,7 +68,7 @@ def losing_its_ack(
     """A client whose SYN was answered before the fault came, and whose ACK meets it."""
     client.connect()
     server = where.topology.server
-    with PLACES[place].make(Spot(server, where.listener, PORT, where.family)) as fault:
+    with DROP_SITES[place].make(Spot(server, where.listener, PORT, where.family)) as fault:
         count = fault.packets
         assert count is None or count() == 0
         client.send(0, extensions=extensions)
@@ -286,7 +286,7 @@ def test_a_drop_is_seen_by_whichever_program_is_loaded(
         assert ("packet_freed_typed" in programs) == typed
         assert ("packet_freed" in programs) != typed
         for family in (4, 6):
-            places = [name for name in DIFFERENT_CALLERS if family in PLACES[name].families]
+            places = [name for name in DIFFERENT_CALLERS if family in DROP_SITES[name].families]
             with site(family) as where:
                 clients = [Client(where) for _ in places]
                 for name, client in zip(places, clients):

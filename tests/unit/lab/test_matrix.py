@@ -18,7 +18,7 @@ from lab.guests.kernel_tests import REPOSITORY
 from lab.guests.packages import IMAGE_VARIABLE
 from lab.guests.run import TIMEOUT_STATUS, GuestDiedError, GuestOptions
 from lab.guests.selection import Selection
-from lab.guests.trees import Place, Row
+from lab.guests.trees import BootFiles, Row
 from lab.patience import PATIENCE_VARIABLE
 
 FIRST = Row("potato")
@@ -299,8 +299,8 @@ class TestGuest:
             return SimpleNamespace(status=TIMEOUT_STATUS, timed_out=False, total_s=7.0)
 
         monkeypatch.setattr(matrix, "run_in_guest", cut_off)
-        place = Place(Path("/boot/vmlinuz-2.4"), Path("/"), fresh=False)
-        result = matrix.run_row(FIRST, Selection(), len, place=place)
+        place = BootFiles(Path("/boot/vmlinuz-2.4"), Path("/"), fresh=False)
+        result = matrix.run_row(FIRST, Selection(), len, boot=place)
         assert (result.trouble, result.good) == ("cut off after 7 s", False)
         assert result.cells[matrix_report.ANY_MODE].passed == 1
 
@@ -316,7 +316,7 @@ class TestGuest:
         kernel = Path("/boot/vmlinuz-2.4")
         monkeypatch.setattr(matrix, "run_in_guest", die_while_writing)
         monkeypatch.setattr(
-            matrix.trees, "prepare", lambda _row: Place(kernel, Path("/"), fresh=False)
+            matrix.trees, "prepare", lambda _row: BootFiles(kernel, Path("/"), fresh=False)
         )
         result = matrix.run_row(FIRST, Selection(), len)
         assert "the report is damaged" in str(result.trouble)

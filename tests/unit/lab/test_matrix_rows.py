@@ -31,11 +31,11 @@ from lab.guests.matrix_report import (
     results_of,
 )
 from lab.guests.packages import CacheError
-from lab.guests.trees import ROWS, Place, Row
+from lab.guests.trees import ROWS, BootFiles, Row
 from lab.patience import PATIENCE_VARIABLE
 
 FIRST, SECOND, THIRD = Row("potato"), Row("woody"), Row("sarge", counts=False)
-PLACE = Place(Path("/boot/vmlinuz-2.4"), Path("/tree"), fresh=False)
+BOOT_FILES = BootFiles(Path("/boot/vmlinuz-2.4"), Path("/tree"), fresh=False)
 
 TEXTS = st.text(max_size=5)
 FAILURES = st.lists(st.builds(Failure, TEXTS, TEXTS), max_size=3)
@@ -109,7 +109,7 @@ class TestFile:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(trees, "prepare", lambda _row: PLACE)
+    monkeypatch.setattr(trees, "prepare", lambda _row: BOOT_FILES)
     return tmp_path
 
 
@@ -132,8 +132,8 @@ class TestRows:
             THIRD: f"open({str(mark)!r}, 'w').close(); open({str(word)!r}, 'w').close()",
         }
 
-        def words(row: Row, place: Place, report: Path) -> list[str]:
-            assert place == PLACE
+        def words(row: Row, boot: BootFiles, report: Path) -> list[str]:
+            assert boot == BOOT_FILES
             *start, code = saying(report, written(good_result(row)))
             return [*start, f"{begins[row]}\n{code}"]
 
@@ -213,13 +213,13 @@ class TestRows:
     ) -> None:
         steps: list[tuple[str, Row]] = []
 
-        def prepare(row: Row) -> Place:
+        def prepare(row: Row) -> BootFiles:
             steps.append(("made", row))
             if row == FIRST:
                 raise CacheError("no tree", "no archive", "look")
-            return PLACE
+            return BOOT_FILES
 
-        def words(row: Row, _place: Place, report: Path) -> list[str]:
+        def words(row: Row, _place: BootFiles, report: Path) -> list[str]:
             steps.append(("started", row))
             return saying(report, written(good_result(row)))
 
@@ -251,12 +251,12 @@ class TestCommand:
     def test_a_rows_process_is_asked_for_that_row_over_that_place(
         self, row: Row, selection: list[str], core: bool, select: str | None
     ) -> None:
-        words = matrix_rows.row_words(row, PLACE, Path("/a b"), selection)
+        words = matrix_rows.row_words(row, BOOT_FILES, Path("/a b"), selection)
         module = words.index("-m")
         assert words[module - 1 : module + 3] == [sys.executable, "-m", "lab", "matrix"]
         arguments = parsed(*words[module + 3 :])
         assert (arguments.rows, arguments.guests) == ([row], 1)
-        assert arguments.place == [PLACE.kernel, PLACE.root]
+        assert arguments.place == [BOOT_FILES.kernel, BOOT_FILES.root]
         assert (arguments.core, arguments.select) == (core, select)
         assert (arguments.json, arguments.all) == (Path("/a b"), True)
 
@@ -269,9 +269,9 @@ class TestCommand:
             places.append(arguments[-1])
 
         monkeypatch.setattr(matrix, "_test_in_guest", test_in_guest)
-        words = matrix_rows.row_words(ROWS[0], PLACE, cache / "report", [])
+        words = matrix_rows.row_words(ROWS[0], BOOT_FILES, cache / "report", [])
         assert run(*words[words.index("matrix") + 1 :]) == 1
-        assert places == [PLACE]
+        assert places == [BOOT_FILES]
 
     @pytest.mark.parametrize(
         "words",
@@ -299,7 +299,7 @@ class TestCommand:
         options: list[str],
         status: int,
     ) -> None:
-        def words(row: Row, _place: Place, report: Path, selection: Sequence[str]) -> list[str]:
+        def words(row: Row, _place: BootFiles, report: Path, selection: Sequence[str]) -> list[str]:
             assert selection == ["--select=a or b"]
             result = empty_result(row, ()) if row.suite == "sid" else good_result(row, demanded=())
             *start, code = saying(report, written(result), int(row.suite == "sid"))
@@ -333,7 +333,7 @@ def row_words(*_):
     return [*{mortal!r}, sys.executable, "-c", {child!r}]
 
 matrix.row_words = row_words
-trees.prepare = lambda row: trees.Place(Path("/kernel"), Path("/tree"), fresh=False)
+trees.prepare = lambda row: trees.BootFiles(Path("/kernel"), Path("/tree"), fresh=False)
 sys.argv = ["lab", "matrix", "--guests", "2", "--rows", "bullseye", "bookworm", "trixie"]
 sys.exit(__main__.main())
 """
@@ -353,7 +353,7 @@ STUBBORN = CHILD.replace("    sys.exit(1)\n", "")
 
 
 class TestEnd:
-    MORTAL = matrix_rows.row_words(FIRST, PLACE, Path("/report"), [])[:3]
+    MORTAL = matrix_rows.row_words(FIRST, BOOT_FILES, Path("/report"), [])[:3]
 
     @pytest.mark.parametrize(
         ("number", "child", "patience", "status"),
