@@ -7,8 +7,8 @@ which is why a replay gives what the live run gave.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from tcpstuck_bpf.handshake.correlate import Correlator
 from tcpstuck_bpf.handshake.flow import FlowReport, State
@@ -111,38 +111,38 @@ class Analysis:
         self._unseen: dict[int, _Unseen] = {}
         self._attempts: Counter[str] = Counter()
         self._left_alone: Mapping[str, int] | None = None
+        self._taking: Mapping[type, Callable[[Any], list[Finding] | None]] = {
+            Observed: self._observed,
+            Swept: lambda step: self._sweep(step.sweep),
+            Advanced: lambda step: self._advance(step.now_ns),
+            TallyTaken: lambda step: self._take_tally(step.tally),
+            Rescued: self._rescued,
+            Named: self._named,
+            Listened: lambda step: self._listeners.take_listeners(step.listeners),
+            Logged: lambda step: self._warnings.take(step.warnings),
+            Vanished: lambda step: self.correlator.note_gone(
+                step.netns, step.now_ns, step.until_ns
+            ),
+            Ended: lambda _step: None,
+        }
 
     def take(self, step: Step) -> list[Finding]:
         """Findings that a step brings: Advanced, and Named where rules were read late."""
         self.leaving = []
-        if isinstance(step, (Observed, Swept, Rescued, Vanished)):
-            self._take_facts(step)
-        elif isinstance(step, Named):
-            self._names = self._names.with_more(step.names)
-            return list(self._updates(step.names.rulesets))
-        elif isinstance(step, Listened):
-            self._listeners.take_listeners(step.listeners)
-        elif isinstance(step, Logged):
-            self._warnings.take(step.warnings)
-        elif isinstance(step, TallyTaken):
-            self._take_tally(step.tally)
-        elif isinstance(step, Advanced):
-            return self._advance(step.now_ns)
-        return []
+        return self._taking[type(step)](step) or []
 
-    def _take_facts(self, step: Observed | Swept | Rescued | Vanished) -> None:
-        """What the next Advanced judges."""
-        if isinstance(step, Observed):
-            for event in step.events:
-                self.correlator.observe(event)
-        elif isinstance(step, Swept):
-            self._sweep(step.sweep)
-        elif isinstance(step, Rescued):
-            self.correlator.note_rescue(step.rescue)
-            self._attempts.update(attempt.outcome for attempt in step.rescue.attempts)
-            self._left_alone = step.rescue.left_alone
-        else:
-            self.correlator.note_gone(step.netns, step.now_ns, step.until_ns)
+    def _observed(self, step: Observed) -> None:
+        for event in step.events:
+            self.correlator.observe(event)
+
+    def _rescued(self, step: Rescued) -> None:
+        self.correlator.note_rescue(step.rescue)
+        self._attempts.update(attempt.outcome for attempt in step.rescue.attempts)
+        self._left_alone = step.rescue.left_alone
+
+    def _named(self, step: Named) -> list[Finding]:
+        self._names = self._names.with_more(step.names)
+        return list(self._updates(step.names.rulesets))
 
     def _sweep(self, sweep: Sweep) -> None:
         self.correlator.observe(sweep)

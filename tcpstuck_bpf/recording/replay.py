@@ -25,37 +25,16 @@ from tcpstuck_bpf.model import (
     TraceFilter,
     TraceSettings,
 )
+from tcpstuck_bpf.recording.codecs import step_of, time_of, values_of
 from tcpstuck_bpf.recording.table import (
     RecordedTable,
     address_of,
     integer,
 )
-from tcpstuck_bpf.recording.values import (
-    event_of,
-    event_values,
-    listener_of,
-    listener_values,
-    names_of,
-    rescue_of,
-    rescue_values,
-    tally_of,
-    tally_values,
-    warning_of,
-    warning_values,
-)
 from tcpstuck_bpf.steps import (
-    Advanced,
     Ended,
     Header,
-    Listened,
-    Logged,
-    Named,
-    Observed,
-    Rescued,
     Step,
-    Swept,
-    TallyTaken,
-    Vanished,
     WallClock,
     utc_text,
 )
@@ -103,7 +82,7 @@ class Recorder:
     def write(self, step: Step) -> None:
         """Add a step; after a failure nothing more is written."""
         if self.failure is None:
-            self._write_line(self._values(step))
+            self._write_line(values_of(step, self._table))
 
     def close(self) -> None:
         """Nothing more will come. Raises OSError where only this fails."""
@@ -119,28 +98,6 @@ class Recorder:
             self._file.write(f"{json_text(values, (',', ':'))}\n".encode("ascii"))
         except OSError as error:
             self.failure = str(error.strerror)
-
-    def _values(self, step: Step) -> dict[str, Any]:
-        if isinstance(step, Observed):
-            return {"events": [event_values(event) for event in step.events]}
-        if isinstance(step, Swept):
-            return self._table.values_of(step.sweep)
-        if isinstance(step, Advanced):
-            return {"advance": step.now_ns}
-        if isinstance(step, TallyTaken):
-            return {"tally": tally_values(step.tally)}
-        if isinstance(step, Rescued):
-            return {"rescue": rescue_values(step.rescue)}
-        if isinstance(step, Named):
-            return {"names": step.names._asdict()}
-        if isinstance(step, Listened):
-            return {"listeners": [listener_values(one) for one in step.listeners]}
-        if isinstance(step, Logged):
-            return {"warnings": [warning_values(one) for one in step.warnings]}
-        if isinstance(step, Vanished):
-            known = {} if step.until_ns is None else {"until_ns": step.until_ns}
-            return {"vanished": step.now_ns, "netns": list(step.netns), **known}
-        return {"end": step.now_ns, "losses": dict(step.losses), "notes": list(step.notes)}
 
 
 def _cannot_record(path: str, error: OSError) -> RecordingError:
@@ -269,8 +226,8 @@ class Replay:
             for line in self._lines():
                 values = self._decoded(line)
                 try:
-                    step = self._step(values)
-                    times = (reached_ns, _time_of(step))
+                    step = step_of(values, self._table)
+                    times = (reached_ns, time_of(step))
                 except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
                     raise self._damaged() from error
                 except MemoryError as error:
@@ -298,43 +255,6 @@ class Replay:
             "the end"
         )
         return Ended(reached_ns, {}, (note,), cut_off=True)
-
-    def _step(self, values: dict[str, Any]) -> Step:
-        if "events" in values:
-            return Observed(tuple(event_of(event) for event in values["events"]))
-        if "sweep" in values:
-            return Swept(self._table.sweep_of(values))
-        if "advance" in values:
-            return Advanced(integer(values["advance"]))
-        if "tally" in values:
-            return TallyTaken(tally_of(values["tally"]))
-        if "rescue" in values:
-            return Rescued(rescue_of(values["rescue"]))
-        if "names" in values:
-            return Named(names_of(values["names"]))
-        if "listeners" in values:
-            return Listened(tuple(map(listener_of, values["listeners"])))
-        if "warnings" in values:
-            return Logged(tuple(map(warning_of, values["warnings"])))
-        if "vanished" in values:
-            until_ns = None if "until_ns" not in values else integer(values["until_ns"])
-            netns = tuple(map(integer, values["netns"]))
-            return Vanished(integer(values["vanished"]), netns, until_ns)
-        losses = {str(name): integer(number) for name, number in values["losses"].items()}
-        return Ended(integer(values["end"]), losses, tuple(map(str, values["notes"])))
-
-
-def _time_of(step: Step) -> int | None:
-    """Until when a recording reaches that ends with this step; None where it does not tell."""
-    if isinstance(step, (Advanced, Vanished, Ended)):
-        return step.now_ns
-    if isinstance(step, Swept):
-        return step.sweep.time_ns
-    if isinstance(step, TallyTaken):
-        return step.tally.time_ns
-    if isinstance(step, Observed):
-        return max((event.time_ns for event in step.events), default=None)
-    return None
 
 
 def _header(values: dict[str, Any]) -> Header:

@@ -289,14 +289,11 @@ def test_a_recording_that_is_larger_than_the_memory_is_refused(
     def too_large(*_: object) -> None:
         raise MemoryError
 
-    for name in ("_step", "_decoded"):
+    for module, name in ((replay, "step_of"), (json, "loads")):
         path = recorded(tmp_path / "run")
         opened = Replay(str(path))
         with monkeypatch.context() as patched:
-            if name == "_step":
-                patched.setattr(opened, "_step", too_large)
-            else:
-                patched.setattr(json, "loads", too_large)
+            patched.setattr(module, name, too_large)
             with pytest.raises(RecordingError) as refused:
                 list(opened.steps())
         assert "more memory than there is" in refused.value.why
