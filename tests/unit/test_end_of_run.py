@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tcpstuck_bpf import cli
+from tcpstuck_bpf import run as run_module
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.app import Live, run_replay
 from tcpstuck_bpf.doctor.machine_report import _try
@@ -72,7 +73,7 @@ def _signals_as_before() -> Iterator[None]:
 
 def run(source: Scripted, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     """The command on that source, for a moment."""
-    monkeypatch.setattr(cli, "_open_source", lambda *_: source)
+    monkeypatch.setattr(run_module, "_open_source", lambda *_: source)
     return cli.main(["-d", "0.01", *words])
 
 
@@ -95,7 +96,7 @@ def _no_closing_of_the_log(monkeypatch: pytest.MonkeyPatch, _source: Scripted) -
         def warnings(self, _now_ns: int) -> tuple[()]:
             return ()
 
-    monkeypatch.setattr(cli, "open_kernel_log", lambda: (Log(), ()))
+    monkeypatch.setattr(run_module, "open_kernel_log", lambda: (Log(), ()))
 
 
 def _no_removal_of_the_ready_file(monkeypatch: pytest.MonkeyPatch, _source: Scripted) -> None:
@@ -173,11 +174,11 @@ def test_notes_that_nobody_can_read_are_no_reason_to_end() -> None:
     os.close(ours)
     program = (
         "import sys\n"
-        "from tcpstuck_bpf import cli\n"
+        "from tcpstuck_bpf import cli, run\n"
         "from tests.unit.test_end_of_run import Scripted\n"
         "source = Scripted()\n"
         "source.notes.append('a note')\n"
-        "cli._open_source = lambda *_: source\n"
+        "run._open_source = lambda *_: source\n"
         "sys.exit(cli.main(['-d', '0.01', '--json']))\n"
     )
     with Path("/dev/full").open("w") as full:

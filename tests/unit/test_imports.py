@@ -18,11 +18,11 @@ IMPORT_TIME_LIMIT_S = 60
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("doctor",),
+    ("run", "doctor"),
     ("options", "kernel", "app"),
     ("rescue", "output", "typeinfo", "analysis"),
     ("host", "summary"),
-    ("ending", "recording", "judge"),
+    ("console", "ending", "recording", "judge"),
     ("synack", "errors", "handshake", "steps", "json_text", "wire"),
     ("model", "terminal", "files"),
 )
@@ -202,8 +202,8 @@ def test_the_walk_sees_imports_of_every_form(tmp_path: Path) -> None:
 
 
 DOORS = {
-    "cli._print",
-    "cli._complain",
+    "console.print_lines",
+    "console.complain",
     "options.error",
     "output.writers.findings",
     "output.writers.attempts",

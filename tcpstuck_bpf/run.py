@@ -1,0 +1,317 @@
+"""A live run, from the options to the exit status: what is wired to what."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import replace
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from tcpstuck_bpf.analysis import Analysis
+from tcpstuck_bpf.app import Live, Output, remove_ready_file, write_ready_file
+from tcpstuck_bpf.console import discard, print_lines, remark, say, unforeseen
+from tcpstuck_bpf.ending import Ending
+from tcpstuck_bpf.errors import (
+    EXIT_CANNOT_TRACE,
+    EXIT_INTERRUPTED,
+    EXIT_NOT_KNOWN,
+    EXIT_NOTHING_STUCK,
+    EXIT_STUCK,
+    UsageError,
+)
+from tcpstuck_bpf.host import netns
+from tcpstuck_bpf.host.kernel_log import open_kernel_log
+from tcpstuck_bpf.host.listening_sockets import ListenerWatch
+from tcpstuck_bpf.host.ruleset_reader import read_ruleset
+from tcpstuck_bpf.host.ruleset_watch import RulesetWatch
+from tcpstuck_bpf.host.wall_clock import RunClock
+from tcpstuck_bpf.kernel.drop_names import Namer
+from tcpstuck_bpf.kernel.probes import WITHOUT_VARIABLE, AttachRequest, left_out
+from tcpstuck_bpf.model import TraceFilter, TraceSettings, address_text, living_of
+from tcpstuck_bpf.options import as_written, build_parser
+from tcpstuck_bpf.output.render import TableRenderer, watching
+from tcpstuck_bpf.output.writers import JsonOutput, Selection, TableOutput
+from tcpstuck_bpf.recording.replay import Recorder
+from tcpstuck_bpf.steps import Header
+from tcpstuck_bpf.summary import Summary
+
+if TYPE_CHECKING:
+    from tcpstuck_bpf.kernel.source import KernelSource
+    from tcpstuck_bpf.rescue.rescuer import Rescuing
+
+
+WIDTH_OF_A_PIPE = 200
+"""Columns, where standard output is no terminal."""
+
+
+def _settings(options: argparse.Namespace) -> TraceSettings:
+    address: bytes | None = options.listener
+    family: int | None = options.family
+    wanted = TraceFilter(
+        ports=tuple(sorted({port for ports in options.port for port in ports})),
+        family=family,
+        listener_address=address,
+        netns=netns.resolve(options.netns),
+    )
+    if address is not None and family is not None:
+        is_ipv4 = ":" not in address_text(address)
+        if is_ipv4 != (family == 4):
+            raise UsageError(
+                f"--listener {address_text(address)} is never reached by IPv{family}",
+                f"-{family} asks for IPv{family} packets only",
+                f"leave out -{family}",
+            )
+    return TraceSettings(
+        trace_filter=wanted,
+        timeout_ns=options.timeout,
+        tell_healthy=options.all,
+        probe_mode=options.probe_mode,
+        max_handshakes=options.max_handshakes,
+    )
+
+
+def _watched(options: argparse.Namespace, wanted: TraceFilter) -> str:
+    """What is watched, in words."""
+    ports = ", ".join(map(str, wanted.ports))
+    words = ["every port" if not ports else f"port{'s' * (len(wanted.ports) > 1)} {ports}"]
+    if wanted.listener_address is not None:
+        words.append(f"at {address_text(wanted.listener_address)}")
+    if wanted.family is not None:
+        words.append(f"over IPv{wanted.family}")
+    if wanted.netns is not None:
+        words.append(f"in network namespace {options.netns}")
+    return " ".join(words)
+
+
+def output_for(options: argparse.Namespace, header: Header) -> Output:
+    """Where the findings of a run or a recording go, and as what."""
+    selection = Selection(options.only, options.summary)
+    if options.json:
+        return JsonOutput(sys.stdout, header.clock, selection)
+    terminal = sys.stdout.isatty()
+    renderer = TableRenderer(
+        clock=header.clock,
+        width=shutil.get_terminal_size((WIDTH_OF_A_PIPE, 24)).columns,
+        colour=terminal and not os.environ.get("NO_COLOR"),
+        verbose=options.verbose,
+        own_netns=header.own_netns,
+        netns_names=header.netns_names,
+    )
+    return TableOutput(sys.stdout, renderer, selection)
+
+
+class Interrupts:
+    """SIGINT, SIGTERM and a lost terminal end a run with its summary, a second one at once.
+
+    Nothing is raised while events are read, see `Live.reading`.
+    """
+
+    def __init__(self) -> None:
+        self.live: Live | None = None
+        self.interrupted = False
+        self._ignored = False
+        signal.signal(signal.SIGINT, self._handle)
+        signal.signal(signal.SIGTERM, self._handle)
+        # A lost terminal cannot be told from anything else any more, so it is asked for now.
+        self._on_terminal = [one for one in (sys.stdout, sys.stderr) if one.isatty()]
+        # Under nohup it goes on.
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self._handle)
+
+    def ignore(self) -> None:
+        """The run is over; what is still to be let go of takes its time."""
+        self._ignored = True
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            # The recording still gets its end.
+            for stream in self._on_terminal:
+                discard(stream)
+        if self._ignored:
+            return
+        if self.live is None:
+            raise KeyboardInterrupt
+        if self.live.stop and not self.live.reading:
+            raise KeyboardInterrupt
+        self.live.abandoned = self.live.stop
+        self.live.stop = True
+        self.interrupted = number == signal.SIGINT
+
+
+def one_vmlinux(options: argparse.Namespace) -> str | None:
+    """The one file of --vmlinux."""
+    files: list[str] = options.vmlinux or []
+    if len(files) > 1:
+        raise UsageError(
+            "--vmlinux names more than one kernel",
+            "only --build takes several",
+            "name one, or two with --doctor: --vmlinux FILE --against FILE",
+        )
+    return files[0] if files else None
+
+
+def _attach_request(options: argparse.Namespace) -> AttachRequest:
+    if options.against is not None:
+        raise UsageError(
+            "--against needs --doctor",
+            "it compares the kernels in two files",
+            "write --doctor --vmlinux FILE --against FILE",
+        )
+    types, vmlinux = None, one_vmlinux(options)
+    if vmlinux is not None:
+        # Imported where it is used: pyelftools would delay every start.
+        from tcpstuck_bpf.typeinfo.vmlinux import types_of_running_kernel
+
+        types = types_of_running_kernel(vmlinux)
+    without = left_out(os.environ.get(WITHOUT_VARIABLE, ""))
+    return AttachRequest(
+        types,
+        options.strict,
+        without,
+        rescue=options.rescue is not None,
+        why=options.why,
+        keep=options.cache,
+        programs=options.programs,
+    )
+
+
+def _open_source(settings: TraceSettings, request: AttachRequest) -> KernelSource:
+    from tcpstuck_bpf.kernel.source import open_source
+
+    return open_source(settings, request)
+
+
+def _rescuing(options: argparse.Namespace, source: KernelSource) -> Rescuing:
+    # Imported where it is used: most runs rescue nobody, and it would delay their start by 4 ms.
+    from tcpstuck_bpf.rescue.planner import Rescuer
+    from tcpstuck_bpf.rescue.policy import RescuePolicy
+    from tcpstuck_bpf.rescue.raw_socket import Resender
+    from tcpstuck_bpf.rescue.rescuer import Rescuing
+
+    policy = RescuePolicy(
+        include_unknown="all" in options.rescue,
+        rate=options.rescue_rate,
+        excluded=options.rescue_exclude,
+        after_expiry=options.rescue_late,
+    )
+    dry_run = "dry-run" in options.rescue
+    return Rescuing(Rescuer(policy), source.tables, Resender(), time.monotonic_ns, dry_run=dry_run)
+
+
+def refuse_without_rescue(options: argparse.Namespace) -> None:
+    """Raises UsageError for an option that means nothing without --rescue."""
+    for name in ("rescue_exclude", "rescue_rate", "rescue_late"):
+        default = build_parser().get_default(name)
+        value = getattr(options, name)
+        if options.rescue is None and value != default:
+            raise UsageError(
+                f"{as_written(name, value)} needs --rescue",
+                "nothing is sent to anybody",
+                "add --rescue, or leave it out",
+            )
+
+
+def trace(options: argparse.Namespace) -> int:
+    """Trace as the options say; returns the exit status.
+
+    Raises UsageError and CannotTraceError for what keeps it from beginning.
+    """
+    interrupts = Interrupts()
+    refuse_without_rescue(options)
+    with contextlib.suppress(OSError):  # where it is to be written, that is refused as well
+        remove_ready_file(options.ready_file)
+    settings = _settings(options)
+    watched = _watched(options, settings.trace_filter)
+    source = _open_source(settings, _attach_request(options))
+    with Ending(remark) as ending:
+        ending.add("the programs were not detached in order", source.close)
+        for text in source.notes:
+            remark(text)
+        if options.dry_run:
+            return _able(options, source)
+        live = _live(options, settings, watched, source, ending)
+        # First of all: what ends is not to be interrupted, whoever goes on pressing Ctrl-C.
+        ending.add("signals", interrupts.ignore)
+        interrupts.live = live
+        summary = live.run(options.duration, options.ready_file)
+    if live.failure is not None:
+        say(unforeseen(live.failure, "the run ended early"))
+        return exit_status(summary) or EXIT_CANNOT_TRACE
+    if interrupts.interrupted and not live.analysis.told:
+        return EXIT_INTERRUPTED
+    return exit_status(summary)
+
+
+def _able(options: argparse.Namespace, source: KernelSource) -> int:
+    """A dry run's answer."""
+    if options.ready_file is not None:
+        write_ready_file(options.ready_file)
+    coverage = source.coverage
+    print_lines([f"able to trace: {len(coverage.probes)} probes by {coverage.mode}"])
+    return EXIT_NOTHING_STUCK
+
+
+def _live(
+    options: argparse.Namespace,
+    settings: TraceSettings,
+    watched: str,
+    source: KernelSource,
+    ending: Ending,
+) -> Live:
+    """A run with all it needs; what has to be closed is added to `ending`."""
+    run_clock = RunClock()
+    kernel_log, gaps = open_kernel_log()
+    if kernel_log is not None:
+        ending.add("the kernel's log was not closed", kernel_log.close)
+    header = Header(
+        settings,
+        replace(source.coverage, gaps=(*source.coverage.gaps, *gaps)),
+        run_clock.clock,
+        watched,
+        source.table_capacity,
+        netns.own_netns(),
+        netns.names(),
+    )
+    output = output_for(options, header)
+    recorder = None if options.record is None else Recorder(options.record, header)
+    if recorder is not None:
+        ending.add("the recording is incomplete", recorder.close)
+    if not sys.stdout.isatty():
+        remark(watching(watched, source.coverage.mode))
+    rescuing = None if options.rescue is None else _rescuing(options, source)
+    if rescuing is not None:
+        ending.add("the rescue's sockets were not closed", rescuing.close)
+    ending.add(
+        f"the ready file {options.ready_file} was not removed",
+        lambda: remove_ready_file(options.ready_file),
+    )
+    ending.add("the status line stays", output.close)
+    reader = netns.CounterReader()
+    rules = RulesetWatch(read_ruleset, time.monotonic_ns)
+    return Live(
+        source,
+        Analysis(header),
+        output,
+        recorder,
+        reader.read,
+        rescuing=rescuing,
+        name=Namer(source.drop_reasons, source.stack, rules),
+        describe=ListenerWatch().changed,
+        kernel_log=kernel_log,
+        find_gone=netns.gone,
+        find_living=lambda wanted: living_of(reader.read(wanted)),
+        clock_note=run_clock.note,
+    )
+
+
+def exit_status(summary: Summary) -> int:
+    """What was found, as README's list of exit statuses has it."""
+    if summary.ever_stuck or summary.data_lost:
+        return EXIT_STUCK
+    return EXIT_NOT_KNOWN if summary.unwatched else EXIT_NOTHING_STUCK
