@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tcpstuck_bpf.handshake.flow import FlowReport, State
 from tcpstuck_bpf.judge.netfilter import BRIDGE, Suspicion, rules_after, suspicion
@@ -337,19 +337,6 @@ class Drop:
     def maybe_answered(self) -> bool:
         """Whether an RST may have gone out: the kernel does not tell that from silence."""
         return self.cause is TCP or self.netfilter.may_reset
-
-    def values(self) -> dict[str, Any]:
-        """As JSON has it."""
-        values: dict[str, Any] = {"reason": self.reason, "place": self.place}
-        if self.cause is None:
-            what = None if self.refusal is None else self.refusal.what
-            return {**values, "what": what, "counter": self.counter}
-        return {
-            **values,
-            "what": self.cause.what,
-            "hook": self.hook,
-            **self.netfilter.values(),
-        }
 
 
 def function_of(place: str) -> str:

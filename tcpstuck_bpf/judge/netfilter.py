@@ -9,7 +9,7 @@ is one of them the rule is named.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tcpstuck_bpf.judge.rule_index import Packet, index_of
 from tcpstuck_bpf.model import KEPT_READINGS, DropRule, FourTuple, Ruleset
@@ -19,7 +19,7 @@ BRIDGE = "bridge"
 """For a hook: any of those that a bridge runs."""
 _NFTABLES_KINDS = frozenset({"handle", "policy"})
 _CONNTRACK = "nf_conntrack"
-_OTHER_CODE = ("function", "program")
+OTHER_CODE = ("function", "program")
 _RACE_NS = 10_000_000
 """A packet is counted before it is dropped, microseconds as a rule. A reading that ended less than
 that before a drop may have the packet in its counters already."""
@@ -39,12 +39,6 @@ class Suspicion(NamedTuple):
     """How long after the drop the rules were read; None where they were not."""
     needs_reading: bool = False
     """Whether the rules have not been read since the drop, and would tell more."""
-
-    def _same(self, field: str) -> str | None:
-        if self.notes:
-            return None
-        found = {_names(suspect)[field] for suspect in self.suspects}
-        return found.pop() if len(found) == 1 else None
 
     @property
     def rule(self) -> DropRule | None:
@@ -80,36 +74,6 @@ class Suspicion(NamedTuple):
     def may_be_unseen(self) -> bool:
         """Whether it can have been a rule that is not here, of which nothing is known."""
         return bool(self.notes)
-
-    def values(self) -> dict[str, Any]:
-        """As JSON has it."""
-        one = self.rule
-        several = self.suspects if one is None else ()
-        after_ns = self.read_after_ns
-        return {
-            "rules_read_ms": after_ns if after_ns is None else round(after_ns / 1_000_000, 3),
-            "family": self._same("family"),
-            "table": self._same("table"),
-            "chain": self._same("chain"),
-            "rule": None if one is None else rule_value(one),
-            "rule_candidates": [
-                {**_names(suspect), "rule": rule_value(suspect)} for suspect in several
-            ],
-        }
-
-
-def _names(rule: DropRule) -> dict[str, str | None]:
-    """Where a rule is, as JSON has it; what is no rule is in no table and no chain."""
-    if rule.kind in _OTHER_CODE:
-        return {"family": rule.family, "table": None, "chain": None}
-    return {"family": rule.family, "table": rule.table, "chain": rule.chain}
-
-
-def rule_value(rule: DropRule) -> dict[str, Any]:
-    """What names a rule within its chain, as JSON has it."""
-    if rule.kind == "policy":
-        return {"policy": True}
-    return {rule.kind: rule.chain if rule.kind == "function" else rule.number}
 
 
 def rule_text(rule: DropRule) -> str:

@@ -9,9 +9,11 @@ from typing import Any
 
 from tcpstuck_bpf.json_text import json_text
 from tcpstuck_bpf.judge.backlog import MAX_SYN_BACKLOG, SOMAXCONN, SYNCOOKIES, ListenerReport
+from tcpstuck_bpf.judge.drop_cause import Drop
+from tcpstuck_bpf.judge.netfilter import OTHER_CODE, Suspicion
 from tcpstuck_bpf.judge.reconcile import Reconciled
 from tcpstuck_bpf.judge.verdict import Finding
-from tcpstuck_bpf.model import Attempt
+from tcpstuck_bpf.model import Attempt, DropRule
 from tcpstuck_bpf.steps import WallClock, utc_text
 from tcpstuck_bpf.summary import RescueTotals, Summary
 
@@ -20,6 +22,46 @@ FORMAT = 1
 
 def _milliseconds(nanoseconds: int | None) -> float | None:
     return None if nanoseconds is None else round(nanoseconds / 1_000_000, 3)
+
+
+def _drop(drop: Drop) -> dict[str, Any]:
+    values: dict[str, Any] = {"reason": drop.reason, "place": drop.place}
+    if drop.cause is None:
+        what = None if drop.refusal is None else drop.refusal.what
+        return {**values, "what": what, "counter": drop.counter}
+    return {**values, "what": drop.cause.what, "hook": drop.hook, **_suspicion(drop.netfilter)}
+
+
+def _suspicion(netfilter: Suspicion) -> dict[str, Any]:
+    one = netfilter.rule
+    several = netfilter.suspects if one is None else ()
+    where = [_chain(suspect) for suspect in netfilter.suspects]
+    same = {
+        key: where[0][key]
+        if not netfilter.notes and len({one[key] for one in where}) == 1
+        else None
+        for key in ("family", "table", "chain")
+    }
+    return {
+        "rules_read_ms": _milliseconds(netfilter.read_after_ns),
+        **same,
+        "rule": None if one is None else _rule(one),
+        "rule_candidates": [{**_chain(suspect), "rule": _rule(suspect)} for suspect in several],
+    }
+
+
+def _chain(rule: DropRule) -> dict[str, str | None]:
+    """Where a rule is; what is no rule is in no table and no chain."""
+    if rule.kind in OTHER_CODE:
+        return {"family": rule.family, "table": None, "chain": None}
+    return {"family": rule.family, "table": rule.table, "chain": rule.chain}
+
+
+def _rule(rule: DropRule) -> dict[str, Any]:
+    """What names a rule within its chain."""
+    if rule.kind == "policy":
+        return {"policy": True}
+    return {rule.kind: rule.chain if rule.kind == "function" else rule.number}
 
 
 def verdict_line(finding: Finding, clock: WallClock) -> str:
@@ -54,7 +96,7 @@ def verdict_line(finding: Finding, clock: WallClock) -> str:
             "evidence": list(finding.evidence),
             "cannot_prove": finding.cannot_prove,
             "advice": finding.advice,
-            "drop": None if finding.drop is None else finding.drop.values(),
+            "drop": None if finding.drop is None else _drop(finding.drop),
             "rescue_tries": finding.rescue_tries,
             "timeline": [
                 {
