@@ -23,7 +23,19 @@ from tcpstuck_bpf.errors import CannotTraceError
 from tcpstuck_bpf.kernel import artifact
 from tcpstuck_bpf.kernel.artifact import Artifact, DamagedError
 
-PROGRAM_TEXT = "tcpstuck.bpf.c"
+PROGRAM_TEXTS = (
+    "tcpstuck.bpf.c",
+    "segment.bpf.c",
+    "listener.bpf.c",
+    "events.bpf.c",
+    "rescue.bpf.c",
+    "syn.bpf.c",
+    "ack.bpf.c",
+    "dropped.bpf.c",
+    "entries.bpf.c",
+)
+"""One file for each subject, in the order in which they become one text. BCC translates accesses to
+tables only in the text that it is given, not in what that includes."""
 COMPILE_LIMIT_S = 600.0
 """It takes a quarter of a second, and in an emulated machine that has other work a minute."""
 NO_BCC = "no BCC"
@@ -87,13 +99,18 @@ def program_directory() -> Path:
     """Where the BPF text is: inside the installed package, or beside it in a source tree."""
     package = Path(__file__).resolve().parents[1]
     for candidate in (package / "bpf", package.parent / "bpf"):
-        if (candidate / PROGRAM_TEXT).is_file():
+        if (candidate / PROGRAM_TEXTS[0]).is_file():
             return candidate
     raise CannotTraceError(
         "the BPF program text is missing",
-        f"neither {package / 'bpf'} nor {package.parent / 'bpf'} has {PROGRAM_TEXT}",
+        f"neither {package / 'bpf'} nor {package.parent / 'bpf'} has {PROGRAM_TEXTS[0]}",
         "install tcpstuck-trace again",
     )
+
+
+def program_text(directory: Path) -> bytes:
+    """The whole text, from a directory as `program_directory` finds it. Raises OSError."""
+    return b"\n".join((directory / name).read_bytes() for name in PROGRAM_TEXTS)
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from tcpstuck_bpf.errors import CannotTraceError, TcpstuckError
 from tcpstuck_bpf.host.bpf_syscall import map_shape
 from tcpstuck_bpf.kernel import artifact
 from tcpstuck_bpf.kernel.artifact import Artifact, MapShape, Program
-from tcpstuck_bpf.kernel.compilation import PROGRAM_TEXT, REFUSED_STATUS
+from tcpstuck_bpf.kernel.compilation import REFUSED_STATUS, program_text
 
 # BCC optimizes what clang hands it, so clang need not do the same before; and nobody debugs the
 # programs by their debugging information. A third of the compilation's time, the same code.
@@ -79,7 +79,7 @@ def _compile(directory: Path, header: str, flags: Iterable[str], architecture: s
         file.write(header)
         file.flush()
         words.append(f'-DKERNEL_LAYOUT_H="/proc/self/fd/{file.fileno()}"')
-        return Bpf(text=(directory / PROGRAM_TEXT).read_bytes(), cflags=words)
+        return Bpf(text=program_text(directory), cflags=words)
 
 
 def _programs(bpf: Any, library: Any, numbers: Mapping[int, int], kinds: Mapping[str, str]) -> Any:

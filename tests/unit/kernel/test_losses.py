@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
+from tcpstuck_bpf.kernel.compilation import program_directory, program_text
 from tcpstuck_bpf.kernel.source import LOSSES
 
-TEXT = (Path(__file__).parents[3] / "bpf" / "tcpstuck.bpf.c").read_text("ascii")
+TEXT = program_text(program_directory()).decode("ascii")
 
 
 def test_every_loss_of_the_programs_has_its_name_and_its_place() -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
 from tcpstuck_bpf.errors import CannotTraceError
 from tcpstuck_bpf.judge.verdict import RULES
+from tcpstuck_bpf.kernel.compilation import program_directory, program_text
 from tcpstuck_bpf.kernel.probes import (
     EVERY_PROBE,
     PROBES,
@@ -20,7 +20,7 @@ from tcpstuck_bpf.kernel.probes import (
 )
 from tcpstuck_bpf.typeinfo.graph import Prototype
 
-TEXT = (Path(__file__).parents[3] / "bpf" / "tcpstuck.bpf.c").read_text("ascii")
+TEXT = program_text(program_directory()).decode("ascii")
 ALL = {probe.function for probe in PROBES}
 REQUIRED = {probe.function for probe in PROBES if probe.required}
 

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/* What is counted of a segment, what user space is told of it, and how a handshake ends. */
+
+/* What an ACK moves of the counters that are compared with the kernel's. */
+#define MOVED_COMPARED (MOVED_SYNCOOKIES_RECV | MOVED_SYNCOOKIES_FAILED | MOVED_LISTEN_OVERFLOWS)
+
+/* Every *_OUTSIDE count follows its counterpart inside the filters. */
+#define FILTERED(which, segment) ((which) + ((segment)->outside ? 1 : 0))
+
+static __always_inline void count_moved(struct netns_counts *counted, const struct segment *segment,
+					u8 moved)
+{
+	if (moved & MOVED_SYNCOOKIES_RECV)
+		ADD(counted->count[FILTERED(COUNT_COOKIES_RECEIVED, segment)], 1);
+	if (moved & MOVED_SYNCOOKIES_FAILED)
+		ADD(counted->count[FILTERED(COUNT_COOKIES_FAILED, segment)], 1);
+	if (moved & MOVED_LISTEN_OVERFLOWS)
+		ADD(counted->count[FILTERED(COUNT_LISTEN_OVERFLOWS, segment)], 1);
+}
+
+/* Of a segment that is left out nothing else is counted; most move nothing and take no place. */
+static __always_inline void count_outside(struct scratch *scratch, u8 moved)
+{
+	struct netns_counts *counted;
+
+	if (!(moved & MOVED_COMPARED))
+		return;
+	counted = counts_of(scratch);
+	if (counted)
+		count_moved(counted, &scratch->segment, moved);
+}
+
+/* The unit of told_at is 2^20 ns, about a millisecond: 32 bits last for weeks. */
+#define TOLD_SHIFT 20
+
+/* Returns whether user space will hear of it; if not, the table's entry has to keep the fact. */
+static __always_inline bool tell(struct netns_counts *counted, u8 kind,
+				 const struct segment *segment, struct handshake *handshake,
+				 u64 now, u8 moved)
+{
+	/* Written where it is read: on the stack of some programs it would have no room. */
+	struct event *event = events.ringbuf_reserve(sizeof(struct event));
+
+	if (!event) {
+		ADD(counted->count[COUNT_EVENTS_LOST], 1);
+		return false;
+	}
+	event->key = segment->key;
+	event->handshake = *handshake;
+	event->time_ns = now;
+	event->sequence = segment->sequence;
+	event->acknowledgement = segment->acknowledgement;
+	event->accept_queue = segment->accept_queue;
+	event->accept_queue_limit = segment->accept_queue_limit;
+	event->payload_length = segment->payload_length;
+	event->tcp_flags = segment->tcp_flags;
+	event->counters = moved;
+	event->kind = kind;
+	__builtin_memset(event->padding, 0, sizeof(event->padding));
+	events.ringbuf_submit(event, 0);
+	handshake->told_kind = kind;
+	handshake->told_at = now >> TOLD_SHIFT;
+	return true;
+}
+
+/*
+ * For segments that a peer may repeat as fast as it likes: an event only where it says more than
+ * the last one about this entry, or that one is some time ago. The entry has every one of them.
+ */
+static __always_inline bool tell_if_new(struct netns_counts *counted, u8 kind,
+					const struct segment *segment, struct handshake *handshake,
+					u64 now, u8 moved)
+{
+	u32 zero = 0, since = (u32)(now >> TOLD_SHIFT) - handshake->told_at;
+	struct trace_config *wanted = config.lookup(&zero);
+	u64 again_after;
+
+	if (handshake->told_kind == kind && wanted) {
+		again_after = segment->tcp_flags & TCP_FLAG_SYN ? wanted->tell_syn_again_after_ns
+								: wanted->tell_ack_again_after_ns;
+		if (since < (u32)(again_after >> TOLD_SHIFT))
+			return false;
+	}
+	return tell(counted, kind, segment, handshake, now, moved);
+}
+
+static __always_inline void end(struct handshake *handshake, u8 ending, u64 now, u8 moved)
+{
+	handshake->ended_ns = now;
+	handshake->end_counters = moved;
+	handshake->ending = ending;
+}
+
+/* Whether the client answered a cookie's SYN-ACK; it is established then, and takes no other. */
+static __always_inline bool has_answered(const struct handshake *entry)
+{
+	return entry->acks_dropped || entry->acks_filtered;
+}
+
+/*
+ * The ACK for a cookie's SYN-ACK comes after a repeated SYN of the same client got a place in the
+ * SYN queue: that request will never be completed (tcp_check_req wants the ACK for its own SYN-ACK,
+ * and hands any other on to the listener and cookie_vX_check), the handshake under the cookie may.
+ */
+static __always_inline void go_on(struct handshake *entry)
+{
+	if (entry->ending != ENDING_TAKEN_OVER)
+		return;
+	entry->ending = ENDING_NONE;
+	entry->ended_ns = 0;
+	entry->end_counters = 0;
+}
