@@ -214,6 +214,8 @@ class Live:
     find_living: Callable[[Collection[int]], Mapping[int, int]] | None = None
     """The cookies of these network namespaces, as far as they are known, by inode number; None: it
     is not asked whose the numbers are by now."""
+    notes: tuple[str, ...] = ()
+    """Of what was known at the start, for the summary."""
     clock_note: Callable[[], str] | None = None
     """Says at the end what has become of the clock that the run prints its times by."""
     failure: Exception | None = field(default=None, init=False)
@@ -484,7 +486,7 @@ class Live:
         early = "" if self.failure is None else f"the run ended early: {words_of(self.failure)}"
         failure = self.recorder.failure if self.recorder is not None else None
         recording = f"the recording is incomplete: {failure}" if failure else ""
-        return tuple(filter(None, (early, *self._noted_at_end, recording)))
+        return tuple(filter(None, (early, *self.notes, *self._noted_at_end, recording)))
 
     @contextlib.contextmanager
     def _noted(self, what: str) -> Iterator[None]:

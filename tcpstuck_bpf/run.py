@@ -32,6 +32,7 @@ from tcpstuck_bpf.host.ruleset_reader import read_ruleset
 from tcpstuck_bpf.host.ruleset_watch import RulesetWatch
 from tcpstuck_bpf.host.wall_clock import RunClock
 from tcpstuck_bpf.kernel.drop_names import Namer
+from tcpstuck_bpf.kernel.features import synproxy_note
 from tcpstuck_bpf.kernel.probes import WITHOUT_VARIABLE, AttachRequest, left_out
 from tcpstuck_bpf.model import TraceFilter, TraceSettings, address_text, living_of
 from tcpstuck_bpf.options import as_written, build_parser
@@ -292,6 +293,9 @@ def _live(
         lambda: remove_ready_file(options.ready_file),
     )
     ending.add("the status line stays", output.close)
+    elsewhere = synproxy_note()
+    if elsewhere:
+        remark(elsewhere)
     reader = netns.CounterReader()
     rules = RulesetWatch(read_ruleset, time.monotonic_ns)
     return Live(
@@ -306,6 +310,7 @@ def _live(
         kernel_log=kernel_log,
         find_gone=netns.gone,
         find_living=lambda wanted: living_of(reader.read(wanted)),
+        notes=(elsewhere,) if elsewhere else (),
         clock_note=run_clock.note,
     )
 

@@ -115,6 +115,7 @@ def examine(open_source: OpenSource, bcc_version: Callable[[], str]) -> MachineR
             _locked_memory(),
             _counters(),
             _softirq_lock(types),
+            _cookies_elsewhere(),
             _bcc(bcc_version),
             _kept_programs(),
         ),
@@ -207,6 +208,13 @@ def _mode(mode: str, trials: Mapping[str, Trial]) -> Check:
     if works:
         return Check(what, NOTE, trial.problem, why, f"none needed: {works[0]} works")
     return Check(what, NO, trial.problem, why, "see the rows above, and the kernel log")
+
+
+def _cookies_elsewhere() -> Check:
+    what, why = "cookies made elsewhere", "only cookies that TCP itself makes are seen"
+    if note := features.synproxy_note():
+        return Check(what, NOTE, note, why, "look for rules with synproxy (nft, iptables-save)")
+    return Check(what, OK, "SYNPROXY is not loaded", why)
 
 
 def _ring_buffer() -> Check:

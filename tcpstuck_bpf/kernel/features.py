@@ -30,6 +30,9 @@ RELEVANT_CAPABILITIES = {
 
 _KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe/type")
 _LOCKDOWN = Path("/sys/kernel/security/lockdown")
+_MODULES = Path("/proc/modules")
+_SYNPROXY = "nf_synproxy_core"
+"""What every rule with the target SYNPROXY, and nftables' synproxy, needs."""
 
 
 def _effective_capabilities() -> int:
@@ -69,6 +72,23 @@ def lockdown_text() -> str:
     if not _LOCKDOWN.parent.is_dir() or not any(_LOCKDOWN.parent.iterdir()):
         return f"lockdown unknown: securityfs is not mounted at {_LOCKDOWN.parent}"
     return f"this kernel has no lockdown ({_LOCKDOWN} is missing)"
+
+
+def synproxy_note() -> str:
+    """A sentence if netfilter makes cookies of its own on this host; empty if that is not known.
+
+    Source: /proc/modules. In a kernel that has SYNPROXY built in there is no telling.
+    """
+    try:
+        modules = _MODULES.read_text("ascii", "replace")
+    except OSError:
+        return ""
+    if not any(line.startswith(f"{_SYNPROXY} ") for line in modules.splitlines()):
+        return ""
+    return (
+        f"SYNPROXY may be in use (the module {_SYNPROXY} is loaded): the tool does not see "
+        "handshakes that SYNPROXY answers, nor clients that get stuck under its cookies"
+    )
 
 
 def has_kprobes() -> bool:

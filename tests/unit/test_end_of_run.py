@@ -108,6 +108,18 @@ def _no_closing_of_the_recording(monkeypatch: pytest.MonkeyPatch, _source: Scrip
 
 
 @pytest.mark.usefixtures("_signals_as_before")
+def test_cookies_that_are_made_elsewhere_are_told_at_the_start_and_in_the_summary(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = "SYNPROXY may be in use"
+    monkeypatch.setattr(run_module, "synproxy_note", lambda: note)
+    assert run(Scripted(), monkeypatch, "--json") == EXIT_NOTHING_STUCK
+    out, err = capsys.readouterr()
+    assert json.loads(out.splitlines()[-1])["notes"] == [note]
+    assert f"tcpstuck-trace: {note}" in err
+
+
+@pytest.mark.usefixtures("_signals_as_before")
 @pytest.mark.parametrize(
     ("broken", "told"),
     [

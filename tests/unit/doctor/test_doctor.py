@@ -192,6 +192,7 @@ class Machine:
         self._set(kallsyms, "function_symbols", lambda _functions: FUNCTIONS)
         self._set(kallsyms, "read_symbols", lambda *_: (frozenset(), 4096))
         self._set(machine_report, "read_running_kernel", with_functions(kernel()).btf)
+        self._set(features, "synproxy_note", lambda: "")
         for name in ("tracing", "ring_buffer", "batch_lookup"):
             self.refuse(name, None)
 
@@ -208,6 +209,9 @@ class Machine:
         types = with_members(with_functions(kernel()), *RT_INTERLEAVED)
         self._set(machine_report, "read_running_kernel", types.btf)
         self._set(features, "kernel_option", lambda _name: option)
+
+    def with_synproxy(self) -> None:
+        self._set(features, "synproxy_note", lambda: "SYNPROXY may be in use")
 
     def without_kprobes(self) -> None:
         self._set(features, "has_kprobes", lambda: False)
@@ -292,6 +296,7 @@ def test_what_is_in_the_way_is_named(machine: Machine) -> None:
     [
         (lambda m: m.refuse("ring_buffer", EPERM), "ring buffer", NO),
         (lambda m: m.refuse("batch_lookup", "EINVAL"), "batch lookup", NOTE),
+        (lambda m: m.with_synproxy(), "cookies made elsewhere", NOTE),
         (lambda m: m.without_types(), "type information", NO),
         (lambda m: m.without_types(), SOFTIRQ_LOCK, NOTE),
         (lambda m: m.interleaves(), SOFTIRQ_LOCK, NOTE),

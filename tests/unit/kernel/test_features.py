@@ -134,6 +134,26 @@ def test_the_tracepoint_is_found_where_no_data_is_listed(
     assert kallsyms.read_symbols([probe.symbol], "there_is_none")[0] == {probe.symbol}
 
 
+@pytest.mark.parametrize(
+    ("modules", "is_noted"),
+    [
+        ("nf_synproxy_core 20480 2 nft_synproxy,xt_SYNPROXY, Live 0x0\n", True),
+        ("xt_tcpudp 20480 2 - Live 0x0\nnf_synproxy_core 1 0 - Live 0x0\n", True),
+        ("my_nf_synproxy_core 1 0 - Live 0x0\nnf_synproxy_core2 1 0 - Live 0x0\n", False),
+        ("", False),
+        (None, False),
+    ],
+)
+def test_a_loaded_synproxy_is_noted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, modules: str | None, is_noted: bool
+) -> None:
+    path = tmp_path / "modules"
+    if modules is not None:
+        path.write_text(modules)
+    monkeypatch.setattr(features, "_MODULES", path)
+    assert ("SYNPROXY" in features.synproxy_note()) == is_noted
+
+
 def test_limits_are_those_of_this_process() -> None:
     soft, hard = features.locked_memory_limits()
     for word, limit in zip(read_limits(), (soft, hard)):
