@@ -7,6 +7,7 @@ a thread reads, and what it found is fetched when it is there.
 from __future__ import annotations
 
 import queue
+import resource
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,11 +19,12 @@ INTERVAL_NS = 1_000_000_000
 MAX_NAMESPACES = 1024
 """Whose readings are remembered, and so many may wait for one: where there are more, the ones read
 longest ago may be read again sooner, and a drop may stay without the rules that were there."""
-SHARE = 4
-"""To each reading belongs a pause of so many times its length, whichever namespace is next."""
+SHARE = 1
+"""To each reading belongs a pause of so many times the processor time it took, whichever namespace
+is next: all of them together take half of one processor at the most, at a low priority. It is not
+the time that passed, because a busy machine would then wait the longer the busier it is."""
 AT_ONCE_NS = 10_000_000_000
-"""Readings of so much time together follow one another, and their pauses come later: a slow machine
-is not to wait for the first causes."""
+"""Readings of so much processor time together follow one another, and their pauses come later."""
 
 
 class _Done(NamedTuple):
@@ -38,11 +40,17 @@ def _in_a_thread(job: Callable[[], None]) -> None:
     threading.Thread(target=job, name="ruleset-reader", daemon=True).start()
 
 
+def _spent_by_children_ns() -> int:
+    """Processor time of all children that have ended: hardly any but those that read rules."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return int((used.ru_utime + used.ru_stime) * 1_000_000_000)
+
+
 class RulesetWatch:
     """Reads the rules of each network namespace after the latest drop there; one at a time.
 
-    `read` gives a namespace's rules, and may take long; `run_beside` runs it elsewhere. Every
-    method returns at once.
+    `read` gives a namespace's rules, and may take long; `run_beside` runs it elsewhere; `spent_ns`
+    says how much processor time readings have taken so far. Every method returns at once.
     """
 
     def __init__(
@@ -50,10 +58,13 @@ class RulesetWatch:
         read: Callable[[int], Ruleset],
         clock_ns: Callable[[], int],
         run_beside: Callable[[Callable[[], None]], None] = _in_a_thread,
+        spent_ns: Callable[[], int] = _spent_by_children_ns,
     ) -> None:
         self._read = read
         self._clock_ns = clock_ns
         self._run_beside = run_beside
+        self._spent_ns = spent_ns
+        self._spent_before_ns = 0
         self._wanted: dict[int, None] = {}
         """Namespaces to be read, those that wait longest first."""
         self._read_ns: dict[int, int] = {}
@@ -93,7 +104,7 @@ class RulesetWatch:
 
     def _take(self, done: _Done, found: dict[int, Ruleset]) -> None:
         now_ns = self._clock_ns()
-        cost_ns = now_ns - done.ruleset.read_ns
+        cost_ns = self._spent_ns() - self._spent_before_ns
         begun_ns = max(self._paid_until_ns, done.ruleset.read_ns)
         self._paid_until_ns = begun_ns + (SHARE + 1) * cost_ns
         self._rests_until_ns = {n: t for n, t in self._rests_until_ns.items() if t > now_ns}
@@ -108,6 +119,7 @@ class RulesetWatch:
         if len(self._read_ns) > MAX_NAMESPACES:
             del self._read_ns[next(iter(self._read_ns))]
         self._under_way = True
+        self._spent_before_ns = self._spent_ns()
 
         def read() -> None:
             try:
