@@ -215,7 +215,7 @@ class Live:
     """The cookies of these network namespaces, as far as they are known, by inode number; None: it
     is not asked whose the numbers are by now."""
     notes: tuple[str, ...] = ()
-    """Of what was known at the start, for the summary."""
+    """Sentences that were known at the start, for the summary."""
     clock_note: Callable[[], str] | None = None
     """Says at the end what has become of the clock that the run prints its times by."""
     failure: Exception | None = field(default=None, init=False)

@@ -162,7 +162,7 @@ def parse_netstat(text: str) -> dict[str, int]:
 
 
 def _own_counters() -> dict[str, int]:
-    """Of the calling thread's namespace, with its cookie."""
+    """The counters of the calling thread's namespace, with its cookie."""
     counters = parse_netstat(Path("/proc/thread-self/net/netstat").read_text("ascii"))
     return {**counters, NETNS_COOKIE: own_cookie()} if counters else {}
 
@@ -319,7 +319,7 @@ def _of_threads() -> Iterator[int]:
 
 
 def _of_mounts() -> Iterator[int]:
-    """Of every mount namespace that a process is in, read once."""
+    """The mounts of every mount namespace that a process is in, each read once."""
     read: set[int | None] = {None}
     for process in _entries(_PROC):
         number = _number(process / "task" / process.name / "ns/mnt")

@@ -52,7 +52,7 @@ _SILENT_STATEMENTS = frozenset(
     {"drop", "synproxy", "fwd", "ct count", "reset", "redirect", "masquerade"}
 )
 _MATCHES_THAT_DROP = frozenset({"connlimit", "hashlimit"})
-"""Of iptables: by `hotdrop`, where there is no room for another entry."""
+"""What iptables drops by itself: by `hotdrop`, where there is no room for another entry."""
 _VERDICTS = frozenset({"accept", "drop", "jump", "goto", "return", "continue", "queue"})
 _TABLE_FLAGS = frozenset({"dormant", "owner", "persist"})
 _WORD = re.compile(r'"(?:[^"\\]|\\.)*"|\S+')

@@ -61,7 +61,7 @@ class ListenerReport(NamedTuple):
     """Those that share its address and port, itself among them; 0 where that is not known."""
     settings: Mapping[str, int]
     facts: ListenerFacts
-    """Of all its addresses."""
+    """The figures of all its addresses."""
     cookie_reason: str | None
     """QUEUE_FULL, FORCED (by tcp_syncookies=2), None without a cookie."""
     accept_queue_needed: int

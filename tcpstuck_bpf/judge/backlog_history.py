@@ -168,7 +168,7 @@ class ListenerHistory:
         return SynNeed(facts.syn_need_syn_queue, facts.syn_need_owed - silent, silent)
 
     def _highest(self, listeners: Iterable[ListenerId]) -> SynNeed:
-        """Of one listener's addresses: one SYN queue, and the clients of all of them."""
+        """The need of one listener: its addresses have one SYN queue, and their clients add up."""
         needs = []
         for listener in listeners:
             silent = self._silent_times(listener)
