@@ -197,7 +197,7 @@ class Attempt(NamedTuple):
     handshake: HandshakeId
     time_ns: int
     number: int
-    """Of this handshake's attempts, from 1."""
+    """Attempt number within this handshake, from 1."""
     outcome: str
     """ATTEMPT_SENT, ATTEMPT_NOT_SENT (of a dry run), or `failed: ` and why."""
 
@@ -228,9 +228,9 @@ class DropRule(NamedTuple):
     family: str
     """nftables' name: ip, ip6, inet, netdev ...; ip or ip6 for iptables."""
     table: str
-    """Of a function: the module it is in, empty where that is the kernel itself."""
+    """For a function, the module it is in; empty if that is the kernel itself."""
     chain: str
-    """Of a function: its name."""
+    """For a function, its name."""
     hook: str
     """The hook of a chain that is called by one; empty where only jumps lead to the chain."""
     kind: str

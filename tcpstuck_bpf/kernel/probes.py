@@ -193,7 +193,7 @@ WHY_PROBES = (
 )
 """What tells where an ACK died; not with --no-why."""
 REASON_ARGUMENT = 2
-"""Of skb:kfree_skb's arguments, counted from 0; there since 5.17."""
+"""Index of `reason` in skb:kfree_skb (5.17+)."""
 EVERY_PROBE = (*PROBES, *RESCUE_PROBES, *WHY_PROBES)
 
 _IPV6_PROBES = frozenset({"cookie_v6_init_sequence", "cookie_v6_check"})
