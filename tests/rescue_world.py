@@ -154,7 +154,7 @@ class RescueWorld:
             plans = self.rescuer.plan(self.now_ns, self._is_known)
             attempts = [self._attempt(plan) for plan in plans]
             self.rescuer.attempted(attempts)
-            unanswered = self.rescuer.unanswered(self.now_ns)
+            unanswered = self.rescuer.unanswered()
             assert all(self.tries[identity] == MAX_TRIES for identity in unanswered)
             self.unanswered += unanswered
             assert all(tries <= MAX_TRIES for tries in self.tries.values())

@@ -1,20 +1,25 @@
-"""A stuck client as the rescue knows it, and the facts that forbid to write to it. Pure.
+"""A stuck client as the rescue tracks it, and the facts that forbid to write to it. Pure.
 
 Times are CLOCK_MONOTONIC nanoseconds.
 """
 
 from __future__ import annotations
 
-import enum
-
 from tcpstuck_bpf.handshake.flow import TCP_FLAG_FIN, FlowFlags, FlowReport, State, merge
 from tcpstuck_bpf.model import SECOND_NS, Event, EventKind, HandshakeId, Moved
 
 MAX_TRIES = 3
 """SYN-ACKs without an answer, after which a client is left alone."""
-COOKIE_LIFE_NS = 60 * SECOND_NS
+SPACING_NS = SECOND_NS
+"""The least time between two tries."""
+LAST_TRY_AFTER_NS = 20 * SECOND_NS
+"""Time between the last two tries of a silent client. A short fault may pass meanwhile, and the
+cookie lives three times as long."""
+COOKIE_LIFE_S = 60
 """A cookie is valid in the minute it was made in and the next (MAX_SYNCOOKIE_AGE is 2 periods of
 TCP_SYNCOOKIE_PERIOD, 60 s): for 60 s at the least."""
+EXPIRY_MARGIN_NS = 2 * SECOND_NS
+"""Time for the answer to arrive before the cookie expires."""
 
 EXCLUDED = "excluded"
 SENT_DATA = "sent data"
@@ -28,32 +33,15 @@ FLOOD_SUSPECTED = "flood suspected"
 NO_ANSWER = "no answer"
 NO_ROOM = "no room"
 DROPPED_AGAIN = "ACK dropped again"
-"""Answered, and the answer dropped for another reason than a full accept queue."""
+"""The client answered, and its answer was dropped, but not for a full accept queue."""
 NOT_SENT = "sending failed"
-"""Not all of the tries left this host."""
+"""Not all tries left this host."""
 DRY_RUN = "dry run"
 GONE = "its namespace is gone"
 
 ACK_KINDS = frozenset({EventKind.ACK_DROPPED, EventKind.ACK_FILTERED})
 """Events of an ACK that this host dropped."""
 _SYN_KINDS = frozenset({EventKind.SYN_REPEATED, EventKind.SYN_DROPPED})
-
-
-class Stage(enum.Enum):
-    """What the rescue does with a client; it is in one stage at a time."""
-
-    NEW = "new"
-    UNASKED = "unasked"
-    """Silent, and it is not asked yet whether its address is known."""
-    READY = "ready"
-    """Waits for its listener's turn."""
-    BLOCKED = "blocked"
-    """Waits for its address's token bucket."""
-    UNDER_WAY = "under way"
-    """A SYN-ACK was sent; an answer may come."""
-    RESTING = "resting"
-    """Answered, or not sent; the least time between two tries has not passed."""
-    LEFT_ALONE = "left alone"
 
 
 def next_sequence(sequence: int) -> int:
@@ -72,11 +60,12 @@ def overflowed(event: Event) -> bool:
 
 
 class Candidate:
-    """One handshake that was told as stuck: its facts, and what was tried."""
+    """A handshake that was reported as stuck: its facts, and what was tried."""
 
     __slots__ = (
         "acknowledged",
         "acks_seen",
+        "active",
         "answer_owed",
         "asked_ns",
         "budget",
@@ -91,11 +80,11 @@ class Candidate:
         "number",
         "reason",
         "sent_data",
-        "stage",
         "stuck",
-        "told_unanswered",
         "tried_ns",
         "tries",
+        "unanswered_reported",
+        "under_way",
         "would_send",
     )
 
@@ -110,32 +99,39 @@ class Candidate:
         self.acks_seen = 0
         self.acknowledged: int | None = None
         self.known: bool | None = None
+        """Whether its address is known to the listener; None while nobody has asked."""
         self.asked_ns = 0
-        self.stage = Stage.NEW
+        self.active = False
+        """A try is under way or may come."""
         self.reason: str | None = None
+        """Why a stuck client that is not active is left alone."""
         self.budget = False
+        """Whether it takes its place among the silent ones."""
         self.number = 0
+        """Number of attempts."""
         self.tries = 0
-        """Those of the `number` attempts that a full accept queue did not answer."""
+        """Number of attempts, without those whose answer met a full accept queue."""
         self.tried_ns = 0
+        self.under_way = False
+        """The last SYN-ACK may still draw an answer."""
         self.answer_owed = False
-        """The last try counts as one without an answer, so far."""
+        """No answer to the last SYN-ACK has come."""
         self.dropped_again = False
         self.failed = 0
         self.would_send = False
-        self.told_unanswered = False
+        self.unanswered_reported = False
         self.absorb(report)
 
     @property
     def id(self) -> HandshakeId:
-        """The handshake."""
+        """What tells its handshake from the others."""
         return HandshakeId(self.four_tuple, self.handshake.first_syn_ns)
 
     @property
     def silent(self) -> bool:
-        """Whether no ACK of it was validated: it may be spoofed, or gone.
+        """Whether no ACK of this client was validated: it may be spoofed, or gone.
 
-        One that was dropped before TCP proves nothing here: nobody has looked at its cookie.
+        An ACK that was dropped before TCP proves nothing: nobody has looked at its cookie.
         """
         return self.handshake.acks_dropped == 0
 
@@ -143,8 +139,8 @@ class Candidate:
     def cookie_ns(self) -> int:
         """When its cookie was made at the earliest.
 
-        Of several SYNs the last may have been dropped, and the client may hold the SYN-ACK of an
-        earlier one, whose cookie is another where the minute has changed since.
+        A repeated SYN may have been dropped. Then the client holds the SYN-ACK of an earlier SYN,
+        whose cookie is another if the minute has changed since.
         """
         entry = self.handshake
         holds_last = self.acknowledged == next_sequence(entry.cookie_isn)
@@ -152,8 +148,22 @@ class Candidate:
             return entry.last_syn_ns
         return entry.first_syn_ns
 
+    @property
+    def last_ns(self) -> int:
+        """Until when its cookie is surely valid for an answer."""
+        return self.cookie_ns + COOKIE_LIFE_S * SECOND_NS - EXPIRY_MARGIN_NS
+
+    @property
+    def next_try_ns(self) -> int:
+        """When it may be tried at the earliest, as far as its own tries matter."""
+        if self.number == 0:
+            return 0
+        if self.silent and not self.under_way and self.tries == MAX_TRIES - 1:
+            return self.tried_ns + LAST_TRY_AFTER_NS
+        return self.tried_ns + SPACING_NS
+
     def absorb(self, report: FlowReport) -> None:
-        """Take in what a report tells."""
+        """Take in a report of this handshake."""
         self.handshake = merge(self.handshake, report.handshake)
         self.gone = report.state is State.NAMESPACE_GONE
         self.sent_data |= bool(report.flags & FlowFlags.CLIENT_SENT_DATA)
@@ -164,7 +174,7 @@ class Candidate:
             self._note_ack(segment.sequence, segment.acknowledgement)
 
     def note(self, event: Event) -> None:
-        """Take in what an event of this handshake tells."""
+        """Take in an event of this handshake."""
         self.handshake = merge(self.handshake, event.handshake)
         if event.kind not in _SYN_KINDS:
             self.sent_data |= event.payload_length > 0
@@ -179,9 +189,10 @@ class Candidate:
         self.sent_data |= sequence != next_sequence(self.handshake.client_isn)
 
     def note_answer(self, event: Event) -> bool:
-        """Take in a dropped ACK as the answer to the last try; whether it can be that."""
+        """Take in a dropped ACK as the answer to the last SYN-ACK; whether it can be that."""
         if self.number == 0 or event.time_ns < self.tried_ns:
             return False
+        self.under_way = False
         if self.answer_owed:
             self.answer_owed = False
             if overflowed(event):
@@ -191,7 +202,7 @@ class Candidate:
         return True
 
     def obstacle(self) -> str | None:
-        """Why it must be left alone by what is known of it, whatever the time."""
+        """Why these facts forbid to write to it, whatever the time; None: they allow it."""
         entry = self.handshake
         repeated = entry.syn_count > 1 and (
             self.silent or entry.last_syn_ns > entry.last_ack_dropped_ns
@@ -199,14 +210,14 @@ class Candidate:
         obstacles = (
             (self.gone, GONE),
             (self.excluded, EXCLUDED),
-            # How old its cookie is, and what its SYN-ACK was, is not known.
+            # Nobody knows how old its cookie is and what its SYN-ACK was.
             (not entry.syn_count, SYN_NOT_SEEN),
             (self.sent_data, SENT_DATA),
             (self.closed, CLOSED),
             (repeated, REPEATED_SYN),
             (entry.acks_dropped + entry.acks_filtered > self.acks_seen, EVENTS_LOST),
             (self.would_send, DRY_RUN),
-            (self.tries >= MAX_TRIES and self.stage is not Stage.UNDER_WAY, self._spent()),
+            (self.tries >= MAX_TRIES and not self.under_way, self._spent()),
         )
         return next((why for holds, why in obstacles if holds), None)
 

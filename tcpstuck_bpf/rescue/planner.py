@@ -1,20 +1,23 @@
 """Which stuck clients get their SYN-ACK once more, and when. Pure: no clock, no sockets, no BCC.
 
-An established client answers a repeated SYN-ACK by a challenge ACK (tcp_validate_incoming, RFC
-5961, 4), which carries the cookie: at the listener it is the ACK that was missing. It does so once
-in 500 ms (tcp_invalid_ratelimit). Where it has sent data, that ACK does not validate and the RST
-it draws would end the client's connection, which would have mended itself: such a client is never
-written to.
+An established client answers a repeated SYN-ACK with a challenge ACK (tcp_validate_incoming, RFC
+5961, 4), which carries the cookie: for the listener it is the ACK that was missing. A client sends
+one challenge ACK in 500 ms (tcp_invalid_ratelimit). If the client has sent data, its challenge ACK
+does not validate, and the RST that it draws ends a connection that would have mended itself. The
+rescue never writes to such a client.
 
-Whatever needs no time is worked out as facts come in; `plan` looks only at what is due.
+News moves a client between those that may be tried and those that are left alone. `plan` looks
+through the first, at most once in `TICK_NS`: there are never more of them than can be written to
+before their cookies expire.
 
 Times are CLOCK_MONOTONIC nanoseconds.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+import bisect
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from tcpstuck_bpf.handshake.flood import SilenceRate
@@ -29,31 +32,27 @@ from tcpstuck_bpf.model import (
     FourTuple,
     Handshake,
     HandshakeId,
+    ListenerId,
     listener_of,
 )
 from tcpstuck_bpf.rescue import candidate
-from tcpstuck_bpf.rescue.addresses import AddressPace
-from tcpstuck_bpf.rescue.candidate import (
-    ACK_KINDS,
-    COOKIE_LIFE_NS,
-    MAX_TRIES,
-    Candidate,
-    Stage,
-    overflowed,
-)
-from tcpstuck_bpf.rescue.pacing import KeyedHeap, TokenBucket
+from tcpstuck_bpf.rescue.accept_queues import ANSWER_NS, AcceptQueues
+from tcpstuck_bpf.rescue.candidate import ACK_KINDS, COOKIE_LIFE_S, Candidate, overflowed
+from tcpstuck_bpf.rescue.pace import AddressPace, TokenBucket
 from tcpstuck_bpf.rescue.policy import RescuePolicy
-from tcpstuck_bpf.rescue.turns import ANSWER_NS, Listeners
-from tcpstuck_bpf.rescue.unknown_clients import UnknownClients
 
-SPACING_NS = ANSWER_NS
-"""The least time between two tries."""
-LAST_TRY_AFTER_NS = 20 * SECOND_NS
-"""Between the last two tries of a silent client: what made it silent may pass, and its cookie lives
-for three times as long."""
-EXPIRY_MARGIN_NS = 2 * SECOND_NS
-"""For the answer to arrive before the cookie expires."""
-MAX_CANDIDATES = 131_072
+TICK_NS = SECOND_NS // 10
+"""The least time between two looks through the clients."""
+LOOK_COST_NS = 2_000
+"""About what a look costs for each client; of the time, looks take no more than one part in
+`LOOK_SHARE`."""
+LOOK_SHARE = 10
+LOOK_AGAIN_NS = 2 * SECOND_NS
+"""Time between two looks at the clients that are left alone for what may change without an event:
+an address that becomes known, a place that becomes free."""
+MAX_UNKNOWN_ADDRESSES = 1000
+"""Number of addresses that one look asks about: a flood of spoofed ones shall cost little."""
+MAX_LEFT_ALONE = 32_768
 
 _NEVER_NS = -1
 
@@ -64,60 +63,62 @@ class Plan(NamedTuple):
     handshake_id: HandshakeId
     handshake: Handshake
     number: int
-    """Of this handshake's attempts, from 1."""
+    """Number of this attempt for the handshake, from 1."""
 
 
 class Rescuer:
-    """Takes in events and reports, plans the SYN-ACKs to repeat, is told what became of them.
+    """Takes in events and reports, plans the SYN-ACKs to repeat, and takes in their outcome.
 
-    No more than `max_candidates` that may be tried are held of the silent clients, as many of
-    those whose ACK was dropped (a flood of silent ones takes no room from these), and as many
-    that are left alone; of the last, the oldest are forgotten but stay counted.
+    At most `max_candidates` silent clients may be tried at a time, and as many whose ACK was
+    dropped, so that a flood of silent ones takes no place from these. By default that is as many
+    as the rate allows in a cookie's life. The oldest of the clients that are left alone are
+    forgotten, but stay counted.
     """
 
-    def __init__(self, policy: RescuePolicy, max_candidates: int = MAX_CANDIDATES) -> None:
+    def __init__(self, policy: RescuePolicy, max_candidates: int | None = None) -> None:
         self._policy = policy
-        self._max_candidates = max_candidates
+        self._max_candidates = max_candidates or policy.rate * COOKIE_LIFE_S
         self._now_ns = 0
+        self._looked_ns = _NEVER_NS
+        self._due_ns: int | None = None
+        self._look_again_ns: int | None = None
         self._active: dict[FourTuple, Candidate] = {}
         self._active_by_budget: Counter[bool] = Counter()
         self._left: OrderedDict[FourTuple, Candidate] = OrderedDict()
         self._left_alone: Counter[str] = Counter()
-        self._unasked: dict[FourTuple, None] = {}
-        self._due: KeyedHeap[FourTuple] = KeyedHeap()
-        self._expiring: KeyedHeap[FourTuple] = KeyedHeap()
-        self._listeners = Listeners()
+        self._queues = AcceptQueues()
+        self._last_turn = ListenerId(0, 0, b"", 0)
         self._addresses = AddressPace(policy.rate_per_address)
         self._bucket = TokenBucket(policy.rate)
         self._unknown_rate = SilenceRate()
         self._flood_ns = _NEVER_NS
-        self._unknown = UnknownClients()
         self._unanswered: list[HandshakeId] = []
 
     @property
     def left_alone(self) -> Mapping[str, int]:
-        """Stuck clients that are left alone, each once, by the reason that holds now."""
+        """Number of stuck clients that are left alone, by the reason that holds now."""
         return {why: number for why, number in self._left_alone.items() if number}
 
     @property
     def pending(self) -> int:
-        """Stuck clients that are not left alone: a try is under way or may yet come."""
+        """Number of stuck clients to which a try is under way or may yet come."""
         return len(self._active)
 
     @property
     def due_ns(self) -> int | None:
         """When `plan` has something to do at the latest; None where only news can bring it."""
-        if self._unasked or self._unanswered:
-            return self._now_ns
-        pacing = (self._addresses.waking, self._listeners.waking, self._unknown.asking)
-        heaps = (self._due, self._expiring, *pacing)
-        times = [first[0] for first in (heap.first() for heap in heaps) if first is not None]
-        if self._listeners.open:
-            times.append(self._bucket.next_ns(self._now_ns))
-        return min(times, default=None)
+        return self._due_ns
+
+    @property
+    def _tick_ns(self) -> int:
+        return max(TICK_NS, LOOK_SHARE * LOOK_COST_NS * len(self._active))
+
+    def _note_news(self) -> None:
+        soon_ns = 0 if self._looked_ns == _NEVER_NS else self._looked_ns + self._tick_ns
+        self._due_ns = soon_ns if self._due_ns is None else min(self._due_ns, soon_ns)
 
     def report(self, report: FlowReport) -> None:
-        """A flow came into another state worth telling."""
+        """Take in a report of the correlator."""
         client = self._tracked(report.four_tuple, report.handshake.first_syn_ns)
         if report.state in STUCK_STATES:
             if client is None:
@@ -127,17 +128,17 @@ class Rescuer:
             else:
                 client.absorb(report)
             client.stuck = True
-            self._set_stage(client)
+            self._place(client)
         elif client is not None and report.handshake.ending != Ending.NONE:
             self._remove(client)
         elif client is not None:
             client.absorb(report)
-            # Who is left alone for a namespace that is gone is counted for that.
+            # A client that is left alone because its namespace is gone stays counted for that.
             client.stuck = client.stuck and client.gone
-            self._set_stage(client)
+            self._place(client)
 
     def observe(self, event: Event) -> None:
-        """An event; those of a moment come before its reports."""
+        """Take in an event. The events of a moment come before its reports."""
         client = self._tracked(event.four_tuple, event.handshake.first_syn_ns)
         is_answer = False
         if client is not None:
@@ -145,20 +146,22 @@ class Rescuer:
             if event.kind in ACK_KINDS:
                 is_answer = client.note_answer(event)
         if event.kind == EventKind.ACK_DROPPED and overflowed(event):
-            self._listeners.note_overflow(event, is_answer)
+            self._queues.note_overflow(event, is_answer)
+            if self._queues.crowded:
+                self._queues.forget_unused(set(map(_listener, self._active.values())))
         elif event.kind == EventKind.COMPLETED:
-            self._listeners.note_completion(event)
+            self._queues.note_completion(event)
+            if self._active:
+                self._note_news()
         if client is None:
             return
         if event.handshake.ending != Ending.NONE:
             self._remove(client)
-            return
-        if is_answer and client.stage is Stage.UNDER_WAY:
-            self._rest(client)
-        self._set_stage(client)
+        else:
+            self._place(client)
 
     def _tracked(self, four_tuple: FourTuple, first_syn_ns: int) -> Candidate | None:
-        """The client of that handshake; one of an older handshake has given that up."""
+        """The client of that handshake. A newer handshake of its 4-tuple ends it."""
         client = self._active.get(four_tuple) or self._left.get(four_tuple)
         if client is None or client.handshake.first_syn_ns == first_syn_ns:
             return client
@@ -172,233 +175,240 @@ class Rescuer:
             return None if self._policy.include_unknown else candidate.NOT_KNOWN
         return why
 
-    def _set_stage(self, client: Candidate) -> None:
+    def _place(self, client: Candidate) -> None:
         """Put a client where its facts put it."""
         why = self._obstacle(client)
+        # Nothing but an ACK of the client ends what time or a flood has decided.
+        lasts = client.silent and client.reason in (candidate.TOO_LATE, candidate.FLOOD_SUSPECTED)
         if why is not None or not client.stuck:
             self._leave_alone(client, why)
-        elif client.stage is Stage.NEW or self._is_left_in_vain(client):
+        elif client.active:
+            self._note_news()
+        elif not lasts:
             self._activate(client)
-        elif client.stage is Stage.BLOCKED and not client.silent:
-            self._addresses.discard(client.four_tuple)
-            self._make_ready(client)
-        elif client.stage is Stage.RESTING and not client.silent:
-            self._due.put(client.four_tuple, client.tried_ns + SPACING_NS)
-
-    def _is_left_in_vain(self, client: Candidate) -> bool:
-        """Whether a client is left alone for what was a fact and is none any more."""
-        by_time = (candidate.TOO_LATE, candidate.FLOOD_SUSPECTED)
-        lasting = client.reason in by_time and client.silent
-        return client.stage is Stage.LEFT_ALONE and not lasting
 
     def _activate(self, client: Candidate) -> None:
         if self._active_by_budget[client.silent] >= self._max_candidates:
             self._leave_alone(client, candidate.NO_ROOM)
             return
         self._forget_left(client)
+        client.active = True
         client.budget = client.silent
         self._active[client.four_tuple] = client
         self._active_by_budget[client.budget] += 1
-        if not self._policy.after_expiry:
-            self._expiring.put(client.four_tuple, self._last_ns(client) + 1)
-        if client.silent and client.known is None:
-            client.stage = Stage.UNASKED
-            self._unasked[client.four_tuple] = None
-        elif client.number:
-            client.stage = Stage.RESTING
-            self._due.put(client.four_tuple, client.tried_ns + SPACING_NS)
-        else:
-            self._make_ready(client)
+        self._note_news()
 
-    def _last_ns(self, client: Candidate) -> int:
-        """Until when its cookie is surely valid."""
-        return client.cookie_ns + COOKIE_LIFE_NS - EXPIRY_MARGIN_NS
-
-    def _make_ready(self, client: Candidate) -> None:
-        client.stage = Stage.READY
-        order = (client.tries, client.silent, client.handshake.first_syn_ns)
-        listener = listener_of(client.four_tuple, client.handshake)
-        self._listeners.add_ready(client.four_tuple, listener, *order)
-
-    def _rest(self, client: Candidate) -> None:
-        """Nothing is under way to it any more; its next turn stays when it was."""
-        self._listeners.end_wait(client.four_tuple)
-        client.stage = Stage.RESTING
-
-    def _withdraw(self, client: Candidate) -> None:
-        """Take an active client out of wherever it waits."""
-        who = client.four_tuple
-        self._unasked.pop(who, None)
-        self._listeners.withdraw(who)
-        if client.stage is Stage.BLOCKED:
-            self._addresses.discard(who)
-        self._due.discard(who)
-        self._expiring.discard(who)
-        del self._active[who]
+    def _deactivate(self, client: Candidate) -> None:
+        client.active = client.under_way = False
+        del self._active[client.four_tuple]
         self._active_by_budget[client.budget] -= 1
 
     def _leave_alone(self, client: Candidate, why: str | None) -> None:
-        """One that is not stuck is remembered, for its tries, and not counted."""
+        """Remember a client, for its tries. One that is not stuck is not counted."""
         reason = why if client.stuck else None
-        if client.stage is Stage.LEFT_ALONE:
-            if client.reason == reason:
-                return
+        if client.active:
+            self._deactivate(client)
+        elif client.four_tuple in self._left and client.reason == reason:
+            return
+        else:
             self._forget_left(client)
-        elif client.stage is not Stage.NEW:
-            self._withdraw(client)
-        client.stage = Stage.LEFT_ALONE
         client.reason = reason
         self._left[client.four_tuple] = client
         if client.reason is not None:
             self._left_alone[client.reason] += 1
-        if client.reason == candidate.NOT_KNOWN:
-            self._unknown.add(client.four_tuple, self._now_ns, self._last_ns(client))
-        if len(self._left) > self._max_candidates:
-            self._unknown.discard(self._left.popitem(last=False)[0])
+        if client.reason in _MAY_CHANGE and self._look_again_ns is None:
+            self._look_again_ns = self._now_ns + LOOK_AGAIN_NS
+            self._note_news()
+        if len(self._left) > MAX_LEFT_ALONE:
+            self._left.popitem(last=False)
 
     def _forget_left(self, client: Candidate) -> None:
-        self._unknown.discard(client.four_tuple)
         if self._left.pop(client.four_tuple, None) is not None and client.reason is not None:
             self._left_alone[client.reason] -= 1
+        client.reason = None
 
     def _remove(self, client: Candidate) -> None:
-        """Its end: it is nobody's concern any more."""
-        if client.stage is Stage.LEFT_ALONE:
-            self._forget_left(client)
+        """Forget a client whose handshake has ended."""
+        if client.active:
+            self._deactivate(client)
         else:
-            self._withdraw(client)
+            self._forget_left(client)
 
     def plan(self, now_ns: int, is_known: Callable[[FourTuple], bool]) -> list[Plan]:
         """What to send now.
 
-        `is_known` says whether a client's address has completed a handshake with its listener;
-        it is asked once about each silent client, and again as long as one is left alone for that.
+        `is_known` says whether a client's address has completed a handshake with its listener.
         """
         now_ns = self._now_ns = max(now_ns, self._now_ns)
-        self._ask(now_ns, is_known)
-        self._ask_again(now_ns, is_known)
-        self._end_waits(now_ns)
-        for who in self._expiring.pop_due(now_ns):
-            self._expire(self._active[who], now_ns)
-        for who in self._addresses.pop_due(now_ns):
-            self._make_ready(self._active[who])
-        self._listeners.wake(now_ns)
-        plans: list[Plan] = []
-        while self._bucket.tokens(now_ns):
-            client = self._next(now_ns)
-            if client is None:
-                break
-            self._bucket.take(now_ns)
-            plans.append(self._try(client, now_ns))
+        if self._due_ns is None or now_ns < self._due_ns:
+            return []
+        self._looked_ns = now_ns
+        self._look_at_left_alone(now_ns, is_known)
+        for client in list(self._active.values()):
+            self._look_at(client, now_ns, is_known)
+        plans, waking = self._try_all(now_ns)
+        self._due_ns = self._next_look_ns(now_ns, waking)
         return plans
 
-    def _ask(self, now_ns: int, is_known: Callable[[FourTuple], bool]) -> None:
-        asked, self._unasked = self._unasked, {}
-        for who in asked:
-            client = self._active[who]
-            if client.silent:
-                client.known = is_known(who)
-                client.asked_ns = now_ns
-                if not client.known:
-                    self._note_unknown(now_ns)
-            why = self._obstacle(client)
-            if why is not None:
-                self._leave_alone(client, why)
-            else:
-                self._make_ready(client)
+    def _look_at_left_alone(self, now_ns: int, is_known: Callable[[FourTuple], bool]) -> None:
+        if self._look_again_ns is None or now_ns < self._look_again_ns:
+            return
+        self._look_again_ns = None
+        unknown: dict[tuple[int, bytes, bytes, int], list[Candidate]] = {}
+        for client in [one for one in self._left.values() if one.reason in _MAY_CHANGE]:
+            if now_ns > client.last_ns:
+                continue
+            self._look_again_ns = now_ns + LOOK_AGAIN_NS
+            if client.reason == candidate.NO_ROOM:
+                self._place(client)
+                continue
+            who = client.four_tuple
+            key = (who.netns, who.client_address, who.server_address, who.server_port)
+            if key in unknown or len(unknown) < MAX_UNKNOWN_ADDRESSES:
+                unknown.setdefault(key, []).append(client)
+        for clients in unknown.values():
+            if is_known(clients[0].four_tuple):
+                for client in clients:
+                    client.known = True
+                    self._place(client)
 
-    def _ask_again(self, now_ns: int, is_known: Callable[[FourTuple], bool]) -> None:
-        for clients in self._unknown.pop_due(now_ns):
-            if is_known(clients[0]):
-                for who in clients:
-                    self._left[who].known = True
-                    self._set_stage(self._left[who])
+    def _look_at(
+        self, client: Candidate, now_ns: int, is_known: Callable[[FourTuple], bool]
+    ) -> None:
+        """Ask about a client and see what time has done to it."""
+        changed = client.under_way and now_ns >= client.tried_ns + ANSWER_NS
+        if changed:
+            client.under_way = False
+        if client.silent and client.known is None:
+            changed = True
+            client.known = is_known(client.four_tuple)
+            client.asked_ns = now_ns
+            if not client.known:
+                self._note_unknown(now_ns)
+        why = self._obstacle(client) if changed else None
+        expired = now_ns > client.last_ns and not self._policy.after_expiry
+        if why is None and expired and not client.under_way:
+            why = candidate.TOO_LATE
+        if why is not None:
+            self._leave_alone(client, why)
+        if why == candidate.NO_ANSWER and not client.unanswered_reported:
+            client.unanswered_reported = True
+            self._unanswered.append(client.id)
 
     def _note_unknown(self, now_ns: int) -> None:
         self._unknown_rate.note(now_ns)
         if self._unknown_rate.is_high(now_ns):
             self._flood_ns = now_ns
 
-    def _end_waits(self, now_ns: int) -> None:
-        for who in self._due.pop_due(now_ns):
-            client = self._active[who]
-            if client.stage is Stage.UNDER_WAY:
-                self._rest(client)
-            why = self._obstacle(client)
-            if why is None:
-                self._try_again(client, now_ns)
+    def _try_all(self, now_ns: int) -> tuple[list[Plan], list[int]]:
+        """Try the clients whose turn it is. Returns the plans, and when the others may be due."""
+        under_way: Counter[ListenerId] = Counter()
+        ready: defaultdict[ListenerId, list[Candidate]] = defaultdict(list)
+        for client in self._active.values():
+            if client.under_way:
+                under_way[_listener(client)] += 1
+            elif client.next_try_ns <= now_ns:
+                ready[_listener(client)].append(client)
+        plans: list[Plan] = []
+        waking: list[int] = []
+        turns = self._in_turn(ready)
+        while turns:
+            listener, clients = turns.popleft()
+            queue = self._queues.get(listener)
+            if queue is not None and not queue.may_send(under_way[listener], now_ns):
+                # What ends a wait or shows room is news. Only time has to be waited for.
+                waking += [queue.retry_ns] * (not under_way[listener])
                 continue
-            self._leave_alone(client, why)
-            if why == candidate.NO_ANSWER and not client.told_unanswered:
-                client.told_unanswered = True
-                self._unanswered.append(client.id)
+            if self._bucket.next_ns(now_ns) > now_ns:
+                waking.append(self._bucket.next_ns(now_ns))
+                break
+            chosen = self._choose(clients, now_ns, waking)
+            if chosen is not None:
+                self._bucket.take(now_ns)
+                self._last_turn = listener
+                under_way[listener] += 1
+                plans.append(self._try(chosen, now_ns))
+                turns.append((listener, clients))
+        return plans, waking
 
-    def _try_again(self, client: Candidate, now_ns: int) -> None:
-        """Its turn has come, or comes later: nobody but its own silence is in its way."""
-        again_ns = client.tried_ns + LAST_TRY_AFTER_NS
-        if client.silent and client.tries == MAX_TRIES - 1 and now_ns < again_ns:
-            self._due.put(client.four_tuple, again_ns)
-        else:
-            self._make_ready(client)
+    def _in_turn(
+        self, ready: Mapping[ListenerId, list[Candidate]]
+    ) -> deque[tuple[ListenerId, Iterator[Candidate]]]:
+        """The listeners with their clients, first the one after that which had the last turn."""
+        listeners = sorted(ready)
+        after = bisect.bisect_right(listeners, self._last_turn)
+        return deque(
+            (listener, _in_order(ready[listener]))
+            for listener in listeners[after:] + listeners[:after]
+        )
 
-    def _expire(self, client: Candidate, now_ns: int) -> None:
-        last_ns = self._last_ns(client)
-        if client.stage is Stage.UNDER_WAY:
-            last_ns = max(last_ns, client.tried_ns + ANSWER_NS)
-        if now_ns > last_ns:
-            self._leave_alone(client, candidate.TOO_LATE)
-        else:
-            self._expiring.put(client.four_tuple, last_ns + 1)
-
-    def _next(self, now_ns: int) -> Candidate | None:
-        """The next client whose turn it is, its address's token taken."""
-        while True:
-            who = self._listeners.pop_ready(now_ns)
-            if who is None:
-                return None
-            client = self._active[who]
-            if not self._policy.after_expiry and now_ns > self._last_ns(client):
-                self._leave_alone(client, candidate.TOO_LATE)
-            elif client.silent and not client.known and client.asked_ns <= self._flood_ns:
-                self._leave_alone(client, candidate.FLOOD_SUSPECTED)
-            elif not client.silent or self._take_of_address(client, now_ns):
+    def _choose(
+        self, clients: Iterator[Candidate], now_ns: int, waking: list[int]
+    ) -> Candidate | None:
+        """Take the first of a listener's clients whose address has a token, token and all."""
+        for client in clients:
+            if not client.silent:
                 return client
-
-    def _take_of_address(self, client: Candidate, now_ns: int) -> bool:
-        if self._addresses.take(client.four_tuple, now_ns):
-            return True
-        client.stage = Stage.BLOCKED
-        order = (client.tries, client.handshake.first_syn_ns)
-        self._addresses.block(client.four_tuple, now_ns, *order)
-        return False
+            if not client.known and client.asked_ns <= self._flood_ns:
+                self._leave_alone(client, candidate.FLOOD_SUSPECTED)
+                continue
+            bucket = self._addresses.bucket(client.four_tuple, now_ns)
+            if bucket.take(now_ns):
+                return client
+            waking.append(bucket.next_ns(now_ns))
+        return None
 
     def _try(self, client: Candidate, now_ns: int) -> Plan:
         client.number += 1
         client.tries += 1
         client.tried_ns = now_ns
-        client.answer_owed = True
-        client.stage = Stage.UNDER_WAY
-        self._listeners.begin_wait(client.four_tuple)
-        self._due.put(client.four_tuple, now_ns + ANSWER_NS)
+        client.answer_owed = client.under_way = True
         return Plan(client.id, client.handshake, client.number)
 
+    def _next_look_ns(self, now_ns: int, waking: Iterable[int]) -> int | None:
+        times = [*waking]
+        if self._look_again_ns is not None:
+            times.append(self._look_again_ns)
+        for client in self._active.values():
+            if client.under_way:
+                times.append(client.tried_ns + ANSWER_NS)
+                continue
+            if client.next_try_ns > now_ns:
+                times.append(client.next_try_ns)
+            if not self._policy.after_expiry:
+                times.append(client.last_ns + 1)
+        return max(min(times), now_ns + self._tick_ns) if times else None
+
     def attempted(self, attempts: Iterable[Attempt]) -> None:
-        """What became of the plans. One that was not sent is not waited for."""
+        """Take in what became of the plans. An answer is awaited only where a packet was sent."""
         for attempt in attempts:
             client = self._active.get(attempt.handshake.four_tuple)
             if attempt.sent or client is None or client.id != attempt.handshake:
                 continue
-            client.answer_owed = False
+            client.answer_owed = client.under_way = False
             if attempt.outcome == ATTEMPT_NOT_SENT:
                 client.would_send = True
             else:
                 client.failed += 1
-            if client.stage is Stage.UNDER_WAY:
-                self._rest(client)
-            self._set_stage(client)
+            self._place(client)
 
-    def unanswered(self, now_ns: int) -> list[HandshakeId]:
-        """Handshakes all of whose tries were made and drew nothing, each once."""
-        self._end_waits(now_ns)
+    def unanswered(self) -> list[HandshakeId]:
+        """Handshakes all of whose tries were made and drew no answer, each once."""
         found, self._unanswered = self._unanswered, []
         return found
+
+
+_MAY_CHANGE = frozenset({candidate.NOT_KNOWN, candidate.NO_ROOM})
+
+
+def _listener(client: Candidate) -> ListenerId:
+    return listener_of(client.four_tuple, client.handshake)
+
+
+def _in_order(clients: list[Candidate]) -> Iterator[Candidate]:
+    """Those with fewer tries first. Sorted when the first is asked for: a full queue asks none."""
+    yield from sorted(clients, key=_order)
+
+
+def _order(client: Candidate) -> tuple[int, bool, int, FourTuple]:
+    return (client.tries, client.silent, client.handshake.first_syn_ns, client.four_tuple)

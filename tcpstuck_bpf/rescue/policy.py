@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Union
 
 from tcpstuck_bpf.model import address_bytes
-from tcpstuck_bpf.rescue.pacing import TokenBucket
+from tcpstuck_bpf.rescue.pace import TokenBucket
 
 IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 

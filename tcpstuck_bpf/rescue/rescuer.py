@@ -96,7 +96,7 @@ class Rescuing:
         attempts = tuple(map(self._attempt, plans))
         self._sender.close_old()
         self._rescuer.attempted(attempts)
-        unanswered = tuple(self._rescuer.unanswered(now_ns))
+        unanswered = tuple(self._rescuer.unanswered())
         left_alone = dict(self._rescuer.left_alone)
         if not attempts and not unanswered and left_alone == self._left_alone:
             return None

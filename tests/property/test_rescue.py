@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tcpstuck_bpf.model import FourTuple, HandshakeId
-from tcpstuck_bpf.rescue.planner import SPACING_NS, Plan
+from tcpstuck_bpf.rescue.candidate import SPACING_NS
+from tcpstuck_bpf.rescue.planner import Plan
 from tcpstuck_bpf.rescue.policy import RescuePolicy
 from tests.builders import SECOND_NS, four_tuple, seconds
 from tests.rescue_world import (

@@ -32,8 +32,7 @@ PURE_ROOMS = ("handshake", "judge", "recording", "output")
 PURE = (
     *("analysis", "errors", "json_text", "model", "options", "steps", "summary", "synack"),
     *("terminal", "wire"),
-    *(f"rescue.{name}" for name in ("addresses", "candidate", "pacing", "planner", "policy")),
-    *(f"rescue.{name}" for name in ("turns", "unknown_clients")),
+    *(f"rescue.{name}" for name in ("accept_queues", "candidate", "pace", "planner", "policy")),
     *("host.netns_numbers", "host.ruleset_text"),
 )
 """Pure modules in rooms that are not, or in none."""
@@ -59,7 +58,7 @@ ONLY_SOME_RUNS_NEED = {
     # --rescue:
     *(
         f"{PACKAGE}.rescue.{name}"
-        for name in ("candidate", "planner", "policy", "raw_socket", "rescuer", "turns")
+        for name in ("accept_queues", "candidate", "planner", "policy", "raw_socket", "rescuer")
     ),
     # --doctor, --build and --vmlinux:
     *(f"{PACKAGE}.doctor.{name}" for name in ("command", "machine_report", "render")),

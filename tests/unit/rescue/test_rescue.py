@@ -19,10 +19,9 @@ from tcpstuck_bpf.model import (
     Handshake,
     HandshakeId,
 )
-from tcpstuck_bpf.rescue.candidate import MAX_TRIES, SYN_NOT_SEEN
-from tcpstuck_bpf.rescue.planner import Rescuer
+from tcpstuck_bpf.rescue.candidate import COOKIE_LIFE_S, MAX_TRIES, SYN_NOT_SEEN
+from tcpstuck_bpf.rescue.planner import LOOK_AGAIN_NS, MAX_UNKNOWN_ADDRESSES, Rescuer
 from tcpstuck_bpf.rescue.policy import RescuePolicy
-from tcpstuck_bpf.rescue.unknown_clients import ASK_AGAIN_NS, MAX_ADDRESSES
 from tests.builders import (
     CLIENT_ISN,
     SECOND_NS,
@@ -87,7 +86,7 @@ def test_an_address_that_becomes_known_while_the_cookie_lives(
     world.table.syn(WHO, CLIENT_ISN, START_NS)
     world.run_until(known_ns - 1)
     assert world.rescuer.left_alone == {"not known": 1}
-    world.run_until(known_ns + ASK_AGAIN_NS + SECOND_NS)
+    world.run_until(known_ns + LOOK_AGAIN_NS + SECOND_NS)
     assert (WHO in world.completed) == is_mended
     assert world.rescuer.left_alone == ({} if is_mended else {"not known": 1})
     assert len(world.plans) == is_mended
@@ -114,7 +113,7 @@ def test_unknown_addresses_are_asked_about_and_not_their_clients_and_not_too_man
         return False
 
     world = RescueWorld(RescuePolicy(), answer=always(SILENT), is_known=is_known)
-    pool, strangers = 50, MAX_ADDRESSES + 10
+    pool, strangers = 50, MAX_UNKNOWN_ADDRESSES + 10
     for n in range(pool):
         world.table.syn(client(n), CLIENT_ISN, START_NS)
     for n in range(1, strangers):
@@ -122,8 +121,8 @@ def test_unknown_addresses_are_asked_about_and_not_their_clients_and_not_too_man
     world.run_until(START_NS + 40 * SECOND_NS)
     at_once = sum(asked.values())
     assert len(asked) == strangers
-    world.run_until(START_NS + 40 * SECOND_NS + 2 * ASK_AGAIN_NS)
-    assert sum(asked.values()) - at_once == 2 * MAX_ADDRESSES
+    world.run_until(START_NS + 40 * SECOND_NS + 2 * LOOK_AGAIN_NS)
+    assert sum(asked.values()) - at_once == 2 * MAX_UNKNOWN_ADDRESSES
     world.run_until(START_NS + 60 * SECOND_NS)
     in_time = sum(asked.values())
     world.run_until(START_NS + 300 * SECOND_NS)
@@ -392,7 +391,24 @@ def test_a_flood_of_silent_clients_takes_no_room_from_dropped_ones() -> None:
         world.stuck(who)
     world.run_until(START_NS + TIMEOUT_NS + 2 * SECOND_NS)
     assert world.completed.keys() == stuck
-    assert world.rescuer.left_alone == {"not known": 20, "no room": 80}
+    left = world.rescuer.left_alone
+    assert left.keys() == {"not known", "no room"}
+    assert sum(left.values()) == 100
+
+
+def test_more_clients_than_the_rate_can_serve_in_a_cookies_life_wait_for_a_place() -> None:
+    """One goes, another comes in, though no event of its own says so."""
+    world = silent_world(RescuePolicy(rate=1))
+    for number in range(COOKIE_LIFE_S + 10):
+        world.table.syn(four_tuple(number), CLIENT_ISN, START_NS)
+    world.run_until(START_NS + TIMEOUT_NS)
+    assert world.rescuer.pending == COOKIE_LIFE_S
+    assert world.rescuer.left_alone == {"no room": 10}
+    for number in range(4):
+        world.table.reset(four_tuple(number), world.now_ns)
+    world.run_until(world.now_ns + LOOK_AGAIN_NS)
+    assert world.rescuer.pending == COOKIE_LIFE_S
+    assert world.rescuer.left_alone == {"no room": 6}
 
 
 def test_a_new_handshake_of_the_4_tuple_ends_the_old_one_though_nobody_told() -> None:

@@ -163,6 +163,38 @@ def test_a_listener_is_not_limited_by_another_ones_queue() -> None:
     assert world.completed.keys() == others
 
 
+def test_listeners_take_turns_also_from_one_second_to_the_next() -> None:
+    """Of one packet a second each port gets as many as the others."""
+    world = silent_world(RescuePolicy(rate=1))
+    ports = (3311, 3312, 3313)
+    for number in range(12):
+        world.table.syn(client(number, ports[number % 3]), CLIENT_ISN, START_NS)
+    world.run_until(START_NS + TIMEOUT_NS + 8 * SECOND_NS)
+    sent = [who.server_port for who in sent_to(world)]
+    assert len(sent) >= 7
+    assert all(len(set(sent[first : first + 3])) == 3 for first in range(len(sent) - 2))
+
+
+@pytest.mark.parametrize(("number", "most_per_s"), [(100, 10), (10_000, 5)])
+def test_however_many_events_come_the_clients_are_looked_through_rarely(
+    number: int, most_per_s: int
+) -> None:
+    """The more of them wait, the rarer: a look costs a few microseconds for each."""
+    world = RescueWorld(RescuePolicy(rate=number), answer=always(OVERFLOWS))
+    for n in range(number):
+        world.stuck(client(n))
+    world.run_until(START_NS + TIMEOUT_NS)
+    assert world.rescuer.pending == number
+    begun_ns = world.now_ns
+    next_looks = set()
+    for step in range(200):
+        world.now_ns = begun_ns + step * SECOND_NS // 100
+        world.drop(client(step % number))
+        world.take_in()
+        next_looks.add(world.rescuer.due_ns)
+    assert 1 < len(next_looks) <= 2 * most_per_s + 1
+
+
 @pytest.mark.parametrize(("rate", "rate_per_address"), [(0, 1), (1, 0)])
 def test_a_rate_of_nothing_is_refused(rate: int, rate_per_address: int) -> None:
     with pytest.raises(ValueError, match="nothing through"):

@@ -1,0 +1,82 @@
+"""Token buckets: SYN-ACKs per second in all, and to the silent clients of one address. Pure.
+
+Times are nanoseconds of any one clock.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from tcpstuck_bpf.model import SECOND_NS, FourTuple
+
+
+class TokenBucket:
+    """`rate` tokens per second, and no more than that at once; full at first.
+
+    In whole numbers, so that no rounding lets more through: the level is in tokens times 10**9.
+    Raises ValueError for a rate below 1.
+    """
+
+    def __init__(self, rate: int) -> None:
+        if rate < 1:
+            raise ValueError(f"a rate of {rate} per second lets nothing through")
+        self._rate = rate
+        self._level = rate * SECOND_NS
+        self._filled_ns = 0
+
+    def _fill(self, now_ns: int) -> None:
+        if now_ns > self._filled_ns:
+            gained = (now_ns - self._filled_ns) * self._rate
+            self._level = min(self._rate * SECOND_NS, self._level + gained)
+            self._filled_ns = now_ns
+
+    def take(self, now_ns: int) -> bool:
+        """Take a token; whether there was one."""
+        self._fill(now_ns)
+        if self._level < SECOND_NS:
+            return False
+        self._level -= SECOND_NS
+        return True
+
+    def next_ns(self, now_ns: int) -> int:
+        """When there is a token at the earliest."""
+        self._fill(now_ns)
+        missing = max(0, SECOND_NS - self._level)
+        return now_ns + -(-missing // self._rate)
+
+    def is_full(self, now_ns: int) -> bool:
+        """Whether the bucket is as good as new."""
+        self._fill(now_ns)
+        return self._level == self._rate * SECOND_NS
+
+
+class AddressPace:
+    """A token bucket for each client address and network namespace.
+
+    A bucket that is full again is forgotten. Raises ValueError for a rate below 1.
+    """
+
+    def __init__(self, rate: int) -> None:
+        TokenBucket(rate)
+        self._rate = rate
+        self._buckets: OrderedDict[tuple[int, bytes], TokenBucket] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._buckets)
+
+    def bucket(self, who: FourTuple, now_ns: int) -> TokenBucket:
+        """The bucket of a client's address."""
+        key = (who.netns, who.client_address)
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            self._forget_full(now_ns)
+            bucket = self._buckets[key] = TokenBucket(self._rate)
+        self._buckets.move_to_end(key)
+        return bucket
+
+    def _forget_full(self, now_ns: int) -> None:
+        while self._buckets:
+            key, bucket = next(iter(self._buckets.items()))
+            if not bucket.is_full(now_ns):
+                return
+            del self._buckets[key]
