@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import ipaddress
 import math
-import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from tcpstuck_bpf import __version__
-from tcpstuck_bpf.errors import EXIT_USAGE
 from tcpstuck_bpf.judge.verdict import RULES, VERDICT_NAMES
 from tcpstuck_bpf.model import address_bytes
-from tcpstuck_bpf.terminal import printable
+from tcpstuck_bpf.usage import Parser, WrongValueError, nearest
 
 if TYPE_CHECKING:
     from tcpstuck_bpf.rescue.policy import IPNetwork
@@ -34,28 +31,6 @@ exit status:
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with a guess at what a mistyped option was meant to be."""
-
-    def error(self, message: str) -> NoReturn:
-        """Usage, the message, and the nearest option; exit status 2."""
-        known = [option for action in self._actions for option in action.option_strings]
-        _, unrecognized, words = message.partition("unrecognized arguments: ")
-        for word in words.replace("=", " ").split() if unrecognized else ():
-            if word.startswith("-") and word not in known:
-                near = difflib.get_close_matches(word, known, n=1)
-                message += f" (did you mean {near[0]}?)" if near else ""
-        if message.endswith("expected one argument"):
-            message += ", not one that begins with -"
-        self.print_usage(sys.stderr)
-        self.exit(EXIT_USAGE, f"{self.prog}: {printable(message)}\n{self.prog}: see --help\n")
-
-    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """Ends the program, once --help and --version are written: that may fail."""
-        sys.stdout.flush()
-        super().exit(status, message)
-
-
 def as_written(name: str, value: object) -> str:
     """An option as the user writes it, of its name and value among the parsed ones."""
     if name == "family":
@@ -65,8 +40,21 @@ def as_written(name: str, value: object) -> str:
 
 def file_name(text: str) -> str:
     """Any but an empty one: that is a variable of a script that was not set."""
+    return _named("a file", text)
+
+
+def netns_name(text: str) -> str:
+    """A path or a name, any but an empty one."""
+    return _named("a network namespace", text)
+
+
+def _named(what: str, text: str) -> str:
     if not text:
-        raise argparse.ArgumentTypeError("the name of a file is missing: it is empty")
+        raise WrongValueError(
+            f"the name of {what} is missing",
+            "the value is empty",
+            "give a name; in a script, look whether the variable is set",
+        )
     return text
 
 
@@ -77,9 +65,13 @@ def port_list(text: str) -> list[int]:
         try:
             port = int(word)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{word!r} is not a port number") from None
+            port = 0
         if not 1 <= port <= 65535:
-            raise argparse.ArgumentTypeError(f"{port} is no port: they go from 1 to 65535")
+            raise WrongValueError(
+                f"{word or repr(word)} is no port",
+                "ports are numbers from 1 to 65535",
+                "write -p 3306, or -p 3306,3311 for several",
+            )
         ports.append(port)
     return ports
 
@@ -89,9 +81,13 @@ def seconds(text: str) -> int:
     try:
         value = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds") from None
-    if not math.isfinite(value) or not 0.001 <= value <= 1e9:
-        raise argparse.ArgumentTypeError(f"{text} is not a time between 0.001 and 1e9 seconds")
+        value = math.nan
+    if not 0.001 <= value <= 1e9:
+        raise WrongValueError(
+            f"{text or repr(text)} is no length of time",
+            "a time is between 0.001 and 1e9 seconds",
+            "write it in seconds: 60",
+        )
     return int(value * 1_000_000_000)
 
 
@@ -100,7 +96,11 @@ def listener_address(text: str) -> bytes:
     try:
         return address_bytes(text.strip("[]"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an IPv4 or IPv6 address") from None
+        raise WrongValueError(
+            f"{text!r} is not an IPv4 or IPv6 address",
+            "connections are selected by the server's address",
+            "write an address such as 192.0.2.25 or 2001:db8::25",
+        ) from None
 
 
 def verdict_names(text: str) -> list[str]:
@@ -112,12 +112,33 @@ def verdict_names(text: str) -> list[str]:
     return text.split(",")
 
 
+_RESCUE_WORDS = ("known", "all", "dry-run", "all,dry-run", "known,dry-run")
+_PROBE_MODES = ("auto", "fentry", "kprobe")
+
+
 def rescue_mode(text: str) -> frozenset[str]:
     """Whom to rescue, `known` or `all`, with `dry-run` as another word or alone."""
     words = frozenset(text.split(","))
-    if not words <= {"known", "all", "dry-run"} or {"known", "all"} <= words:
-        raise argparse.ArgumentTypeError(f"{text!r} is not known, all, dry-run or all,dry-run")
+    what = f"{text!r} is not known, all, dry-run or all,dry-run"
+    if {"known", "all"} <= words:
+        raise WrongValueError(
+            what, "known and all exclude each other", "write --rescue=known or --rescue=all"
+        )
+    if not words <= {"known", "all", "dry-run"}:
+        guess = nearest(text, _RESCUE_WORDS, "write --rescue, which is --rescue=known")
+        raise WrongValueError(what, "it says whom to send SYN-ACKs to", guess)
     return words
+
+
+def probe_mode(text: str) -> str:
+    """How to attach."""
+    if text not in _PROBE_MODES:
+        raise WrongValueError(
+            f"no mode {text!r}",
+            f"there are {', '.join(_PROBE_MODES)}",
+            nearest(text, _PROBE_MODES, "leave it out: auto takes what this kernel allows"),
+        )
+    return text
 
 
 def networks(text: str) -> tuple[IPNetwork, ...]:
@@ -125,17 +146,31 @@ def networks(text: str) -> tuple[IPNetwork, ...]:
     try:
         return tuple(ipaddress.ip_network(word.strip("[]")) for word in text.split(","))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        raise WrongValueError(
+            f"{text!r} is no list of networks", str(error), "write 10.0.0.0/8,2001:db8::/32"
+        ) from None
 
 
 def packet_rate(text: str) -> int:
     """Packets per second."""
+    return _whole_number(text, 1, 100_000, "--rescue-rate 100")
+
+
+def table_size(text: str) -> int:
+    """How many handshakes the kernel's table holds."""
+    return _whole_number(text, 16, 1 << 24, "--max-handshakes 131072")
+
+
+def _whole_number(text: str, lowest: int, highest: int, example: str) -> int:
+    wanted = f"it takes a whole number from {lowest} to {highest}"
     try:
         value = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if not 1 <= value <= 100_000:
-        raise argparse.ArgumentTypeError(f"{value} is not between 1 and 100000")
+        raise WrongValueError(
+            f"{text!r} is not a whole number", wanted, f"for example {example}"
+        ) from None
+    if not lowest <= value <= highest:
+        raise WrongValueError(f"{value} is out of range", wanted, f"for example {example}")
     return value
 
 
@@ -146,21 +181,12 @@ def verdict_to_explain(text: str) -> str:
     return text
 
 
-def _no_verdict(name: str, known: Sequence[str]) -> argparse.ArgumentTypeError:
-    near = difflib.get_close_matches(name.lower(), known, n=1)
-    guess = f" (did you mean {near[0]}?)" if near else ""
-    return argparse.ArgumentTypeError(f"no verdict {name!r}{guess}; there are {', '.join(known)}")
-
-
-def table_size(text: str) -> int:
-    """How many handshakes the kernel's table holds."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if not 16 <= value <= 1 << 24:
-        raise argparse.ArgumentTypeError(f"{value} is not between 16 and {1 << 24}")
-    return value
+def _no_verdict(name: str, known: Sequence[str]) -> WrongValueError:
+    return WrongValueError(
+        f"no verdict {name!r}",
+        f"there are {', '.join(known)}",
+        nearest(name, known, "--explain lists them, each with its meaning"),
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -205,6 +231,7 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--netns",
         metavar="PATH|all",
+        type=netns_name,
         default="all",
         help="only this network namespace: a path, or a name of `ip netns` (default: all)",
     )
@@ -265,7 +292,8 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument(
         "--probe-mode",
-        choices=("auto", "fentry", "kprobe"),
+        metavar="|".join(_PROBE_MODES),
+        type=probe_mode,
         default="auto",
         help="how to attach (default: auto, which prefers fentry)",
     )

@@ -90,28 +90,22 @@ def child(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
 def test_wrong_use_is_said_and_ends_with_2(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    try:
-        status: object = main(words)
-    except SystemExit as ended:
-        status = ended.code
+    status = main(words)
     out, err = capsys.readouterr()
     assert status == EXIT_USAGE
     assert out == ""
-    assert err
-    assert "Traceback" not in err
+    assert len(err.splitlines()) == 3
 
 
 def test_a_mistyped_option_is_guessed(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["--prot", "3311"])
+    assert main(["--prot", "3311"]) == EXIT_USAGE
     assert "did you mean --port?" in capsys.readouterr().err
 
 
 def test_a_wrong_value_of_a_known_option_is_not_taken_for_a_mistyped_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(SystemExit):
-        main(["-p", "70000"])
+    assert main(["-p", "70000"]) == EXIT_USAGE
     complaint = capsys.readouterr().err
     assert "70000" in complaint
     assert "did you mean" not in complaint
@@ -122,8 +116,7 @@ def test_a_wrong_value_of_a_known_option_is_not_taken_for_a_mistyped_one(
 def test_a_mistyped_verdict_is_guessed(
     option: str, typed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        main([option, typed])
+    assert main([option, typed]) == EXIT_USAGE
     assert "did you mean accept-queue-full?" in capsys.readouterr().err
 
 
@@ -159,8 +152,7 @@ def test_what_goes_with_the_rescue_alone_is_named_as_it_was_written(
 def test_a_negative_time_is_not_said_to_be_missing(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        main(words)
+    assert main(words) == EXIT_USAGE
     assert "begins with -" in capsys.readouterr().err
 
 
