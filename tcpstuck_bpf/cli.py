@@ -23,6 +23,7 @@ from tcpstuck_bpf.errors import (
 from tcpstuck_bpf.kernel.probes import AttachRequest
 from tcpstuck_bpf.options import as_written, build_parser
 from tcpstuck_bpf.output.explain import explanation, verdict_list
+from tcpstuck_bpf.preflight import refuse_unusable_files
 from tcpstuck_bpf.recording.replay import Replay
 from tcpstuck_bpf.run import WIDTH_OF_A_PIPE, exit_status, one_vmlinux, output_for, trace
 
@@ -67,6 +68,7 @@ def _doctor(options: argparse.Namespace) -> int:
         "it looks at the kernel, and traces nothing",
         "leave it out; --vmlinux, --against, --json and -v are for the doctor",
     )
+    refuse_unusable_files(options)
     from tcpstuck_bpf.doctor.command import consult
 
     width = shutil.get_terminal_size((WIDTH_OF_A_PIPE, 24)).columns
@@ -89,6 +91,7 @@ def _build(options: argparse.Namespace) -> int:
         "it compiles programs for later, and traces nothing; they serve every port",
         "leave it out; --vmlinux, --rescue and --no-why choose what is built",
     )
+    refuse_unusable_files(options)
     from tcpstuck_bpf.kernel.builder import build
 
     request = AttachRequest(rescue=options.rescue is not None, why=options.why)

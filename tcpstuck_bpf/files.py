@@ -138,3 +138,41 @@ def _own_users() -> set[int]:
     """Root, ourselves, and who became root by sudo."""
     by_sudo = os.environ.get("SUDO_UID", "")
     return {0, os.geteuid(), *([int(by_sudo)] if by_sudo.isdecimal() else [])}
+
+
+def obstacle(path: str) -> str | None:
+    """Why no file can be written there, as far as a look tells; None where nothing is in the way.
+
+    Nothing is made or opened: whether it can be written is known once it is.
+    """
+    own = _OWN_DESCRIPTOR.fullmatch(path)
+    if own is not None:
+        return None
+    place = Path(path)
+    try:
+        state = place.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return _no_room_in(place.parent)
+    except OSError as error:
+        return str(error.strerror)
+    refused = _refusal(path, state)
+    if refused is not None:
+        return str(refused.strerror)
+    return _no_room_in(place.parent) if stat.S_ISREG(state.st_mode) else None
+
+
+def directory_obstacle(path: str) -> str | None:
+    """Why nothing can be written below a directory, which may be one that is still to be made."""
+    place = Path(path).absolute()
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    return _no_room_in(place)
+
+
+def _no_room_in(directory: Path) -> str | None:
+    if not directory.is_dir():
+        there = os.path.lexists(directory)
+        return f"{directory} is no directory" if there else f"there is no directory {directory}"
+    if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
+        return f"{directory} may not be written to"
+    return None

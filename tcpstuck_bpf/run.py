@@ -38,6 +38,7 @@ from tcpstuck_bpf.model import TraceFilter, TraceSettings, address_text, living_
 from tcpstuck_bpf.options import as_written, build_parser
 from tcpstuck_bpf.output.render import TableRenderer, watching
 from tcpstuck_bpf.output.writers import JsonOutput, Selection, TableOutput
+from tcpstuck_bpf.preflight import refuse_unusable_files
 from tcpstuck_bpf.recording.replay import Recorder
 from tcpstuck_bpf.steps import Header
 from tcpstuck_bpf.summary import Summary
@@ -227,6 +228,7 @@ def trace(options: argparse.Namespace) -> int:
     refuse_without_rescue(options)
     with contextlib.suppress(OSError):  # where it is to be written, that is refused as well
         remove_ready_file(options.ready_file)
+    refuse_unusable_files(options)
     settings = _settings(options)
     watched = _watched(options, settings.trace_filter)
     source = _open_source(settings, _attach_request(options))

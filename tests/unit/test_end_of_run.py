@@ -154,6 +154,8 @@ def test_an_error_at_the_beginning_is_not_replaced_by_one_of_closing(
 ) -> None:
     source = Scripted()
     _no_detaching(monkeypatch, source)
+    # The directory is there when the options are looked at, and then no more.
+    monkeypatch.setattr("tcpstuck_bpf.run.refuse_unusable_files", lambda _options: None)
     status = run(source, monkeypatch, "--record", str(tmp_path / "missing" / "run"))
     assert status == cli.UsageError.exit_status
     err = capsys.readouterr().err

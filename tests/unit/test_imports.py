@@ -19,6 +19,7 @@ FLOORS = (
     ("__main__",),
     ("cli",),
     ("run", "doctor"),
+    ("preflight",),
     ("options", "kernel", "app"),
     ("rescue", "output", "typeinfo", "analysis"),
     ("host", "summary"),

@@ -1,0 +1,66 @@
+"""What is wrong with the files that options name, told by a look at them alone.
+
+It comes before the machine is looked at: a mistyped directory is wrong use also where tracing is
+refused. What a look cannot tell is told later, by whoever writes or reads the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import stat
+from pathlib import Path
+
+from tcpstuck_bpf.errors import UsageError
+from tcpstuck_bpf.files import directory_obstacle, obstacle
+from tcpstuck_bpf.kernel.kept_files import PROGRAMS
+
+
+def refuse_unusable_files(options: argparse.Namespace) -> None:
+    """Raises UsageError for a file or directory that cannot be what its option wants it to be."""
+    for option, path in (("--record", options.record), ("--ready-file", options.ready_file)):
+        why = None if path is None else obstacle(path)
+        if why is not None:
+            raise UsageError(
+                f"{option} {path} cannot be written",
+                why,
+                "name a file in a directory that you may write to",
+            )
+    why = None if options.build is None else directory_obstacle(options.build)
+    if why is not None:
+        raise UsageError(
+            f"--build {options.build} cannot be written",
+            why,
+            "name a directory that you may write to; it need not be there yet",
+        )
+    for path in (*(options.vmlinux or ()), *filter(None, [options.against])):
+        _refuse_unreadable_kernel(path)
+    if options.programs is not None:
+        _refuse_directory_without_programs(options.programs)
+
+
+def _refuse_unreadable_kernel(path: str) -> None:
+    remedy = "name a vmlinux or vmlinuz that you may read"
+    try:
+        # Not opened where it is no file: opening a named pipe would wait for its other end.
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            raise UsageError(f"{path} is not a kernel", "it is no regular file", remedy)
+        with Path(path).open("rb"):
+            return
+    except OSError as error:
+        raise UsageError(f"cannot read {path}", str(error.strerror), remedy) from error
+
+
+def _refuse_directory_without_programs(path: str) -> None:
+    remedy = "name a directory that --build has filled"
+    try:
+        with os.scandir(path) as entries:
+            if any(entry.name.endswith(PROGRAMS) for entry in entries):
+                return
+    except OSError as error:
+        raise UsageError(
+            f"--programs {path} cannot be read", str(error.strerror), remedy
+        ) from error
+    raise UsageError(
+        f"--programs {path} holds no programs", f"no file there ends with {PROGRAMS}", remedy
+    )
