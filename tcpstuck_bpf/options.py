@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tcpstuck_bpf import __version__
 from tcpstuck_bpf.judge.verdict import RULES, VERDICT_NAMES
-from tcpstuck_bpf.model import address_bytes
+from tcpstuck_bpf.option_values import length_of_time, listener_addresses, port_list
 from tcpstuck_bpf.usage import Parser, WrongValueError, nearest
 
 if TYPE_CHECKING:
@@ -56,51 +55,6 @@ def _named(what: str, text: str) -> str:
             "give a name; in a script, look whether the variable is set",
         )
     return text
-
-
-def port_list(text: str) -> list[int]:
-    """Ports, separated by commas."""
-    ports = []
-    for word in text.split(","):
-        try:
-            port = int(word)
-        except ValueError:
-            port = 0
-        if not 1 <= port <= 65535:
-            raise WrongValueError(
-                f"{word or repr(word)} is no port",
-                "ports are numbers from 1 to 65535",
-                "write -p 3306, or -p 3306,3311 for several",
-            )
-        ports.append(port)
-    return ports
-
-
-def seconds(text: str) -> int:
-    """A positive time in seconds, as nanoseconds."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0.001 <= value <= 1e9:
-        raise WrongValueError(
-            f"{text or repr(text)} is no length of time",
-            "a time is between 0.001 and 1e9 seconds",
-            "write it in seconds: 60",
-        )
-    return int(value * 1_000_000_000)
-
-
-def listener_address(text: str) -> bytes:
-    """An IPv4 or IPv6 address, as 16 bytes."""
-    try:
-        return address_bytes(text.strip("[]"))
-    except ValueError:
-        raise WrongValueError(
-            f"{text!r} is not an IPv4 or IPv6 address",
-            "connections are selected by the server's address",
-            "write an address such as 192.0.2.25 or 2001:db8::25",
-        ) from None
 
 
 def verdict_names(text: str) -> list[str]:
@@ -216,7 +170,7 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
         type=port_list,
         action="append",
         default=[],
-        help="server ports (default: every one)",
+        help="server ports: numbers, ranges (3306-3311) or services (mysql); default: every port",
     )
     family = what.add_mutually_exclusive_group()
     family.add_argument(
@@ -226,7 +180,10 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
         "-6", dest="family", action="store_const", const=6, help="only IPv6 packets"
     )
     what.add_argument(
-        "--listener", metavar="ADDR", type=listener_address, help="only this server address"
+        "--listener",
+        metavar="ADDR",
+        type=listener_addresses,
+        help="only this server address, or its name in /etc/hosts",
     )
     what.add_argument(
         "--netns",
@@ -242,10 +199,10 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "-t",
         "--timeout",
-        metavar="SECONDS",
-        type=seconds,
-        default=seconds("3"),
-        help="when silence becomes a verdict (default: 3)",
+        metavar="TIME",
+        type=length_of_time,
+        default=length_of_time("3"),
+        help="when silence becomes a verdict, in seconds or as 500ms (default: 3)",
     )
     output.add_argument("--all", action="store_true", help="show healthy connections too")
     output.add_argument(
@@ -273,7 +230,11 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 def _add_running(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("how to run")
     run.add_argument(
-        "-d", "--duration", metavar="SECONDS", type=seconds, help="stop after this time"
+        "-d",
+        "--duration",
+        metavar="TIME",
+        type=length_of_time,
+        help="stop after this time: seconds, or 10m, 1h30m",
     )
     run.add_argument(
         "--record", metavar="FILE", type=file_name, help="record the run, for --replay"
@@ -282,7 +243,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         "--replay",
         metavar="FILE",
         type=file_name,
-        help="judge a recording; needs neither root nor BPF",
+        help="judge a recording (- for standard input); needs neither root nor BPF",
     )
     run.add_argument(
         "--ready-file",

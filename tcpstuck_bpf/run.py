@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -52,23 +53,37 @@ WIDTH_OF_A_PIPE = 200
 """Columns, where standard output is no terminal."""
 
 
-def _settings(options: argparse.Namespace) -> TraceSettings:
-    address: bytes | None = options.listener
+def _listener_address(options: argparse.Namespace) -> bytes | None:
+    """The one address of --listener, of the family that is asked for; None where there is none."""
+    if options.listener is None:
+        return None
+    found: dict[bytes, str] = {one: address_text(one) for one in options.listener}
     family: int | None = options.family
+    fitting = [
+        one for one, text in found.items() if family is None or (":" not in text) == (family == 4)
+    ]
+    if not fitting:
+        raise UsageError(
+            f"--listener {', '.join(found.values())} is never reached by IPv{family}",
+            f"-{family} asks for IPv{family} packets only",
+            f"leave out -{family}",
+        )
+    if len(fitting) > 1:
+        raise UsageError(
+            "--listener names several addresses",
+            f"they are {', '.join(found[one] for one in fitting)}; the filter takes one",
+            "write one of them, or add -4 or -6",
+        )
+    return fitting[0]
+
+
+def _settings(options: argparse.Namespace) -> TraceSettings:
     wanted = TraceFilter(
         ports=tuple(sorted({port for ports in options.port for port in ports})),
-        family=family,
-        listener_address=address,
+        family=options.family,
+        listener_address=_listener_address(options),
         netns=netns.resolve(options.netns),
     )
-    if address is not None and family is not None:
-        is_ipv4 = ":" not in address_text(address)
-        if is_ipv4 != (family == 4):
-            raise UsageError(
-                f"--listener {address_text(address)} is never reached by IPv{family}",
-                f"-{family} asks for IPv{family} packets only",
-                f"leave out -{family}",
-            )
     return TraceSettings(
         trace_filter=wanted,
         timeout_ns=options.timeout,
@@ -78,9 +93,21 @@ def _settings(options: argparse.Namespace) -> TraceSettings:
     )
 
 
+def _ports_text(ports: Sequence[int]) -> str:
+    """Sorted ports in words, three or more in a row as a range."""
+    runs: list[list[int]] = []
+    for port in ports:
+        if not runs or port != runs[-1][-1] + 1:
+            runs.append([])
+        runs[-1].append(port)
+    return ", ".join(
+        f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs
+    )
+
+
 def _watched(options: argparse.Namespace, wanted: TraceFilter) -> str:
     """What is watched, in words."""
-    ports = ", ".join(map(str, wanted.ports))
+    ports = _ports_text(wanted.ports)
     words = ["every port" if not ports else f"port{'s' * (len(wanted.ports) > 1)} {ports}"]
     if wanted.listener_address is not None:
         words.append(f"at {address_text(wanted.listener_address)}")

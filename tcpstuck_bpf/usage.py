@@ -15,6 +15,8 @@ from typing import NoReturn
 from tcpstuck_bpf.errors import UsageError
 
 SEE_HELP = "--help lists every option"
+_ALIKE = 0.7
+"""From where on a guess is worth a question, of 1 for the same word."""
 
 
 class WrongValueError(argparse.ArgumentTypeError):
@@ -31,7 +33,7 @@ class WrongValueError(argparse.ArgumentTypeError):
 
 def nearest(word: str, known: Iterable[str], remedy: str, before: str = "") -> str:
     """A question for the known word that is most like this one; else the remedy."""
-    near = difflib.get_close_matches(word.lower(), [*known], n=1)
+    near = difflib.get_close_matches(word.lower(), [*known], n=1, cutoff=_ALIKE)
     return f"did you mean {before}{near[0]}?" if near else remedy
 
 

@@ -9,7 +9,9 @@ nothing. Numbers stay integers; keys and addresses are hexadecimal.
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -41,6 +43,8 @@ from tcpstuck_bpf.steps import (
 
 FORMAT = "tcpstuck-recording"
 VERSION = 1
+STANDARD_INPUT = "-"
+"""In place of a file's name."""
 _LONGEST_HEADER_BYTES = 1 << 20
 _LONGEST_LINE_BYTES = 1 << 28
 """A line holds a batch of the table (1 MB), or the rules of one firewall."""
@@ -128,6 +132,19 @@ def _header_values(header: Header) -> dict[str, Any]:
     }
 
 
+def _opened(path: str) -> BinaryIO:
+    """The file, or standard input for `-`. Raises OSError, and RecordingError for a terminal."""
+    if path != STANDARD_INPUT:
+        return Path(path).open("rb")
+    if sys.stdin is None or sys.stdin.isatty():
+        raise RecordingError(
+            "standard input is a terminal, not a recording",
+            f"--replay {STANDARD_INPUT} reads what a pipe brings",
+            "name the file, or write: zcat FILE | tcpstuck-trace --replay -",
+        )
+    return os.fdopen(os.dup(sys.stdin.fileno()), "rb")
+
+
 class Replay:
     """Reads a recording, a line at a time. Raises RecordingError where the file is none.
 
@@ -136,16 +153,16 @@ class Replay:
     """
 
     def __init__(self, path: str) -> None:
-        self._path = path
+        self._path = "on standard input" if path == STANDARD_INPUT else path
         self._lines_read = 0
         self._table = RecordedTable()
         try:
-            self._file: BinaryIO = Path(path).open("rb")  # noqa: SIM115  (closed by steps())
+            self._file = _opened(path)
             # What is no recording may be larger than the memory, or have no end.
             first = self._file.readline(_LONGEST_HEADER_BYTES)
         except OSError as error:
             raise RecordingError(
-                f"cannot read the recording {path}",
+                f"cannot read the recording {self._path}",
                 str(error.strerror),
                 "name a file that --record has written",
             ) from error
@@ -156,18 +173,23 @@ class Replay:
             self._file.close()
             raise
 
+    @property
+    def _what(self) -> str:
+        """What is read, at the beginning of a sentence."""
+        return self._path.replace("on standard input", "standard input")
+
     def _header(self, line: bytes) -> Header:
         values = self._decoded(line) if line.startswith(b"{") else {}
         if values.get("format") != FORMAT:
             raise RecordingError(
-                f"{self._path} is not a recording of tcpstuck-trace",
+                f"{self._what} is not a recording of tcpstuck-trace",
                 f'it does not begin with {{"format":"{FORMAT}"',
                 "name a file that --record has written",
             )
         version = values.get("version")
         if not isinstance(version, int) or version > VERSION:
             raise RecordingError(
-                f"{self._path} was written by a newer tcpstuck-trace",
+                f"{self._what} was written by a newer tcpstuck-trace",
                 f"its format is {version!r}, this version reads up to {VERSION}",
                 "replay it with that version, or a newer one",
             )

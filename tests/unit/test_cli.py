@@ -63,7 +63,7 @@ def child(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
         ["--rescue-late"],
         ["--rescue-exclude", "10.0.0.0/8"],
         ["--replay", "some.tcpstuck", "--rescue"],
-        ["--listener", "localhost"],
+        ["--listener", "no-such-name.invalid"],
         ["--listener", "2001:db8::1", "-4"],
         ["--netns", "/no/such/namespace"],
         ["--netns", "/etc/passwd"],

@@ -1,0 +1,120 @@
+"""Values of options as people write them: ports and services, lengths of time, addresses."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from tcpstuck_bpf.host import known_names
+from tcpstuck_bpf.model import SECOND_NS, address_bytes
+from tcpstuck_bpf.usage import WrongValueError, nearest
+
+LAST_PORT = 65535
+_NUMBER = re.compile(r"[0-9]{1,9}")
+_RANGE = re.compile(r"([0-9]{1,9})-([0-9]{1,9})")
+_UNITS_NS = {
+    "d": 86_400 * SECOND_NS,
+    "h": 3600 * SECOND_NS,
+    "m": 60 * SECOND_NS,
+    "s": SECOND_NS,
+    "ms": SECOND_NS // 1000,
+}
+_TIME = re.compile(
+    "".join(
+        rf"(?:(?P<{unit}>[0-9]+(?:\.[0-9]*)?) *{spelled} *)?"
+        for unit, spelled in (
+            ("d", "d"),
+            ("h", "h"),
+            ("m", "m(?:in)?(?!s)"),
+            ("s", "s"),
+            ("ms", "ms"),
+        )
+    )
+)
+_SHORTEST_NS, _LONGEST_NS = SECOND_NS // 1000, 10**9 * SECOND_NS
+
+
+def port_list(text: str) -> list[int]:
+    """Ports, ranges of ports and names of services, separated by commas.
+
+    There may be any number: the programs have one bit for each port.
+    """
+    return [port for word in text.split(",") for port in _ports(word)]
+
+
+def _ports(word: str) -> list[int]:
+    number, ends = _NUMBER.fullmatch(word), _RANGE.fullmatch(word)
+    low, high = (0, 0)
+    if number:
+        low = high = int(word)
+    elif ends:
+        low, high = map(int, ends.groups())
+    elif word:
+        low = high = _port_of_service(word)
+    if 1 <= high < low <= LAST_PORT:
+        raise WrongValueError(
+            f"{word} is no range of ports", "it begins after its end", f"write -p {high}-{low}"
+        )
+    if not 1 <= low <= high <= LAST_PORT:
+        raise WrongValueError(
+            f"{word or repr(word)} is no port",
+            f"ports are numbers from 1 to {LAST_PORT}",
+            "write -p 3306, -p 3306,3311, -p 3306-3311 or -p mysql",
+        )
+    return [*range(low, high + 1)]
+
+
+def _port_of_service(name: str) -> int:
+    port = known_names.service_port(name)
+    if port is None:
+        remedy = "write its number: -p 3306"
+        raise WrongValueError(
+            f"{name} is no port",
+            f"this machine knows no TCP service of that name ({known_names.SERVICES})",
+            nearest(name, known_names.service_names(), remedy),
+        )
+    return port
+
+
+def length_of_time(text: str) -> int:
+    """A positive time in nanoseconds: `10m`, `1h30m`, `500ms`; without a unit, in seconds."""
+    value = _in_units(text) or _in_seconds(text)
+    if not _SHORTEST_NS <= value <= _LONGEST_NS:
+        raise WrongValueError(
+            f"{text or repr(text)} is no length of time",
+            "it is a number of seconds, or numbers with d, h, m, s and ms in that order, and lies "
+            "between 1 ms and 1e9 s",
+            "write 90, 90s, 10m, 1h30m or 500ms",
+        )
+    return round(value)
+
+
+def _in_units(text: str) -> float:
+    """Nanoseconds; 0 where it is not written so."""
+    found = _TIME.fullmatch(text.strip())
+    parts = found.groupdict() if found else {}
+    return sum(float(number) * _UNITS_NS[unit] for unit, number in parts.items() if number)
+
+
+def _in_seconds(text: str) -> float:
+    """Nanoseconds; 0 where it is no number, or none that a time has."""
+    try:
+        value = float(text)
+    except ValueError:
+        return 0
+    return value * SECOND_NS if math.isfinite(value) else 0
+
+
+def listener_addresses(text: str) -> tuple[bytes, ...]:
+    """An IPv4 or IPv6 address, or those that a name has on this machine, as 16 bytes each."""
+    try:
+        return (address_bytes(text.strip("[]")),)
+    except ValueError:
+        known = known_names.hosts()
+    if text.lower() in known:
+        return tuple(map(address_bytes, known[text.lower()]))
+    raise WrongValueError(
+        f"{text!r} is neither an address nor a name of this machine",
+        f"names are looked up in {known_names.HOSTS} alone: DNS may name a load balancer's address",
+        nearest(text, known, "write the address; `getent ahosts NAME` shows what DNS says"),
+    )
