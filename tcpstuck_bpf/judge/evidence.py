@@ -36,10 +36,18 @@ COOKIE_SURELY_VALID_NS = 60 * SECOND_NS
 
 
 def duration_text(nanoseconds: int) -> str:
-    """A length of time: milliseconds below one second, else seconds."""
-    if nanoseconds < SECOND_NS:
+    """A length of time as a person writes it: 3.6 s, 12 min 05 s, 8 h 05 min."""
+    # By what is printed, so that nothing is rounded up to 1000.0 ms or 60.0 s.
+    if round(nanoseconds / MILLISECOND_NS, 1) < 1000:
         return f"{nanoseconds / MILLISECOND_NS:.1f} ms"
-    return f"{nanoseconds / SECOND_NS:.1f} s"
+    if round(nanoseconds / SECOND_NS, 1) < 60:
+        return f"{nanoseconds / SECOND_NS:.1f} s"
+    minutes, seconds = divmod(max(60, nanoseconds // SECOND_NS), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours:02} h"
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
 
 
 def _bytes_text(number: int) -> str:

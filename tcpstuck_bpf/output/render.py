@@ -30,6 +30,7 @@ ROWS_PER_HEADING = 40
 ENDPOINT_WIDTH = len("255.255.255.255:65535")
 NARROW = 100
 """Columns; below this the age, the SYNs and the meaning go under each row."""
+AGE_WIDTH = len("23 h 59 min")
 VERDICT_WIDTH = max(len(rule.name) for rule in RULES)
 MEANING_WIDTH = 45
 INDENT = "    "
@@ -206,7 +207,14 @@ class TableRenderer:
             yield self._painted(self._laid_out((time, client, server, verdict)), finding)
             yield from self._wrapped(f"{age}, {syns}: {meaning}", " " * 10)
         else:
-            cells = (time, client, server, verdict, age.rjust(9), str(finding.syn_count).rjust(4))
+            cells = (
+                time,
+                client,
+                server,
+                verdict,
+                age.rjust(AGE_WIDTH),
+                str(finding.syn_count).rjust(4),
+            )
             row = self._laid_out(cells)
             if len(row) + 2 + len(meaning) <= self._width:
                 yield self._painted(f"{row}  {meaning}", finding)
@@ -224,7 +232,7 @@ class TableRenderer:
 
     def _laid_out(self, cells: Sequence[str]) -> str:
         """One row. Not by tabulate, which would forget the widths from batch to batch."""
-        widths = (8, self._endpoint_width, self._endpoint_width, VERDICT_WIDTH + 1, 9, 4)
+        widths = (8, self._endpoint_width, self._endpoint_width, VERDICT_WIDTH + 1, AGE_WIDTH, 4)
         padded = (cell.ljust(width) for cell, width in zip(cells, widths))
         return "  ".join(padded).rstrip()
 
@@ -233,7 +241,7 @@ class TableRenderer:
             yield f"in network namespace {self._netns(self._netns_shown)}:"
         names = ["time", "client", "server", " verdict"]
         if not self._narrow:
-            names += ["age".rjust(9), "SYNs"]
+            names += ["age".rjust(AGE_WIDTH), "SYNs"]
         line = self._laid_out(names)
         if not self._narrow and len(line) + 2 + MEANING_WIDTH <= self._width:
             line += "  what it means"
@@ -296,16 +304,22 @@ class TableRenderer:
             )
 
     def status(self, status: Status) -> str:
-        """One line, cut to the width: what matters most comes first."""
+        """One line. What is watched goes first where not all fits, and then the last figures."""
         stuck = f"{_grouped(status.still_stuck)} STUCK" if status.still_stuck else "nothing stuck"
         if status.flood_suspected:
             stuck += f", {_silent_syns(status.flood_suspected)}"
-        line = (
-            f"{stuck}, watching {status.watched} for {duration_text(status.running_ns)}: "
-            f"{_grouped(status.cookies_sent)} cookies sent, "
-            f"{_grouped(status.completed)} completed, {_grouped(status.waiting)} waiting"
+        running = duration_text(status.running_ns)
+        sent, completed, waiting = map(
+            _grouped, (status.cookies_sent, status.completed, status.waiting)
         )
-        return printable(line)[: self._width - 1]
+        rest = f"{completed} completed, {waiting} waiting"
+        lines = (
+            f"{stuck}, watching {status.watched} for {running}: {sent} cookies sent, {rest}",
+            f"{stuck} after {running}: {sent} cookies sent, {rest}",
+            f"{stuck}, {running}: {sent} cookies, {rest}",
+        )
+        fitting = (line for line in map(printable, lines) if len(line) < self._width)
+        return next(fitting, printable(lines[-1])[: self._width - 1])
 
     def summary(self, summary: Summary) -> Iterator[str]:
         """The answer first, then what supports it."""

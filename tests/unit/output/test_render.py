@@ -98,23 +98,47 @@ def test_another_namespace_is_named() -> None:
     assert lines([finding(LONG_IPV4._replace(netns=2))], 80)[0] == "in network namespace 2:"
 
 
-def test_the_status_is_one_line_of_the_terminal() -> None:
+def status_line(width: int, status: Status) -> str:
     renderer = TableRenderer(
-        clock=CLOCK, width=60, colour=False, verbose=False, own_netns=1, netns_names={}
+        clock=CLOCK, width=width, colour=False, verbose=False, own_netns=1, netns_names={}
     )
-    line = renderer.status(Status("port 3311", 123456, 123450, 6, 0, at(1) - START_NS))
-    assert len(line) < 60
-    assert line.startswith("nothing stuck, watching port 3311 for 1.0 s: 123 456")
+    line = renderer.status(status)
+    assert len(line) < width
+    return line
+
+
+def test_the_status_is_one_line_of_the_terminal() -> None:
+    status = Status("port 3311", 123456, 123450, 6, 0, at(1) - START_NS)
+    line = status_line(120, status)
+    assert line.startswith("nothing stuck, watching port 3311 for 1.0 s: 123 456 cookies sent")
+    assert status_line(60, status).startswith("nothing stuck, 1.0 s: 123 456 cookies")
+
+
+@pytest.mark.parametrize("stuck", [0, 12345])
+@pytest.mark.parametrize(
+    "watched",
+    ["every port", "ports 25, 465, 587, 3306, 3311 at 2001:db8:1234:5678:9abc::25 over IPv6"],
+)
+def test_a_long_run_keeps_its_figures_at_80_columns(watched: str, stuck: int) -> None:
+    hours = 8 * 3600 + 5 * 60
+    status = Status(watched, 1234567, 1234001, 456, stuck, hours * 1_000_000_000)
+    line = status_line(80, status)
+    for figure in ("1 234 567", "1 234 001", "456 waiting", "8 h 05 min"):
+        assert figure in line
+    assert line.startswith("12 345 STUCK" if stuck else "nothing stuck")
 
 
 def test_the_status_is_cut_where_it_matters_least() -> None:
-    renderer = TableRenderer(
-        clock=CLOCK, width=80, colour=False, verbose=False, own_netns=1, netns_names={}
-    )
     watched = "ports 25, 465, 587, 3306, 3311 at 2001:db8::25 over IPv6"
-    line = renderer.status(Status(watched, 123456, 123000, 456, 12345, at(1) - START_NS))
-    assert len(line) < 80
+    line = status_line(40, Status(watched, 123456, 123000, 456, 12345, at(1) - START_NS))
     assert "12 345 STUCK" in line
+
+
+def test_a_long_age_keeps_the_columns() -> None:
+    old = finding(LONG_IPV4)._replace(age_ns=12 * 60_000_000_000 + 5_000_000_000)
+    heading, row, _, young, _ = lines([old, finding(LONG_IPV4)], 120)
+    assert "12 min 05 s" in row
+    assert len(heading) == len(row) == len(young)
 
 
 def test_json_times_are_utc_of_the_same_moments() -> None:
