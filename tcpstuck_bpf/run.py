@@ -43,6 +43,7 @@ from tcpstuck_bpf.preflight import refuse_unusable_files
 from tcpstuck_bpf.recording.replay import Recorder
 from tcpstuck_bpf.steps import Header
 from tcpstuck_bpf.summary import Summary
+from tcpstuck_bpf.terminal import understands_escapes
 
 if TYPE_CHECKING:
     from tcpstuck_bpf.kernel.source import KernelSource
@@ -123,11 +124,10 @@ def output_for(options: argparse.Namespace, header: Header) -> Output:
     selection = Selection(options.only, options.summary)
     if options.json:
         return JsonOutput(sys.stdout, header.clock, selection)
-    terminal = sys.stdout.isatty()
     renderer = TableRenderer(
         clock=header.clock,
         width=shutil.get_terminal_size((WIDTH_OF_A_PIPE, 24)).columns,
-        colour=terminal and not os.environ.get("NO_COLOR"),
+        colour=understands_escapes(sys.stdout) and not os.environ.get("NO_COLOR"),
         verbose=options.verbose,
         own_netns=header.own_netns,
         netns_names=header.netns_names,
@@ -312,7 +312,7 @@ def _live(
     recorder = None if options.record is None else Recorder(options.record, header)
     if recorder is not None:
         ending.add("the recording is incomplete", recorder.close)
-    if not sys.stdout.isatty():
+    if not understands_escapes(sys.stdout):
         remark(watching(watched, source.coverage.mode))
     rescuing = None if options.rescue is None else _rescuing(options, source)
     if rescuing is not None:

@@ -16,6 +16,7 @@ it write \xNN or \uNNNN instead of raising. JSON does not come this way (`json_t
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from typing import TextIO
 
@@ -54,6 +55,14 @@ def line(text: str) -> str:
     parts = _COLOURS.split(text)
     parts[::2] = map(printable, parts[::2])
     return f"{''.join(parts)}\n"
+
+
+def understands_escapes(stream: TextIO) -> bool:
+    """Whether a stream leads to a terminal that lines can be rewritten and painted on.
+
+    TERM says so; `dumb`, as in an editor's window, and no name at all mean that it does not.
+    """
+    return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
 
 
 def never_fail(stream: TextIO) -> None:

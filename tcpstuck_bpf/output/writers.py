@@ -41,7 +41,7 @@ class TableOutput:
         self._stream = stream
         self._renderer = renderer
         self._selection = selection
-        self._terminal = stream.isatty()
+        self._terminal = terminal.understands_escapes(stream)
         self._status_shown = False
         self._floods_told_ns = 0
 

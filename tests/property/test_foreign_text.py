@@ -8,6 +8,7 @@ import os
 import re
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -126,7 +127,8 @@ def test_the_table_has_no_control_character_but_ours(
         own_netns=1,
         netns_names={7: name} if narrow_names else {7: name, who: name},
     )
-    told(TableOutput(stream, renderer, Selection([], nothing=False)), name)
+    with mock.patch.dict(os.environ, TERM="xterm"):
+        told(TableOutput(stream, renderer, Selection([], nothing=False)), name)
     shown = content(stream).decode(encoding)
     assert_harmless(shown)
     assert shown.count(CLEAR_LINE) >= 3

@@ -226,6 +226,7 @@ def test_no_status_line_stays_where_a_run_is_abandoned(
 
     monkeypatch.setattr(source, "poll", first)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
     assert run(source, monkeypatch, "-d", "60", "-t", "0.003") == cli.EXIT_INTERRUPTED
     out = capsys.readouterr().out
     assert "nothing stuck, watching every port" in out
