@@ -11,7 +11,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from tcpstuck_bpf.doctor.machine_report import SYNCOOKIES, MachineReport
+from tcpstuck_bpf.doctor.machine_report import NO, SYNCOOKIES, MachineReport
 from tcpstuck_bpf.host.netns import QUEUE_SETTINGS
 from tcpstuck_bpf.json_text import json_text
 from tcpstuck_bpf.kernel.kernel_report import Change, KernelReport, place_text
@@ -27,10 +27,10 @@ HEADER_PADDING = "  "
 
 def _fitted(
     headers: Sequence[str], rows: Sequence[Sequence[str]], width: int
-) -> tuple[list[str], list[list[str]]]:
+) -> tuple[list[str], list[list[str]]] | None:
     """Cells wrapped so that the table fits: the widest columns give way first.
 
-    Words are broken only where there is no other way.
+    None where it does not fit without breaking words: paths and settings are copied.
     """
     padded = [f"{header}{HEADER_PADDING}" for header in headers]
     widths = [max(map(len, column)) for column in zip(padded, *rows)]
@@ -41,13 +41,12 @@ def _fitted(
     ]
     for row in rows:
         whole = [max(size, *map(len, cell.split(" "))) for size, cell in zip(whole, row)]
-    for least in (whole, [0] * len(widths)):
-        least = [max(NARROWEST_COLUMN, size) for size in least]
-        while sum(widths) > room:
-            yielding = [n for n, low in enumerate(least) if widths[n] > low]
-            if not yielding:
-                break
-            widths[max(yielding, key=lambda n: widths[n])] -= 1
+    least = [max(NARROWEST_COLUMN, size) for size in whole]
+    while sum(widths) > room:
+        yielding = [n for n, low in enumerate(least) if widths[n] > low]
+        if not yielding:
+            return None
+        widths[max(yielding, key=lambda n: widths[n])] -= 1
     heading = [
         "\n".join(_wrap(header, size - len(HEADER_PADDING)))
         for header, size in zip(headers, widths)
@@ -66,18 +65,35 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int) ->
         return
     headers = [*map(printable, headers)]
     rows = [[*map(printable, row)] for row in rows]
-    heading, fitted = _fitted(headers, rows, width)
-    table = tabulate(fitted, headers=heading, tablefmt="simple", disable_numparse=True)
-    yield from (line.rstrip() for line in table.splitlines())
+    fitted = _fitted(headers, rows, width)
+    if fitted is None:
+        yield from _listed(headers, rows, width)
+    else:
+        table = tabulate(fitted[1], headers=fitted[0], tablefmt="simple", disable_numparse=True)
+        yield from (line.rstrip() for line in table.splitlines())
     yield ""
 
 
-def _wrapped(text: str, width: int) -> Iterator[str]:
-    yield from _wrap(printable(text), width, "  ")
+def _listed(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
+    """A table that is too wide, one cell below the other: only a word wider than a line breaks."""
+    for first, *others in rows:
+        yield from _wrap(f"{headers[0]}: {first}", width, "    ")
+        for header, cell in zip(headers[1:], others):
+            if cell:
+                text = _wrap(f"{header}: {cell}", width - 2, "    ")
+                yield from (f"  {line}" for line in text)
+
+
+def _wrapped(text: str, width: int, following: str = "  ") -> Iterator[str]:
+    yield from _wrap(printable(text), width, following)
 
 
 def machine_lines(report: MachineReport, width: int, verbose: bool) -> Iterator[str]:
-    """The report on this machine; the answer comes last, where the eye is when it ends."""
+    """The report on this machine, the answer first."""
+    yield from _answer(report, width)
+    for gap in report.gaps:
+        yield from _wrapped(f"gap: no {gap.probe} ({gap.why}): {gap.lost}", width)
+    yield ""
     checks = [
         (check.what, f"{check.level}: {check.state}", check.why, check.remedy)
         for check in report.checks
@@ -94,15 +110,31 @@ def machine_lines(report: MachineReport, width: int, verbose: bool) -> Iterator[
     short = [name.split(".")[1] for name in QUEUE_SETTINGS]
     yield from _table(("netns", *short, "that is"), namespaces, width)
     yield from _kernel_tables(report, width, verbose)
-    for gap in report.gaps:
-        yield from _wrapped(f"gap: no {gap.probe} ({gap.why}): {gap.lost}", width)
+
+
+def _answer(report: MachineReport, width: int) -> Iterator[str]:
+    """Whether it can trace; if not, why, and what all the obstacles together ask for."""
     worked = [mode for mode, trial in report.trials.items() if not trial.problem]
     if worked:
-        yield f"able to trace, by {' and by '.join(worked)}"
+        yield f"this machine can trace, {_by(worked)}"
         return
-    yield from _wrapped("NOT able to trace here:", width)
+    yield "this machine cannot trace"
+    problems: dict[str, list[str]] = {}
     for mode, trial in report.trials.items():
-        yield from _wrapped(f"  {mode}: {trial.problem}", width)
+        problems.setdefault(trial.problem, []).append(mode)
+    why = "; ".join(f"{_by(modes)}: {problem}" for problem, modes in problems.items())
+    yield from _wrapped(f"  why: {why}", width, "    ")
+    # What the attempts to attach advise is to look at the other rows.
+    attempts = {f"attaching by {mode}" for mode in report.trials}
+    remedies = dict.fromkeys(
+        check.remedy for check in report.checks if check.level == NO and check.what not in attempts
+    )
+    remedy = "; ".join(filter(None, remedies)) or "the kernel log (dmesg) may say more"
+    yield from _wrapped(f"  remedy: {remedy}", width, "    ")
+
+
+def _by(modes: Sequence[str]) -> str:
+    return " and ".join(f"by {mode}" for mode in modes)
 
 
 def _kernel_tables(
@@ -137,26 +169,29 @@ def _need(probe: Probe) -> str:
 
 
 def kernel_lines(report: KernelReport, width: int, verbose: bool) -> Iterator[str]:
-    """The report on a kernel in a file."""
-    yield from _wrapped(f"Linux {report.release}, types from {report.source}", width)
-    yield ""
-    yield from _kernel_tables(report, width, verbose)
+    """The report on a kernel in a file, the answer first."""
+    able = "cannot" if report.trouble else "can"
+    kernel = f"Linux {report.release}, types from {report.source}"
+    yield from _wrapped(f"this kernel {able} be traced: {kernel}", width)
+    if report.trouble:
+        yield from _wrapped(f"  why: {report.trouble}", width, "    ")
     for gap in report.gaps:
         yield from _wrapped(f"gap: no {gap.probe} ({gap.why}): {gap.lost}", width)
-    if report.trouble:
-        yield from _wrapped(f"NOT to be traced: {report.trouble}", width)
-    else:
-        yield "this kernel can be traced"
+    yield ""
+    yield from _kernel_tables(report, width, verbose)
 
 
 def change_lines(
     before: KernelReport, after: KernelReport, changes: Sequence[Change], width: int
 ) -> Iterator[str]:
-    """What is not the same in two kernels."""
-    yield printable(f"Linux {before.release} -> {after.release}")
+    """What is not the same in two kernels, how much first."""
+    plural = "change" if len(changes) == 1 else "changes"
+    number = (
+        f"{len(changes)} {plural}" if changes else "nothing that tcpstuck-trace uses has changed"
+    )
+    yield from _wrapped(f"Linux {before.release} -> {after.release}: {number}", width)
     yield ""
     yield from _table(("what", before.release, after.release), changes, width)
-    yield f"{len(changes)} changes" if changes else "nothing that tcpstuck-trace uses has changed"
 
 
 def _line(kind: str, values: Mapping[str, Any]) -> str:

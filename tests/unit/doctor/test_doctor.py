@@ -250,7 +250,8 @@ def test_a_good_machine_is_able_and_left_as_it_was(machine: Machine) -> None:
     assert NO not in levels(found).values()
     assert machine.opened == ["fentry", "kprobe"]
     assert machine.closed == len(machine.opened)
-    assert list(machine_lines(found, 100, verbose=False))[-1].startswith("able to trace")
+    answer, empty, *_ = machine_lines(found, 100, verbose=False)
+    assert (answer, empty) == ("this machine can trace, by fentry and by kprobe", "")
 
 
 def test_the_directory_of_kept_programs_is_looked_at(
@@ -311,6 +312,69 @@ def test_each_precondition_speaks_for_itself(
     assert levels(machine.examined())[what] == level
 
 
+def test_what_is_in_the_way_and_the_remedy_come_first(machine: Machine) -> None:
+    machine.without_kprobes()
+    machine.problems["fentry"] = EPERM
+    machine.refuse("tracing", EPERM)
+    answer, why, remedy, *rest = machine_lines(machine.examined(), 1000, verbose=False)
+    assert answer == "this machine cannot trace"
+    assert why.startswith(f"  why: by fentry: the kernel refused: {EPERM}; by kprobe: ")
+    assert remedy.startswith("  remedy: ")
+    assert "use a kernel with CONFIG_KPROBES=y" in remedy
+    assert "lockdown, a security module" in remedy
+    assert "see the rows above" not in remedy
+    assert rest[0] == ""
+    assert rest[1].split()[:2] == ["what", "state"]
+
+
+def test_one_reason_for_both_modes_is_said_once(machine: Machine) -> None:
+    machine.problems = dict.fromkeys(("fentry", "kprobe"), "not root")
+    _, why, *_ = machine_lines(machine.examined(), 1000, verbose=False)
+    assert why == "  why: by fentry and by kprobe: the kernel refused: not root"
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_of_a_kernel_in_a_file_the_answer_comes_first(able: bool) -> None:
+    types = (
+        with_functions(kernel()) if able else with_functions(kernel(without=REQUIRED_MEMBERS[-1]))
+    )
+    found = report(types)
+    answer, *rest = kernel_lines(found, 1000, verbose=False)
+    word = "can" if able else "cannot"
+    assert answer == f"this kernel {word} be traced: Linux 9.9, types from a test"
+    assert (rest[0] == f"  why: {found.trouble}") == (not able)
+    other = report(with_functions(kernel(counters=(5, 6, 7, 8))))
+    lines = (
+        change_lines(found, found, [], 1000),
+        change_lines(found, other, changes(found, other)[:2], 1000),
+    )
+    assert [next(one) for one in lines] == [
+        "Linux 9.9 -> 9.9: nothing that tcpstuck-trace uses has changed",
+        "Linux 9.9 -> 9.9: 2 changes",
+    ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+@pytest.mark.parametrize("verbose", [False, True])
+def test_no_path_setting_or_option_is_split_over_lines(
+    width: int, verbose: bool, machine: Machine
+) -> None:
+    """They are copied, and looked for."""
+    machine.without_kprobes()
+    machine.locked("")
+    machine.problems["fentry"] = "EPERM, lockdown unknown: /sys/kernel/security is not mounted"
+    report = machine.examined()
+    words = [one.strip("(:") for one in " ".join(machine_lines(report, width, verbose)).split()]
+    for name in (
+        "/sys/bus/event_source/devices/kprobe/type",
+        "/sys/kernel/security",
+        "CONFIG_KPROBES=y",
+        "tcp_max_syn_backlog",
+        str(machine_report.cache_directory()),
+    ):
+        assert name in words
+
+
 @pytest.mark.parametrize("width", [60, 100, 200])
 def test_tables_keep_to_the_width(width: int, machine: Machine) -> None:
     for line in machine_lines(machine.examined(), width, verbose=True):
@@ -329,7 +393,8 @@ def test_a_narrow_terminal_breaks_no_name_that_has_room(machine: Machine) -> Non
     machine.locked("none")
     machine.without_kprobes()
     machine.problems["fentry"] = "EPERM, lockdown unknown: /sys/kernel/security is not mounted"
-    words = " ".join(machine_lines(machine.examined(), 80, verbose=False)).split()
+    shown = " ".join(machine_lines(machine.examined(), 80, verbose=False))
+    words = [one.rstrip(":") for one in shown.split()]
     assert "CONFIG_KPROBES=y" in words
     assert "tcp_max_syn_backlog" in words
     name = "SKB_DROP_REASON_TCP_AOUNEXPECTED_AND_MORE"
