@@ -102,14 +102,22 @@ def _build(options: argparse.Namespace) -> int:
 def _explain(options: argparse.Namespace) -> int:
     _refuse_beside(
         "--explain",
-        frozenset({"explain"}),
+        frozenset({"explain", "port"}),
         options,
         "it prints what is known of a verdict, and traces nothing",
-        "leave it out",
+        "leave it out; -p PORT fills the port in",
     )
     verdict: str = options.explain
+    ports = sorted({port for ports in options.port for port in ports})
+    if len(ports) > 1 or (ports and not verdict):
+        raise UsageError(
+            "--explain fills one port into the commands of a verdict",
+            f"{len(ports)} ports are named" if verdict else "no verdict is named",
+            "write --explain accept-queue-full -p 3306",
+        )
     width = shutil.get_terminal_size((WIDTH_OF_A_PIPE, 24)).columns
-    print_lines(explanation(verdict, width) if verdict else verdict_list(width))
+    port = ports[0] if ports else None
+    print_lines(explanation(verdict, width, port) if verdict else verdict_list(width))
     return EXIT_NOTHING_STUCK
 
 

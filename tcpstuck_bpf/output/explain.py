@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tcpstuck_bpf.errors import TcpstuckError
@@ -23,6 +23,10 @@ _FENCE = "```"
 _ITEM = "- "
 _INDENT = "  "
 _HEADING = re.compile(r"^## (\S+)\n", re.MULTILINE)
+_LABEL = re.compile(r"\*\*([A-Z][a-z ]+):?\*\*")
+_DOING = ("On the server", "On the client", "In the protocol")
+"""The labels of what is to be done."""
+_PORT = re.compile(r"\bPORT\b")
 _STRONG = re.compile(r"\*\*(.+?)\*\*", re.DOTALL)
 
 
@@ -104,14 +108,35 @@ def _readable(width: int) -> int:
     return max(NARROWEST, min(width, WIDEST))
 
 
-def explanation(verdict: str, width: int) -> Iterator[str]:
+def _doing_first(blocks: Iterable[list[str]]) -> Iterator[list[str]]:
+    """The blocks by which something is done, then the others; both in their order.
+
+    A block without a label belongs to the one before it.
+    """
+    doing: list[list[str]] = []
+    others: list[list[str]] = []
+    chosen = others
+    for block in blocks:
+        label = _LABEL.match(block[0])
+        if label is not None:
+            chosen = doing if label.group(1) in _DOING else others
+        chosen.append(block)
+    yield from doing
+    yield from others
+
+
+def explanation(verdict: str, width: int, port: int | None = None) -> Iterator[str]:
     """The verdict's section as plain text, in lines for a terminal of `width` columns.
+
+    What to do comes first. A port that is known stands in the commands in place of PORT.
 
     Raises KeyError where there is no such section, TcpstuckError where the file is missing.
     """
     section = sections(verdicts_text())[verdict]
+    if port is not None:
+        section = _PORT.sub(str(port), section)
     yield verdict
-    for block in _blocks(section):
+    for block in _doing_first(_blocks(section)):
         yield ""
         yield from _block_lines(block, _readable(width))
 

@@ -80,7 +80,7 @@ def child(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
         ["--replay", "/etc/passwd", "-p", "25"],
         ["--replay", "/etc/passwd"],
         ["--explain", "nonsense"],
-        ["--explain", "ack-missing", "-p", "25"],
+        ["--explain", "ack-missing", "--all"],
         ["--explain", "--doctor"],
         ["--replay", "/no/such/file", "--explain"],
         ["--prot", "25"],

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tcpstuck_bpf.cli import main
-from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE
+from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE, EXIT_USAGE
 from tcpstuck_bpf.handshake.flow import SYNS_OF_A_REPEATING_CLIENT
 from tcpstuck_bpf.judge.verdict import RULES, VERDICT_NAMES, Rule
 from tcpstuck_bpf.kernel.probes import PROBES
@@ -131,11 +131,20 @@ def test_the_text_is_fit_for_any_terminal() -> None:
     assert max(map(len, TEXT.splitlines())) <= 100
 
 
+def what_to_do_first(name: str) -> str:
+    """The section with what is to be done in front; each part as it is there."""
+    before, doing, after = re.split(r"(?=\*\*On the server|\*\*Check)", SECTIONS[name])
+    assert doing.startswith("**On the server")
+    assert after.startswith("**Check")
+    return f"{doing}\n{before}\n{after}"
+
+
 @pytest.mark.parametrize("name", VERDICT_NAMES)
 @pytest.mark.parametrize("width", [1, 60, TERMINAL, 132, 1000])
-def test_an_explanation_is_the_section_and_nothing_else(name: str, width: int) -> None:
+def test_an_explanation_is_the_section_with_what_to_do_first(name: str, width: int) -> None:
     lines = list(explanation(name, width))
-    assert " ".join(lines).split() == [name, *words(SECTIONS[name])]
+    assert " ".join(lines).split() == [name, *words(what_to_do_first(name))]
+    assert lines[2].startswith("On the server:")
     verbatim = commands(name)
     assert [line[2:] for line in lines if line[2:] in verbatim] == verbatim
     text = [line for line in lines if line[2:] not in verbatim]
@@ -161,6 +170,36 @@ def test_the_command_prints_the_explanation(
     monkeypatch.setenv("COLUMNS", str(TERMINAL))
     assert main(["--explain", name]) == 0
     assert capsys.readouterr().out.splitlines() == list(explanation(name, TERMINAL))
+
+
+def test_known_ports_are_filled_in(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(TERMINAL))
+    assert main(["--explain", "accept-queue-full", "-p", "3306"]) == 0
+    shown = capsys.readouterr().out
+    assert "ss -ltn 'sport = :3306'" in shown
+    assert re.search(r"\bPORT\b", shown) is None
+    assert "SO_REUSEPORT" in shown or "SO_REUSEPORT" not in SECTIONS["accept-queue-full"]
+    assert shown == "".join(
+        f"{re.sub(chr(92) + 'bPORT' + chr(92) + 'b', '3306', line)}\n"
+        for line in explanation("accept-queue-full", TERMINAL)
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["accept-queue-full", "-p", "3306,3311"], "one port"),
+        (["-p", "3306"], "a verdict"),
+        (["accept-queue-full", "-4"], "-4"),
+    ],
+)
+def test_what_cannot_be_filled_in_is_refused(
+    words: list[str], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--explain", *words]) == EXIT_USAGE
+    assert why in capsys.readouterr().err
 
 
 def test_without_a_verdict_there_is_a_line_for_each(
