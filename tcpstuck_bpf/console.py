@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -51,6 +52,23 @@ def remark(text: str) -> None:
     complain([f"tcpstuck-trace: {text}"])
 
 
+@contextlib.contextmanager
+def under_way(what: str) -> Iterator[None]:
+    """Say on standard error what takes its time, as long as it does.
+
+    A terminal shows it meanwhile; elsewhere it is a line.
+    """
+    if not terminal.understands_escapes(sys.stderr):
+        remark(f"{what} ...")
+        yield
+        return
+    _write(terminal.printable(f"tcpstuck-trace: {what} ..."))
+    try:
+        yield
+    finally:
+        _write(terminal.CLEAR_LINE)
+
+
 def print_lines(lines: Iterable[str]) -> None:
     """Lines of the answer as they come, where it is neither the table nor verdicts in JSON."""
     for line in lines:
@@ -60,8 +78,12 @@ def print_lines(lines: Iterable[str]) -> None:
 
 def complain(lines: Iterable[str]) -> None:
     """Nobody who reads it is no reason to end otherwise."""
+    _write("".join(map(terminal.line, lines)))
+
+
+def _write(text: str) -> None:
     try:
-        sys.stderr.write("".join(map(terminal.line, lines)))
+        sys.stderr.write(text)
         sys.stderr.flush()
     except OSError:  # most often the same full disk that is to be told of
         discard(sys.stderr)

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tcpstuck_bpf import wire
+from tcpstuck_bpf.console import under_way
 from tcpstuck_bpf.ending import Ending, close_all
 from tcpstuck_bpf.errors import CannotTraceError
 from tcpstuck_bpf.kernel import artifact, artifact_store, features, probes, trial
@@ -204,7 +205,9 @@ class KernelSource:
         found = None if self._kept is None else artifact_store.find_kept(self._kept, wanted)
         if found is not None:
             return found
-        data = compile_in_child(wanted)
+        first = "" if self._kept is None else " (first start on this kernel)"
+        with under_way(f"compiling the programs{first}"):
+            data = compile_in_child(wanted)
         if self._kept is not None:
             artifact_store.keep(self._kept, wanted, data)
         return decoded(data, wanted)

@@ -125,9 +125,14 @@ def started(mode: str, *options: str) -> subprocess.Popen[bytes]:
 def await_attached(process: subprocess.Popen[bytes]) -> None:
     """It says so on its standard error, once everything is attached."""
     assert process.stderr is not None
-    readable, _, _ = select.select([process.stderr], [], [], patient(START_S))
-    assert readable, "the tool said nothing"
-    assert b"watching port 3311" in process.stderr.read(4096)
+    said = b""
+    # Before that it may say that it compiles.
+    while b"watching port 3311" not in said:
+        readable, _, _ = select.select([process.stderr], [], [], patient(START_S))
+        assert readable, f"the tool said nothing more than {said!r}"
+        more = process.stderr.read(4096)
+        assert more, f"the tool ended, having said {said!r}"
+        said += more
 
 
 def ended(process: subprocess.Popen[bytes]) -> tuple[int, str]:

@@ -203,7 +203,7 @@ def test_the_walk_sees_imports_of_every_form(tmp_path: Path) -> None:
 
 DOORS = {
     "console.print_lines",
-    "console.complain",
+    "console._write",
     "output.writers.findings",
     "output.writers.attempts",
     "output.writers.summary",
