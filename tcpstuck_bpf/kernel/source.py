@@ -19,7 +19,13 @@ from tcpstuck_bpf.errors import CannotTraceError
 from tcpstuck_bpf.kernel import artifact, artifact_store, features, probes, trial
 from tcpstuck_bpf.kernel.artifact import Artifact
 from tcpstuck_bpf.kernel.artifact_store import BuiltPrograms
-from tcpstuck_bpf.kernel.compilation import Compilation, CompilerError, compile_in_child, decoded
+from tcpstuck_bpf.kernel.compilation import (
+    Compilation,
+    CompilerError,
+    compile_in_child,
+    decoded,
+    require_bcc,
+)
 from tcpstuck_bpf.kernel.description import describe_running
 from tcpstuck_bpf.kernel.kept_files import KeptFiles, cache_directory
 from tcpstuck_bpf.kernel.layout import PER_CPU_OFFSET_SYMBOL
@@ -205,6 +211,7 @@ class KernelSource:
         found = None if self._kept is None else artifact_store.find_kept(self._kept, wanted)
         if found is not None:
             return found
+        require_bcc()
         first = "" if self._kept is None else " (first start on this kernel)"
         with under_way(f"compiling the programs{first}"):
             data = compile_in_child(wanted)

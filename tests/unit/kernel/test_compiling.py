@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tcpstuck_bpf import console
+from tcpstuck_bpf.errors import CannotTraceError
 from tcpstuck_bpf.kernel import artifact, source
 from tcpstuck_bpf.kernel.compilation import CompilerError
 from tcpstuck_bpf.kernel.kept_files import KeptFiles
@@ -23,6 +24,11 @@ def unstarted(kept: KeptFiles | None) -> KernelSource:
     found = object.__new__(KernelSource)
     found._built, found._kept = None, kept
     return found
+
+
+@pytest.fixture(autouse=True)
+def bcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "require_bcc", lambda: "0.26.0")
 
 
 @pytest.fixture
@@ -69,6 +75,18 @@ def test_on_a_terminal_the_line_is_taken_back(
         assert (told_meanwhile, left) == ([FIRST], CLEAR_LINE)
     else:
         assert (told_meanwhile, left) == ([f"{FIRST}\n"], "")
+
+
+def test_where_there_is_no_compiler_nothing_is_said_to_compile(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise CannotTraceError("no BCC", "none", "none")
+
+    monkeypatch.setattr(source, "require_bcc", refuse)
+    with pytest.raises(CannotTraceError):
+        unstarted(None)._artifact(WANTED)
+    assert capsys.readouterr().err == ""
 
 
 def test_it_is_taken_back_where_the_compiler_fails(
