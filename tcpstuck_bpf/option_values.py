@@ -89,6 +89,23 @@ def length_of_time(text: str) -> int:
     return round(value)
 
 
+def heartbeat_interval(text: str) -> int:
+    """A length of time of a second or more, in nanoseconds; 0 for `off`."""
+    if text == "off":
+        return 0
+    try:
+        value = length_of_time(text)
+    except WrongValueError:
+        value = 0
+    if value < SECOND_NS:
+        raise WrongValueError(
+            f"{text or repr(text)} is no interval",
+            "it is a length of time of a second or more, or off",
+            "write --heartbeat 5m or --heartbeat off",
+        )
+    return value
+
+
 def _in_units(text: str) -> float:
     """Nanoseconds; 0 where it is not written so."""
     found = _TIME.fullmatch(text.strip())

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING
 
 from tcpstuck_bpf import __version__
 from tcpstuck_bpf.judge.verdict import RULES, VERDICT_NAMES
-from tcpstuck_bpf.option_values import length_of_time, listener_addresses, port_list
+from tcpstuck_bpf.option_values import (
+    heartbeat_interval,
+    length_of_time,
+    listener_addresses,
+    port_list,
+)
 from tcpstuck_bpf.usage import Parser, WrongValueError, nearest
 
 if TYPE_CHECKING:
@@ -216,6 +221,13 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "-v", "--verbose", action="store_true", help="show timeline, evidence and advice"
     )
     output.add_argument("--summary", action="store_true", help="show only the summary")
+    output.add_argument(
+        "--heartbeat",
+        metavar="TIME|off",
+        type=heartbeat_interval,
+        help="say on standard error, so often, that it still watches (default: 5m in logs, off on "
+        "a terminal and with --json)",
+    )
     output.add_argument("--json", action="store_true", help="print JSON Lines instead of a table")
     output.add_argument(
         "--explain",

@@ -26,6 +26,7 @@ from tcpstuck_bpf.errors import (
     EXIT_STUCK,
     UsageError,
 )
+from tcpstuck_bpf.heartbeat import Heartbeat
 from tcpstuck_bpf.host import netns
 from tcpstuck_bpf.host.kernel_log import open_kernel_log
 from tcpstuck_bpf.host.listening_sockets import ListenerWatch
@@ -35,7 +36,7 @@ from tcpstuck_bpf.host.wall_clock import RunClock
 from tcpstuck_bpf.kernel.drop_names import Namer
 from tcpstuck_bpf.kernel.features import synproxy_note
 from tcpstuck_bpf.kernel.probes import WITHOUT_VARIABLE, AttachRequest, left_out
-from tcpstuck_bpf.model import TraceFilter, TraceSettings, address_text, living_of
+from tcpstuck_bpf.model import SECOND_NS, TraceFilter, TraceSettings, address_text, living_of
 from tcpstuck_bpf.options import as_written, build_parser
 from tcpstuck_bpf.output.render import TableRenderer, watching
 from tcpstuck_bpf.output.writers import JsonOutput, Selection, TableOutput
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
 
 WIDTH_OF_A_PIPE = 200
 """Columns, where standard output is no terminal."""
+WIDTH_OF_A_LOG = 1000
+HEARTBEAT_NS = 300 * SECOND_NS
 
 
 def _listener_address(options: argparse.Namespace) -> bytes | None:
@@ -133,6 +136,33 @@ def output_for(options: argparse.Namespace, header: Header) -> Output:
         netns_names=header.netns_names,
     )
     return TableOutput(sys.stdout, renderer, selection)
+
+
+def _heartbeat_interval(options: argparse.Namespace) -> int | None:
+    """How often a line is to say that the run goes on; None: never.
+
+    Unasked only in logs: a terminal has the status line, or shows something else meanwhile, and a
+    program that reads JSON does not wait for reassurance.
+    """
+    asked_for: int | None = options.heartbeat
+    if asked_for is not None:
+        return asked_for or None
+    terminals = any(one.isatty() for one in (sys.stdout, sys.stderr))
+    return None if options.json or terminals else HEARTBEAT_NS
+
+
+def _with_heartbeat(output: Output, header: Header, interval_ns: int | None) -> Output:
+    if interval_ns is None:
+        return output
+    renderer = TableRenderer(
+        clock=header.clock,
+        width=WIDTH_OF_A_LOG,
+        colour=False,
+        verbose=False,
+        own_netns=header.own_netns,
+        netns_names=header.netns_names,
+    )
+    return Heartbeat(output, interval_ns, renderer.status, remark)
 
 
 class Interrupts:
@@ -308,7 +338,7 @@ def _live(
         netns.own_netns(),
         netns.names(),
     )
-    output = output_for(options, header)
+    output = _with_heartbeat(output_for(options, header), header, _heartbeat_interval(options))
     recorder = None if options.record is None else Recorder(options.record, header)
     if recorder is not None:
         ending.add("the recording is incomplete", recorder.close)

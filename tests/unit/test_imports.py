@@ -19,7 +19,7 @@ FLOORS = (
     ("__main__",),
     ("cli",),
     ("run", "doctor"),
-    ("preflight",),
+    ("preflight", "heartbeat"),
     ("options", "kernel", "app"),
     ("rescue", "output", "typeinfo", "analysis", "option_values"),
     ("host", "summary"),
