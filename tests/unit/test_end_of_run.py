@@ -408,3 +408,15 @@ def test_a_namespace_that_no_thread_can_enter_is_one_that_cannot_be_read(
     with pytest.raises(OSError, match="no thread"):
         netns._inside(path, lambda: 1)
     assert netns._read_inside(path, lambda: {"one": 1}, netns.own_netns()) == {}
+
+
+@pytest.mark.usefixtures("_signals_as_before")
+def test_a_run_without_a_terminal_says_that_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_module, "_heartbeat_interval", lambda _options: 1)
+    assert run(Scripted(), monkeypatch, "-t", "0.003") == 0
+    beats = [line for line in capsys.readouterr().err.splitlines() if "cookies sent" in line]
+    assert beats
+    assert beats[0].startswith("tcpstuck-trace: nothing stuck, watching every port for ")
+    assert "--heartbeat off" in beats[0]
