@@ -253,7 +253,8 @@ class Analysis:
         connected = counted[NetnsCount.COMPLETED] + stats.taken_over
         rescued = stats.told_now.get(State.RESCUED, 0)
         data_lost = stats.told_now.get(State.DATA_LOST, 0)
-        told["completed"] = max(0, connected - recovered - rescued - data_lost)
+        if not self.header.selection:  # nobody counted a part of them
+            told["completed"] = max(0, connected - recovered - rescued - data_lost)
         losses = {
             **ended.losses,
             "flows_evicted": stats.evicted,

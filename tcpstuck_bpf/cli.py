@@ -21,17 +21,29 @@ from tcpstuck_bpf.errors import (
     UsageError,
 )
 from tcpstuck_bpf.kernel.probes import AttachRequest
+from tcpstuck_bpf.narrowing import NarrowedReplay, Wanted
 from tcpstuck_bpf.options import as_written, build_parser
 from tcpstuck_bpf.output.explain import explanation, verdict_list
 from tcpstuck_bpf.preflight import refuse_unusable_files
-from tcpstuck_bpf.recording.replay import Replay
-from tcpstuck_bpf.run import WIDTH_OF_A_PIPE, exit_status, one_vmlinux, output_for, trace
+from tcpstuck_bpf.run import (
+    WIDTH_OF_A_PIPE,
+    exit_status,
+    listener_address,
+    one_vmlinux,
+    output_for,
+    ports_of,
+    ports_text,
+    trace,
+)
 
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 _OUTPUT_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EAGAIN})
 """What a disk or terminal behind standard output refuses with; who else meets it says so itself."""
 
-_REPLAY_OPTIONS = frozenset({"replay", "json", "verbose", "only", "summary"})
+_REPLAY_OPTIONS = frozenset(
+    {"replay", "json", "verbose", "only", "summary", "timeout"}
+    | {"port", "family", "listener", "netns"}
+)
 _DOCTOR_OPTIONS = frozenset({"doctor", "vmlinux", "against", "json", "verbose"})
 _BUILD_OPTIONS = frozenset({"build", "vmlinux", "rescue", "why", "port"})
 
@@ -54,9 +66,19 @@ def _replay(options: argparse.Namespace) -> int:
         _REPLAY_OPTIONS,
         options,
         "a recording holds what was traced, and how",
-        "leave it out; --json, --only, -v and --summary choose what is shown",
+        "leave it out; -p, -4, -6, --listener, --netns and -t choose what is judged; --json, "
+        "--only, -v and --summary choose what is shown",
     )
-    replay = Replay(options.replay)
+    ports = ports_of(options)
+    wanted = Wanted(
+        ports=frozenset(ports),
+        ports_text=ports_text(ports),
+        family=options.family,
+        address=listener_address(options),
+        netns=None if options.netns == "all" else options.netns,
+        timeout_ns=options.timeout,
+    )
+    replay = NarrowedReplay(options.replay, wanted)
     return exit_status(run_replay(replay, output_for(options, replay.header)))
 
 
@@ -108,7 +130,7 @@ def _explain(options: argparse.Namespace) -> int:
         "leave it out; -p PORT fills the port in",
     )
     verdict: str = options.explain
-    ports = sorted({port for ports in options.port for port in ports})
+    ports = ports_of(options)
     if len(ports) > 1 or (ports and not verdict):
         raise UsageError(
             "--explain fills one port into the commands of a verdict",

@@ -195,7 +195,8 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
         metavar="PATH|all",
         type=netns_name,
         default="all",
-        help="only this network namespace: a path, or a name of `ip netns` (default: all)",
+        help="only this network namespace: a path, or a name of `ip netns`; with --replay, a name "
+        "or number that the recording has (default: all)",
     )
 
 
@@ -206,8 +207,8 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--timeout",
         metavar="TIME",
         type=length_of_time,
-        default=length_of_time("3"),
-        help="when silence becomes a verdict, in seconds or as 500ms (default: 3)",
+        help="when silence becomes a verdict, in seconds or as 500ms (default: 3; with --replay, "
+        "as recorded)",
     )
     output.add_argument("--all", action="store_true", help="show healthy connections too")
     output.add_argument(
@@ -255,7 +256,8 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         "--replay",
         metavar="FILE",
         type=file_name,
-        help="judge a recording (- for standard input); needs neither root nor BPF",
+        help="judge a recording (- for standard input), or with -p, -4, -6, --listener and "
+        "--netns a part of it; needs neither root nor BPF",
     )
     run.add_argument(
         "--ready-file",

@@ -55,9 +55,11 @@ WIDTH_OF_A_PIPE = 200
 """Columns, where standard output is no terminal."""
 WIDTH_OF_A_LOG = 1000
 HEARTBEAT_NS = 300 * SECOND_NS
+TIMEOUT_NS = 3 * SECOND_NS
+"""When silence becomes a verdict, where nobody says."""
 
 
-def _listener_address(options: argparse.Namespace) -> bytes | None:
+def listener_address(options: argparse.Namespace) -> bytes | None:
     """The one address of --listener, of the family that is asked for; None where there is none."""
     if options.listener is None:
         return None
@@ -83,21 +85,26 @@ def _listener_address(options: argparse.Namespace) -> bytes | None:
 
 def _settings(options: argparse.Namespace) -> TraceSettings:
     wanted = TraceFilter(
-        ports=tuple(sorted({port for ports in options.port for port in ports})),
+        ports=ports_of(options),
         family=options.family,
-        listener_address=_listener_address(options),
+        listener_address=listener_address(options),
         netns=netns.resolve(options.netns),
     )
     return TraceSettings(
         trace_filter=wanted,
-        timeout_ns=options.timeout,
+        timeout_ns=TIMEOUT_NS if options.timeout is None else options.timeout,
         tell_healthy=options.all,
         probe_mode=options.probe_mode,
         max_handshakes=options.max_handshakes,
     )
 
 
-def _ports_text(ports: Sequence[int]) -> str:
+def ports_of(options: argparse.Namespace) -> tuple[int, ...]:
+    """The ports of all -p together, sorted."""
+    return tuple(sorted({port for ports in options.port for port in ports}))
+
+
+def ports_text(ports: Sequence[int]) -> str:
     """Sorted ports in words, three or more in a row as a range."""
     runs: list[list[int]] = []
     for port in ports:
@@ -111,7 +118,7 @@ def _ports_text(ports: Sequence[int]) -> str:
 
 def _watched(options: argparse.Namespace, wanted: TraceFilter) -> str:
     """What is watched, in words."""
-    ports = _ports_text(wanted.ports)
+    ports = ports_text(wanted.ports)
     words = ["every port" if not ports else f"port{'s' * (len(wanted.ports) > 1)} {ports}"]
     if wanted.listener_address is not None:
         words.append(f"at {address_text(wanted.listener_address)}")

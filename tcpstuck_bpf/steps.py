@@ -56,6 +56,8 @@ class Header:
     """The network namespace it was run in; None where that is not recorded."""
     netns_names: Mapping[int, str] = field(default_factory=dict)
     """Names that those of that machine had, by inode number."""
+    selection: str = ""
+    """What a replay was narrowed to, in words; empty where it is all of the recording."""
 
 
 class Observed(NamedTuple):

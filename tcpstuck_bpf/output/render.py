@@ -336,10 +336,10 @@ class TableRenderer:
             headers=("verdict", "connections", "client stuck"),
             tablefmt="simple",
             disable_numparse=True,
-            colalign=("left", "right", "left"),
+            colalign=("left", "right", "left") if rows else None,
         )
-        yield from table.splitlines()
-        yield ""
+        # A part of a recording may have no verdict at all, not even `completed`.
+        yield from (*table.splitlines(), "") if rows else ()
         if summary.rescue is not None:
             yield from self._rescue(summary.rescue)
         yield from self._listeners(summary)

@@ -78,6 +78,7 @@ def child(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
         ["--probe-mode", "magic"],
         ["--replay", "/no/such/file"],
         ["--replay", "/etc/passwd", "-p", "25"],
+        ["--replay", "/etc/passwd", "--all"],
         ["--replay", "/etc/passwd"],
         ["--explain", "nonsense"],
         ["--explain", "ack-missing", "--all"],
@@ -129,7 +130,7 @@ def test_help_fits_a_terminal_of_80_columns(
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("option", ["-4", "-6", "--no-why", "--no-cache", "--strict"])
+@pytest.mark.parametrize("option", ["--all", "--no-why", "--no-cache", "--strict"])
 @pytest.mark.parametrize("mode", ["--doctor", "--replay=some.tcpstuck", "--explain"])
 def test_what_is_refused_is_named_as_it_was_written(
     mode: str, option: str, capsys: pytest.CaptureFixture[str]

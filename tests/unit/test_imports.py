@@ -19,7 +19,7 @@ FLOORS = (
     ("__main__",),
     ("cli",),
     ("run", "doctor"),
-    ("preflight", "heartbeat"),
+    ("preflight", "heartbeat", "narrowing"),
     ("options", "kernel", "app"),
     ("rescue", "output", "typeinfo", "analysis", "option_values"),
     ("host", "summary"),
@@ -31,7 +31,7 @@ FLOORS = (
 alone: so there is no circle, and what is below can be read without what is above."""
 PURE_ROOMS = ("handshake", "judge", "recording", "output")
 PURE = (
-    *("analysis", "errors", "json_text", "model", "steps", "summary", "synack"),
+    *("analysis", "errors", "json_text", "model", "narrowing", "steps", "summary", "synack"),
     *("terminal", "usage", "wire"),
     *(f"rescue.{name}" for name in ("accept_queues", "candidate", "pace", "planner", "policy")),
     *("host.netns_numbers", "host.ruleset_text"),

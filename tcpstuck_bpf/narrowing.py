@@ -1,0 +1,250 @@
+"""A recording judged again under narrower filters, or with another time-out.
+
+What the programs would have left out is left out of the steps, so the findings are those of a run
+with these filters. What was only counted (cookies sent, handshakes completed, the kernel's
+counters) cannot be told apart by port or address any more: the summary says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+
+from tcpstuck_bpf.analysis import Analysis
+from tcpstuck_bpf.errors import UsageError
+from tcpstuck_bpf.handshake.correlate import DEFAULT_ROW_LIFE_NS
+from tcpstuck_bpf.judge.evidence import duration_text
+from tcpstuck_bpf.model import SECOND_NS, FourTuple, ListenerSeen, Row, TraceFilter, address_text
+from tcpstuck_bpf.recording.replay import STANDARD_INPUT, Replay
+from tcpstuck_bpf.steps import Ended, Header, Listened, Observed, Rescued, Step, Swept
+from tcpstuck_bpf.usage import nearest
+
+LONGEST_TIMEOUT_NS = DEFAULT_ROW_LIFE_NS - 60 * SECOND_NS
+"""A silent client's entry leaves the kernel's table a quarter of an hour after its last SYN."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be judged of a recording; empty or None means all of it, as it was."""
+
+    ports: Collection[int] = ()
+    ports_text: str = ""
+    family: int | None = None
+    address: bytes | None = None
+    netns: str | None = None
+    """A name that the recording knows, or an inode number."""
+    timeout_ns: int | None = None
+
+    @property
+    def selects(self) -> bool:
+        """Whether anything is to be left out."""
+        return bool(self.ports or self.family or self.address or self.netns)
+
+
+class NarrowedReplay(Replay):
+    """A recording of which only a part is judged, or all of it with another time-out.
+
+    Raises RecordingError where the file is none, and UsageError where it does not hold what is
+    wanted.
+    """
+
+    def __init__(self, path: str, wanted: Wanted) -> None:
+        super().__init__(path)
+        recorded = self.header
+        wanted = self._wanted = _less_than(recorded.settings.trace_filter, wanted)
+        self._netns = _netns_of(wanted.netns, recorded)
+        self._sockets: set[int] = set()
+        """Listening sockets of the handshakes that were selected."""
+        self._notes: list[str] = []
+        _refuse_what_was_not_watched(wanted, self._netns, recorded)
+        if wanted.selects:
+            words = _in_words(wanted)
+            self.header = replace(self.header, selection=words)
+            self._notes.append(
+                f"findings and listeners are those of {words}. Cookies sent, losses, clients that "
+                "--rescue left alone and the comparison with the kernel's counters are of the "
+                f"whole recording ({recorded.watched}). Completed handshakes were counted together "
+                "and are left out"
+            )
+        timeout_ns, before_ns = wanted.timeout_ns, recorded.settings.timeout_ns
+        if timeout_ns is not None and timeout_ns != before_ns:
+            _refuse_timeout(path, timeout_ns, recorded)
+            settings = replace(recorded.settings, timeout_ns=timeout_ns)
+            self.header = replace(self.header, settings=settings)
+            self._notes.append(
+                f"judged with a time-out of {duration_text(timeout_ns)}, recorded with "
+                f"{duration_text(before_ns)}. A verdict comes when the recorded run looked next, "
+                "and is weakened only by counters that were read by then"
+            )
+
+    def steps(self) -> Iterator[Step]:
+        """The steps in order, with what is wanted of them."""
+        for step in super().steps():
+            yield self._narrowed(step)
+
+    def _narrowed(self, step: Step) -> Step:
+        if isinstance(step, Ended):
+            return step._replace(notes=(*step.notes, *self._notes))
+        if not self._wanted.selects:
+            return step
+        if isinstance(step, Swept):
+            rows = tuple(row for row in step.sweep.rows if self._selects_handshake(row))
+            return Swept(step.sweep._replace(rows=rows))
+        if isinstance(step, Observed):
+            events = (
+                event
+                for event in step.events
+                if self._selects_handshake(Row(event.four_tuple, event.handshake))
+            )
+            return Observed(tuple(events))
+        if isinstance(step, Rescued):
+            rescue = step.rescue
+            attempts = (a for a in rescue.attempts if self._selects(a.handshake.four_tuple))
+            unanswered = (h for h in rescue.unanswered if self._selects(h.four_tuple))
+            return Rescued(rescue._replace(attempts=tuple(attempts), unanswered=tuple(unanswered)))
+        if isinstance(step, Listened):
+            return Listened(tuple(one for one in step.listeners if self._selects_listener(one)))
+        return step
+
+    def _selects_handshake(self, row: Row) -> bool:
+        chosen = self._selects(row.four_tuple)
+        if chosen and row.handshake.socket:
+            self._sockets.add(row.handshake.socket)
+        return chosen
+
+    def _selects(self, who: FourTuple) -> bool:
+        wanted = self._wanted
+        return (
+            (not wanted.ports or who.server_port in wanted.ports)
+            and wanted.family in (None, who.family)
+            and wanted.address in (None, who.server_address)
+            and (self._netns is None or who.netns in self._netns)
+        )
+
+    def _selects_listener(self, seen: ListenerSeen) -> bool:
+        """That of a selected handshake; of the others by address and port, as of a handshake.
+
+        A proxy's socket may have another port than its clients' packets.
+        """
+        facts = seen.facts
+        if facts.socket and facts.socket in self._sockets:
+            return True
+        # The family is the packets' and so the server's address's.
+        return self._selects(
+            FourTuple(facts.server_address, facts.server_address, 0, facts.server_port, facts.netns)
+        )
+
+
+def _less_than(watched: TraceFilter, wanted: Wanted) -> Wanted:
+    """The same without what the recording is restricted to anyway."""
+    return replace(
+        wanted,
+        ports=() if {*wanted.ports} == {*watched.ports} else wanted.ports,
+        family=None if wanted.family == watched.family else wanted.family,
+        address=None if wanted.address == watched.listener_address else wanted.address,
+    )
+
+
+def _in_words(wanted: Wanted) -> str:
+    words = []
+    if wanted.ports:
+        words.append(f"port{'s' * (len(wanted.ports) > 1)} {wanted.ports_text}")
+    if wanted.address is not None:
+        words.append(f"address {address_text(wanted.address)}")
+    if wanted.family is not None:
+        words.append(f"IPv{wanted.family}")
+    if wanted.netns is not None:
+        words.append(f"network namespace {wanted.netns}")
+    return ", ".join(words)
+
+
+def _netns_of(text: str | None, recorded: Header) -> Collection[int] | None:
+    """The inode numbers that a name or number stands for; None for every one."""
+    if text is None:
+        return None
+    names = recorded.netns_names
+    found = {inode for inode, name in names.items() if name == text}
+    if not found and text.isdecimal():
+        found = {int(text)}
+    if not found:
+        known = ", ".join(sorted(names.values())) or "none by name"
+        raise UsageError(
+            f"the recording names no network namespace {text}",
+            f"it names: {known}",
+            nearest(text, names.values(), "give one of these names, or an inode number"),
+        )
+    return found
+
+
+def _refuse_what_was_not_watched(
+    wanted: Wanted, netns: Collection[int] | None, recorded: Header
+) -> None:
+    watched = recorded.settings.trace_filter
+    beyond = {
+        "-p": bool(watched.ports) and not {*wanted.ports} <= {*watched.ports},
+        "-4 or -6": None not in (watched.family, wanted.family) and watched.family != wanted.family,
+        "--listener": None not in (watched.listener_address, wanted.address)
+        and watched.listener_address != wanted.address,
+        "--netns": watched.netns is not None and netns is not None and watched.netns not in netns,
+    }
+    for option, asks_for_more in beyond.items():
+        if asks_for_more:
+            raise UsageError(
+                f"{option} asks for what the recording does not hold",
+                f"it watched {recorded.watched} and nothing else",
+                "leave it out, or record again",
+            )
+
+
+def _refuse_timeout(path: str, timeout_ns: int, recorded: Header) -> None:
+    before_ns = recorded.settings.timeout_ns
+    shortest_ns = before_ns * 3 // 4
+    if timeout_ns < shortest_ns and not recorded.settings.tell_healthy:
+        raise UsageError(
+            f"-t {duration_text(timeout_ns)} is too short for this recording",
+            f"it does not say who connected within {duration_text(shortest_ns)} of the SYN (3/4 "
+            "of its time-out): they would seem stuck",
+            f"write -t {shortest_ns / SECOND_NS:g} or more, or record with a shorter -t or --all",
+        )
+    if timeout_ns > LONGEST_TIMEOUT_NS:
+        raise UsageError(
+            f"-t {duration_text(timeout_ns)} is too long for a recording",
+            f"a run lets go of who has been silent for {duration_text(DEFAULT_ROW_LIFE_NS)}",
+            f"write -t {duration_text(LONGEST_TIMEOUT_NS).split()[0]}m or less",
+        )
+    if timeout_ns > before_ns:
+        _refuse_what_was_let_go(path, timeout_ns)
+
+
+def _refuse_what_was_let_go(path: str, timeout_ns: int) -> None:
+    """A full table lets go of clients once they are judged: a later verdict has nothing of them."""
+    if path == STANDARD_INPUT:
+        raise UsageError(
+            f"-t {duration_text(timeout_ns)} is longer than the recorded time-out",
+            "the recording is read twice for it, and standard input can be read once",
+            "name the file",
+        )
+    replay = Replay(path)
+    analysis = Analysis(replay.header)
+    lost = before = 0
+    for step in replay.steps():
+        analysis.take(step)
+        now_ns = getattr(step, "now_ns", None)
+        if analysis.leaving and now_ns is not None:
+            young = sum(now_ns - one.first_syn_ns < timeout_ns for one in analysis.leaving)
+            # Those that ended leave as well, and nothing is lost with them.
+            given_up = _given_up(analysis)
+            lost += min(young, given_up - before)
+            before = given_up
+    if lost:
+        raise UsageError(
+            f"-t {duration_text(timeout_ns)} is too long for this recording",
+            f"its run made room in a full table: {lost} clients were let go of before that",
+            f"write -t {replay.header.settings.timeout_ns / SECOND_NS:g}, or record with a larger "
+            "--max-handshakes",
+        )
+
+
+def _given_up(analysis: Analysis) -> int:
+    stats = analysis.correlator.stats()
+    return stats.let_go + stats.evicted
