@@ -163,7 +163,8 @@ def _netns_of(text: str | None, recorded: Header) -> Collection[int] | None:
     if text is None:
         return None
     names = recorded.netns_names
-    found = {inode for inode, name in names.items() if name == text}
+    # A container is found by its name alone: it may be followed by its engine and identifier.
+    found = {inode for inode, name in names.items() if text in (name, name.partition(" (")[0])}
     if not found and text.isdecimal():
         found = {int(text)}
     if not found:

@@ -27,7 +27,7 @@ from tcpstuck_bpf.errors import (
     UsageError,
 )
 from tcpstuck_bpf.heartbeat import Heartbeat
-from tcpstuck_bpf.host import netns
+from tcpstuck_bpf.host import netns, netns_owners
 from tcpstuck_bpf.host.kernel_log import open_kernel_log
 from tcpstuck_bpf.host.listening_sockets import ListenerWatch
 from tcpstuck_bpf.host.ruleset_reader import read_ruleset
@@ -343,7 +343,7 @@ def _live(
         watched,
         source.table_capacity,
         netns.own_netns(),
-        netns.names(),
+        netns_owners.KnownNames(),
     )
     output = _with_heartbeat(output_for(options, header), header, _heartbeat_interval(options))
     recorder = None if options.record is None else Recorder(options.record, header)

@@ -119,7 +119,7 @@ STEPS: tuple[Step, ...] = (
 EVERY_PORT = header(
     settings=TraceSettings(timeout_ns=3 * SECOND_NS),
     watched="every port",
-    netns_names={OWN: "host", OTHER: "web"},
+    netns_names={OWN: "host", OTHER: "web (docker 3f4e5d6c7b8a)"},
 )
 
 

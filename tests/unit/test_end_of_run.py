@@ -420,3 +420,15 @@ def test_a_run_without_a_terminal_says_that_it_goes_on(
     assert beats
     assert beats[0].startswith("tcpstuck-trace: nothing stuck, watching every port for ")
     assert "--heartbeat off" in beats[0]
+
+
+@pytest.mark.usefixtures("_signals_as_before")
+def test_a_namespace_without_a_name_is_called_by_its_container(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called = {four_tuple().netns: "web \x1b[2J (docker 3f4e5d6c7b8a)"}
+    monkeypatch.setattr(run_module.netns_owners, "names", lambda: called)
+    monkeypatch.setattr(run_module.netns, "own_netns", lambda: 1)
+    assert run(Scripted(silent=True), monkeypatch, "-t", "0.003") == 1
+    shown = capsys.readouterr().out
+    assert "in network namespace web \\x1b[2J (docker 3f4e5d6c7b8a):" in shown
