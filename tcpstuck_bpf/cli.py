@@ -1,4 +1,8 @@
-"""The command: options in, exit status out, and the one place where errors become messages."""
+"""The command: options in, exit status out, and the one place where errors become messages.
+
+What a run needs is imported by the functions that start it: `--help`, `--version`, `--explain` and
+wrong use are answered without.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tcpstuck_bpf import terminal
-from tcpstuck_bpf.app import run_replay
-from tcpstuck_bpf.console import discard, open_standard_streams, print_lines, say, unforeseen
+from tcpstuck_bpf.console import (
+    WIDTH_OF_A_PIPE,
+    discard,
+    open_standard_streams,
+    print_lines,
+    say,
+    unforeseen,
+)
 from tcpstuck_bpf.errors import (
     EXIT_CANNOT_TRACE,
     EXIT_INTERRUPTED,
@@ -20,21 +30,9 @@ from tcpstuck_bpf.errors import (
     TcpstuckError,
     UsageError,
 )
-from tcpstuck_bpf.kernel.probes import AttachRequest
-from tcpstuck_bpf.narrowing import NarrowedReplay, Wanted
+from tcpstuck_bpf.option_values import ports_of, ports_text
 from tcpstuck_bpf.options import as_written, build_parser
 from tcpstuck_bpf.output.explain import explanation, verdict_list
-from tcpstuck_bpf.preflight import refuse_unusable_files
-from tcpstuck_bpf.run import (
-    WIDTH_OF_A_PIPE,
-    exit_status,
-    listener_address,
-    one_vmlinux,
-    output_for,
-    ports_of,
-    ports_text,
-    trace,
-)
 
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 _OUTPUT_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EAGAIN})
@@ -69,6 +67,10 @@ def _replay(options: argparse.Namespace) -> int:
         "leave it out; -p, -4, -6, --listener, --netns and -t choose what is judged; --json, "
         "--only, -v and --summary choose what is shown",
     )
+    from tcpstuck_bpf.app import run_replay
+    from tcpstuck_bpf.narrowing import NarrowedReplay, Wanted
+    from tcpstuck_bpf.run import exit_status, listener_address, output_for
+
     ports = ports_of(options)
     wanted = Wanted(
         ports=frozenset(ports),
@@ -90,8 +92,11 @@ def _doctor(options: argparse.Namespace) -> int:
         "it looks at the kernel, and traces nothing",
         "leave it out; --vmlinux, --against, --json and -v are for the doctor",
     )
+    from tcpstuck_bpf.preflight import refuse_unusable_files
+
     refuse_unusable_files(options)
     from tcpstuck_bpf.doctor.command import consult
+    from tcpstuck_bpf.run import one_vmlinux
 
     width = shutil.get_terminal_size((WIDTH_OF_A_PIPE, 24)).columns
     able, lines = consult(
@@ -113,8 +118,11 @@ def _build(options: argparse.Namespace) -> int:
         "it compiles programs for later, and traces nothing; they serve every port",
         "leave it out; --vmlinux, --rescue and --no-why choose what is built",
     )
+    from tcpstuck_bpf.preflight import refuse_unusable_files
+
     refuse_unusable_files(options)
     from tcpstuck_bpf.kernel.builder import build
+    from tcpstuck_bpf.kernel.probes import AttachRequest
 
     request = AttachRequest(rescue=options.rescue is not None, why=options.why)
     print_lines(build(Path(options.build), options.vmlinux or [], request))
@@ -152,7 +160,11 @@ def _run(options: argparse.Namespace) -> int:
         return _doctor(options)
     if options.build is not None:
         return _build(options)
-    return trace(options) if options.replay is None else _replay(options)
+    if options.replay is not None:
+        return _replay(options)
+    from tcpstuck_bpf.run import trace
+
+    return trace(options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

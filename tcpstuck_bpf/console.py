@@ -16,6 +16,8 @@ from tcpstuck_bpf.errors import (
     words_of,
 )
 
+WIDTH_OF_A_PIPE = 200
+"""Columns, where standard output is no terminal."""
 _FRAMES_TOLD = 3
 """How many callers an error that nobody expected is told with."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
+from collections.abc import Sequence
 
 from tcpstuck_bpf.host import known_names
 from tcpstuck_bpf.model import SECOND_NS, address_bytes
@@ -74,6 +76,23 @@ def _port_of_service(name: str) -> int:
             nearest(name, known_names.service_names(), remedy),
         )
     return port
+
+
+def ports_of(options: argparse.Namespace) -> tuple[int, ...]:
+    """The ports of all -p together, sorted."""
+    return tuple(sorted({port for ports in options.port for port in ports}))
+
+
+def ports_text(ports: Sequence[int]) -> str:
+    """Sorted ports in words, three or more in a row as a range."""
+    runs: list[list[int]] = []
+    for port in ports:
+        if not runs or port != runs[-1][-1] + 1:
+            runs.append([])
+        runs[-1].append(port)
+    return ", ".join(
+        f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs
+    )
 
 
 def length_of_time(text: str) -> int:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from tcpstuck_bpf.errors import UsageError
 from tcpstuck_bpf.files import directory_obstacle, obstacle
-from tcpstuck_bpf.kernel.kept_files import PROGRAMS
 
 
 def refuse_unusable_files(options: argparse.Namespace) -> None:
@@ -52,6 +51,9 @@ def _refuse_unreadable_kernel(path: str) -> None:
 
 
 def _refuse_directory_without_programs(path: str) -> None:
+    # Imported where it is used: it draws in what makes hashes.
+    from tcpstuck_bpf.kernel.kept_files import PROGRAMS
+
     remedy = "name a directory that --build has filled"
     try:
         with os.scandir(path) as entries:

@@ -9,14 +9,20 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.app import Live, Output, remove_ready_file, write_ready_file
-from tcpstuck_bpf.console import discard, print_lines, remark, say, unforeseen
+from tcpstuck_bpf.console import (
+    WIDTH_OF_A_PIPE,
+    discard,
+    print_lines,
+    remark,
+    say,
+    unforeseen,
+)
 from tcpstuck_bpf.ending import Ending
 from tcpstuck_bpf.errors import (
     EXIT_CANNOT_TRACE,
@@ -37,6 +43,7 @@ from tcpstuck_bpf.kernel.drop_names import Namer
 from tcpstuck_bpf.kernel.features import synproxy_note
 from tcpstuck_bpf.kernel.probes import WITHOUT_VARIABLE, AttachRequest, left_out
 from tcpstuck_bpf.model import SECOND_NS, TraceFilter, TraceSettings, address_text, living_of
+from tcpstuck_bpf.option_values import ports_of, ports_text
 from tcpstuck_bpf.options import as_written, build_parser
 from tcpstuck_bpf.output.render import TableRenderer, watching
 from tcpstuck_bpf.output.writers import JsonOutput, Selection, TableOutput
@@ -51,8 +58,6 @@ if TYPE_CHECKING:
     from tcpstuck_bpf.rescue.rescuer import Rescuing
 
 
-WIDTH_OF_A_PIPE = 200
-"""Columns, where standard output is no terminal."""
 WIDTH_OF_A_LOG = 1000
 HEARTBEAT_NS = 300 * SECOND_NS
 TIMEOUT_NS = 3 * SECOND_NS
@@ -96,23 +101,6 @@ def _settings(options: argparse.Namespace) -> TraceSettings:
         tell_healthy=options.all,
         probe_mode=options.probe_mode,
         max_handshakes=options.max_handshakes,
-    )
-
-
-def ports_of(options: argparse.Namespace) -> tuple[int, ...]:
-    """The ports of all -p together, sorted."""
-    return tuple(sorted({port for ports in options.port for port in ports}))
-
-
-def ports_text(ports: Sequence[int]) -> str:
-    """Sorted ports in words, three or more in a row as a range."""
-    runs: list[list[int]] = []
-    for port in ports:
-        if not runs or port != runs[-1][-1] + 1:
-            runs.append([])
-        runs[-1].append(port)
-    return ", ".join(
-        f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs
     )
 
 

@@ -174,7 +174,7 @@ def test_a_start_imports_nothing_that_only_some_runs_need() -> None:
     """What a run without --rescue imports until the programs are attached."""
     lines = (
         "import sys",
-        f"import {PACKAGE}.cli, {PACKAGE}.kernel.source",
+        f"import {PACKAGE}.cli, {PACKAGE}.run, {PACKAGE}.kernel.source",
         "print(*sorted(sys.modules))",
     )
     child = subprocess.run(
@@ -189,6 +189,38 @@ def test_a_start_imports_nothing_that_only_some_runs_need() -> None:
     loaded = set(child.stdout.split())
     assert f"{PACKAGE}.output.render" in loaded
     assert sorted(loaded & ONLY_SOME_RUNS_NEED) == []
+
+
+@pytest.mark.parametrize(
+    "word", ["--help", "--version", "--prot", "--port=70000", "--explain", "--explain=ack-missing"]
+)
+def test_what_is_answered_at_once_imports_neither_a_run_nor_the_machine(word: str) -> None:
+    lines = (
+        "import contextlib, io, sys",
+        f"from {PACKAGE}.cli import main",
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):",
+        f"    main([{word!r}])",
+        "print(*sorted(sys.modules))",
+    )
+    child = subprocess.run(
+        [sys.executable, "-S", "-c", "\n".join(lines)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=IMPORT_TIME_LIMIT_S,
+    )
+    assert child.returncode == 0
+    loaded = set(child.stdout.split())
+    assert f"{PACKAGE}.options" in loaded
+    ours = {name.partition(".")[2] for name in loaded if name.startswith(f"{PACKAGE}.")}
+    rooms = {room_of(name) for name in ours} - {"host", "output"}
+    assert rooms & {"run", "app", "analysis", "kernel", "recording", "narrowing"} == set()
+    assert {name for name in ours if name.startswith(("host.", "output."))} <= {
+        "host.known_names",
+        "output.explain",
+    }
+    machine = TALKS_TO_THE_MACHINE - {"signal"}
+    assert loaded & (machine | {"hashlib", "json", "tabulate"}) == set()
 
 
 def test_the_walk_sees_imports_of_every_form(tmp_path: Path) -> None:
