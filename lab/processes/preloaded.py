@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 MODULES = [
     "tcpstuck_bpf.cli",
     "tcpstuck_bpf.app",
+    "tcpstuck_bpf.run",
     "tcpstuck_bpf.kernel.source",
     "tcpstuck_bpf.rescue.rescuer",
 ]
