@@ -101,6 +101,7 @@ def output_for(options: argparse.Namespace, header: Header) -> Output:
         width=shutil.get_terminal_size((WIDTH_OF_A_PIPE, 24)).columns,
         colour=terminal and not os.environ.get("NO_COLOR"),
         verbose=options.verbose,
+        each=options.each,
         own_netns=header.own_netns,
         netns_names=header.netns_names,
     )

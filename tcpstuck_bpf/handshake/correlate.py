@@ -157,6 +157,7 @@ class Correlator:
         self._flows: dict[FourTuple, Flow] = {}
         self._touched: set[FourTuple] = set()
         self._deadlines: list[int] = []
+        self._unstuck: list[HandshakeId] = []
         self._ready: deque[FlowReport] = deque(maxlen=self._max_flows)
         self._evicted_rows: deque[HandshakeId] = deque(maxlen=self._max_flows)
         self._sweep_ns = 0
@@ -253,7 +254,7 @@ class Correlator:
     def _told_in(
         self, four_tuple: FourTuple, flow: Flow, state: State, decided_ns: int
     ) -> FlowReport:
-        self._count_change(flow, state, tell=True)
+        self._count_change(four_tuple, flow, state, tell=True)
         flow.state = state
         report = _report(four_tuple, flow, state, decided_ns)
         flow.told = state
@@ -290,6 +291,7 @@ class Correlator:
         elif flow.state in STUCK_STATES:
             self._told_now[flow.state] -= 1
             self._told_now[State.SUPERSEDED] += 1
+            self._unstuck.append(HandshakeId(four_tuple, flow.handshake.first_syn_ns))
             self._is_no_flood(flow, is_real=False)
 
     def _keep_ready(self, report: FlowReport) -> None:
@@ -426,7 +428,7 @@ class Correlator:
         tell = state in _ALWAYS_TOLD or (wants_completed and state is State.COMPLETED)
         if tell:
             return self._told_in(four_tuple, flow, state, decision.decided_ns)
-        self._count_change(flow, state, tell)
+        self._count_change(four_tuple, flow, state, tell)
         if state not in SILENT_STATES:
             self._is_no_flood(flow, is_real=state in _STATES_OF_REAL)
         flow.state = state
@@ -458,10 +460,12 @@ class Correlator:
         decision = decide(flow.handshake, flow.told, self._timeout_ns)
         return flow.handshake.ending == Ending.NONE and _is_due(decision, flow, now_ns)
 
-    def _count_change(self, flow: Flow, state: State, tell: bool) -> None:
+    def _count_change(self, four_tuple: FourTuple, flow: Flow, state: State, tell: bool) -> None:
         if flow.state is not None:
             (self._untold if flow.told is None else self._told_now)[flow.state] -= 1
         (self._told_now if tell or flow.told is not None else self._untold)[state] += 1
+        if flow.state in STUCK_STATES and state not in STUCK_STATES:
+            self._unstuck.append(HandshakeId(four_tuple, flow.handshake.first_syn_ns))
         if state in STUCK_STATES and not flow.ever_stuck:
             flow.ever_stuck = True
             self._counts["ever_stuck"] += 1
@@ -513,6 +517,19 @@ class Correlator:
         leaving.append(HandshakeId(four_tuple, flow.handshake.first_syn_ns))
         if ending_of(flow.handshake) == Ending.NONE:
             self._counts["let_go"] += 1
+
+    def take_unstuck(self) -> list[HandshakeId]:
+        """The handshakes that were reported as stuck and are not any more, each once.
+
+        There is no report of a client that gave up and reused its port.
+        """
+        unstuck, self._unstuck = self._unstuck, []
+        return unstuck
+
+    def tracks(self, identity: HandshakeId) -> bool:
+        """Whether a report may still change what was reported of that handshake."""
+        flow = self._flows.get(identity.four_tuple)
+        return flow is not None and flow.handshake.first_syn_ns == identity.first_syn_ns
 
     def stats(self) -> CorrelatorStats:
         """The counts as they are now."""

@@ -44,6 +44,7 @@ def test_the_real_ones_in_a_flood_are_told_as_ever(
     assert found == clients
     assert {world.at_last[who].certainty for who in found} <= {"likely", "certain"}
     assert (summary.still_stuck, summary.ever_stuck) == (len(clients), len(clients))
+    assert sum(number for _, number in summary.stuck) == len(clients)
     assert summary.flood_suspected == len({one.four_tuple for one in syns})
 
 
