@@ -14,7 +14,9 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from tcpstuck_bpf.analysis import Analysis
-from tcpstuck_bpf.app import Live, Output, remove_ready_file, write_ready_file
+from tcpstuck_bpf.app.interfaces import Output
+from tcpstuck_bpf.app.live import Live
+from tcpstuck_bpf.app.ready_file import remove_ready_file, write_ready_file
 from tcpstuck_bpf.console import discard, print_lines, remark, say, unforeseen
 from tcpstuck_bpf.ending import Ending
 from tcpstuck_bpf.errors import (

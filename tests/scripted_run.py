@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from tcpstuck_bpf.analysis import Analysis
-from tcpstuck_bpf.app import Live
+from tcpstuck_bpf.app.live import Live
 from tcpstuck_bpf.model import (
     NETNS_COOKIE,
     Coverage,

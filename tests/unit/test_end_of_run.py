@@ -19,7 +19,8 @@ import pytest
 from tcpstuck_bpf import cli
 from tcpstuck_bpf import run as run_module
 from tcpstuck_bpf.analysis import Analysis
-from tcpstuck_bpf.app import Live, run_replay
+from tcpstuck_bpf.app.live import Live
+from tcpstuck_bpf.app.playback import run_replay
 from tcpstuck_bpf.doctor.machine_report import _try
 from tcpstuck_bpf.ending import Ending, close_all
 from tcpstuck_bpf.errors import (

@@ -9,7 +9,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from tcpstuck_bpf.analysis import Analysis
-from tcpstuck_bpf.app import Live, run_replay
+from tcpstuck_bpf.app.live import Live
+from tcpstuck_bpf.app.playback import run_replay
 from tcpstuck_bpf.judge.verdict import Finding
 from tcpstuck_bpf.model import (
     Attempt,

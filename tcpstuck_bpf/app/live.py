@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-import stat
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from tcpstuck_bpf.analysis import Analysis
-from tcpstuck_bpf.errors import RecordingError, UsageError, words_of
-from tcpstuck_bpf.files import write_whole
+from tcpstuck_bpf.app.interfaces import Log, Names, Output, Source
+from tcpstuck_bpf.app.ready_file import write_ready_file
+from tcpstuck_bpf.errors import words_of
 from tcpstuck_bpf.handshake.flow import FlowReport
 from tcpstuck_bpf.host.netns_numbers import NetnsNumbers
 from tcpstuck_bpf.judge.verdict import Finding
@@ -26,23 +24,18 @@ from tcpstuck_bpf.model import (
     NOT_KNOWN,
     SECOND_NS,
     Attempt,
-    Coverage,
     Event,
     EventKind,
-    HandshakeId,
     KernelCounters,
-    KernelNames,
-    KernelWarning,
     ListenerFacts,
     ListenerSeen,
-    NetnsCounts,
     Row,
     Sweep,
     SweepPart,
     Tally,
     living_of,
 )
-from tcpstuck_bpf.recording.replay import Recorder, Replay
+from tcpstuck_bpf.recording.replay import Recorder
 from tcpstuck_bpf.steps import (
     Advanced,
     Ended,
@@ -56,7 +49,7 @@ from tcpstuck_bpf.steps import (
     TallyTaken,
     Vanished,
 )
-from tcpstuck_bpf.summary import Status, Summary
+from tcpstuck_bpf.summary import Summary
 
 if TYPE_CHECKING:
     from tcpstuck_bpf.rescue.rescuer import Rescuing
@@ -76,109 +69,6 @@ TOLD_AT_ONCE = 16
 """Lines to tell between two looks at the events, where clients are to be mended."""
 MAX_UNTOLD = 4096
 """Lines that may wait to be told, where clients are to be mended."""
-
-
-class Source(Protocol):
-    """Where observations come from; `source.KernelSource` is the running kernel."""
-
-    @property
-    def coverage(self) -> Coverage:
-        """Which probes attached."""
-
-    @property
-    def timings(self) -> Mapping[str, float]:
-        """Seconds that each part of the start took."""
-
-    @property
-    def table_capacity(self) -> int:
-        """How many handshakes the table holds."""
-
-    @property
-    def most_waiting(self) -> int:
-        """How many events may wait to be read at any moment."""
-
-    def poll(self, timeout_ns: int) -> list[Event]:
-        """A bounded number of events that came, waiting at most that long for the first.
-
-        A signal ends the waiting.
-        """
-
-    def sweep(self) -> Iterator[Sweep]:
-        """The whole table in batches; their time is from before the first entry was read."""
-
-    def chosen(self) -> Sweep:
-        """The entries that the rescue may be for, however many others there are."""
-
-    def forget(self, handshakes: Iterable[HandshakeId]) -> None:
-        """Remove entries from the table, where they are still of that handshake."""
-
-    def counts(self, living: Mapping[int, int] = NOT_KNOWN) -> NetnsCounts:
-        """What the programs counted since they were attached, by network namespace.
-
-        `living` has the cookies of those that are there now, by inode number, where they are known:
-        what was counted in another one of that number is counted as gone.
-        """
-
-    def netns_in_full_tables(self) -> Collection[int]:
-        """The network namespaces that have entries in tables that are more than half full."""
-
-    def free(self, gone: Collection[int], living: Mapping[int, int]) -> None:
-        """Make room in those tables: these network namespaces are gone.
-
-        So are those whose number is another one's by now: `living` as for `counts`.
-        """
-
-    def listeners(self) -> tuple[ListenerFacts, ...]:
-        """How the queues of each listener fared."""
-
-    def losses(self) -> Mapping[str, int]:
-        """Losses that belong to no namespace, by name."""
-
-    def close(self) -> None:
-        """Detach."""
-
-
-class Output(Protocol):
-    """Where findings go; `output` has the table and JSON Lines."""
-
-    def findings(self, findings: list[Finding]) -> None:
-        """Show findings as they come."""
-
-    def attempts(self, attempts: Sequence[Attempt]) -> None:
-        """Show what was done for stuck clients."""
-
-    def status(self, status: Status) -> None:
-        """Nothing new: say that it is watching."""
-
-    def summary(self, summary: Summary) -> None:
-        """The end."""
-
-    def close(self) -> None:
-        """Nothing more will come, with or without a summary. Raises OSError."""
-
-
-class Log(Protocol):
-    """The kernel's warnings of full SYN queues; `kernel_log.KernelLog` is the real one."""
-
-    @property
-    def overruns(self) -> int:
-        """Times that lines were overwritten before they were read."""
-
-    def warnings(self, now_ns: int) -> tuple[KernelWarning, ...]:
-        """Those that came since it was asked last."""
-
-
-class Names(Protocol):
-    """What says what the kernel's numbers mean; `places.Namer` asks the running kernel."""
-
-    def __call__(self, rows: Iterable[Row]) -> KernelNames | None:
-        """Names of numbers in entries, and firewall rules, that it has not told yet.
-
-        None: nothing new.
-        """
-
-    def hurry(self) -> None:
-        """The run ends: what is still to be read is read without a pause."""
 
 
 @dataclass
@@ -523,56 +413,3 @@ class Live:
         summary = self.analysis.summary(ended)
         self._put_out(self.output.summary, summary)
         return summary
-
-
-def remove_ready_file(path: str | None) -> None:
-    """It stands for a run that traces: that of one that has ended must not be taken for another's.
-
-    A named pipe stays, for somebody waits at its other end. Raises OSError where it cannot be
-    removed.
-    """
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        if path is not None and stat.S_ISREG(Path(path).lstat().st_mode):
-            Path(path).unlink()
-
-
-def write_ready_file(path: str) -> None:
-    """Say that every probe is attached: a file with our process number appears, whole.
-
-    A named pipe is written to; see `files` for what else may be there.
-
-    Raises UsageError where it cannot be written.
-    """
-    try:
-        write_whole(path, f"{os.getpid()}\n".encode("ascii"))
-    except OSError as error:
-        raise UsageError(
-            f"cannot write the ready file {path}",
-            str(error.strerror),
-            "name a file in a directory that you may write to, or a named pipe",
-        ) from error
-
-
-def run_replay(replay: Replay, output: Output) -> Summary:
-    """Play a recording; gives what the live run gave, as far as it goes.
-
-    Raises RecordingError where it is damaged.
-    """
-    analysis = Analysis(replay.header)
-    for step in replay.steps():
-        findings = analysis.take(step)
-        if findings:
-            output.findings(findings)
-        if isinstance(step, Rescued):
-            output.attempts(step.rescue.attempts)
-        if isinstance(step, Ended):
-            if not analysis.tallied:
-                raise RecordingError(
-                    f"the recording of {replay.header.watched} is damaged",
-                    "it holds no reading of the counters, with which a run begins",
-                    "record again",
-                )
-            summary = analysis.summary(step)
-            output.summary(summary)
-            return summary
-    raise AssertionError("the last of the steps is an end")
