@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.app.interfaces import Output
 from tcpstuck_bpf.app.live import Live
+from tcpstuck_bpf.app.printer import Printer
 from tcpstuck_bpf.app.ready_file import remove_ready_file, write_ready_file
 from tcpstuck_bpf.console import discard, print_lines, remark, say, unforeseen
 from tcpstuck_bpf.ending import Ending
@@ -303,7 +304,7 @@ def _live(
     return Live(
         source,
         Analysis(header),
-        output,
+        Printer(output),
         recorder,
         reader.read,
         rescuing=rescuing,

@@ -10,6 +10,7 @@ from typing import Any
 
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.app.live import Live
+from tcpstuck_bpf.app.printer import Printer
 from tcpstuck_bpf.model import (
     NETNS_COOKIE,
     Coverage,
@@ -168,7 +169,13 @@ def live(
     output = JsonOutput(stream, header().clock, Selection([only] if only else [], nothing=False))
     recorder = None if record is None else Recorder(record, header())
     run = Live(
-        kernel, Analysis(header()), output, recorder, kernel.counters, lambda: kernel.now_ns, **more
+        kernel,
+        Analysis(header()),
+        Printer(output),
+        recorder,
+        kernel.counters,
+        lambda: kernel.now_ns,
+        **more,
     )
     run.run(None if seconds is None else int(seconds * SECOND_NS), None)
     if recorder is not None:

@@ -6,24 +6,21 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from tcpstuck_bpf.analysis import Analysis
-from tcpstuck_bpf.app.interfaces import Log, Names, Output, Source
+from tcpstuck_bpf.app.interfaces import Log, Names, Source
+from tcpstuck_bpf.app.printer import Printer
 from tcpstuck_bpf.app.ready_file import write_ready_file
 from tcpstuck_bpf.errors import words_of
 from tcpstuck_bpf.handshake.flow import FlowReport
 from tcpstuck_bpf.host.netns_numbers import NetnsNumbers
-from tcpstuck_bpf.judge.verdict import Finding
 from tcpstuck_bpf.model import (
     NOT_KNOWN,
     SECOND_NS,
-    Attempt,
     Event,
     EventKind,
     KernelCounters,
@@ -54,8 +51,6 @@ from tcpstuck_bpf.summary import Summary
 if TYPE_CHECKING:
     from tcpstuck_bpf.rescue.rescuer import Rescuing
 
-Told = TypeVar("Told")
-
 LONGEST_POLL_NS = SECOND_NS // 5
 LAST_READING_NS = SECOND_NS
 """The end of a run waits so long at most for rules that are being read."""
@@ -65,10 +60,6 @@ SWEEP_SHARE = 5
 brings to tell is not counted: it comes once, and must not hold up what comes after it."""
 LOOK_INTERVAL_NS = 5 * SECOND_NS
 """Between two looks for namespaces that are gone: each is a walk over every process."""
-TOLD_AT_ONCE = 16
-"""Lines to tell between two looks at the events, where clients are to be mended."""
-MAX_UNTOLD = 4096
-"""Lines that may wait to be told, where clients are to be mended."""
 
 
 @dataclass
@@ -84,7 +75,7 @@ class Live:
 
     source: Source
     analysis: Analysis
-    output: Output
+    printer: Printer
     recorder: Recorder | None
     read_kernel_counters: Callable[[Collection[int] | None], KernelCounters]
     """The counters of the network namespaces with these inode numbers; None: of all."""
@@ -111,15 +102,12 @@ class Live:
     failure: Exception | None = field(default=None, init=False)
     """What ended the run before its time."""
     _noted_at_end: list[str] = field(default_factory=list, init=False)
-    _output_failed: bool = field(default=False, init=False)
     _soonest_choice_ns: int = field(default=0, init=False)
     _regular_choice_ns: int = field(default=0, init=False)
     _next_look_ns: int = field(default=0, init=False)
     """When namespaces may be looked for again."""
     _numbers: NetnsNumbers = field(default_factory=NetnsNumbers, init=False)
     _next_tally_ns: int = field(default=0, init=False)
-    _untold: deque[Finding | Attempt] = field(default_factory=deque, init=False)
-    """In the order in which it is to be told."""
 
     @property
     def _interval_ns(self) -> int:
@@ -137,7 +125,7 @@ class Live:
         try:
             self._trace(begun, duration_ns)
         except Exception as error:  # whatever it is, what was found is still to be told
-            if self._output_failed:
+            if self.printer.failed:
                 raise
             self.failure = error
         return self._finish()
@@ -156,14 +144,7 @@ class Live:
                 done_ns = self.clock_ns()
                 next_sweep_ns = done_ns + max(self._interval_ns, SWEEP_SHARE * cost_ns)
                 status = self.analysis.status(self.source.counts(), done_ns)
-                self._put_out(self.output.status, status)
-
-    def _put_out(self, put: Callable[[Told], None], told: Told) -> None:
-        try:
-            put(told)
-        except BaseException:
-            self._output_failed = True
-            raise
+                self.printer.status(status)
 
     def _watch(self, until_ns: int) -> None:
         """Take in what events tell, and where clients are to be mended, do so in time."""
@@ -171,10 +152,10 @@ class Live:
             until_ns = min(until_ns, self._next_choice_ns(), self.rescuing.due_ns or until_ns)
         self._read_log()
         self._name(())
-        self._observe_events(0 if self._untold else max(0, until_ns - self.clock_ns()))
+        self._observe_events(0 if self.printer.has_waiting else max(0, until_ns - self.clock_ns()))
         if self.rescuing is not None and self.clock_ns() >= self._next_choice_ns():
             self._look_at_chosen()
-        self._tell()
+        self._print()
 
     def _next_choice_ns(self) -> int:
         """Where clients are to be mended, a verdict is not to wait for a whole sweep."""
@@ -196,28 +177,17 @@ class Live:
         findings = self.analysis.take(step)
         if self.recorder is not None:
             self.recorder.write(step)
-        self._untold += findings
+        self.printer.add(findings)
 
-    def _tell(self) -> None:
-        """Tell what there is to tell; where clients are to be mended, little at a time.
+    def _print(self) -> None:
+        """Print what waits; where clients are to be mended, little at a time.
 
-        To put a verdict into words takes longer than to send a packet, and a client that gets in
-        tells at once whether the next one may follow.
+        A client that gets in tells at once whether the next one may follow.
         """
         if self.rescuing is None:
-            self._tell_first(len(self._untold))
+            self.printer.print_all()
         else:
-            self._tell_first(max(TOLD_AT_ONCE, len(self._untold) - MAX_UNTOLD))
-
-    def _tell_first(self, most: int) -> None:
-        some = [self._untold.popleft() for _ in range(min(most, len(self._untold)))]
-        for kind, alike in itertools.groupby(some, type):
-            if kind is Attempt:
-                attempts = [one for one in alike if isinstance(one, Attempt)]
-                self._put_out(self.output.attempts, attempts)
-            else:
-                findings = [one for one in alike if isinstance(one, Finding)]
-                self._put_out(self.output.findings, findings)
+            self.printer.print_some()
 
     def _poll(self, timeout_ns: int) -> tuple[Event, ...]:
         """Raises KeyboardInterrupt where a second signal came meanwhile."""
@@ -275,7 +245,7 @@ class Live:
         rescue = self.rescuing.act()
         if rescue is not None:
             self._step(Rescued(rescue))
-            self._untold += rescue.attempts
+            self.printer.add(rescue.attempts)
 
     def _sweep(self) -> int:
         """Read, judge, tell; returns the ns that reading and correlating took."""
@@ -298,7 +268,7 @@ class Live:
         if changed:
             self._step(Listened(changed))
         self._look_for_namespaces()
-        self._tell()
+        self._print()
         return cost_ns
 
     def _look_for_namespaces(self) -> None:
@@ -384,7 +354,7 @@ class Live:
         try:
             yield
         except Exception as error:  # the answer is there; whatever this is, it adds to it only
-            if self._output_failed:
+            if self.printer.failed:
                 raise
             self._noted_at_end.append(f"{what}: {words_of(error)}")
 
@@ -409,7 +379,7 @@ class Live:
         self._step(ended)
         # The line that says so may be the first that found no room.
         ended = ended._replace(notes=self._notes)
-        self._tell_first(len(self._untold))
+        self.printer.print_all()
         summary = self.analysis.summary(ended)
-        self._put_out(self.output.summary, summary)
+        self.printer.summary(summary)
         return summary

@@ -13,6 +13,7 @@ import pytest
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.app.live import Live
 from tcpstuck_bpf.app.playback import run_replay
+from tcpstuck_bpf.app.printer import Printer
 from tcpstuck_bpf.judge.verdict import Finding
 from tcpstuck_bpf.model import (
     Ending,
@@ -262,7 +263,7 @@ def test_a_second_signal_that_came_while_events_were_read_ends_at_once() -> None
     kernel.run = Live(
         kernel,
         Analysis(header()),
-        JsonOutput(io.StringIO(), header().clock, Selection([], nothing=False)),
+        Printer(JsonOutput(io.StringIO(), header().clock, Selection([], nothing=False))),
         None,
         kernel.counters,
         lambda: kernel.now_ns,
@@ -293,7 +294,9 @@ def test_telling_much_does_not_put_off_the_next_sweep() -> None:
             super().findings(findings)
 
     output = SlowOutput(io.StringIO(), header().clock, Selection([], nothing=False))
-    run = Live(kernel, Analysis(header()), output, None, no_counters, lambda: kernel.now_ns)
+    run = Live(
+        kernel, Analysis(header()), Printer(output), None, no_counters, lambda: kernel.now_ns
+    )
     run.run(60 * SECOND_NS, None)
     told_ns = next(time_ns for time_ns in kernel.sweeps if time_ns >= at(3))
     following_ns = next(time_ns for time_ns in kernel.sweeps if time_ns > told_ns)

@@ -11,6 +11,7 @@ import pytest
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.app import live
 from tcpstuck_bpf.app.live import Live
+from tcpstuck_bpf.app.printer import Printer
 from tcpstuck_bpf.app.ready_file import remove_ready_file, write_ready_file
 from tcpstuck_bpf.errors import UsageError
 from tcpstuck_bpf.files import OutputFile
@@ -37,7 +38,9 @@ def test_the_ready_file_holds_our_process_number_or_is_refused(tmp_path: Path) -
     kernel = FakeKernel()
     stream = io.StringIO()
     output = JsonOutput(stream, header().clock, Selection([], nothing=True))
-    run = Live(kernel, Analysis(header()), output, None, no_counters, lambda: kernel.now_ns)
+    run = Live(
+        kernel, Analysis(header()), Printer(output), None, no_counters, lambda: kernel.now_ns
+    )
     run.run(SECOND_NS, str(tmp_path / "ready"))
     assert int((tmp_path / "ready").read_text("ascii")) > 0
     with pytest.raises(UsageError, match="ready file"):
