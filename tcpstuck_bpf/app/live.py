@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tcpstuck_bpf.analysis import Analysis
+from tcpstuck_bpf.app.cadence import Cadence
 from tcpstuck_bpf.app.interfaces import Log, Names, Source
+from tcpstuck_bpf.app.namespaces import NamespaceWatch
 from tcpstuck_bpf.app.printer import Printer
 from tcpstuck_bpf.app.ready_file import write_ready_file
 from tcpstuck_bpf.errors import words_of
 from tcpstuck_bpf.handshake.flow import FlowReport
-from tcpstuck_bpf.host.netns_numbers import NetnsNumbers
 from tcpstuck_bpf.model import (
-    NOT_KNOWN,
     SECOND_NS,
     Event,
     EventKind,
@@ -44,7 +44,6 @@ from tcpstuck_bpf.steps import (
     Step,
     Swept,
     TallyTaken,
-    Vanished,
 )
 from tcpstuck_bpf.summary import Summary
 
@@ -55,11 +54,6 @@ LONGEST_POLL_NS = SECOND_NS // 5
 LAST_READING_NS = SECOND_NS
 """The end of a run waits so long at most for rules that are being read."""
 LAST_POLL_NS = SECOND_NS // 50
-SWEEP_SHARE = 5
-"""Reading and correlating the table takes at most one part in this many of the time. What a sweep
-brings to tell is not counted: it comes once, and must not hold up what comes after it."""
-LOOK_INTERVAL_NS = 5 * SECOND_NS
-"""Between two looks for namespaces that are gone: each is a walk over every process."""
 
 
 @dataclass
@@ -90,11 +84,8 @@ class Live:
     """Says whose the listeners are, of those that have changed; None: they are of no interest."""
     kernel_log: Log | None = None
     """None where it may not be read."""
-    find_gone: Callable[[Collection[int]], Collection[int]] | None = None
-    """Says to which of these network namespaces nothing leads any more; None: it is not asked."""
-    find_living: Callable[[Collection[int]], Mapping[int, int]] | None = None
-    """The cookies of these network namespaces, as far as they are known, by inode number; None: it
-    is not asked whose the numbers are by now."""
+    namespaces: NamespaceWatch | None = None
+    """None: it is not asked which network namespaces are gone."""
     notes: tuple[str, ...] = ()
     """Sentences that were known at the start, for the summary."""
     clock_note: Callable[[], str] | None = None
@@ -102,16 +93,15 @@ class Live:
     failure: Exception | None = field(default=None, init=False)
     """What ended the run before its time."""
     _noted_at_end: list[str] = field(default_factory=list, init=False)
-    _soonest_choice_ns: int = field(default=0, init=False)
-    _regular_choice_ns: int = field(default=0, init=False)
-    _next_look_ns: int = field(default=0, init=False)
-    """When namespaces may be looked for again."""
-    _numbers: NetnsNumbers = field(default_factory=NetnsNumbers, init=False)
-    _next_tally_ns: int = field(default=0, init=False)
+    _sweeps: Cadence = field(init=False)
+    """What a sweep brings to tell is not part of its cost: it comes once, and must not hold up what
+    comes after it."""
+    _choices: Cadence = field(init=False)
+    _tallies: Cadence = field(default_factory=Cadence, init=False)
 
-    @property
-    def _interval_ns(self) -> int:
-        return min(SECOND_NS, self.analysis.header.settings.timeout_ns // 3)
+    def __post_init__(self) -> None:
+        interval_ns = min(SECOND_NS, self.analysis.header.settings.timeout_ns // 3)
+        self._sweeps, self._choices = Cadence(interval_ns), Cadence(interval_ns)
 
     def run(self, duration_ns: int | None, ready_file: str | None) -> Summary:
         """Trace until `duration_ns` (None: for ever) has passed or `stop` is set.
@@ -132,17 +122,18 @@ class Live:
 
     def _trace(self, begun: int, duration_ns: int | None) -> None:
         end_ns = None if duration_ns is None else begun + duration_ns
-        self._soonest_choice_ns = self._regular_choice_ns = next_sweep_ns = begun
         while not self.stop:
             now_ns = self.clock_ns()
             if end_ns is not None and now_ns >= end_ns:
                 break
-            until_ns = min(next_sweep_ns, end_ns or next_sweep_ns, now_ns + LONGEST_POLL_NS)
+            until_ns = min(self._sweeps.due_ns, now_ns + LONGEST_POLL_NS)
+            if end_ns is not None:
+                until_ns = min(until_ns, end_ns)
             self._watch(until_ns)
-            if self.clock_ns() >= next_sweep_ns:
+            if self.clock_ns() >= self._sweeps.due_ns:
                 cost_ns = self._sweep()
                 done_ns = self.clock_ns()
-                next_sweep_ns = done_ns + max(self._interval_ns, SWEEP_SHARE * cost_ns)
+                self._sweeps.note(done_ns, cost_ns)
                 status = self.analysis.status(self.source.counts(), done_ns)
                 self.printer.status(status)
 
@@ -161,15 +152,14 @@ class Live:
         """Where clients are to be mended, a verdict is not to wait for a whole sweep."""
         deadline_ns = self.analysis.correlator.next_deadline_ns
         if deadline_ns is None:
-            return self._regular_choice_ns
-        return min(self._regular_choice_ns, max(deadline_ns, self._soonest_choice_ns))
+            return self._choices.due_ns
+        return min(self._choices.due_ns, max(deadline_ns, self._choices.soonest_ns))
 
     def _look_at_chosen(self) -> None:
         begun_ns = self.clock_ns()
         self._take_in(self.source.chosen())
         done_ns = self.clock_ns()
-        self._soonest_choice_ns = done_ns + SWEEP_SHARE * (done_ns - begun_ns)
-        self._regular_choice_ns = max(done_ns + self._interval_ns, self._soonest_choice_ns)
+        self._choices.note(done_ns, done_ns - begun_ns)
         self._judge()
         self._rescue((), self.analysis.reports)
 
@@ -272,58 +262,33 @@ class Live:
         return cost_ns
 
     def _look_for_namespaces(self) -> None:
-        """Whoever is stuck in one that has been removed is stuck for nobody here.
-
-        Where tables fill, those that are gone make room for others.
-        """
-        begun_ns = self.clock_ns()
-        if self.find_gone is None or begun_ns < self._next_look_ns:
+        """Whoever is stuck in one that has been removed is stuck for nobody here."""
+        if self.namespaces is None or not self.namespaces.is_due:
             return
-        stuck, crowd = self.analysis.correlator.netns_of_stuck, self.source.netns_in_full_tables()
-        if not stuck and not crowd:
-            return
-        wanted = {*stuck, *crowd}
-        found = self.find_gone(wanted)
-        gone = stuck.intersection(found)
-        living = self._living(wanted.difference(found), begun_ns)
-        if crowd:
-            self.source.free(found, living)
-        reused = self._numbers.take_reused(stuck - gone)
-        done_ns = self.clock_ns()
-        self._next_look_ns = done_ns + max(LOOK_INTERVAL_NS, SWEEP_SHARE * (done_ns - begun_ns))
-        steps = [Vanished(done_ns, (netns,), until_ns) for netns, until_ns in reused.items()]
-        if gone:
-            steps.append(Vanished(done_ns, tuple(sorted(gone))))
+        steps = self.namespaces.look(self.analysis.correlator.netns_of_stuck)
         for step in steps:
             self._step(step)
         if steps:
             self._judge()
             self._rescue((), self.analysis.reports)
 
-    def _living(self, wanted: Collection[int], now_ns: int) -> Mapping[int, int]:
-        """The cookies of the network namespaces with these numbers, as far as they are known."""
-        if self.find_living is None or not wanted:
-            return NOT_KNOWN
-        living = self.find_living(wanted)
-        self._numbers.note(living, now_ns)
-        return living
-
     def _judge(self) -> None:
         """What is told from silence is told beside the kernel's own count of the ACKs that came."""
         now_ns = self.clock_ns()
-        if now_ns >= self._next_tally_ns:
+        if now_ns >= self._tallies.due_ns:
             silent = self.analysis.correlator.netns_of_silent(now_ns)
             if silent:
                 self._tally(silent)
                 done_ns = self.clock_ns()
-                self._next_tally_ns = done_ns + SWEEP_SHARE * (done_ns - now_ns)
+                self._tallies.note(done_ns, done_ns - now_ns)
         self._step(Advanced(now_ns))
 
     def _tally(self, wanted: Collection[int] | None = None) -> int:
         begun_ns = self.clock_ns()
         before = self.read_kernel_counters(wanted)
         living = living_of(before)
-        self._numbers.note(living, begun_ns)
+        if self.namespaces is not None:
+            self.namespaces.note_living(living, begun_ns)
         traced = self.source.counts(living)
         now_ns = self.clock_ns()
         after = self.read_kernel_counters(wanted)
@@ -361,7 +326,8 @@ class Live:
     def _finish(self) -> Summary:
         with self._noted("events that waited at the end were not read"):
             self._observe_waiting()
-        self._next_look_ns = 0
+        if self.namespaces is not None:
+            self.namespaces.hurry()
         with self._noted("the table was not read to its end once more"):
             self._sweep()
         with self._noted("rules that were to be read at the end were not"):

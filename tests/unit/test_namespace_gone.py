@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tcpstuck_bpf.app.live import LOOK_INTERVAL_NS
+from tcpstuck_bpf.app.namespaces import LOOK_INTERVAL_NS
 from tcpstuck_bpf.app.playback import run_replay
 from tcpstuck_bpf.handshake.flow import State
 from tcpstuck_bpf.host import netns
