@@ -1,4 +1,4 @@
-"""What a run needs of others: the kernel, its log, the names of its numbers, and an output."""
+"""What a run needs of others: a source of observations, the kernel's log, names, an output."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from tcpstuck_bpf.summary import Status, Summary
 
 
 class Source(Protocol):
-    """Where observations come from; `source.KernelSource` is the running kernel."""
+    """A source of observations; `kernel.source.KernelSource` is the running kernel."""
 
     @property
     def coverage(self) -> Coverage:
-        """Which probes attached."""
+        """The probes that attached."""
 
     @property
     def timings(self) -> Mapping[str, float]:
-        """Seconds that each part of the start took."""
+        """How many seconds each part of the start took."""
 
     @property
     def table_capacity(self) -> int:
@@ -42,84 +42,84 @@ class Source(Protocol):
         """How many events may wait to be read at any moment."""
 
     def poll(self, timeout_ns: int) -> list[Event]:
-        """A bounded number of events that came, waiting at most that long for the first.
+        """Read a bounded number of events; wait at most `timeout_ns` for the first.
 
-        A signal ends the waiting.
+        A signal ends the wait.
         """
 
     def sweep(self) -> Iterator[Sweep]:
-        """The whole table in batches; their time is from before the first entry was read."""
+        """Read the whole table in batches; their time is from before the first entry was read."""
 
     def chosen(self) -> Sweep:
-        """The entries that the rescue may be for, however many others there are."""
+        """Read the entries that a rescue may be for, however many others there are."""
 
     def forget(self, handshakes: Iterable[HandshakeId]) -> None:
-        """Remove entries from the table, where they are still of that handshake."""
+        """Remove the entries of these handshakes; an entry with a newer handshake stays."""
 
     def counts(self, living: Mapping[int, int] = NOT_KNOWN) -> NetnsCounts:
-        """What the programs counted since they were attached, by network namespace.
+        """Read what the programs counted since they were attached, by network namespace.
 
-        `living` has the cookies of those that are there now, by inode number, where they are known:
-        what was counted in another one of that number is counted as gone.
+        `living` has the known cookies of the present namespaces by inode number. Counts of an
+        earlier namespace with the same number go to those that are gone.
         """
 
     def netns_in_full_tables(self) -> Collection[int]:
-        """The network namespaces that have entries in tables that are more than half full."""
+        """The network namespaces with entries in tables that are more than half full."""
 
     def free(self, gone: Collection[int], living: Mapping[int, int]) -> None:
-        """Make room in those tables: these network namespaces are gone.
+        """Remove the entries of these network namespaces from the tables that fill.
 
-        So are those whose number is another one's by now: `living` as for `counts`.
+        The entries of earlier namespaces with a number in `living` (as for `counts`) go as well.
         """
 
     def listeners(self) -> tuple[ListenerFacts, ...]:
-        """How the queues of each listener fared."""
+        """Read the queue figures of each listener."""
 
     def losses(self) -> Mapping[str, int]:
-        """Losses that belong to no namespace, by name."""
+        """The losses that belong to no namespace, by name."""
 
     def close(self) -> None:
-        """Detach."""
+        """Detach the programs."""
 
 
 class Output(Protocol):
-    """Where findings go; `output` has the table and JSON Lines."""
+    """A form of output; `output.writers` has the table and JSON Lines. Methods raise OSError."""
 
     def findings(self, findings: list[Finding]) -> None:
-        """Show findings as they come."""
+        """Print findings."""
 
     def attempts(self, attempts: Sequence[Attempt]) -> None:
-        """Show what was done for stuck clients."""
+        """Print what was done for stuck clients."""
 
     def status(self, status: Status) -> None:
-        """Nothing new: say that it is watching."""
+        """Print that the run goes on without news."""
 
     def summary(self, summary: Summary) -> None:
-        """The end."""
+        """Print the summary."""
 
     def close(self) -> None:
-        """Nothing more will come, with or without a summary. Raises OSError."""
+        """Finish the output, with or without a summary."""
 
 
 class Log(Protocol):
-    """The kernel's warnings of full SYN queues; `kernel_log.KernelLog` is the real one."""
+    """The kernel's warnings of full SYN queues; `host.kernel_log.KernelLog` reads the real ones."""
 
     @property
     def overruns(self) -> int:
-        """Times that lines were overwritten before they were read."""
+        """How many times lines were overwritten before they were read."""
 
     def warnings(self, now_ns: int) -> tuple[KernelWarning, ...]:
-        """Those that came since it was asked last."""
+        """Read the warnings that came since the last call."""
 
 
 class Names(Protocol):
-    """What says what the kernel's numbers mean; `places.Namer` asks the running kernel."""
+    """Names for the kernel's numbers; `kernel.drop_names.Namer` asks the running kernel."""
 
     def __call__(self, rows: Iterable[Row]) -> KernelNames | None:
-        """Names of numbers in entries, and firewall rules, that it has not told yet.
+        """Find names of numbers in these rows, and firewall rules; only what no call returned yet.
 
-        None: nothing new.
+        None: nothing is new.
         """
 
     def hurry(self) -> None:
-        """The run ends: what is still to be read is read without a pause."""
+        """Read the remaining firewall rules without a pause, because the run ends."""

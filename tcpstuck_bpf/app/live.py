@@ -1,6 +1,6 @@
-"""The run: from a source of observations to findings and the summary, live or replayed.
+"""A live run: when it polls, sweeps, judges, rescues and prints, and how it ends.
 
-`analysis` is the part both have in common; `Live` adds the clock, the sweeps and the rescue.
+`analysis` turns the steps into findings, for a live run and for its replay alike.
 """
 
 from __future__ import annotations
@@ -51,20 +51,23 @@ if TYPE_CHECKING:
     from tcpstuck_bpf.rescue.rescuer import Rescuing
 
 LONGEST_POLL_NS = SECOND_NS // 5
+"""One poll waits at most this long for an event."""
 LAST_READING_NS = SECOND_NS
-"""The end of a run waits so long at most for rules that are being read."""
+"""The end of a run waits at most this long for firewall rules that are being read."""
 LAST_POLL_NS = SECOND_NS // 50
+"""One poll waits at most this long while the end of a run waits for rules."""
 
 
 @dataclass
 class Live:
-    """A live run. `stop` is set by a signal handler and ends it with the summary.
+    """A live run.
 
-    `abandoned` is set by one as well, while `reading` is: an exception that it raised instead would
-    be lost in the C library that reads.
+    A signal handler sets `stop`, and the run ends with the summary. A second signal sets
+    `abandoned` if it comes while `reading` is set: an exception raised there would be lost in the
+    C library that reads.
 
-    What fails once the run traces ends it, and takes nothing from what it has found: the summary
-    comes, with a note. Only where the output itself fails there is nobody to tell.
+    An error after the start ends the run early. The summary is printed all the same and has a note
+    of the error. If the output itself fails, the run raises the error.
     """
 
     source: Source
@@ -72,30 +75,30 @@ class Live:
     printer: Printer
     recorder: Recorder | None
     read_kernel_counters: Callable[[Collection[int] | None], KernelCounters]
-    """The counters of the network namespaces with these inode numbers; None: of all."""
+    """Reads the counters of the network namespaces with these inode numbers; None: of all."""
     clock_ns: Callable[[], int] = time.monotonic_ns
     stop: bool = False
     reading: bool = field(default=False, init=False)
     abandoned: bool = False
     rescuing: Rescuing | None = None
     name: Names | None = None
-    """None: no names are to be had."""
+    """None: names cannot be found out."""
     describe: Callable[[Iterable[ListenerFacts]], tuple[ListenerSeen, ...]] | None = None
-    """Says whose the listeners are, of those that have changed; None: they are of no interest."""
+    """Finds the owners of the listeners that have changed; None: listeners are not described."""
     kernel_log: Log | None = None
-    """None where it may not be read."""
+    """None: the log may not be read."""
     namespaces: NamespaceWatch | None = None
-    """None: it is not asked which network namespaces are gone."""
+    """None: the run does not look for network namespaces that are gone."""
     notes: tuple[str, ...] = ()
-    """Sentences that were known at the start, for the summary."""
+    """Sentences for the summary that were known at the start."""
     clock_note: Callable[[], str] | None = None
-    """Says at the end what has become of the clock that the run prints its times by."""
+    """Says at the end whether the wall clock was moved against the times that the run prints."""
     failure: Exception | None = field(default=None, init=False)
-    """What ended the run before its time."""
+    """The error that ended the run early."""
     _noted_at_end: list[str] = field(default_factory=list, init=False)
     _sweeps: Cadence = field(init=False)
-    """What a sweep brings to tell is not part of its cost: it comes once, and must not hold up what
-    comes after it."""
+    """The cost of a sweep is reading and correlating. Printing is not counted: a burst of verdicts
+    comes once and must not delay the next sweep."""
     _choices: Cadence = field(init=False)
     _tallies: Cadence = field(default_factory=Cadence, init=False)
 
@@ -106,15 +109,15 @@ class Live:
     def run(self, duration_ns: int | None, ready_file: str | None) -> Summary:
         """Trace until `duration_ns` (None: for ever) has passed or `stop` is set.
 
-        Raises what keeps it from beginning, and OSError where the output fails; what else ends it
-        is `failure` and a note in the summary.
+        Raises an error that prevents the start, and OSError if the output fails. Any other error
+        becomes `failure` and a note in the summary.
         """
         begun = self._tally()
         if ready_file is not None:
             write_ready_file(ready_file)
         try:
             self._trace(begun, duration_ns)
-        except Exception as error:  # whatever it is, what was found is still to be told
+        except Exception as error:  # whatever it is, the findings are still to be printed
             if self.printer.failed:
                 raise
             self.failure = error
@@ -138,7 +141,7 @@ class Live:
                 self.printer.status(status)
 
     def _watch(self, until_ns: int) -> None:
-        """Take in what events tell, and where clients are to be mended, do so in time."""
+        """Take in events until `until_ns`, rescue clients whose time has come, and print."""
         if self.rescuing is not None:
             until_ns = min(until_ns, self._next_choice_ns(), self.rescuing.due_ns or until_ns)
         self._read_log()
@@ -149,7 +152,7 @@ class Live:
         self._print()
 
     def _next_choice_ns(self) -> int:
-        """Where clients are to be mended, a verdict is not to wait for a whole sweep."""
+        """When the rows of possible rescues are read again, which is more often than the table."""
         deadline_ns = self.analysis.correlator.next_deadline_ns
         if deadline_ns is None:
             return self._choices.due_ns
@@ -170,17 +173,14 @@ class Live:
         self.printer.add(findings)
 
     def _print(self) -> None:
-        """Print what waits; where clients are to be mended, little at a time.
-
-        A client that gets in tells at once whether the next one may follow.
-        """
+        """Print the lines that wait; with a rescue only a few, so that it is not delayed."""
         if self.rescuing is None:
             self.printer.print_all()
         else:
             self.printer.print_some()
 
     def _poll(self, timeout_ns: int) -> tuple[Event, ...]:
-        """Raises KeyboardInterrupt where a second signal came meanwhile."""
+        """Read events. Raises KeyboardInterrupt if a second signal came meanwhile."""
         self.reading = True
         try:
             return tuple(self.source.poll(timeout_ns))
@@ -191,7 +191,8 @@ class Live:
 
     def _observe_events(self, timeout_ns: int) -> None:
         events = self._poll(timeout_ns)
-        # Who got in makes room for the next at once; to judge what came takes longer.
+        # Rescue first: each completed client frees a slot of the accept queue, and judging takes
+        # longer.
         self._rescue(events, ())
         self._observe(events)
 
@@ -203,10 +204,10 @@ class Live:
             self._rescue((), self.analysis.reports)
 
     def _observe_waiting(self) -> None:
-        """Take in the events that wait at the end, not all those that go on coming.
+        """Take in the events that wait at the end of the run, but no endless stream of new ones.
 
-        But for repeated SYNs, which a flood may have filled the buffer with: all that such an event
-        tells is in the table's entry, which is read right after.
+        Repeated SYNs are left out: a flood may have filled the ring buffer with them, and the
+        table's entry, which is read right after, has the same facts.
         """
         left = self.source.most_waiting
         while left > 0 and (events := self._poll(0)):
@@ -219,7 +220,7 @@ class Live:
             self._step(Logged(warnings))
 
     def _name(self, rows: Iterable[Row]) -> None:
-        """Names come before what they are needed for, so that a replay has them as well."""
+        """Look up names. Their step comes before the rows that need them, for the replay."""
         names = None if self.name is None else self.name(rows)
         if names is not None:
             self._step(Named(names))
@@ -238,7 +239,10 @@ class Live:
             self.printer.add(rescue.attempts)
 
     def _sweep(self) -> int:
-        """Read, judge, tell; returns the ns that reading and correlating took."""
+        """Read the whole table, judge, rescue and print.
+
+        Returns how many nanoseconds reading and correlating took.
+        """
         cost_ns = 0
         batches = self.source.sweep()
         while True:
@@ -262,7 +266,7 @@ class Live:
         return cost_ns
 
     def _look_for_namespaces(self) -> None:
-        """Whoever is stuck in one that has been removed is stuck for nobody here."""
+        """Take in which network namespaces are gone; their clients no longer count as stuck."""
         if self.namespaces is None or not self.namespaces.is_due:
             return
         steps = self.namespaces.look(self.analysis.correlator.netns_of_stuck)
@@ -273,7 +277,11 @@ class Live:
             self._rescue((), self.analysis.reports)
 
     def _judge(self) -> None:
-        """What is told from silence is told beside the kernel's own count of the ACKs that came."""
+        """Bring flows into the states that are due.
+
+        Silent clients are judged beside a fresh reading of the kernel's counters, which shows
+        whether ACKs passed unseen.
+        """
         now_ns = self.clock_ns()
         if now_ns >= self._tallies.due_ns:
             silent = self.analysis.correlator.netns_of_silent(now_ns)
@@ -284,6 +292,7 @@ class Live:
         self._step(Advanced(now_ns))
 
     def _tally(self, wanted: Collection[int] | None = None) -> int:
+        """Read the kernel's counters before and after the programs' own; returns when it did."""
         begun_ns = self.clock_ns()
         before = self.read_kernel_counters(wanted)
         living = living_of(before)
@@ -296,7 +305,7 @@ class Live:
         return now_ns
 
     def _await_rules(self) -> None:
-        """Give the rules that a verdict still waits for a moment to be read."""
+        """Wait a moment for the firewall rules that reported verdicts still lack."""
         until_ns = self.clock_ns() + LAST_READING_NS
         while self.name is not None and self.analysis.awaits_rules:
             self.name.hurry()
@@ -315,10 +324,10 @@ class Live:
 
     @contextlib.contextmanager
     def _noted(self, what: str) -> Iterator[None]:
-        """What fails inside is a note of the summary, unless it is the output."""
+        """Turn an error inside into a note of the summary, unless the output failed."""
         try:
             yield
-        except Exception as error:  # the answer is there; whatever this is, it adds to it only
+        except Exception as error:  # whatever it is, the findings stay
             if self.printer.failed:
                 raise
             self._noted_at_end.append(f"{what}: {words_of(error)}")
@@ -343,7 +352,7 @@ class Live:
             self._noted_at_end += filter(None, [clock_note])
         ended = Ended(self.clock_ns(), losses, self._notes)
         self._step(ended)
-        # The line that says so may be the first that found no room.
+        # The line of this step may be the first that the recording had no room for.
         ended = ended._replace(notes=self._notes)
         self.printer.print_all()
         summary = self.analysis.summary(ended)

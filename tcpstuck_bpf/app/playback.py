@@ -1,4 +1,4 @@
-"""A recording, played to an output."""
+"""The playback of a recording, which prints what the live run printed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tcpstuck_bpf.summary import Summary
 
 
 def run_replay(replay: Replay, output: Output) -> Summary:
-    """Play a recording; gives what the live run gave, as far as it goes.
+    """Print the findings and the summary of a recording, as far as it goes.
 
-    Raises RecordingError where it is damaged.
+    Raises RecordingError if the recording is damaged.
     """
     analysis = Analysis(replay.header)
     for step in replay.steps():

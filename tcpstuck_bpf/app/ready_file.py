@@ -1,4 +1,4 @@
-"""The ready file: it is there while a run traces."""
+"""The ready file, which exists while a run traces and holds its process number."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tcpstuck_bpf.files import write_whole
 
 
 def remove_ready_file(path: str | None) -> None:
-    """It stands for a run that traces: that of one that has ended must not be taken for another's.
+    """Remove the ready file, so that nobody takes an ended run for one that traces.
 
-    A named pipe stays, for somebody waits at its other end. Raises OSError where it cannot be
-    removed.
+    A named pipe stays, because a reader waits at its other end. Raises OSError if the file cannot
+    be removed.
     """
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         if path is not None and stat.S_ISREG(Path(path).lstat().st_mode):
@@ -23,11 +23,10 @@ def remove_ready_file(path: str | None) -> None:
 
 
 def write_ready_file(path: str) -> None:
-    """Say that every probe is attached: a file with our process number appears, whole.
+    """Write our process number to the ready file: every probe is attached.
 
-    A named pipe is written to; see `files` for what else may be there.
-
-    Raises UsageError where it cannot be written.
+    The file appears whole. A named pipe is written to; `files` says what else may be there.
+    Raises UsageError if the file cannot be written.
     """
     try:
         write_whole(path, f"{os.getpid()}\n".encode("ascii"))
