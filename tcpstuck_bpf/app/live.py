@@ -153,7 +153,7 @@ class Live:
 
     def _next_choice_ns(self) -> int:
         """When the rows of possible rescues are read again, which is more often than the table."""
-        deadline_ns = self.analysis.correlator.next_deadline_ns
+        deadline_ns = self.analysis.correlator.deadlines.next_ns
         if deadline_ns is None:
             return self._choices.due_ns
         return min(self._choices.due_ns, max(deadline_ns, self._choices.soonest_ns))

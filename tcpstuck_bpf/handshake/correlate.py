@@ -14,12 +14,12 @@ Times are CLOCK_MONOTONIC nanoseconds.
 
 from __future__ import annotations
 
-import bisect
 import heapq
 from collections import Counter, deque
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
+from tcpstuck_bpf.handshake.deadlines import Deadlines
 from tcpstuck_bpf.handshake.flood import FloodWatch
 from tcpstuck_bpf.handshake.flow import (
     ENDED_STATES,
@@ -65,7 +65,6 @@ __all__ = [
 
 DEFAULT_ROW_LIFE_NS = 15 * 60 * SECOND_NS
 
-_DEADLINE_STEP_NS = SECOND_NS // 10
 # Flows that left the kernel's table are remembered for as long as an observation of them may come
 # late: a sweep's batch read before the end, or an event behind others in the ring buffer.
 _REMEMBERED_NS = 60 * SECOND_NS
@@ -154,9 +153,10 @@ class Correlator:
         self._tell_healthy = tell_healthy
         self._max_flows = max(1, max_flows)
         self._row_life_ns = row_life_ns
+        self.deadlines = Deadlines()
+        """When sweeps would decide flows that events, or a choice of rows, showed."""
         self._flows: dict[FourTuple, Flow] = {}
         self._touched: set[FourTuple] = set()
-        self._deadlines: list[int] = []
         self._ready: deque[FlowReport] = deque(maxlen=self._max_flows)
         self._evicted_rows: deque[HandshakeId] = deque(maxlen=self._max_flows)
         self._sweep_ns = 0
@@ -201,7 +201,7 @@ class Correlator:
             ):
                 young += 1
                 if chosen:
-                    self._note_deadline(handshake.first_syn_ns + self._timeout_ns)
+                    self.deadlines.note(handshake.first_syn_ns + self._timeout_ns)
                 continue
             if is_torn(handshake):
                 self._counts["torn"] += 1
@@ -215,7 +215,7 @@ class Correlator:
         if sweep.time_ns == self._sweep_ns and not chosen:
             self._young_in_sweep += young
         if sweep.part is not SweepPart.MORE:
-            del self._deadlines[: bisect.bisect_right(self._deadlines, sweep.time_ns)]
+            self.deadlines.forget_until(sweep.time_ns)
 
     def note_acks(self, netns: int, time_ns: int, total: int) -> None:
         """How many ACKs for cookies came in a network namespace since the run began."""
@@ -419,7 +419,7 @@ class Correlator:
         if not flow.unsettled:
             return None
         if not _is_due(decision, flow, now_ns):
-            self._note_deadline(decision.due_ns)
+            self.deadlines.note(decision.due_ns)
             return None
         flow.unsettled = False
         wants_completed = self._tell_healthy or flow.told is not None
@@ -431,20 +431,6 @@ class Correlator:
             self._is_no_flood(flow, is_real=state in _STATES_OF_REAL)
         flow.state = state
         return None
-
-    def _note_deadline(self, due_ns: int) -> None:
-        due_ns = -(-due_ns // _DEADLINE_STEP_NS) * _DEADLINE_STEP_NS
-        place = bisect.bisect_left(self._deadlines, due_ns)
-        if place == len(self._deadlines) or self._deadlines[place] != due_ns:
-            self._deadlines.insert(place, due_ns)
-
-    @property
-    def next_deadline_ns(self) -> int | None:
-        """When a sweep would decide a flow that events, or a choice of rows, told of.
-
-        Up to 100 ms late.
-        """
-        return self._deadlines[0] if self._deadlines else None
 
     def netns_of_silent(self, now_ns: int) -> set[int]:
         """Network namespaces of those whose ACK's not being seen `advance` would judge."""
