@@ -15,29 +15,27 @@ Times are CLOCK_MONOTONIC nanoseconds.
 from __future__ import annotations
 
 import heapq
-from collections import Counter, deque
-from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Collection
 
 from tcpstuck_bpf.handshake.deadlines import Deadlines
 from tcpstuck_bpf.handshake.flood import FloodWatch
 from tcpstuck_bpf.handshake.flow import (
+    CONNECTED_STATES,
     ENDED_STATES,
     SILENT_STATES,
     STUCK_STATES,
     Decision,
     Flow,
-    FlowFlags,
     FlowReport,
-    Segment,
     State,
-    TimelineEntry,
     decide,
     ending_of,
     is_remarkable,
     is_torn,
     sharing,
 )
+from tcpstuck_bpf.handshake.flow_counts import CorrelatorStats, FlowCounts
 from tcpstuck_bpf.handshake.timeline import build_timeline
 from tcpstuck_bpf.model import (
     SECOND_NS,
@@ -52,17 +50,6 @@ from tcpstuck_bpf.model import (
     SweepPart,
 )
 
-__all__ = [
-    "DEFAULT_ROW_LIFE_NS",
-    "Correlator",
-    "CorrelatorStats",
-    "FlowFlags",
-    "FlowReport",
-    "Segment",
-    "State",
-    "TimelineEntry",
-]
-
 DEFAULT_ROW_LIFE_NS = 15 * 60 * SECOND_NS
 
 # Flows that left the kernel's table are remembered for as long as an observation of them may come
@@ -74,8 +61,7 @@ _COOKIE_VALID_NS = 120 * SECOND_NS
 # One in so many flows is evicted together, so that a flood does not search once per packet.
 _EVICTED_AT_ONCE = 16
 
-_CONNECTED_STATES = frozenset({State.COMPLETED, State.TAKEN_OVER})
-_CONNECTED_AT_LAST = frozenset({State.COMPLETED, State.RECOVERED, State.RESCUED, State.DATA_LOST})
+_CONNECTING_ENDS = frozenset({State.COMPLETED, State.TAKEN_OVER})
 _ALWAYS_TOLD = STUCK_STATES | {
     State.RECOVERED,
     State.RESCUED,
@@ -92,46 +78,11 @@ _KINDS_OF_REAL = frozenset(
     {EventKind.COMPLETED, EventKind.ACK_DROPPED, EventKind.ACK_FILTERED, EventKind.NO_LISTENER}
 )
 # What no spoofed source brings about: an ACK of its cookie.
-_STATES_OF_REAL = _CONNECTED_AT_LAST | {
+_STATES_OF_REAL = CONNECTED_STATES | {
     State.ACK_DROPPED,
     State.ACK_FILTERED,
     State.NO_LISTENER,
 }
-
-
-class CorrelatorStats(NamedTuple):
-    """What the summary and the status line need; plain counts."""
-
-    told_now: Mapping[State, int]
-    """The current state of every flow ever told, evicted and forgotten ones included."""
-    ever_stuck: int
-    """Flows told as stuck at any time, but for those that look like a SYN flood's."""
-    still_stuck: int
-    """Those of them that are still in a stuck state."""
-    flood_suspected: int
-    """Silent flows that look like a SYN flood's."""
-    taken_over: int
-    """Flows told as connected that an ordinary handshake connected, and no cookie's ACK."""
-    untold: Mapping[State, int]
-    """Flows that ended without being told: healthy ones that user space came to see."""
-    pending: int
-    """Handshakes of the latest sweep that are too young for a verdict."""
-    flows: int
-    """Flows held in memory."""
-    superseded: int
-    """Flows told as stuck whose client gave up: it uses the 4-tuple for a new handshake."""
-    evicted: int
-    """Flows forgotten before their end for want of room: later facts of them look like new."""
-    let_go: int
-    """Open entries given back to the kernel's table for age or want of room there."""
-    unresolved: int
-    """Flows forgotten undecided: seen open before their deadline, then not again or replaced."""
-    late: int
-    """Observations of a handshake older than the one known for their 4-tuple."""
-    duplicate: int
-    """Events that told nothing new."""
-    torn: int
-    """Rows read while the kernel was writing them; the next sweep reads them again."""
 
 
 class Correlator:
@@ -161,9 +112,7 @@ class Correlator:
         self._evicted_rows: deque[HandshakeId] = deque(maxlen=self._max_flows)
         self._sweep_ns = 0
         self._young_in_sweep = 0
-        self._told_now: Counter[State] = Counter()
-        self._untold: Counter[State] = Counter()
-        self._counts: Counter[str] = Counter()
+        self._counts = FlowCounts()
         self._flood = FloodWatch()
 
     def observe(self, observation: Event | Sweep) -> None:
@@ -179,7 +128,7 @@ class Correlator:
             return
         news = flow.note(event.handshake, event.time_ns)
         if not flow.note_segment(event) and not news:
-            self._counts["duplicate"] += 1
+            self._counts.duplicate += 1
         # The program that tells of a completion removes the entry; every other event leaves it.
         flow.in_table = flow.handshake.ending != Ending.COMPLETED
         if event.kind in _KINDS_OF_REAL:
@@ -204,7 +153,7 @@ class Correlator:
                     self.deadlines.note(handshake.first_syn_ns + self._timeout_ns)
                 continue
             if is_torn(handshake):
-                self._counts["torn"] += 1
+                self._counts.torn += 1
                 continue
             flow = self._flow_of(four_tuple, handshake)
             if flow is None:
@@ -253,7 +202,7 @@ class Correlator:
     def _told_in(
         self, four_tuple: FourTuple, flow: Flow, state: State, decided_ns: int
     ) -> FlowReport:
-        self._count_change(flow, state, tell=True)
+        self._counts.move(flow, state, told=True)
         flow.state = state
         report = _report(four_tuple, flow, state, decided_ns)
         flow.told = state
@@ -272,7 +221,7 @@ class Correlator:
             if known.handshake.first_syn_ns == handshake.first_syn_ns:
                 return known
             if known.handshake.first_syn_ns > handshake.first_syn_ns:
-                self._counts["late"] += 1
+                self._counts.late += 1
                 return None
             self._supersede(four_tuple, known)
         elif len(self._flows) >= self._max_flows:
@@ -285,16 +234,13 @@ class Correlator:
         report = self._settle(four_tuple, flow, flow.seen_ns)
         if report is not None:
             self._keep_ready(report)
-        if flow.state is None:
-            self._counts["unresolved"] += 1
-        elif flow.state in STUCK_STATES:
-            self._told_now[flow.state] -= 1
-            self._told_now[State.SUPERSEDED] += 1
-            self._is_no_flood(flow, is_real=False)
+        self._counts.supersede(flow)
+        if flow.state in STUCK_STATES:
+            self._counts.acquit(flow, is_real=False)
 
     def _keep_ready(self, report: FlowReport) -> None:
         if len(self._ready) == self._max_flows:
-            self._counts["evicted"] += 1
+            self._counts.evicted += 1
         self._ready.append(report)
 
     def _evict(self) -> None:
@@ -316,7 +262,7 @@ class Correlator:
             if flow.in_table and flow.state is not None and four_tuple not in self._touched:
                 self._evicted_rows.append(HandshakeId(four_tuple, flow.handshake.first_syn_ns))
             if flow.state not in ENDED_STATES:
-                self._counts["evicted"] += 1
+                self._counts.evicted += 1
             del self._flows[four_tuple]
             self._touched.discard(four_tuple)
 
@@ -364,7 +310,7 @@ class Correlator:
             return report
         why = self._flood.why(handshake)
         if why:
-            self._is_flood(flow, why)
+            self._counts.suspect(flow, why)
         return report._replace(flood=why)
 
     def _told_anew(self, handshake: HandshakeId) -> FlowReport | None:
@@ -376,30 +322,16 @@ class Correlator:
         if bool(why) == bool(flow.flood):
             return None
         if why:
-            self._is_flood(flow, why)
+            self._counts.suspect(flow, why)
         else:
-            self._is_no_flood(flow, is_real=True)
+            self._counts.acquit(flow, is_real=True)
         decided_ns = decide(flow.handshake, flow.told, self._timeout_ns).decided_ns
         return _report(handshake.four_tuple, flow, flow.state, decided_ns)
-
-    def _is_flood(self, flow: Flow, why: str) -> None:
-        """What looks like a flood's was never stuck."""
-        flow.flood = why
-        self._counts["flood_suspected"] += 1
-        self._counts["ever_stuck"] -= 1
-
-    def _is_no_flood(self, flow: Flow, *, is_real: bool) -> None:
-        """It is none of a flood's any more; one that is real was stuck all the time."""
-        if flow.flood:
-            flow.flood = ""
-            self._counts["flood_suspected"] -= 1
-            self._counts["ever_stuck"] += is_real
 
     def _settle(self, four_tuple: FourTuple, flow: Flow, now_ns: int) -> FlowReport | None:
         """Bring a flow into the state its facts put it in by `now_ns`; a report if that is told."""
         report = self._settled(four_tuple, flow, now_ns)
-        was, flow.told_taken_over = flow.told_taken_over, _is_told_taken_over(flow)
-        self._counts["taken_over"] += flow.told_taken_over - was
+        self._counts.review_taken_over(flow)
         return report
 
     def _settled(self, four_tuple: FourTuple, flow: Flow, now_ns: int) -> FlowReport | None:
@@ -407,7 +339,7 @@ class Correlator:
             self._flood.note_real(four_tuple)
         decision = decide(flow.handshake, flow.told, self._timeout_ns)
         state = decision.state
-        if state in _CONNECTED_STATES and flow.ever_stuck:
+        if state in _CONNECTING_ENDS and flow.ever_stuck:
             state = State.RESCUED if flow.drawn_by_attempt() else State.RECOVERED
         elif state is State.SILENT and flow.unanswered:
             state = State.UNANSWERED
@@ -426,9 +358,9 @@ class Correlator:
         tell = state in _ALWAYS_TOLD or (wants_completed and state is State.COMPLETED)
         if tell:
             return self._told_in(four_tuple, flow, state, decision.decided_ns)
-        self._count_change(flow, state, tell)
+        self._counts.move(flow, state, told=False)
         if state not in SILENT_STATES:
-            self._is_no_flood(flow, is_real=state in _STATES_OF_REAL)
+            self._counts.acquit(flow, is_real=state in _STATES_OF_REAL)
         flow.state = state
         return None
 
@@ -443,14 +375,6 @@ class Correlator:
     def _is_silent(self, flow: Flow, now_ns: int) -> bool:
         decision = decide(flow.handshake, flow.told, self._timeout_ns)
         return flow.handshake.ending == Ending.NONE and _is_due(decision, flow, now_ns)
-
-    def _count_change(self, flow: Flow, state: State, tell: bool) -> None:
-        if flow.state is not None:
-            (self._untold if flow.told is None else self._told_now)[flow.state] -= 1
-        (self._told_now if tell or flow.told is not None else self._untold)[state] += 1
-        if state in STUCK_STATES and not flow.ever_stuck:
-            flow.ever_stuck = True
-            self._counts["ever_stuck"] += 1
 
     def expired(self, now_ns: int, table_rows: int, table_capacity: int) -> list[HandshakeId]:
         """The entries that may be deleted from the kernel's table, each named once.
@@ -484,7 +408,7 @@ class Correlator:
                 self._let_go(four_tuple, self._flows[four_tuple], leaving)
         for four_tuple in forgotten:
             if self._flows.pop(four_tuple).state is None:
-                self._counts["unresolved"] += 1
+                self._counts.unresolved += 1
         return leaving
 
     def _has_left(self, flow: Flow, since_syn_ns: int) -> bool:
@@ -498,32 +422,15 @@ class Correlator:
         flow.in_table = False
         leaving.append(HandshakeId(four_tuple, flow.handshake.first_syn_ns))
         if ending_of(flow.handshake) == Ending.NONE:
-            self._counts["let_go"] += 1
+            self._counts.let_go += 1
 
     def stats(self) -> CorrelatorStats:
         """The counts as they are now."""
         undecided = sum(
             flow.state is None and flow.seen_ns >= self._sweep_ns for flow in self._flows.values()
         )
-        told_now = {state: number for state, number in self._told_now.items() if number}
-        flooding = self._counts["flood_suspected"]
-        return CorrelatorStats(
-            told_now=told_now,
-            ever_stuck=self._counts["ever_stuck"],
-            still_stuck=sum(told_now.get(state, 0) for state in STUCK_STATES) - flooding,
-            flood_suspected=flooding,
-            taken_over=self._counts["taken_over"],
-            untold={state: number for state, number in self._untold.items() if number},
-            pending=self._young_in_sweep + undecided,
-            flows=len(self._flows),
-            superseded=told_now.get(State.SUPERSEDED, 0),
-            evicted=self._counts["evicted"],
-            let_go=self._counts["let_go"],
-            unresolved=self._counts["unresolved"],
-            late=self._counts["late"],
-            duplicate=self._counts["duplicate"],
-            torn=self._counts["torn"],
-        )
+        pending = self._young_in_sweep + undecided
+        return self._counts.stats(pending=pending, flows=len(self._flows))
 
 
 def _last_segment_ns(entry: Handshake) -> int:
@@ -538,18 +445,10 @@ def _is_due(decision: Decision, flow: Flow, now_ns: int) -> bool:
     return decision.at_once or decision.due_ns <= min(now_ns, flow.open_as_of_ns)
 
 
-def _is_told_taken_over(flow: Flow) -> bool:
-    """Whether it is told as connected by the SYN queue alone.
-
-    An ACK that undoes that (`ending_of`) does so here only when that is told.
-    """
-    return flow.told in _CONNECTED_AT_LAST and flow.handshake.ending == Ending.TAKEN_OVER
-
-
 def _report(four_tuple: FourTuple, flow: Flow, state: State, decided_ns: int) -> FlowReport:
     entry = flow.handshake
     timeline, omitted = build_timeline(entry, flow.segments, flow.segments_omitted, flow.attempts)
-    connected = state in _CONNECTED_AT_LAST
+    connected = state in CONNECTED_STATES
     return FlowReport(
         four_tuple=four_tuple,
         state=state,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tcpstuck_bpf.handshake.correlate import FlowReport
+from tcpstuck_bpf.handshake.flow import FlowReport
 from tcpstuck_bpf.model import HandshakeId, Sweep
 from tests.builders import SECOND_NS, Table, correlator, four_tuple
 from tests.property.history import History

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tcpstuck_bpf.handshake.correlate import Correlator, State
+from tcpstuck_bpf.handshake.correlate import Correlator
+from tcpstuck_bpf.handshake.flow import State
 from tcpstuck_bpf.model import Ending, EventKind, FourTuple, HandshakeId, Row, Sweep
 from tests.builders import (
     START_NS,
