@@ -162,7 +162,7 @@ class Analysis:
         self.told += len(findings)
         if self._table_seen:
             capacity = self.header.table_capacity
-            self.leaving = self.correlator.expired(now_ns, self._rows, capacity)
+            self.leaving = self.correlator.flows.expired(now_ns, self._rows, capacity)
             self._listeners.take_leaving(self.leaving)
             self._rows = 0
             self._table_seen = False

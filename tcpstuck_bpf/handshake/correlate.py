@@ -14,7 +14,6 @@ Times are CLOCK_MONOTONIC nanoseconds.
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Collection
 
@@ -22,7 +21,6 @@ from tcpstuck_bpf.handshake.deadlines import Deadlines
 from tcpstuck_bpf.handshake.flood import FloodWatch
 from tcpstuck_bpf.handshake.flow import (
     CONNECTED_STATES,
-    ENDED_STATES,
     SILENT_STATES,
     STUCK_STATES,
     Decision,
@@ -30,12 +28,11 @@ from tcpstuck_bpf.handshake.flow import (
     FlowReport,
     State,
     decide,
-    ending_of,
     is_remarkable,
     is_torn,
-    sharing,
 )
 from tcpstuck_bpf.handshake.flow_counts import CorrelatorStats, FlowCounts
+from tcpstuck_bpf.handshake.flow_table import FlowTable
 from tcpstuck_bpf.handshake.timeline import build_timeline
 from tcpstuck_bpf.model import (
     SECOND_NS,
@@ -51,15 +48,6 @@ from tcpstuck_bpf.model import (
 )
 
 DEFAULT_ROW_LIFE_NS = 15 * 60 * SECOND_NS
-
-# Flows that left the kernel's table are remembered for as long as an observation of them may come
-# late: a sweep's batch read before the end, or an event behind others in the ring buffer.
-_REMEMBERED_NS = 60 * SECOND_NS
-# What the SYN queue took over may still prove to be the cookie's, as long as that is valid: it was
-# made in this minute or the last (MAX_SYNCOOKIE_AGE).
-_COOKIE_VALID_NS = 120 * SECOND_NS
-# One in so many flows is evicted together, so that a flood does not search once per packet.
-_EVICTED_AT_ONCE = 16
 
 _CONNECTING_ENDS = frozenset({State.COMPLETED, State.TAKEN_OVER})
 _ALWAYS_TOLD = STUCK_STATES | {
@@ -102,17 +90,13 @@ class Correlator:
     ) -> None:
         self._timeout_ns = timeout_ns
         self._tell_healthy = tell_healthy
-        self._max_flows = max(1, max_flows)
-        self._row_life_ns = row_life_ns
+        self._counts = FlowCounts()
+        self.flows = FlowTable(self._counts, max(1, max_flows), row_life_ns)
         self.deadlines = Deadlines()
         """When sweeps would decide flows that events, or a choice of rows, showed."""
-        self._flows: dict[FourTuple, Flow] = {}
-        self._touched: set[FourTuple] = set()
-        self._ready: deque[FlowReport] = deque(maxlen=self._max_flows)
-        self._evicted_rows: deque[HandshakeId] = deque(maxlen=self._max_flows)
+        self._ready: deque[FlowReport] = deque(maxlen=max(1, max_flows))
         self._sweep_ns = 0
         self._young_in_sweep = 0
-        self._counts = FlowCounts()
         self._flood = FloodWatch()
 
     def observe(self, observation: Event | Sweep) -> None:
@@ -133,7 +117,7 @@ class Correlator:
         flow.in_table = flow.handshake.ending != Ending.COMPLETED
         if event.kind in _KINDS_OF_REAL:
             self._flood.note_real(event.four_tuple)
-        self._touched.add(event.four_tuple)
+        self.flows.touched.add(event.four_tuple)
 
     def _observe_sweep(self, sweep: Sweep) -> None:
         chosen = sweep.part is SweepPart.CHOSEN
@@ -145,7 +129,7 @@ class Correlator:
         for four_tuple, handshake in sweep.rows:
             if (
                 handshake.first_syn_ns > newest_due_ns
-                and four_tuple not in self._flows
+                and four_tuple not in self.flows
                 and not is_remarkable(handshake)
             ):
                 young += 1
@@ -160,7 +144,7 @@ class Correlator:
                 continue
             flow.in_table = True
             if flow.note(handshake, sweep.time_ns) or flow.unsettled:
-                self._touched.add(four_tuple)
+                self.flows.touched.add(four_tuple)
         if sweep.time_ns == self._sweep_ns and not chosen:
             self._young_in_sweep += young
         if sweep.part is not SweepPart.MORE:
@@ -173,19 +157,19 @@ class Correlator:
     def note_rescue(self, rescue: Rescue) -> None:
         """Take in what the rescuer did; of flows that are forgotten it counts nothing."""
         for attempt in rescue.attempts:
-            flow = self._flow_named(attempt.handshake)
+            flow = self.flows.named(attempt.handshake)
             if flow is not None:
                 flow.attempts += (attempt,)
         for handshake in rescue.unanswered:
-            flow = self._flow_named(handshake)
+            flow = self.flows.named(handshake)
             if flow is not None:
                 flow.unanswered = True
-                self._touched.add(handshake.four_tuple)
+                self.flows.touched.add(handshake.four_tuple)
 
     @property
     def netns_of_stuck(self) -> set[int]:
         """Network namespaces of the flows that are stuck."""
-        return {who.netns for who, flow in self._flows.items() if flow.state in STUCK_STATES}
+        return {who.netns for who, flow in self.flows.items() if flow.state in STUCK_STATES}
 
     def note_gone(self, netns: Collection[int], now_ns: int, until_ns: int | None = None) -> None:
         """Take in that these network namespaces are gone; `advance` tells who was stuck there.
@@ -193,7 +177,7 @@ class Correlator:
         `until_ns`: the numbers are those of others by now, and were not yet at that time: only of
         whom nothing has been seen since is known to have been in the ones that are gone.
         """
-        for four_tuple, flow in self._flows.items():
+        for four_tuple, flow in self.flows.items():
             if four_tuple.netns not in netns or flow.state not in STUCK_STATES:
                 continue
             if until_ns is None or _last_segment_ns(flow.handshake) <= until_ns:
@@ -209,14 +193,9 @@ class Correlator:
         flow.told_handshake, flow.told_segments = flow.handshake, flow.segments
         return report
 
-    def _flow_named(self, handshake: HandshakeId) -> Flow | None:
-        flow = self._flows.get(handshake.four_tuple)
-        known = flow is not None and flow.handshake.first_syn_ns == handshake.first_syn_ns
-        return flow if known else None
-
     def _flow_of(self, four_tuple: FourTuple, handshake: Handshake) -> Flow | None:
         """The flow that an observation belongs to; None where it is about an older handshake."""
-        known = self._flows.get(four_tuple)
+        known = self.flows.get(four_tuple)
         if known is not None:
             if known.handshake.first_syn_ns == handshake.first_syn_ns:
                 return known
@@ -224,10 +203,7 @@ class Correlator:
                 self._counts.late += 1
                 return None
             self._supersede(four_tuple, known)
-        elif len(self._flows) >= self._max_flows:
-            self._evict()
-        flow = self._flows[sharing(four_tuple)] = Flow(handshake)
-        return flow
+        return self.flows.begin(four_tuple, handshake)
 
     def _supersede(self, four_tuple: FourTuple, flow: Flow) -> None:
         """End a flow whose 4-tuple has a new handshake; what it had to tell is told first."""
@@ -239,46 +215,23 @@ class Correlator:
             self._counts.acquit(flow, is_real=False)
 
     def _keep_ready(self, report: FlowReport) -> None:
-        if len(self._ready) == self._max_flows:
+        if len(self._ready) == self._ready.maxlen:
             self._counts.evicted += 1
         self._ready.append(report)
-
-    def _evict(self) -> None:
-        """Make room: ended flows first, then told ones, then the others, each oldest first.
-
-        Those whose ACK was dropped go last of their kind.
-        """
-
-        def worth(item: tuple[FourTuple, Flow]) -> tuple[int, bool, int, FourTuple]:
-            four_tuple, flow = item
-            rank = 2 if flow.state is None else 0 if flow.state in ENDED_STATES else 1
-            entry = flow.handshake
-            return (rank, entry.acks_dropped > 0, entry.first_syn_ns, four_tuple)
-
-        number = max(1, self._max_flows // _EVICTED_AT_ONCE)
-        for four_tuple, flow in heapq.nsmallest(number, self._flows.items(), key=worth):
-            # Left in the table, a judged entry would come back with the next sweep and be told
-            # again; one that is not judged yet must come back.
-            if flow.in_table and flow.state is not None and four_tuple not in self._touched:
-                self._evicted_rows.append(HandshakeId(four_tuple, flow.handshake.first_syn_ns))
-            if flow.state not in ENDED_STATES:
-                self._counts.evicted += 1
-            del self._flows[four_tuple]
-            self._touched.discard(four_tuple)
 
     def advance(self, now_ns: int) -> list[FlowReport]:
         """The flows that came into a state worth telling, by the time of the deciding fact."""
         reports = list(self._ready)
         self._ready.clear()
         not_yet = set()
-        for four_tuple in self._touched:
-            flow = self._flows[four_tuple]
+        for four_tuple in self.flows.touched:
+            flow = self.flows[four_tuple]
             report = self._settle(four_tuple, flow, now_ns)
             if report is not None:
                 reports.append(report)
             elif flow.unsettled and flow.open_as_of_ns > now_ns:
                 not_yet.add(four_tuple)
-        self._touched = not_yet
+        self.flows.touched = not_yet
         reports.sort(key=_by_time)
         return self._beside_floods(reports)
 
@@ -305,7 +258,7 @@ class Correlator:
     def _with_flood(self, report: FlowReport) -> FlowReport:
         """A report of one that has just fallen silent."""
         handshake = HandshakeId(report.four_tuple, report.handshake.first_syn_ns)
-        flow = self._flow_named(handshake)
+        flow = self.flows.named(handshake)
         if flow is None or report.handshake.syn_count > 1:
             return report
         why = self._flood.why(handshake)
@@ -315,7 +268,7 @@ class Correlator:
 
     def _told_anew(self, handshake: HandshakeId) -> FlowReport | None:
         """A silent flow that looks otherwise than it was told; None where it does not."""
-        flow = self._flow_named(handshake)
+        flow = self.flows.named(handshake)
         if flow is None or flow.state not in SILENT_STATES:
             return None
         why = self._flood.why(handshake)
@@ -367,8 +320,8 @@ class Correlator:
     def netns_of_silent(self, now_ns: int) -> set[int]:
         """Network namespaces of those whose ACK's not being seen `advance` would judge."""
         found: set[int] = set()
-        for who in self._touched:
-            if who.netns not in found and self._is_silent(self._flows[who], now_ns):
+        for who in self.flows.touched:
+            if who.netns not in found and self._is_silent(self.flows[who], now_ns):
                 found.add(who.netns)
         return found
 
@@ -376,61 +329,13 @@ class Correlator:
         decision = decide(flow.handshake, flow.told, self._timeout_ns)
         return flow.handshake.ending == Ending.NONE and _is_due(decision, flow, now_ns)
 
-    def expired(self, now_ns: int, table_rows: int, table_capacity: int) -> list[HandshakeId]:
-        """The entries that may be deleted from the kernel's table, each named once.
-
-        Ended ones, once told (what the SYN queue took over, once no cookie of it is valid any
-        more); judged open ones whose last SYN is older than `row_life_ns`; and
-        where the `table_rows` fill more than three quarters of `table_capacity`, the oldest
-        judged ones until half of it is free, those whose ACK was dropped last (no flood's address
-        sends one). Never an entry not judged yet: it stays until it is.
-        Flows that the table does not hold any more are forgotten after a minute.
-        """
-        leaving = list(self._evicted_rows)
-        self._evicted_rows.clear()
-        crowded = 4 * table_rows > 3 * table_capacity
-        staying: list[tuple[bool, int, FourTuple]] = []
-        forgotten: list[FourTuple] = []
-        for four_tuple, flow in self._flows.items():
-            judged = flow.state is not None and four_tuple not in self._touched
-            if judged and flow.in_table:
-                last_syn_ns = flow.handshake.last_syn_ns
-                if self._has_left(flow, now_ns - last_syn_ns):
-                    self._let_go(four_tuple, flow, leaving)
-                elif crowded:
-                    dropped = flow.handshake.acks_dropped > 0
-                    staying.append((dropped, last_syn_ns, four_tuple))
-            elif now_ns - flow.seen_ns > _REMEMBERED_NS and four_tuple not in self._touched:
-                forgotten.append(four_tuple)
-        if crowded:
-            excess = table_rows - len(leaving) - table_capacity // 2
-            for _, _, four_tuple in heapq.nsmallest(excess, staying):
-                self._let_go(four_tuple, self._flows[four_tuple], leaving)
-        for four_tuple in forgotten:
-            if self._flows.pop(four_tuple).state is None:
-                self._counts.unresolved += 1
-        return leaving
-
-    def _has_left(self, flow: Flow, since_syn_ns: int) -> bool:
-        """Whether nothing more is to be learned of a judged flow by keeping its entry."""
-        if ending_of(flow.handshake) == Ending.TAKEN_OVER:
-            return since_syn_ns > min(_COOKIE_VALID_NS, self._row_life_ns)
-        ended = flow.state in ENDED_STATES and not flow.unsettled
-        return ended or since_syn_ns > self._row_life_ns
-
-    def _let_go(self, four_tuple: FourTuple, flow: Flow, leaving: list[HandshakeId]) -> None:
-        flow.in_table = False
-        leaving.append(HandshakeId(four_tuple, flow.handshake.first_syn_ns))
-        if ending_of(flow.handshake) == Ending.NONE:
-            self._counts.let_go += 1
-
     def stats(self) -> CorrelatorStats:
         """The counts as they are now."""
         undecided = sum(
-            flow.state is None and flow.seen_ns >= self._sweep_ns for flow in self._flows.values()
+            flow.state is None and flow.seen_ns >= self._sweep_ns for _, flow in self.flows.items()
         )
         pending = self._young_in_sweep + undecided
-        return self._counts.stats(pending=pending, flows=len(self._flows))
+        return self._counts.stats(pending=pending, flows=len(self.flows))
 
 
 def _last_segment_ns(entry: Handshake) -> int:

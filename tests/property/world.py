@@ -67,7 +67,7 @@ class World:
             self.told += self.correlator.advance(self.now_ns)
         if what == "tidy":
             rows = len(self.table.entries)
-            self.leaving = self.correlator.expired(self.now_ns, rows, 1_000)
+            self.leaving = self.correlator.flows.expired(self.now_ns, rows, 1_000)
             assert len(set(self.leaving)) == len(self.leaving)
 
     def finish(self) -> None:

@@ -386,7 +386,7 @@ def test_a_new_handshake_without_a_cookie_supersedes_too(event_is_lost: bool) ->
     stats = watching.stats()
     assert (stats.superseded, stats.ever_stuck, stats.still_stuck) == (1, 1, 0)
     gone = HandshakeId(four_tuple(), SYN_ONCE.first_syn_ns)
-    assert watching.expired(at(11), 1, 1024) == [gone]
+    assert watching.flows.expired(at(11), 1, 1024) == [gone]
 
 
 def test_a_new_handshake_supersedes_a_stuck_one_without_a_line() -> None:
