@@ -201,7 +201,7 @@ class Analysis:
             if netns in (GONE_NETNS, CROWDED_NETNS):
                 continue
             acks = sum(counts.get(which, 0) for which in _ACKS)
-            self.correlator.note_acks(netns, tally.time_ns, acks)
+            self.correlator.flood.note_acks(netns, tally.time_ns, acks)
         unseen = unseen_acks(self._tallies[0], tally, self.header.coverage)
         living = living_of(tally.kernel_before)
         for netns, number in unseen.items():

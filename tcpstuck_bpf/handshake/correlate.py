@@ -19,8 +19,8 @@ from collections.abc import Collection
 
 from tcpstuck_bpf.handshake.deadlines import Deadlines
 from tcpstuck_bpf.handshake.flood import FloodWatch
+from tcpstuck_bpf.handshake.flood_marks import REAL_STATES, FloodMarks
 from tcpstuck_bpf.handshake.flow import (
-    CONNECTED_STATES,
     SILENT_STATES,
     STUCK_STATES,
     Decision,
@@ -32,8 +32,8 @@ from tcpstuck_bpf.handshake.flow import (
     is_torn,
 )
 from tcpstuck_bpf.handshake.flow_counts import CorrelatorStats, FlowCounts
+from tcpstuck_bpf.handshake.flow_report import by_time, report_of
 from tcpstuck_bpf.handshake.flow_table import FlowTable
-from tcpstuck_bpf.handshake.timeline import build_timeline
 from tcpstuck_bpf.model import (
     SECOND_NS,
     Ending,
@@ -41,7 +41,6 @@ from tcpstuck_bpf.model import (
     EventKind,
     FourTuple,
     Handshake,
-    HandshakeId,
     Rescue,
     Sweep,
     SweepPart,
@@ -65,12 +64,6 @@ _ALWAYS_TOLD = STUCK_STATES | {
 _KINDS_OF_REAL = frozenset(
     {EventKind.COMPLETED, EventKind.ACK_DROPPED, EventKind.ACK_FILTERED, EventKind.NO_LISTENER}
 )
-# What no spoofed source brings about: an ACK of its cookie.
-_STATES_OF_REAL = CONNECTED_STATES | {
-    State.ACK_DROPPED,
-    State.ACK_FILTERED,
-    State.NO_LISTENER,
-}
 
 
 class Correlator:
@@ -94,10 +87,12 @@ class Correlator:
         self.flows = FlowTable(self._counts, max(1, max_flows), row_life_ns)
         self.deadlines = Deadlines()
         """When sweeps would decide flows that events, or a choice of rows, showed."""
+        self.flood = FloodWatch()
+        """Which silent flows look like a SYN flood's; the counts of ACKs go to it."""
+        self._marks = FloodMarks(self.flood, self.flows, self._counts, timeout_ns)
         self._ready: deque[FlowReport] = deque(maxlen=max(1, max_flows))
         self._sweep_ns = 0
         self._young_in_sweep = 0
-        self._flood = FloodWatch()
 
     def observe(self, observation: Event | Sweep) -> None:
         """Take in an event, or a sweep (or one batch of it)."""
@@ -116,7 +111,7 @@ class Correlator:
         # The program that tells of a completion removes the entry; every other event leaves it.
         flow.in_table = flow.handshake.ending != Ending.COMPLETED
         if event.kind in _KINDS_OF_REAL:
-            self._flood.note_real(event.four_tuple)
+            self.flood.note_real(event.four_tuple)
         self.flows.touched.add(event.four_tuple)
 
     def _observe_sweep(self, sweep: Sweep) -> None:
@@ -149,10 +144,6 @@ class Correlator:
             self._young_in_sweep += young
         if sweep.part is not SweepPart.MORE:
             self.deadlines.forget_until(sweep.time_ns)
-
-    def note_acks(self, netns: int, time_ns: int, total: int) -> None:
-        """How many ACKs for cookies came in a network namespace since the run began."""
-        self._flood.note_acks(netns, time_ns, total)
 
     def note_rescue(self, rescue: Rescue) -> None:
         """Take in what the rescuer did; of flows that are forgotten it counts nothing."""
@@ -188,7 +179,7 @@ class Correlator:
     ) -> FlowReport:
         self._counts.move(flow, state, told=True)
         flow.state = state
-        report = _report(four_tuple, flow, state, decided_ns)
+        report = report_of(four_tuple, flow, state, decided_ns)
         flow.told = state
         flow.told_handshake, flow.told_segments = flow.handshake, flow.segments
         return report
@@ -232,54 +223,8 @@ class Correlator:
             elif flow.unsettled and flow.open_as_of_ns > now_ns:
                 not_yet.add(four_tuple)
         self.flows.touched = not_yet
-        reports.sort(key=_by_time)
-        return self._beside_floods(reports)
-
-    def _beside_floods(self, reports: list[FlowReport]) -> list[FlowReport]:
-        """The reports, those of a SYN flood as such, and others to correct what was told before.
-
-        All are noted before the first is judged: what shows a flood comes after its first SYNs.
-        """
-        fresh = [r.state in SILENT_STATES and r.previous not in SILENT_STATES for r in reports]
-        for report, is_fresh in zip(reports, fresh):
-            entry = report.handshake
-            if report.state in _STATES_OF_REAL or entry.syn_count > 1:
-                self._flood.note_real(report.four_tuple)
-            elif is_fresh:
-                self._flood.note(report.four_tuple, entry)
-        revised = self._flood.settle()
-        told = [
-            self._with_flood(report) if is_fresh else report
-            for report, is_fresh in zip(reports, fresh)
-        ]
-        anew = filter(None, map(self._told_anew, revised))
-        return [*sorted(anew, key=_by_time), *told]
-
-    def _with_flood(self, report: FlowReport) -> FlowReport:
-        """A report of one that has just fallen silent."""
-        handshake = HandshakeId(report.four_tuple, report.handshake.first_syn_ns)
-        flow = self.flows.named(handshake)
-        if flow is None or report.handshake.syn_count > 1:
-            return report
-        why = self._flood.why(handshake)
-        if why:
-            self._counts.suspect(flow, why)
-        return report._replace(flood=why)
-
-    def _told_anew(self, handshake: HandshakeId) -> FlowReport | None:
-        """A silent flow that looks otherwise than it was told; None where it does not."""
-        flow = self.flows.named(handshake)
-        if flow is None or flow.state not in SILENT_STATES:
-            return None
-        why = self._flood.why(handshake)
-        if bool(why) == bool(flow.flood):
-            return None
-        if why:
-            self._counts.suspect(flow, why)
-        else:
-            self._counts.acquit(flow, is_real=True)
-        decided_ns = decide(flow.handshake, flow.told, self._timeout_ns).decided_ns
-        return _report(handshake.four_tuple, flow, flow.state, decided_ns)
+        reports.sort(key=by_time)
+        return self._marks.mark(reports)
 
     def _settle(self, four_tuple: FourTuple, flow: Flow, now_ns: int) -> FlowReport | None:
         """Bring a flow into the state its facts put it in by `now_ns`; a report if that is told."""
@@ -289,7 +234,7 @@ class Correlator:
 
     def _settled(self, four_tuple: FourTuple, flow: Flow, now_ns: int) -> FlowReport | None:
         if flow.flood and flow.handshake.syn_count > 1:
-            self._flood.note_real(four_tuple)
+            self.flood.note_real(four_tuple)
         decision = decide(flow.handshake, flow.told, self._timeout_ns)
         state = decision.state
         if state in _CONNECTING_ENDS and flow.ever_stuck:
@@ -313,7 +258,7 @@ class Correlator:
             return self._told_in(four_tuple, flow, state, decision.decided_ns)
         self._counts.move(flow, state, told=False)
         if state not in SILENT_STATES:
-            self._counts.acquit(flow, is_real=state in _STATES_OF_REAL)
+            self._counts.acquit(flow, is_real=state in REAL_STATES)
         flow.state = state
         return None
 
@@ -342,31 +287,5 @@ def _last_segment_ns(entry: Handshake) -> int:
     return max(entry.last_syn_ns, entry.last_ack_dropped_ns, entry.last_ack_filtered_ns)
 
 
-def _by_time(report: FlowReport) -> tuple[int, FourTuple, int]:
-    return (report.decided_ns, report.four_tuple, report.handshake.first_syn_ns)
-
-
 def _is_due(decision: Decision, flow: Flow, now_ns: int) -> bool:
     return decision.at_once or decision.due_ns <= min(now_ns, flow.open_as_of_ns)
-
-
-def _report(four_tuple: FourTuple, flow: Flow, state: State, decided_ns: int) -> FlowReport:
-    entry = flow.handshake
-    timeline, omitted = build_timeline(entry, flow.segments, flow.segments_omitted, flow.attempts)
-    connected = state in CONNECTED_STATES
-    return FlowReport(
-        four_tuple=four_tuple,
-        state=state,
-        previous=flow.told,
-        previous_facts=flow.told_facts,
-        handshake=entry,
-        decided_ns=decided_ns,
-        delay_ns=decided_ns - entry.first_syn_ns if connected else None,
-        segments=flow.segments,
-        timeline=timeline,
-        timeline_omitted=omitted,
-        flags=flow.flags,
-        segments_omitted=flow.segments_omitted,
-        attempts=flow.attempts,
-        flood=flow.flood,
-    )
