@@ -1,13 +1,12 @@
-"""From observations of the awaiting-ACK table to flows worth telling.
+"""The correlator, which merges observations of the awaiting-ACK table into flows and reports them.
 
-Pure: takes events and sweeps, knows no clock, does no I/O, needs neither root nor BCC. The same
-observations and the same calls of `advance` give the same reports, which is what makes a
-recording worth its disk space.
+Pure: it takes events and sweeps, reads no clock, does no I/O, and needs neither root nor BCC. The
+same observations and the same calls of `advance` give the same reports. A recording relies on that.
 
-Nothing is concluded from what does *not* arrive: an entry counts as silent at its deadline only
-when an event or a sweep saw it, still open, at or after the deadline. An event that the ring
-buffer lost can therefore never turn a healthy connection into a stuck one; the entry keeps the
-fact, or is gone, and either shows in the next sweep.
+A missing event proves nothing. An entry counts as silent only when an event or a sweep saw it,
+still open, at or after its deadline. An event that the ring buffer lost can therefore never turn a
+healthy connection into a stuck one: the entry keeps the fact, or is gone, and the next sweep shows
+which.
 
 Times are CLOCK_MONOTONIC nanoseconds.
 """
@@ -47,9 +46,10 @@ from tcpstuck_bpf.model import (
 )
 
 DEFAULT_ROW_LIFE_NS = 15 * 60 * SECOND_NS
+"""How long a judged, open entry stays in the kernel's table after its last SYN."""
 
 _CONNECTING_ENDS = frozenset({State.COMPLETED, State.TAKEN_OVER})
-_ALWAYS_TOLD = STUCK_STATES | {
+_ALWAYS_REPORTED = STUCK_STATES | {
     State.RECOVERED,
     State.RESCUED,
     State.DATA_LOST,
@@ -59,19 +59,19 @@ _ALWAYS_TOLD = STUCK_STATES | {
     State.REPEATING,
     State.NAMESPACE_GONE,
 }
-
-
+# Events that no spoofed source causes: they need an ACK of its cookie.
 _KINDS_OF_REAL = frozenset(
     {EventKind.COMPLETED, EventKind.ACK_DROPPED, EventKind.ACK_FILTERED, EventKind.NO_LISTENER}
 )
 
 
 class Correlator:
-    """Merges events and sweeps into flows and tells the ones that come into a state worth it.
+    """Merges events and sweeps into flows and reports flows that come into a state worth it.
 
-    `timeout_ns`: silence that becomes a verdict. `tell_healthy`: tell completed flows as well.
-    `max_flows`: no more flows than this are held (and no more reports or entries to let go that
-    nobody fetched). `row_life_ns`: how long after its last SYN a judged, open entry may stay.
+    `timeout_ns`: silence of this length becomes a verdict. `tell_healthy`: completed flows are
+    reported as well. `max_flows` bounds the flows in memory, the reports that wait for `advance`
+    and the evicted entries that wait for `expired`. `row_life_ns`: how long after its last SYN a
+    judged, open entry may stay in the kernel's table.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Correlator:
         self._young_in_sweep = 0
 
     def observe(self, observation: Event | Sweep) -> None:
-        """Take in an event, or a sweep (or one batch of it)."""
+        """Take in an event, or a sweep or one batch of it."""
         if isinstance(observation, Sweep):
             self._observe_sweep(observation)
         else:
@@ -108,7 +108,7 @@ class Correlator:
         news = flow.note(event.handshake, event.time_ns)
         if not flow.note_segment(event) and not news:
             self._counts.duplicate += 1
-        # The program that tells of a completion removes the entry; every other event leaves it.
+        # The program that emits a completion removes the entry; after other events the entry stays.
         flow.in_table = flow.handshake.ending != Ending.COMPLETED
         if event.kind in _KINDS_OF_REAL:
             self.flood.note_real(event.four_tuple)
@@ -146,7 +146,7 @@ class Correlator:
             self.deadlines.forget_until(sweep.time_ns)
 
     def note_rescue(self, rescue: Rescue) -> None:
-        """Take in what the rescuer did; of flows that are forgotten it counts nothing."""
+        """Take in what the rescuer did; attempts for forgotten flows are ignored."""
         for attempt in rescue.attempts:
             flow = self.flows.named(attempt.handshake)
             if flow is not None:
@@ -159,25 +159,26 @@ class Correlator:
 
     @property
     def netns_of_stuck(self) -> set[int]:
-        """Network namespaces of the flows that are stuck."""
+        """The network namespaces with stuck flows."""
         return {who.netns for who, flow in self.flows.items() if flow.state in STUCK_STATES}
 
     def note_gone(self, netns: Collection[int], now_ns: int, until_ns: int | None = None) -> None:
-        """Take in that these network namespaces are gone; `advance` tells who was stuck there.
+        """Take in that these network namespaces are gone; `advance` reports the stuck flows there.
 
-        `until_ns`: the numbers are those of others by now, and were not yet at that time: only of
-        whom nothing has been seen since is known to have been in the ones that are gone.
+        `until_ns` is given if other namespaces have these inode numbers by now: the latest time at
+        which the old ones still had them. A flow that was seen later may be in a new namespace, and
+        is left alone.
         """
         for four_tuple, flow in self.flows.items():
             if four_tuple.netns not in netns or flow.state not in STUCK_STATES:
                 continue
             if until_ns is None or _last_segment_ns(flow.handshake) <= until_ns:
-                self._keep_ready(self._told_in(four_tuple, flow, State.NAMESPACE_GONE, now_ns))
+                self._keep_ready(self._reported_in(four_tuple, flow, State.NAMESPACE_GONE, now_ns))
 
-    def _told_in(
+    def _reported_in(
         self, four_tuple: FourTuple, flow: Flow, state: State, decided_ns: int
     ) -> FlowReport:
-        self._counts.move(flow, state, told=True)
+        self._counts.move(flow, state, reported=True)
         flow.state = state
         report = report_of(four_tuple, flow, state, decided_ns)
         flow.told = state
@@ -185,7 +186,7 @@ class Correlator:
         return report
 
     def _flow_of(self, four_tuple: FourTuple, handshake: Handshake) -> Flow | None:
-        """The flow that an observation belongs to; None where it is about an older handshake."""
+        """The flow that an observation belongs to; None if its handshake is an older one."""
         known = self.flows.get(four_tuple)
         if known is not None:
             if known.handshake.first_syn_ns == handshake.first_syn_ns:
@@ -197,7 +198,7 @@ class Correlator:
         return self.flows.begin(four_tuple, handshake)
 
     def _supersede(self, four_tuple: FourTuple, flow: Flow) -> None:
-        """End a flow whose 4-tuple has a new handshake; what it had to tell is told first."""
+        """End a flow whose 4-tuple has a new handshake; a report that is due is kept ready."""
         report = self._settle(four_tuple, flow, flow.seen_ns)
         if report is not None:
             self._keep_ready(report)
@@ -211,7 +212,7 @@ class Correlator:
         self._ready.append(report)
 
     def advance(self, now_ns: int) -> list[FlowReport]:
-        """The flows that came into a state worth telling, by the time of the deciding fact."""
+        """Report the flows that came into a state worth it, by the time of the deciding fact."""
         reports = list(self._ready)
         self._ready.clear()
         not_yet = set()
@@ -227,7 +228,7 @@ class Correlator:
         return self._marks.mark(reports)
 
     def _settle(self, four_tuple: FourTuple, flow: Flow, now_ns: int) -> FlowReport | None:
-        """Bring a flow into the state its facts put it in by `now_ns`; a report if that is told."""
+        """Bring a flow into the state that its facts give at `now_ns`; a report where it is due."""
         report = self._settled(four_tuple, flow, now_ns)
         self._counts.review_taken_over(flow)
         return report
@@ -253,17 +254,16 @@ class Correlator:
             return None
         flow.unsettled = False
         wants_completed = self._tell_healthy or flow.told is not None
-        tell = state in _ALWAYS_TOLD or (wants_completed and state is State.COMPLETED)
-        if tell:
-            return self._told_in(four_tuple, flow, state, decision.decided_ns)
-        self._counts.move(flow, state, told=False)
+        if state in _ALWAYS_REPORTED or (wants_completed and state is State.COMPLETED):
+            return self._reported_in(four_tuple, flow, state, decision.decided_ns)
+        self._counts.move(flow, state, reported=False)
         if state not in SILENT_STATES:
             self._counts.acquit(flow, is_real=state in REAL_STATES)
         flow.state = state
         return None
 
     def netns_of_silent(self, now_ns: int) -> set[int]:
-        """Network namespaces of those whose ACK's not being seen `advance` would judge."""
+        """The network namespaces of the flows that `advance` would judge by the lack of an ACK."""
         found: set[int] = set()
         for who in self.flows.touched:
             if who.netns not in found and self._is_silent(self.flows[who], now_ns):

@@ -55,11 +55,11 @@ class FlowCounts:
         self._untold: Counter[State] = Counter()
         self._ever_stuck = self._flood_suspected = self._taken_over = 0
 
-    def move(self, flow: Flow, state: State, *, told: bool) -> None:
+    def move(self, flow: Flow, state: State, *, reported: bool) -> None:
         """Count that a flow leaves its state for this one, which is reported or not."""
         if flow.state is not None:
             (self._untold if flow.told is None else self._told_now)[flow.state] -= 1
-        (self._told_now if told or flow.told is not None else self._untold)[state] += 1
+        (self._told_now if reported or flow.told is not None else self._untold)[state] += 1
         if state in STUCK_STATES and not flow.ever_stuck:
             flow.ever_stuck = True
             self._ever_stuck += 1

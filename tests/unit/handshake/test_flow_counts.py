@@ -13,7 +13,7 @@ def stats(counts: FlowCounts) -> CorrelatorStats:
 
 
 def move(counts: FlowCounts, flow: Flow, state: State, *, told: bool) -> None:
-    counts.move(flow, state, told=told)
+    counts.move(flow, state, reported=told)
     flow.state = state
     if told:
         flow.told = state
