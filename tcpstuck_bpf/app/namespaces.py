@@ -1,4 +1,4 @@
-"""Network namespaces that are gone: found from time to time, and room made of what they left."""
+"""The search for network namespaces that are gone; their table entries make room for others."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ LOOK_INTERVAL_NS = 5 * SECOND_NS
 
 
 class NamespaceWatch:
-    """Looks for network namespaces that are gone, or whose inode number is another one's by now.
+    """Finds network namespaces that are gone, or whose inode number is another one's by now.
 
-    `find_gone` returns which of some network namespaces nothing leads to any more. `find_living`
-    returns their cookies by inode number, where they are known; without it the cookies come from
-    `note_living` alone.
+    `find_gone` returns those of the given network namespaces that nothing leads to any more.
+    `find_living` returns the known cookies of network namespaces by inode number; without it the
+    cookies come from `note_living` alone.
     """
 
     def __init__(
@@ -50,9 +50,9 @@ class NamespaceWatch:
         return self._clock_ns() >= self._looks.due_ns
 
     def look(self, stuck: Collection[int]) -> list[Vanished]:
-        """Find out which network namespaces with stuck clients are gone.
+        """Find the network namespaces with stuck clients that are gone.
 
-        Where tables fill, those that are gone make room for others, whoever is stuck.
+        Where tables fill, the entries of all namespaces that are gone are removed.
         """
         begun_ns = self._clock_ns()
         crowd = self._source.netns_in_full_tables()
