@@ -178,8 +178,7 @@ class Correlator:
     def _reported_in(
         self, four_tuple: FourTuple, flow: Flow, state: State, decided_ns: int
     ) -> FlowReport:
-        self._counts.move(flow, state, reported=True)
-        flow.state = state
+        self._enter(flow, state, reported=True)
         report = report_of(four_tuple, flow, state, decided_ns)
         flow.told = state
         flow.told_handshake, flow.told_segments = flow.handshake, flow.segments
@@ -256,11 +255,15 @@ class Correlator:
         wants_completed = self._tell_healthy or flow.told is not None
         if state in _ALWAYS_REPORTED or (wants_completed and state is State.COMPLETED):
             return self._reported_in(four_tuple, flow, state, decision.decided_ns)
-        self._counts.move(flow, state, reported=False)
+        self._enter(flow, state, reported=False)
+        return None
+
+    def _enter(self, flow: Flow, state: State, *, reported: bool) -> None:
+        """Put a flow into a state; one that is silent no more is none of a SYN flood."""
+        self._counts.move(flow, state, reported=reported)
         if state not in SILENT_STATES:
             self._counts.acquit(flow, is_real=state in REAL_STATES)
         flow.state = state
-        return None
 
     def netns_of_silent(self, now_ns: int) -> set[int]:
         """The network namespaces of the flows that `advance` would judge by the lack of an ACK."""

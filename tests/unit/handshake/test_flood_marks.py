@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
+from tcpstuck_bpf.model import Ending
+from tcpstuck_bpf.steps import Advanced, Vanished
+from tests.builders import ended
 from tests.flood_world import Client, FloodWorld, client, one_sender, with_dropped_ack
 
 
@@ -54,3 +59,35 @@ def test_a_client_that_repeats_its_syn_is_none_of_a_flood() -> None:
     world.look()
     assert world.at_last[who].stuck
     assert world.summary().flood_suspected == 499
+
+
+@pytest.mark.parametrize(
+    ("ending", "stuck", "ever_stuck"),
+    [(Ending.NONE, 1, 1), (Ending.COMPLETED, 0, 1), (Ending.RESET, 0, 0)],
+)
+def test_who_is_silent_no_more_is_none_of_a_flood(
+    ending: Ending, stuck: int, ever_stuck: int
+) -> None:
+    world = FloodWorld(one_sender(500))
+    world.watch()
+    who, entry = world.clients[0]
+    if ending == Ending.NONE:
+        world.clients[0] = with_dropped_ack(world.clients[0])
+    else:
+        world.clients[0] = Client(who, ended(entry, ending, world.now_ns))
+    world.look()
+    summary = world.watch() if ending == Ending.NONE else world.summary()
+    found = world.at_last[who]
+    assert (found.stuck, found.flood_suspected) == (bool(stuck), False)
+    assert (summary.still_stuck, summary.ever_stuck) == (stuck, ever_stuck)
+    assert summary.flood_suspected == 499
+
+
+def test_a_flood_in_a_namespace_that_is_gone_leaves_nobody_stuck() -> None:
+    world = FloodWorld(one_sender(500))
+    world.watch()
+    netns = world.clients[0].four_tuple.netns
+    world.analysis.take(Vanished(world.now_ns, (netns,)))
+    world.analysis.take(Advanced(world.now_ns))
+    summary = world.summary()
+    assert (summary.still_stuck, summary.ever_stuck, summary.flood_suspected) == (0, 0, 0)
