@@ -167,9 +167,9 @@ class Analysis:
         self.told += len(findings)
         if self._table_seen:
             capacity = self.header.table_capacity
-            self.leaving = self.correlator.expired(now_ns, self._rows, capacity)
+            self.leaving = self.correlator.flows.expired(now_ns, self._rows, capacity)
             self._listeners.take_leaving(self.leaving)
-            self._stuck.settle(self.correlator.tracks)
+            self._stuck.settle(lambda one: self.correlator.flows.named(one) is not None)
             self._rows = 0
             self._table_seen = False
         return findings
@@ -208,7 +208,7 @@ class Analysis:
             if netns in (GONE_NETNS, CROWDED_NETNS):
                 continue
             acks = sum(counts.get(which, 0) for which in _ACKS)
-            self.correlator.note_acks(netns, tally.time_ns, acks)
+            self.correlator.flood.note_acks(netns, tally.time_ns, acks)
         unseen = unseen_acks(self._tallies[0], tally, self.header.coverage)
         living = living_of(tally.kernel_before)
         for netns, number in unseen.items():

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tcpstuck_bpf import terminal
-from tcpstuck_bpf.app import run_replay
+from tcpstuck_bpf.app.playback import run_replay
 from tcpstuck_bpf.console import discard, open_standard_streams, print_lines, say, unforeseen
 from tcpstuck_bpf.errors import (
     EXIT_CANNOT_TRACE,

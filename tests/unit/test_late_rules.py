@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tcpstuck_bpf import analysis
-from tcpstuck_bpf.app import run_replay
+from tcpstuck_bpf.app.playback import run_replay
 from tcpstuck_bpf.host import kallsyms
 from tcpstuck_bpf.host.ruleset_reader import read_ruleset
 from tcpstuck_bpf.host.ruleset_watch import RulesetWatch
