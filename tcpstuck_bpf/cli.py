@@ -39,7 +39,7 @@ _OUTPUT_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, 
 """What a disk or terminal behind standard output refuses with; who else meets it says so itself."""
 
 _REPLAY_OPTIONS = frozenset(
-    {"replay", "json", "verbose", "only", "summary", "timeout"}
+    {"replay", "json", "each", "verbose", "only", "summary", "timeout"}
     | {"port", "family", "listener", "netns"}
 )
 _DOCTOR_OPTIONS = frozenset({"doctor", "vmlinux", "against", "json", "verbose"})
@@ -65,9 +65,9 @@ def _replay(options: argparse.Namespace) -> int:
         options,
         "a recording holds what was traced, and how",
         "leave it out; -p, -4, -6, --listener, --netns and -t choose what is judged; --json, "
-        "--only, -v and --summary choose what is shown",
+        "--only, --each, -v and --summary choose what is shown",
     )
-    from tcpstuck_bpf.app import run_replay
+    from tcpstuck_bpf.app.playback import run_replay
     from tcpstuck_bpf.narrowing import NarrowedReplay, Wanted
     from tcpstuck_bpf.run import exit_status, listener_address, output_for
 

@@ -15,7 +15,7 @@ from tcpstuck_bpf.model import Attempt
 from tcpstuck_bpf.summary import Status, Summary
 
 if TYPE_CHECKING:
-    from tcpstuck_bpf.app import Output
+    from tcpstuck_bpf.app.interfaces import Output
 
 
 class Heartbeat:

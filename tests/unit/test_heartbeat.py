@@ -42,7 +42,7 @@ class Shown:
 
 
 def status(running_ns: int) -> Status:
-    return Status("port 3311", 1200, 1100, 99, 1, running_ns)
+    return Status("port 3311", 1200, 1100, 99, 1, running_ns, running_ns)
 
 
 def beats(times_ns: list[int], interval_ns: int = 5 * MINUTE_NS) -> list[str]:

@@ -30,7 +30,13 @@ class Terminal(io.StringIO):
 
 def renderer(colour: bool = False) -> TableRenderer:
     return TableRenderer(
-        clock=CLOCK, width=80, colour=colour, verbose=False, own_netns=1, netns_names={}
+        clock=CLOCK,
+        width=80,
+        colour=colour,
+        verbose=False,
+        own_netns=1,
+        netns_names={},
+        each=True,
     )
 
 
@@ -54,7 +60,7 @@ def test_a_status_line_is_rewritten_where_that_is_understood(
         monkeypatch.setenv("TERM", kind)
     text = stream()
     output = TableOutput(text, renderer(), Selection([], False))
-    output.status(Status("port 3311", 1, 1, 0, 0, 1_000_000_000))
+    output.status(Status("port 3311", 1, 1, 0, 0, 1_000_000_000, 1))
     output.findings([finding(LONG_IPV4)])
     output.close()
     assert (CLEAR_LINE in text.getvalue()) == rewritten
