@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab.guests import machine, run
+from lab.guests import guest_command, machine, run
 from lab.guests.run import GuestError, GuestOptions, run_in_guest
 
 words = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
@@ -48,7 +48,7 @@ def following(arguments: list[str], name: str) -> list[str]:
 
 def parsed(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    run.add_parser(parser.add_subparsers())
+    guest_command.add_parser(parser.add_subparsers())
     return parser.parse_args(["guest", *arguments])
 
 
@@ -180,11 +180,11 @@ class TestArguments:
     def test_command_may_contain_options_and_dashes(self) -> None:
         arguments = parsed("--cpus", "4", "--", "sh", "-c", "exit 3", "--", "--cpus")
         assert arguments.command == ["--", "sh", "-c", "exit 3", "--", "--cpus"]
-        assert run.options_from(arguments).cpus == 4
+        assert guest_command.options_from(arguments).cpus == 4
 
     def test_everything_reaches_the_options(self, tmp_path: Path) -> None:
         image = tmp_path / "vmlinuz"
-        options = run.options_from(
+        options = guest_command.options_from(
             parsed(
                 *("--kernel", str(image), "--memory", "512M", "--icount", "--share", str(tmp_path)),
                 *("--root", str(tmp_path), "--view", str(tmp_path)),

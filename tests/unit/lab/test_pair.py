@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lab.errors import LabError
-from lab.guests import machine, pair, run
+from lab.guests import guest_command, machine, pair, run
 from lab.guests.pair import Pair, PairResult
 from lab.guests.pair_end import (
     FAMILIES,
@@ -50,7 +50,7 @@ def said(*lines: dict[str, Any]) -> bytes:
 def parsed(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     subparsers = parser.add_subparsers()
-    for module in (run, pair):
+    for module in (guest_command, pair):
         module.add_parser(subparsers)
     return parser.parse_args(words)
 
@@ -127,7 +127,7 @@ class TestWire:
         words = machine.guest_words(options, pair.command_for("server"))
         assert words[:3] == [sys.executable, "-m", "lab"]
         arguments = parsed(*words[3:])
-        assert run.options_from(arguments) == options
+        assert guest_command.options_from(arguments) == options
         assert arguments.command[1:] == pair.command_for("server")
 
     @pytest.mark.parametrize("text", ["7", "x,02:00:00:00:09:01", "7,socket", "7,"])
