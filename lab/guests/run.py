@@ -14,8 +14,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
@@ -36,6 +38,11 @@ HARNESS_STATUS = 125
 """The exit status when the harness, not the command, failed, as with coreutils' env."""
 _CHUNK_BYTES = 65536
 _LOG_TAIL_LINES = 15
+_MORTAL = ("setpriv", "--pdeathsig", "ALRM", "timeout", "--signal=KILL", "0")
+"""Before a command: when the thread that started it has ended, whatever ended it, the command and
+all of its process group are killed. `timeout` waits for that; its own limit, 0, is none."""
+_thread = threading.local()
+"""In a thread of `guests_beside`, its `stop` is the descriptor that tells its guest to end."""
 
 Sink = Callable[[bytes], object]
 """Takes a piece of a stream as it arrives."""
@@ -125,6 +132,21 @@ def run_in_guest(
         boot_s=outcome.boot_s,
         total_s=time.monotonic() - started,
     )
+
+
+@contextlib.contextmanager
+def guests_beside(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads for so many guests at a time; whatever ends the block ends all of them first."""
+    stop, held = os.pipe()
+    pool = ThreadPoolExecutor(count, initializer=setattr, initargs=(_thread, "stop", (stop,)))
+    with sigterm_ends_program():
+        try:
+            yield pool
+        finally:
+            os.close(held)
+            pool.shutdown(cancel_futures=True)
+            # Not where a second signal broke off the wait: the threads still look at it.
+            os.close(stop)
 
 
 @dataclass(frozen=True)
@@ -234,7 +256,7 @@ def _session(
     """A process in a session of its own, of which nothing is left when the block ends."""
     with sigterm_ends_program():
         process = subprocess.Popen(
-            arguments,
+            [*_MORTAL, *arguments],
             cwd=cwd,
             env=env,
             stdin=subprocess.DEVNULL,
@@ -256,14 +278,14 @@ def _session(
 
 
 def _pump(pid: int, streams: dict[int, Sink], limit_s: float) -> bool:
-    """Hand on what arrives until the process ends; False if the limit passed before."""
+    """Hand on what arrives until the process ends; False if the limit passed, or all is to end."""
     deadline = time.monotonic() + limit_s
-    exited = os.pidfd_open(pid)
+    exited, stop = os.pidfd_open(pid), getattr(_thread, "stop", ())
     with DefaultSelector() as selector, contextlib.closing(os.fdopen(exited, "rb", 0)):
-        selector.register(exited, EVENT_READ)
+        for watched in (exited, *stop, *streams):
+            selector.register(watched, EVENT_READ)
         for stream in streams:
             os.set_blocking(stream, False)
-            selector.register(stream, EVENT_READ)
         while True:
             ready = {key.fd for key, _ in selector.select(max(0.0, deadline - time.monotonic()))}
             for stream in ready & streams.keys():
@@ -274,7 +296,7 @@ def _pump(pid: int, streams: dict[int, Sink], limit_s: float) -> bool:
                     while _hand_on(stream, sink):
                         pass
                 return True
-            if time.monotonic() >= deadline:
+            if ready.intersection(stop) or time.monotonic() >= deadline:
                 return False
 
 

@@ -34,6 +34,20 @@ options = GuestOptions(native="always", timeout_s=30)
 run_in_guest(sys.argv[2:], options=options, stdout_sink=write_through(sys.stdout))
 """,
 )
+GUESTS_BESIDE = (
+    "-c",
+    """
+import sys
+from concurrent.futures import wait
+from lab.guests.run import GuestOptions, guests_beside, run_in_guest, write_through
+options = GuestOptions(native="always", timeout_s=30)
+with guests_beside(2) as pool:
+    wait([
+        pool.submit(run_in_guest, command, options=options, stdout_sink=write_through(sys.stdout))
+        for command in (["sleep", "1000"], sys.argv[2:], ["sleep", "1000"])
+    ])
+""",
+)
 
 
 def virtme(options: GuestOptions, use_kvm: bool = False) -> list[str]:
@@ -352,24 +366,36 @@ class TestCommand:
             assert process.stderr.read() == b""
             assert process.wait(30) == 128 + signal.SIGPIPE
 
-    @pytest.mark.parametrize("through", [THE_COMMAND, ANOTHER_PROGRAM])
-    def test_a_request_to_end_ends_the_command_too(
-        self, tmp_path: Path, through: Sequence[str]
+    @pytest.mark.parametrize(
+        ("through", "number"),
+        [
+            (THE_COMMAND, signal.SIGTERM),
+            (THE_COMMAND, signal.SIGKILL),
+            (ANOTHER_PROGRAM, signal.SIGTERM),
+            (GUESTS_BESIDE, signal.SIGTERM),
+            (GUESTS_BESIDE, signal.SIGINT),
+            (GUESTS_BESIDE, signal.SIGKILL),
+        ],
+    )
+    def test_whatever_ends_it_ends_the_command_and_what_that_started(
+        self, tmp_path: Path, through: Sequence[str], number: signal.Signals
     ) -> None:
         pipe = tmp_path / "held"
         os.mkfifo(pipe)
         reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
         code = (
             "import os, signal\n"
+            "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
             f"os.open({str(pipe)!r}, os.O_WRONLY)\n"
-            "print('started', flush=True)\n"
+            "os.fork() and print('started', flush=True)\n"
             "signal.pause()"
         )
         with self.start(code, through) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == b"started\n"
-            process.terminate()
-            assert process.wait(30) == 128 + signal.SIGTERM
+            process.send_signal(number)
+            asked = 128 + number if number == signal.SIGTERM else -number
+            assert process.wait(30) == asked
         os.set_blocking(reader, True)
         assert os.read(reader, 1) == b""
         os.close(reader)

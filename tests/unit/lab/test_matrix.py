@@ -23,6 +23,7 @@ from lab.patience import PATIENCE_VARIABLE
 
 FIRST = Row("potato")
 NEWEST = Row("woody", counts=False)
+BOOT_FILES = BootFiles(Path("/boot/vmlinuz-2.4"), Path("/"), fresh=False)
 BODY = """
 import sys
 import pytest
@@ -299,8 +300,7 @@ class TestGuest:
             return SimpleNamespace(status=TIMEOUT_STATUS, timed_out=False, total_s=7.0)
 
         monkeypatch.setattr(matrix, "run_in_guest", cut_off)
-        place = BootFiles(Path("/boot/vmlinuz-2.4"), Path("/"), fresh=False)
-        result = matrix.run_row(FIRST, Selection(), len, boot=place)
+        result = matrix.run_row(FIRST, BOOT_FILES, Selection(), len)
         assert (result.trouble, result.good) == ("cut off after 7 s", False)
         assert result.cells[matrix_report.ANY_MODE].passed == 1
 
@@ -313,12 +313,8 @@ class TestGuest:
             written.write_text(report, errors="surrogateescape")
             return SimpleNamespace(status=137, timed_out=False, total_s=1.0)
 
-        kernel = Path("/boot/vmlinuz-2.4")
         monkeypatch.setattr(matrix, "run_in_guest", die_while_writing)
-        monkeypatch.setattr(
-            matrix.trees, "prepare", lambda _row: BootFiles(kernel, Path("/"), fresh=False)
-        )
-        result = matrix.run_row(FIRST, Selection(), len)
+        result = matrix.run_row(FIRST, BOOT_FILES, Selection(), len)
         assert "the report is damaged" in str(result.trouble)
         assert not result.good
 
@@ -330,7 +326,7 @@ class TestGuest:
 
         monkeypatch.setattr(matrix, "_test_in_guest", die)
         kept: list[bytes] = []
-        result = matrix.run_row(FIRST, Selection(), kept.append)
+        result = matrix.run_row(FIRST, BOOT_FILES, Selection(), kept.append)
         assert kept == [b"Kernel panic"]
         assert result.trouble == "the guest did not boot: QEMU ended early"
         assert not result.good
