@@ -15,7 +15,6 @@ from lab.guests.run import (
     TIMEOUT_STATUS,
     GuestError,
     GuestOptions,
-    Wire,
     run_in_guest,
     write_through,
 )
@@ -53,13 +52,6 @@ def _assignment(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _wire(text: str) -> Wire:
-    descriptor, comma, address = text.partition(",")
-    if not comma or not descriptor.isdecimal() or not re.fullmatch(r"[0-9a-f:]{17}", address):
-        raise argparse.ArgumentTypeError(f"{text!r} is not DESCRIPTOR,HARDWARE-ADDRESS")
-    return Wire(int(descriptor), address)
-
-
 def options_from(arguments: argparse.Namespace) -> GuestOptions:
     """The options that the `guest` command's arguments stand for."""
     return GuestOptions(
@@ -70,7 +62,6 @@ def options_from(arguments: argparse.Namespace) -> GuestOptions:
         icount=arguments.icount,
         shares=tuple(share.resolve() for share in arguments.share),
         views=tuple(view.resolve() for view in arguments.view),
-        wire=arguments.wire,
         environment=dict(arguments.env),
         timeout_s=arguments.timeout,
         native=arguments.native,
@@ -124,9 +115,6 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument(
         "--view", metavar="DIR", type=Path, action="append", default=[], help="read-only"
-    )
-    parser.add_argument(
-        "--wire", metavar="FD,MAC", type=_wire, help="a network interface on an open stream socket"
     )
     parser.add_argument(
         "--env", metavar="NAME=VALUE", type=_assignment, action="append", default=[]

@@ -25,7 +25,7 @@ from lab.guests.run import (
     GuestOptions,
     choose_native,
     guests_beside,
-    run_in_guest,
+    run_and_tell,
     write_through,
 )
 from lab.guests.selection import Selection
@@ -155,20 +155,8 @@ def play(selection: Selection, run: GuestRun) -> GuestRun:
         says, complains = write_through(sys.stdout), write_through(sys.stderr)
         if run.log is not None:
             says = complains = stack.enter_context(run.log.open("wb", buffering=0)).write
-        try:
-            result = run_in_guest(
-                guest_command(selection, run),
-                options=options_for(selection, run),
-                stdout_sink=says,
-                stderr_sink=complains,
-                cwd=REPOSITORY,
-            )
-            run.status = result.status
-            if result.timed_out:
-                complains(f"lab: cut off after {result.total_s:.0f} s\n".encode())
-        except LabError as error:
-            run.status = error.exit_status
-            complains("".join(f"{line}\n" for line in error.lines()).encode())
+        command, options = guest_command(selection, run), options_for(selection, run)
+        run.status = run_and_tell(command, options, says, complains, REPOSITORY)
     run.seconds = time.monotonic() - began
     return run
 

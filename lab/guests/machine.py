@@ -13,7 +13,6 @@ A root tree of another suite holds no kernel, so the kernel's modules are export
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,20 +167,6 @@ set +e
 echo $? > {CONTROL_MOUNT}/{STATUS_FILE}
 echo b > /proc/sysrq-trigger
 """
-
-
-def guest_words(options: GuestOptions, command: Sequence[str]) -> list[str]:
-    """The `guest` command that does what run_in_guest would, as a process of its own."""
-    words = [sys.executable, "-m", "lab", "guest", f"--native={options.native}"]
-    words += [] if options.kernel is None else [f"--kernel={options.kernel}"]
-    words += [f"--root={options.root}", f"--cpus={options.cpus}", f"--memory={options.memory}"]
-    words += ["--icount"] if options.icount else []
-    words += [f"--share={share}" for share in options.shares]
-    words += [f"--view={view}" for view in options.views]
-    words += [f"--env={name}={value}" for name, value in options.environment.items()]
-    if options.wire is not None:
-        words.append(f"--wire={options.wire.descriptor},{options.wire.address}")
-    return [*words, f"--timeout={options.timeout_s}", "--", *command]
 
 
 def native_script(command: Sequence[str], environment: Mapping[str, str]) -> str:

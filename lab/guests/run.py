@@ -134,6 +134,22 @@ def run_in_guest(
     )
 
 
+def run_and_tell(
+    command: Sequence[str], options: GuestOptions, says: Sink, complains: Sink, cwd: Path
+) -> int:
+    """Run a command and tell what went wrong with its guest; the exit status of either."""
+    try:
+        result = run_in_guest(
+            command, options=options, stdout_sink=says, stderr_sink=complains, cwd=cwd
+        )
+    except LabError as error:
+        complains("".join(f"{line}\n" for line in error.lines()).encode())
+        return error.exit_status
+    if result.timed_out:
+        complains(f"lab: cut off after {options.timeout_s:g} s: {command[0]}\n".encode())
+    return result.status
+
+
 @contextlib.contextmanager
 def guests_beside(count: int) -> Iterator[ThreadPoolExecutor]:
     """Threads for so many guests at a time; whatever ends the block ends all of them first."""

@@ -8,6 +8,7 @@ import dataclasses
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lab.guests import guest_command, machine, run
-from lab.guests.run import GuestError, GuestOptions, run_in_guest
+from lab.guests.run import GuestError, GuestOptions, Wire, run_in_guest
 
 words = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
 KERNEL = Path("/cache/boot/vmlinuz-1")
@@ -261,6 +262,7 @@ class TestNativeChoice:
             GuestOptions(icount=True),
             GuestOptions(kernel=KERNEL),
             GuestOptions(root=Path("/srv/tree")),
+            GuestOptions(wire=Wire(7, "02:00:00:00:09:01")),
         ],
     )
     def test_what_only_a_guest_has_is_never_run_natively(self, wish: GuestOptions) -> None:
@@ -333,6 +335,15 @@ class TestNativeRun:
         os.set_blocking(reader, True)
         assert os.read(reader, 1) == b""
         os.close(reader)
+
+    def test_a_command_gets_the_descriptor_that_it_is_to_hold(self) -> None:
+        ours, theirs = socket.socketpair()
+        code = f"import socket; socket.socket(fileno={theirs.fileno()}).send(b'here')"
+        words, end = [sys.executable, "-c", code], theirs.fileno()
+        with ours, theirs, run._session(words, cwd=Path("/"), pass_fds=[end]) as process:
+            ours.settimeout(30)
+            assert ours.recv(4) == b"here"
+            assert process.wait(30) == 0
 
     def test_sinks_get_the_pieces_as_they_come(self) -> None:
         pieces: list[bytes] = []

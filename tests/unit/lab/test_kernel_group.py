@@ -84,7 +84,7 @@ def test_a_guest_that_cannot_be_had_is_an_error_that_says_why(
     def refuse(*_command: object, **_options: object) -> None:
         raise GuestError("no guest", "no kernel", "fetch one")
 
-    monkeypatch.setattr(kernel_tests, "run_in_guest", refuse)
+    monkeypatch.setattr("lab.guests.run.run_in_guest", refuse)
     assert played(monkeypatch, (guest(1, tmp_path, "a"), [])) == Tally(errors=1)
     said = capsys.readouterr().out
     assert "no kernel" in said
