@@ -6,6 +6,7 @@ import argparse
 import base64
 import dataclasses
 import os
+import re
 import shlex
 import signal
 import socket
@@ -97,22 +98,40 @@ class TestCommandLine:
     @given(words.filter(lambda name: bool(name)))
     def test_boot_script_is_valid_shell_whatever_the_paths(self, name: str) -> None:
         share = Path("/srv") / name.replace("/", "_")
-        script = machine.boot_script(["true"], GuestOptions(shares=(share,)), share)
+        options = GuestOptions(shares=(share,), views=(share,))
+        script = machine.boot_script(["true"], options, share)
         subprocess.run(["/bin/bash", "-n"], input=script.encode(), check=True)
         assert f"cd {shlex.quote(str(share))}" in script
 
 
 class TestVirtmeArguments:
-    def test_qemu_options_come_last_because_they_swallow_the_rest(self) -> None:
-        arguments = virtme(GuestOptions())
-        swallowed = arguments[arguments.index("--qemu-opts") + 1 :]
-        assert swallowed == machine.qemu_arguments(GuestOptions(), CONTROL, KERNEL)
+    """Where the arguments and the guest's first script have to agree, and what nobody may miss."""
 
-    def test_kernel_and_size_are_passed_on(self) -> None:
-        arguments = virtme(GuestOptions(cpus=3, memory="768M"))
-        assert following(arguments, "--kimg") == [str(KERNEL)]
-        assert following(arguments, "--cpus") == ["3"]
-        assert following(arguments, "--memory") == ["768M"]
+    EVERYTHING = GuestOptions(
+        root=Path("/srv/tree"),
+        kernel=KERNEL,
+        shares=(Path("/srv/out"), Path("/srv/a,readonly=on")),
+        views=(Path("/srv/a b"), Path("/srv/c")),
+    )
+
+    @pytest.mark.parametrize("options", [GuestOptions(), EVERYTHING])
+    def test_what_is_exported_is_mounted_and_the_other_way_round(
+        self, options: GuestOptions
+    ) -> None:
+        exported = [tag for _, tag, _ in exports_of(options)]
+        mounted = set(re.findall(r" (lab\.\w+)(?= )", all_scripts(options)))
+        assert sorted(exported) == sorted(mounted)
+
+    def test_only_control_and_shares_can_be_written(self) -> None:
+        writable = {path for path, _, read_only in exports_of(self.EVERYTHING) if not read_only}
+        assert writable == {str(CONTROL), *map(str, self.EVERYTHING.shares)}
+
+    def test_every_port_the_script_uses_is_made(self) -> None:
+        devices = following(virtme(GuestOptions()), "-device")
+        made = {device.split("name=")[1].split(",")[0] for device in devices if "name=" in device}
+        script = all_scripts(GuestOptions())
+        by_stream = [script.replace("$stream", stream) for stream in ("stdout", "stderr")]
+        assert made == set(re.findall(r"/dev/virtio-ports/(lab\.\w+)", "".join(by_stream)))
 
     @pytest.mark.parametrize(
         ("use_kvm", "icount", "disabled"),
@@ -124,71 +143,27 @@ class TestVirtmeArguments:
         arguments = virtme(GuestOptions(icount=icount), use_kvm)
         assert ("--disable-kvm" in arguments) is disabled
 
-    def test_instruction_clock_has_one_cpu_whatever_was_asked(self) -> None:
-        arguments = virtme(GuestOptions(icount=True, cpus=4))
-        assert following(arguments, "--cpus") == ["1"]
-        assert following(arguments, "-icount") == [machine.INSTRUCTION_CLOCK]
-        assert "-icount" not in virtme(GuestOptions())
-
-    def test_only_control_and_shares_can_be_written(self) -> None:
-        share = Path("/srv/out")
-        exports = following(virtme(GuestOptions(shares=(share,))), "-virtfs")
-        writable = [export for export in exports if "readonly=on" not in export]
-        assert len(exports) == len(writable) + 1
-        assert {export.split(",")[1] for export in writable} == {f"path={CONTROL}", f"path={share}"}
-
-    def test_every_share_is_mounted_under_the_tag_it_is_exported_with(self) -> None:
-        options = GuestOptions(shares=(Path("/srv/a"), Path("/srv/b")))
-        script = machine.boot_script(["true"], options, Path("/"))
-        for export in following(virtme(options), "-virtfs"):
-            settings = dict(part.split("=", 1) for part in export.split(",")[1:])
-            mounted_by = script + virtme_script(options)
-            assert f" {settings['mount_tag']} " in mounted_by
-        assert script.index("/srv/a") < script.index("/srv/b")
-
-    def test_a_view_is_exported_read_only_and_mounted_under_its_tag(self) -> None:
-        options = GuestOptions(views=(Path("/srv/a b"), Path("/srv/c")))
-        script = machine.boot_script(["true"], options, Path("/"))
-        exports = [one for one in following(virtme(options), "-virtfs") if "lab.view" in one]
-        assert [export.split(",")[1] for export in exports] == ["path=/srv/a b", "path=/srv/c"]
-        for export in exports:
-            assert export.endswith(",readonly=on")
-            (tag,) = (part for part in export.split(",") if part.startswith("mount_tag="))
-            assert f" {tag.split('=')[1]} " in script
-        subprocess.run(["/bin/bash", "-n"], input=script.encode(), check=True)
-
-    def test_a_tree_of_another_suite_gets_the_modules_of_the_kernel_it_runs_under(self) -> None:
-        own = GuestOptions(root=Path("/srv/tree"), kernel=KERNEL)
-        (export,) = (one for one in following(virtme(own), "-virtfs") if "lab.modules" in one)
-        assert f"path={KERNEL.parent.parent}/lib/modules," in export
-        assert export.endswith(",readonly=on")
-        assert "lab.modules" in machine.boot_script(["true"], own, Path("/"))
-        for place in (
-            *virtme(GuestOptions()),
-            machine.boot_script(["true"], GuestOptions(), Path("/")),
-        ):
-            assert "lab.modules" not in place
-
-    def test_a_comma_in_a_path_does_not_end_the_option(self) -> None:
-        exports = following(virtme(GuestOptions(shares=(Path("/srv/a,readonly=on"),))), "-virtfs")
-        assert "path=/srv/a,,readonly=on,mount_tag=" in exports[-1]
-
-    def test_every_port_the_script_uses_is_made(self) -> None:
-        devices = following(virtme(GuestOptions()), "-device")
-        names = {device.split("name=")[1].split(",")[0] for device in devices if "name=" in device}
-        assert names == {f"lab.{port}" for port in machine.STREAM_PORTS}
-        script = machine.boot_script(["true"], GuestOptions(), Path("/"))
-        assert "/dev/virtio-ports/lab.stdout" in script
-        assert "/dev/virtio-ports/lab.stderr" in script
-        assert "/dev/virtio-ports/lab.dev_$stream" in script
-
     def test_kernel_command_line_has_room_for_the_first_script(self) -> None:
         """x86's COMMAND_LINE_SIZE is 2048 bytes; virtme-ng's own arguments take about 700."""
-        assert len(base64.b64encode(virtme_script(GuestOptions()).encode())) < 1000
+        assert len(base64.b64encode(first_script(GuestOptions()).encode())) < 1000
 
 
-def virtme_script(options: GuestOptions) -> str:
+def exports_of(options: GuestOptions) -> list[tuple[str, str, bool]]:
+    """Path, tag and whether it is read-only, as QEMU reads them: two commas are one, in a value."""
+    exports = []
+    for words in following(virtme(options), "-virtfs"):
+        parts = [part.replace("\0", ",") for part in words.replace(",,", "\0").split(",")]
+        named = dict(part.split("=", 1) for part in parts[1:])
+        exports.append((named["path"], named["mount_tag"], named.get("readonly") == "on"))
+    return exports
+
+
+def first_script(options: GuestOptions) -> str:
     return following(virtme(options), "--script-sh")[0]
+
+
+def all_scripts(options: GuestOptions) -> str:
+    return first_script(options) + machine.boot_script(["true"], options, Path("/"))
 
 
 class TestArguments:

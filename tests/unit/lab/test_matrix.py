@@ -14,12 +14,9 @@ from types import SimpleNamespace
 import pytest
 
 from lab.guests import matrix, matrix_report
-from lab.guests.kernel_tests import REPOSITORY
-from lab.guests.packages import IMAGE_VARIABLE
 from lab.guests.run import TIMEOUT_STATUS, GuestDiedError, GuestOptions
 from lab.guests.selection import Selection
 from lab.guests.trees import BootFiles, Row
-from lab.patience import PATIENCE_VARIABLE
 
 FIRST = Row("potato")
 NEWEST = Row("woody", counts=False)
@@ -253,15 +250,6 @@ class TestReport:
 
 
 class TestGuest:
-    def test_the_tests_get_the_repository_and_the_users_patience_and_no_more(self) -> None:
-        ours = {PATIENCE_VARIABLE: "3", "HOME": "/home/someone", "PYTHONPATH": "/elsewhere"}
-        assert matrix.guest_environment(ours, Path("/boot/vmlinuz-2.4")) == {
-            PATIENCE_VARIABLE: "3",
-            IMAGE_VARIABLE: "/boot/vmlinuz-2.4",
-            "TCPSTUCK_FORCE_KERNEL_TESTS": "1",
-            "PYTHONPATH": str(REPOSITORY),
-        }
-
     def test_the_command_is_valid_shell_and_hands_the_selection_over(self, tmp_path: Path) -> None:
         share = tmp_path / "with space"
         shell, options, script = matrix.pytest_command(share, Selection(matching="a or b-c"), 60)
