@@ -40,7 +40,6 @@ from lab.guests.shares import (
 )
 from lab.guests.tally import Tally, read_report, tally_report
 from lab.guests.trial import tracing_refusal
-from lab.patience import PATIENCE_VARIABLE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUILD = REPOSITORY / "build"
@@ -138,12 +137,10 @@ def guest_command(selection: Selection, run: GuestRun) -> list[str]:
 
 
 def options_for(selection: Selection, run: GuestRun) -> GuestOptions:
-    """The guest's options, the user's patience among them."""
-    passed_on = {name: os.environ[name] for name in (PATIENCE_VARIABLE,) if name in os.environ}
-    ended = str(run.directory / ENDED_FILE)
+    """The guest's options."""
     return GuestOptions(
         shares=(run.directory,),
-        environment={**passed_on, FORCE_VARIABLE: "1", ENDED_VARIABLE: ended},
+        environment={FORCE_VARIABLE: "1", ENDED_VARIABLE: str(run.directory / ENDED_FILE)},
         timeout_s=SLOW_LIMIT_S if selection.slow else KERNEL_LIMIT_S,
     )
 

@@ -12,11 +12,14 @@ A root tree of another suite holds no kernel, so the kernel's modules are export
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+from lab.patience import PATIENCE_VARIABLE
 
 CONTROL_MOUNT = "/run/lab/control"
 """Where the guest sees the directory through which harness and guest talk."""
@@ -87,9 +90,10 @@ def command_line(command: Sequence[str], environment: Mapping[str, str]) -> str:
 
 
 def guest_environment(additions: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a command in a guest: nothing of the host's."""
+    """The environment of a command in a guest: nothing of the host's but the user's patience."""
     basis = {"PATH": GUEST_PATH, "HOME": "/root", "LANG": "C.UTF-8", "TERM": "dumb"}
-    return {**basis, **additions}
+    passed_on = {name: os.environ[name] for name in (PATIENCE_VARIABLE,) if name in os.environ}
+    return {**basis, **passed_on, **additions}
 
 
 def _share_tag(index: int) -> str:

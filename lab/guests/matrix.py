@@ -11,12 +11,11 @@ import argparse
 import functools
 import itertools
 import json
-import os
 import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -57,7 +56,7 @@ from lab.guests.run import (
 )
 from lab.guests.selection import Selection
 from lab.guests.trees import ROWS, BootFiles, Row
-from lab.patience import PATIENCE_VARIABLE, patient
+from lab.patience import patient
 
 if TYPE_CHECKING:
     from lab.guests.packages import Subparsers
@@ -149,13 +148,6 @@ def pytest_command(share: Path, selection: Selection, limit_s: float) -> list[st
     return ["/bin/sh", "-euc", "\n".join(notes)]
 
 
-def guest_environment(ours: Mapping[str, str], kernel: Path) -> dict[str, str]:
-    """The settings of the tests in a guest of that kernel, the user's patience among them."""
-    passed_on = {name: ours[name] for name in (PATIENCE_VARIABLE,) if name in ours}
-    settings = {FORCE_VARIABLE: "1", IMAGE_VARIABLE: str(kernel), "PYTHONPATH": str(REPOSITORY)}
-    return {**passed_on, **settings}
-
-
 def run_row(
     row: Row,
     boot: BootFiles,
@@ -187,7 +179,11 @@ def _test_in_guest(
         root=boot.root,
         views=(REPOSITORY, boot.kernel.parent),
         shares=(share,),
-        environment=guest_environment(os.environ, boot.kernel),
+        environment={
+            FORCE_VARIABLE: "1",
+            IMAGE_VARIABLE: str(boot.kernel),
+            "PYTHONPATH": str(REPOSITORY),
+        },
         timeout_s=patient(ROW_LIMIT_S + REPORTING_S),
     )
     ran = run_in_guest(

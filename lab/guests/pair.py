@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import functools
 import json
-import os
 import socket
 from collections.abc import Sequence
 from concurrent.futures import wait
@@ -28,7 +27,7 @@ from lab.guests.packages import cache_directory
 from lab.guests.pair_end import CLIENT, FAMILIES, HARDWARE, OPTION_SETS, SERVER
 from lab.guests.run import GuestOptions, Sink, Wire, guests_beside, run_and_tell
 from lab.guests.trees import ROWS, Row
-from lab.patience import COMMAND_S, PATIENCE_VARIABLE, patient
+from lab.patience import COMMAND_S, patient
 
 if TYPE_CHECKING:
     from lab.guests.packages import Subparsers
@@ -128,7 +127,6 @@ _place_of = functools.lru_cache(trees.prepare)
 def options_for(row: Row, part: str, descriptor: int) -> GuestOptions:
     """The guest that plays a part, on its end of the wire. Raises CacheError."""
     place = _place_of(row)
-    patience = {name: os.environ[name] for name in (PATIENCE_VARIABLE,) if name in os.environ}
     return GuestOptions(
         kernel=place.kernel,
         root=place.root,
@@ -136,7 +134,7 @@ def options_for(row: Row, part: str, descriptor: int) -> GuestOptions:
         memory="1500M",
         views=(REPOSITORY, place.kernel.parent),
         wire=Wire(descriptor, HARDWARE[part]),
-        environment={"PYTHONPATH": str(REPOSITORY), **patience},
+        environment={"PYTHONPATH": str(REPOSITORY)},
         timeout_s=patient(PAIR_LIMIT_S),
     )
 

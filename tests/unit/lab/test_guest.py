@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from lab.guests import guest_command, machine, run
 from lab.guests.run import GuestError, GuestOptions, Wire, run_in_guest
+from lab.patience import PATIENCE_VARIABLE
 
 words = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
 KERNEL = Path("/cache/boot/vmlinuz-1")
@@ -88,12 +89,14 @@ class TestCommandLine:
         ).stdout
         assert settings == f"A={value}\0".encode()
 
-    def test_guest_sees_nothing_of_the_hosts_environment(
+    def test_guest_sees_nothing_of_the_hosts_environment_but_the_users_patience(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("HOST_ONLY", "1")
-        assert "HOST_ONLY" not in machine.guest_environment({})
-        assert machine.guest_environment({"PATH": "/x"})["PATH"] == "/x"
+        monkeypatch.setenv(PATIENCE_VARIABLE, "3")
+        seen = machine.guest_environment({"PATH": "/x"})
+        assert "HOST_ONLY" not in seen
+        assert (seen["PATH"], seen[PATIENCE_VARIABLE]) == ("/x", "3")
 
     @given(words.filter(lambda name: bool(name)))
     def test_boot_script_is_valid_shell_whatever_the_paths(self, name: str) -> None:
