@@ -185,6 +185,29 @@ def test_tests_of_one_tracer_follow_one_another_however_they_are_shuffled(
         assert "-spoofed-" in [test for test in tests if tests[test] == mode][-1]
 
 
+def test_the_tests_are_shared_out_and_what_their_guests_bring_back_is_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    natively = GuestOptions(native="always", timeout_s=60)
+    monkeypatch.setattr(kernel_tests, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(kernel_tests, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(kernel_tests, "collected", lambda _: {"a": "a", "b": "b", "c": "a"})
+    monkeypatch.setattr(kernel_tests, "choose_native", lambda *_: False)
+    monkeypatch.setattr(kernel_tests, "options_for", lambda *_: natively)
+    monkeypatch.setattr(
+        kernel_tests,
+        "guest_command",
+        lambda _, run: reporting(
+            run, "".join(f"def test_{one}(): pass\n" for one in run.share.tests)
+        ),
+    )
+    with kernel_tests.started(Selection(), 2, beside=False, record=False) as finish:
+        assert finish() == Tally(passed=3)
+    said = capsys.readouterr().out
+    assert "guest 1 of 2: === 2 passed in" in said
+    assert "guest 2 of 2: === 1 passed in" in said
+
+
 def test_without_a_test_there_is_no_guest() -> None:
     nothing = Selection(matching="nothing_is_named_like_this")
     with kernel_tests.started(nothing, 2, beside=False, record=False) as finish:
