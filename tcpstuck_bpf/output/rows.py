@@ -8,6 +8,7 @@ where columns widen.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from tcpstuck_bpf.judge.evidence import duration_text
 from tcpstuck_bpf.judge.verdict import RULES, Finding
@@ -22,6 +23,33 @@ AGE_WIDTH = len("23 h 59 min")
 VERDICT_WIDTH = max(len(rule.name) for rule in RULES)
 MEANING_WIDTH = 45
 _BELOW = " " * 10
+
+
+class Column(NamedTuple):
+    """A column of the table."""
+
+    heading: str
+    width: int | None
+    """In characters; None: as wide as the widest endpoint so far."""
+    gap: str = "  "
+    """What follows it."""
+
+
+GROUP_COLUMNS = (
+    Column("time", 8, " "),
+    Column(" verdict", VERDICT_WIDTH + 1, " "),
+    Column("clients", 7, " "),
+    Column("from", None),
+    Column("at", None),
+)
+EACH_COLUMNS = (
+    Column("time", 8),
+    Column("client", None),
+    Column("server", None),
+    Column(" verdict", VERDICT_WIDTH + 1),
+)
+WIDE_COLUMNS = (Column("age".rjust(AGE_WIDTH), AGE_WIDTH), Column("SYNs", 4))
+"""Besides, where there is room."""
 
 
 def _marked(finding: Finding) -> str:
@@ -63,6 +91,9 @@ class Rows:
         self._endpoint_width = ENDPOINT_WIDTH
         self._netns_shown = page.own_netns
         self._narrow = page.width < NARROW
+        self._columns: tuple[Column, ...] = GROUP_COLUMNS
+        if each:
+            self._columns = EACH_COLUMNS if self._narrow else (*EACH_COLUMNS, *WIDE_COLUMNS)
         self._headed = False
         self._advised: set[str] = set()
 
@@ -150,29 +181,19 @@ class Rows:
             yield self._page.bold(self._heading())
 
     def _heading(self) -> str:
-        if not self._each:
-            names = ["time", " verdict", "clients", "from", "at"]
-        elif self._narrow:
-            names = ["time", "client", "server", " verdict"]
-        else:
-            names = ["time", "client", "server", " verdict", "age".rjust(AGE_WIDTH), "SYNs"]
+        names = [column.heading for column in self._columns]
         line = self._laid_out(names)
         if not self._narrow and len(line) + 2 + MEANING_WIDTH <= self._page.width:
-            line = (
-                f"{line}  what it means" if self._each else self._laid_out(names, "what it means")
-            )
+            line = self._laid_out(names, "what it means")
         return line
 
     def _laid_out(self, cells: Sequence[str], text: str = "") -> str:
         """One row. Not by tabulate, which would forget the widths from batch to batch."""
-        wide = self._endpoint_width
-        if self._each:
-            widths: tuple[int, ...] = (8, wide, wide, VERDICT_WIDTH + 1, AGE_WIDTH, 4)
-            gaps: tuple[str, ...] = ("  ",) * len(widths)
-        else:
-            widths = (8, VERDICT_WIDTH + 1, 7, wide, wide)
-            gaps = (" ", " ", " ", "  ", "  ")
-        row = "".join(cell.ljust(width) + gap for cell, width, gap in zip(cells, widths, gaps))
+        assert len(cells) == len(self._columns), cells
+        row = "".join(
+            cell.ljust(column.width or self._endpoint_width) + column.gap
+            for cell, column in zip(cells, self._columns)
+        )
         return row + text if text else row.rstrip()
 
     def _with_text(self, cells: Sequence[str], texts: Sequence[str], stuck: bool) -> Iterator[str]:
