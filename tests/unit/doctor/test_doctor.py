@@ -201,7 +201,7 @@ class Machine:
 
     def without_types(self) -> None:
         def read() -> None:
-            raise CannotTraceError("this kernel does not describe its types", "none", "vmlinux")
+            raise CannotTraceError("this kernel provides no BTF", "none", "vmlinux")
 
         self._set(machine_report, "read_running_kernel", read)
 
