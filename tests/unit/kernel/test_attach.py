@@ -174,7 +174,7 @@ def test_half_of_ipv6_says_what_it_lacks() -> None:
     _, gaps = plan(ALL - {"cookie_v6_check"})
     assert {gap.probe: gap.why for gap in gaps} == {
         "cookie_v6_check": "the kernel has no such function",
-        "cookie_v6_init_sequence": "of no use without cookie_v6_check",
+        "cookie_v6_init_sequence": "useless without cookie_v6_check",
     }
 
 

@@ -98,7 +98,7 @@ def test_a_mode_that_the_kernel_cannot_do_is_said(build: Callable[..., list[str]
         kernel(), {"tcp_rcv_state_process": ("struct sock", "struct sk_buff", "int")}
     )
     lines = build(types, AttachRequest())
-    assert any("nothing for fentry" in line and "3 parameters" in line for line in lines)
+    assert any("no fentry programs" in line and "3 parameters" in line for line in lines)
     assert any("-kprobe.programs" in line for line in lines)
 
 

@@ -79,7 +79,7 @@ def test_the_package_of_that_name_on_pypi_is_recognized(bcc_first: Path) -> None
             "no such thing",
         ),
         ("import os; os.write(2, b'main.c:7: error: odd\\n'); os._exit(9)", "main.c:7: error: odd"),
-        ("import os; os._exit(9)", "it said nothing"),
+        ("import os; os._exit(9)", "it printed nothing"),
         ("import os; os.kill(os.getpid(), 11)", "signal 11"),
         ("import os; os._exit(0)", "damaged"),
         ("raise RuntimeError('half installed')", "half installed"),
@@ -143,7 +143,7 @@ def test_nothing_of_the_current_directory_is_run(
     root = str(Path(compilation.__file__).parents[2])
     monkeypatch.setattr(sys, "path", [root, *(path for path in sys.path if path)])
     monkeypatch.chdir(elsewhere)
-    with pytest.raises(CompilerError, match="it said nothing"):
+    with pytest.raises(CompilerError, match="it printed nothing"):
         compile_in_child(WANTED)
 
 

@@ -55,8 +55,8 @@ def test_a_handshake_that_was_seen_is_good() -> None:
     [
         ("01", "kernel.ftrace_enabled is 0", "sysctl kernel.ftrace_enabled=1"),
         ("10", "kprobes/enabled is 0", "echo 1 > /sys/kernel/debug/kprobes/enabled"),
-        ("11", "no switch was found", "kernel log"),
-        ("", "no switch was found", "kernel log"),
+        ("11", "are not off", "kernel log"),
+        ("", "are not off", "kernel log"),
     ],
 )
 def test_what_passed_unseen_is_no_start_and_the_switch_is_named(
