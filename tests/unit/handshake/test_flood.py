@@ -43,7 +43,7 @@ def test_a_flood_is_possible_and_nobody_is_stuck() -> None:
     assert summary.verdicts == {"ack-missing": 500, "completed": 0}
     told = world.told[-1]
     assert (told.verdict, told.stuck, told.certainty) == ("ack-missing", False, "possible")
-    assert any("source ports count up" in sentence for sentence in told.evidence)
+    assert any("source ports increase" in sentence for sentence in told.evidence)
 
 
 @pytest.mark.parametrize(("acks_a_second", "suspected"), [(0, 0), (5, 3000), (200, 0)])
