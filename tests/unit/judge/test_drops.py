@@ -126,7 +126,7 @@ def test_a_reason_says_what_it_was_wherever_it_was(reason: str, what: str) -> No
     finding = filtered("nf_hook_slow+0x1", reason)
     assert finding.verdict == "ack-filtered"
     assert (drop_in(finding)["reason"], drop_in(finding)["what"]) == (reason, what)
-    assert not any("judged by the place" in sentence for sentence in finding.evidence)
+    assert not any("judged by the drop site" in sentence for sentence in finding.evidence)
     assert len(finding.meaning) <= 60
 
 
@@ -158,7 +158,7 @@ def test_without_a_reason_the_place_has_to_do_and_it_is_said(
     # A rule that was not read may have answered by RST, as TCP may have.
     may_have = ("tcp", "netfilter", "nfqueue")
     assert finding.certainty == ("likely" if what in may_have else "certain")
-    assert any("judged by the place alone" in sentence for sentence in finding.evidence)
+    assert any("judged by the drop site alone" in sentence for sentence in finding.evidence)
 
 
 GENERAL = {
