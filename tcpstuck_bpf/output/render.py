@@ -1,9 +1,9 @@
-"""Findings and the summary as lines of text. Looks nothing up, prints nothing.
+"""Renders findings and the summary as lines of text. Looks nothing up, prints nothing.
 
-What strangers wrote becomes part of a line here, so here it is made harmless (`terminal`).
+Foreign strings become part of a line here, so they are escaped here (`terminal`).
 
-The table comes live, so its columns keep their widths: each is as wide as the widest seen so far.
-What does not fit beside the rest goes below the row. The summary's tables are tabulate's.
+The table is printed live, so a column never shrinks. A meaning that does not fit goes below its
+row. The summary's tables are made by tabulate.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from tcpstuck_bpf.summary import RescueTotals, Status, Summary
 from tcpstuck_bpf.terminal import BOLD, PLAIN, RED, printable
 
 SHOWN_AT_ONCE = 1000
-"""Rows of one verdict and server in one batch; more are folded into one line."""
+"""Largest number of rows of one verdict and server in one batch; one line stands for the rest."""
 FLOOD_FOLDED_NS = 10 * SECOND_NS
-"""The silent clients of a SYN flood that so long a time told of make one line."""
+"""Time for which one line stands for all silent clients of a SYN flood."""
 ROWS_PER_HEADING = 40
 ENDPOINT_WIDTH = len("255.255.255.255:65535")
 NARROW = 100
-"""Columns; below this the age, the SYNs and the meaning go under each row."""
+"""Width in columns below which age, SYNs and meaning go below each row."""
 VERDICT_WIDTH = max(len(rule.name) for rule in RULES)
 MEANING_WIDTH = 45
 INDENT = "    "
@@ -49,7 +49,7 @@ _LOSSES = {
     "listeners_forgotten": "listeners whose figures were dropped to make room",
     "stacks_unknown": "dropped ACKs without a call stack (stack table full): their hook is unknown",
     "tasks_unknown": "segments in softirqs of tasks without room in the table: not traced",
-    "programs_not_run": "times a program did not run because another one ran on that CPU",
+    "programs_not_run": "times the kernel skipped a program because another one ran on that CPU",
     "kernel_log_overruns": "times lines of the kernel's log were overwritten before they were read",
     "undecodable_events": "events that could not be decoded",
     "flows_evicted": "flows dropped to make room",
@@ -61,12 +61,12 @@ _LOSSES = {
 }
 
 
-_NO_NAMESPACE = {GONE_NETNS: "(gone)", CROWDED_NETNS: "(no place)"}
-"""What is shown of figures that belong to no namespace that is there."""
+_NO_NAMESPACE = {GONE_NETNS: "(gone)", CROWDED_NETNS: "(no entry)"}
+"""Names for the figures of removed namespaces, and of those without an entry in the table."""
 
 
 def watching(watched: str, mode: str) -> str:
-    """What is said once, where there is no terminal for a status line."""
+    """The line that is printed once if there is no terminal for a status line."""
     return f"watching {watched} by {mode}; Ctrl-C ends with a summary"
 
 
@@ -76,7 +76,7 @@ def endpoint(ip: str, port: int) -> str:
 
 
 class _Folded:
-    """Silent clients of one listener that look like a SYN flood's and are told in one line."""
+    """Silent clients of one listener that look like a SYN flood's and share one line."""
 
     def __init__(self, first: Finding) -> None:
         self.number = self.corrected = 0
@@ -84,7 +84,7 @@ class _Folded:
         self.since_ns = first.verdict_ns
 
     def take_in(self, finding: Finding) -> None:
-        """One more of them."""
+        """Add a client."""
         self.number += 1
         self.corrected += finding.updates is not None
         self.from_ns = min(self.from_ns, finding.first_syn_ns)
@@ -92,7 +92,7 @@ class _Folded:
 
     @property
     def rate_text(self) -> str:
-        """How many a second; of what came within one second there is no rate."""
+        """SYNs per second, as text; empty if all came within one second."""
         lasted_ns = self.until_ns - self.from_ns
         rate = self.number * SECOND_NS // lasted_ns if lasted_ns >= SECOND_NS else 0
         return f", {_grouped(rate)} a second" if rate else ""
@@ -133,9 +133,10 @@ class TableRenderer:
         self._floods: dict[tuple[int, str], _Folded] = {}
 
     def findings(self, findings: Sequence[Finding]) -> Iterator[str]:
-        """Rows, in the order given; a flood of equal ones is folded after SHOWN_AT_ONCE.
+        """Rows in the given order. One line stands for equal ones beyond SHOWN_AT_ONCE.
 
-        What looks like a SYN flood's has no rows: one line each FLOOD_FOLDED_NS, and at the end.
+        Clients that look like a SYN flood's get no rows, but one line every FLOOD_FOLDED_NS and
+        one at the end.
         """
         shown: Counter[tuple[str, str]] = Counter()
         for finding in findings:
@@ -160,7 +161,7 @@ class TableRenderer:
         folded.take_in(finding)
 
     def floods(self) -> Iterator[str]:
-        """The lines of what was folded and is not told yet."""
+        """Lines for floods that are not printed yet."""
         for where in list(self._floods):
             yield from self._flood(where)
 
@@ -217,13 +218,13 @@ class TableRenderer:
             yield from self._details(finding)
 
     def _widen(self, endpoint_length: int) -> None:
-        """Columns never shrink: what is already on the screen stays aligned as far as it can."""
+        """Widen the endpoint columns. They never shrink, so that rows stay aligned."""
         if endpoint_length > self._endpoint_width:
             self._endpoint_width = endpoint_length
             self._rows_since_heading = ROWS_PER_HEADING
 
     def _laid_out(self, cells: Sequence[str]) -> str:
-        """One row. Not by tabulate, which would forget the widths from batch to batch."""
+        """Lay out a row. tabulate would choose new widths for each batch."""
         widths = (8, self._endpoint_width, self._endpoint_width, VERDICT_WIDTH + 1, 9, 4)
         padded = (cell.ljust(width) for cell, width in zip(cells, widths))
         return "  ".join(padded).rstrip()
@@ -277,7 +278,7 @@ class TableRenderer:
                 f"{entry.what}  {entry.detail}".rstrip(), f"{INDENT}{offset:+11.1f} ms  "
             )
         if finding.timeline_omitted:
-            yield f"{INDENT}({finding.timeline_omitted} entries of the middle left out)"
+            yield f"{INDENT}({finding.timeline_omitted} entries left out in the middle)"
         for sentence in finding.evidence:
             yield from self._wrapped(sentence, f"{INDENT}seen: ")
         yield from self._wrapped(finding.cannot_prove, f"{INDENT}cannot tell: ")
@@ -285,7 +286,7 @@ class TableRenderer:
         yield ""
 
     def attempts(self, attempts: Sequence[Attempt]) -> Iterator[str]:
-        """Those that did not send; with -v all, elsewhere verdicts and summary say enough."""
+        """Lines for attempts that sent nothing, or with -v for all attempts."""
         for attempt in attempts:
             if attempt.sent and not self._verbose:
                 continue
@@ -296,7 +297,7 @@ class TableRenderer:
             )
 
     def status(self, status: Status) -> str:
-        """One line, cut to the width: what matters most comes first."""
+        """The status line, cut to the width; the most important figures come first."""
         stuck = f"{_grouped(status.still_stuck)} STUCK" if status.still_stuck else "nothing stuck"
         if status.flood_suspected:
             stuck += f", {_silent_syns(status.flood_suspected)}"
@@ -309,7 +310,7 @@ class TableRenderer:
 
     def summary(self, summary: Summary) -> Iterator[str]:
         """The answer first, then what supports it."""
-        # Imported where it is used: it would delay every start, and JSON has no tables.
+        # Imported only where it is used: it would delay every start, and JSON needs no tables.
         from tabulate import tabulate
 
         yield from self.floods()
@@ -351,7 +352,7 @@ class TableRenderer:
         if summary.recovered:
             yield f"{_grouped(summary.recovered)} recovered"
         if summary.namespace_gone:
-            yield f"{_grouped(summary.namespace_gone)} in a network namespace that is gone"
+            yield f"{_grouped(summary.namespace_gone)} in a removed network namespace"
         if summary.data_lost:
             yield f"{_grouped(summary.data_lost)} connected with data lost"
 
@@ -379,7 +380,7 @@ class TableRenderer:
             yield from self._unwatched(summary)
         if summary.cut_off_ns is not None:
             until = self._time(summary.cut_off_ns)
-            yield f"The recording breaks off at {until}: this is what it holds until then."
+            yield f"The recording ends early, at {until}: this summary covers the time until then."
         yield from self._wrapped(seen, "")
 
     def _unwatched(self, summary: Summary) -> Iterator[str]:
@@ -387,7 +388,7 @@ class TableRenderer:
         plural = "handshake" if number == 1 else "handshakes"
         nothing = "" if summary.ever_stuck or summary.data_lost else "nothing was seen stuck, but "
         flood = summary.flood_suspected if nothing else 0
-        line = f"{nothing}{_grouped(number)} {plural} passed untraced: some may be stuck"
+        line = f"{nothing}{_grouped(number)} {plural} went untraced: some may be stuck"
         line += f"; {_silent_syns(flood)}" if flood else ""
         for wrapped in self._wrapped(line, ""):
             yield f"{RED}{wrapped}{PLAIN}" if self._colour else wrapped
@@ -405,7 +406,7 @@ class TableRenderer:
         yield ""
 
     def _listeners(self, summary: Summary) -> Iterator[str]:
-        """Only those whose queues were too short for anyone, or that sent cookies."""
+        """Lines for listeners that sent cookies or dropped something for a full queue."""
         for listener in summary.listeners:
             if not listener.suffered:
                 continue
@@ -439,7 +440,7 @@ class TableRenderer:
             yield ""
 
     def _losses(self, summary: Summary) -> Iterator[str]:
-        told = [
+        lost = [
             (summary.pending, "handshakes too young for a verdict at the end"),
             (summary.superseded, "stuck clients that gave up and reused their port"),
             (
@@ -458,7 +459,7 @@ class TableRenderer:
         yield f"lost events: {_grouped(summary.lost_events)}, untracked handshakes: " + _grouped(
             summary.untracked
         )
-        for number, what in told:
+        for number, what in lost:
             if number:
                 yield from self._wrapped(f"{_grouped(number)} {what}", "")
         for gap in summary.gaps:
@@ -483,7 +484,7 @@ class TableRenderer:
                 rows[-1].insert(3, str(row.outside))
         if summary.filtered:
             headers.insert(3, "outside\nfilter")
-        from tabulate import tabulate  # where it is used, see `summary`
+        from tabulate import tabulate  # imported here for the reason in `summary`
 
         table = tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
         yield from (line.rstrip() for line in table.splitlines())
