@@ -49,8 +49,8 @@ class Codec(NamedTuple):
     """Key that only lines of this kind have."""
     encode: Callable[[Any, RecordedTable], Values]
     decode: Callable[[Values, RecordedTable], Step]
-    """Decoder of a line. For a damaged one it raises KeyError, TypeError, ValueError, AttributeError
-    or OverflowError."""
+    """Decoder of a line. For a damaged line it raises KeyError, TypeError, ValueError,
+    AttributeError or OverflowError."""
     time_ns: Callable[[Any], int | None] = lambda _step: None
     """Latest time that a step shows; None if it shows none."""
 

@@ -93,7 +93,7 @@ def test_an_ack_that_no_program_saw_may_be_of_who_seems_silent() -> None:
     kernel.at(at(20), anew)
     early, late, summary = live(kernel, 28)
     assert (early["verdict"], early["certainty"]) == ("ack-missing", "possible")
-    assert "1 valid ACK of cookies" in " ".join(early["evidence"])
+    assert "1 valid cookie ACK" in " ".join(early["evidence"])
     # It had come before the client began anew.
     assert (late["verdict"], late["certainty"]) == ("ack-missing", "likely")
     assert [row["agrees"] for row in summary["reconciliation"]] == [False]
