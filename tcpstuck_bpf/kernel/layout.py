@@ -112,7 +112,7 @@ class Layout:
 
     @property
     def has_sockets(self) -> bool:
-        """Whether the programs can tell listening sockets of one port apart."""
+        """Whether the programs can distinguish listening sockets of one port."""
         return SOCKET_MEMBERS[0] in self.offsets
 
     @property

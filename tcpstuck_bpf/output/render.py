@@ -281,7 +281,7 @@ class TableRenderer:
             yield f"{INDENT}({finding.timeline_omitted} entries left out in the middle)"
         for sentence in finding.evidence:
             yield from self._wrapped(sentence, f"{INDENT}seen: ")
-        yield from self._wrapped(finding.cannot_prove, f"{INDENT}cannot tell: ")
+        yield from self._wrapped(finding.cannot_prove, f"{INDENT}cannot prove: ")
         yield from self._wrapped(finding.advice, f"{INDENT}advice: ")
         yield ""
 
