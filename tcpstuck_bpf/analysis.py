@@ -66,8 +66,8 @@ _ACKS = (
 """Counts of segments whose cookie was valid."""
 
 
-class _VerdictInput(NamedTuple):
-    """The input of a verdict."""
+class _Basis(NamedTuple):
+    """The basis of a verdict."""
 
     report: FlowReport
     unseen_acks: int
@@ -100,7 +100,7 @@ class Analysis:
         self.told = 0
         self._verdicts: Counter[str] = Counter()
         self._names = NO_NAMES
-        self._rules_awaited: dict[FourTuple, _VerdictInput] = {}
+        self._rules_awaited: dict[FourTuple, _Basis] = {}
         """Flows that got a verdict before the rules were read; at most MAX_RULES_AWAITED."""
         self._never_updated = 0
         self._listeners = ListenerHistory()
@@ -153,8 +153,7 @@ class Analysis:
 
     def _advance(self, now_ns: int) -> list[Finding]:
         reports = self.reports = self.correlator.advance(now_ns)
-        inputs = [_VerdictInput(report, self._unseen_beside(report)) for report in reports]
-        judged = map(self._judged, inputs)
+        judged = (self._judged(_Basis(report, self._unseen_beside(report))) for report in reports)
         findings = [finding for finding in judged if finding is not None]
         for finding in findings:
             self._verdicts[finding.verdict] += 1
@@ -169,7 +168,7 @@ class Analysis:
             self._table_seen = False
         return findings
 
-    def _judged(self, basis: _VerdictInput) -> Finding | None:
+    def _judged(self, basis: _Basis) -> Finding | None:
         """The verdict on a flow. If rules for it are still to be read, another verdict follows."""
         finding = judge(basis.report, self.header.coverage, self._names, basis.unseen_acks)
         self._rules_awaited.pop(basis.report.four_tuple, None)

@@ -227,7 +227,7 @@ def test_a_flood_of_events_neither_holds_up_the_duration_nor_the_end() -> None:
 
 
 def test_what_waits_at_the_end_is_told_but_for_what_the_table_says_as_well() -> None:
-    """Of a client that repeats its SYN its entry tells all, and here there is none."""
+    """The entry of a client that repeats its SYN would say everything; here there is no entry."""
     kernel = FakeKernel()
     entry = ended(handshake(), Ending.REJECTED, at(4))
     rejected = event(EventKind.ACK_REJECTED, entry, at(4), four_tuple(1))
@@ -348,7 +348,7 @@ def test_a_full_disk_is_said_in_the_summary_and_tracing_goes_on() -> None:
 def test_a_disk_that_has_no_room_for_the_last_line_is_said_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without it a recording breaks off: the run must not end as if it were whole."""
+    """Without its end a recording ends early: the run must not end as if it were complete."""
     write = Recorder._write_line
 
     def fail_at_the_end(self: Recorder, values: Mapping[str, Any]) -> None:
@@ -370,7 +370,7 @@ def test_a_ready_file_of_an_earlier_run_is_none_of_this_one(tmp_path: Path) -> N
 
 
 def test_a_ready_file_that_is_a_named_pipe_stays(tmp_path: Path) -> None:
-    """Who waits at its other end has opened it before we begin."""
+    """The process at the pipe's other end has opened it before the run begins."""
     os.mkfifo(tmp_path / "ready")
     remove_ready_file(str(tmp_path / "ready"))
     assert (tmp_path / "ready").is_fifo()

@@ -116,7 +116,7 @@ def test_somaxconn_that_could_not_be_read() -> None:
 
 
 def test_a_socket_that_systemd_made_has_systemds_backlog() -> None:
-    """Whoever gets it handed over calls no listen() of its own."""
+    """A service that gets its socket from systemd does not call listen() itself."""
     for owners in (("systemd", "sshd"), ("sshd", "systemd"), ("systemd", "dovecot")):
         (step,) = told(*owners)
         assert "Backlog= of its systemd socket unit" in step

@@ -73,7 +73,7 @@ def filtered(place: str, reason: str | None) -> Finding:
 
 
 def with_readings(*readings: Ruleset) -> Finding:
-    """Of a drop at 0.1 s; the readings come one after the other."""
+    """The finding on a drop at 0.1 s, after these readings in order."""
     names = NAMES
     for reading in readings:
         names = names.with_more(NO_NAMES._replace(rulesets={WHO.netns: (reading,)}))
@@ -187,7 +187,7 @@ def test_every_reason_that_can_hit_an_ack_has_a_cause(reason: str) -> None:
 
 
 def queue_rules(*, queues: int) -> tuple[DropRule, ...]:
-    """Those with a lower number may hand the packet to a queue, and its reader may answer."""
+    """Three rules; those numbered up to `queues` may queue the packet, and its reader may answer."""
     return tuple(
         LEGACY._replace(number=n, may_reset=n <= queues, queues=n <= queues) for n in (1, 2, 3)
     )

@@ -39,7 +39,7 @@ SETTINGS = {SYNCOOKIES: 1, SOMAXCONN: 4096}
 
 
 def facts(**changes: Any) -> ListenerFacts:
-    """Of the server of `four_tuple()`, which nothing has come to yet, with a backlog of 50."""
+    """Facts of the server of `four_tuple()` before any segment, with a backlog of 50."""
     values = dict.fromkeys(ListenerFacts._fields, 0)
     values |= {"netns": SERVER.netns, "server_port": SERVER.server_port, "limit": 50}
     return ListenerFacts(

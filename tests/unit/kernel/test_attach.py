@@ -39,7 +39,7 @@ def served(mode: str) -> set[str]:
 
 
 class Kernel:
-    """One that attaches everything but what it refuses."""
+    """A kernel that attaches everything except the probes in `refuses`."""
 
     def __init__(self, *refuses: str, mode: str = "kprobe") -> None:
         self.refuses = refuses

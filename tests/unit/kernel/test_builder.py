@@ -93,7 +93,7 @@ def test_the_files_are_root_s_to_write_and_everybody_s_to_read(
 
 
 def test_a_mode_that_the_kernel_cannot_do_is_said(build: Callable[..., list[str]]) -> None:
-    """By fentry one parameter more is in the way, by kprobe it is not."""
+    """An extra parameter prevents fentry, but not kprobes."""
     types = with_functions(
         kernel(), {"tcp_rcv_state_process": ("struct sock", "struct sk_buff", "int")}
     )

@@ -134,7 +134,7 @@ def test_the_compiler_does_not_outlive_who_started_it(bcc_first: Path, tmp_path:
 def test_nothing_of_the_current_directory_is_run(
     bcc_first: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Who starts the tool as root may stand in a directory that belongs to somebody else."""
+    """Root may start the tool in a directory that belongs to another user."""
     place_bcc(bcc_first, "import os; os._exit(9)")
     elsewhere = tmp_path / "elsewhere"
     for name in ("json", "ctypes", "tcpstuck_bpf", "bcc", "sitecustomize"):

@@ -83,7 +83,7 @@ def test_what_passed_unseen_is_no_start_and_the_switch_is_named(
 
 
 def test_both_ends_are_as_the_programs_know_them() -> None:
-    """So that other instances pass the handshake over."""
+    """Other instances recognize the handshake by its addresses, and ignore it."""
     header = (Path(__file__).parents[3] / "bpf" / "tcpstuck.h").read_text("ascii")
     (address,) = re.findall(r"#define TRIAL_ADDRESS (0x\w+)U", header)
     (netns,) = re.findall(r"#define NOBODYS_NETNS (0x\w+)U", header)

@@ -89,7 +89,7 @@ def test_addresses_not_in_use_are_forgotten() -> None:
 
 
 def test_waiting_clients_cost_nothing_while_nothing_is_due() -> None:
-    """Of a thousand that wait each token wakes one."""
+    """Each token wakes one of a thousand waiting clients."""
     pace = AddressPace(10)
     woken = 0
     for number in range(1_000):

@@ -128,7 +128,7 @@ def test_release_and_functions_come_from_the_file(kernel: Path) -> None:
 
 
 def packed(name: str, data: bytes) -> bytes:
-    """As in a vmlinuz: a loader with false hits, the stream, its unpacked size, and more."""
+    """A file like a vmlinuz: a loader with false hits, the stream, its unpacked size, and more."""
     if name in PACKERS:
         stream = PACKERS[name](data)
     else:
@@ -364,7 +364,7 @@ def test_other_things_are_wrong_use(path: str) -> None:
 
 
 def test_a_file_that_cannot_be_mapped_is_read_all_the_same() -> None:
-    """As those of /proc and of /sys, whose size means nothing: what is wrong is their content."""
+    """Files in /proc and /sys have a meaningless size, so the error is about their content."""
     with pytest.raises(UsageError) as raised:
         read_image("/proc/version")
     assert "neither an ELF file" in raised.value.why
