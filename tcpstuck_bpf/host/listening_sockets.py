@@ -1,8 +1,8 @@
 """Finds a listener's owner and the settings that limit its backlog, in /proc.
 
-The source is /proc/net/tcp and tcp6, not sock_diag, because that needs no further dependency. The
-programs already report the queue's limit. Both files show every socket of the namespace in which
-they are read. The socket's inode number leads to the processes.
+The source is /proc/net/tcp and tcp6, because sock_diag would need a further dependency. The
+programs already show the queue's limit. Both files list every socket of the namespace in which they
+are read. The socket's inode number leads to the processes.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ def test_every_reason_that_can_hit_an_ack_has_a_cause(reason: str) -> None:
 
 
 def queue_rules(*, queues: int) -> tuple[DropRule, ...]:
-    """Three rules; those numbered up to `queues` may queue the packet, and its reader may answer."""
+    """Three rules; those up to number `queues` may queue the packet, and a reader may answer."""
     return tuple(
         LEGACY._replace(number=n, may_reset=n <= queues, queues=n <= queues) for n in (1, 2, 3)
     )
