@@ -1,4 +1,4 @@
-"""The command line: what may be asked for, and what is refused before anything is tried."""
+"""The command line's options, and the checks of their values."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ exit status:
 
 
 def as_written(name: str, value: object) -> str:
-    """An option as the user writes it, of its name and value among the parsed ones."""
+    """A parsed option as the user writes it, from its name and value."""
     if name == "family":
         return f"-{value}"
     return f"--{'no-' * (value is False)}{name.replace('_', '-')}"
 
 
 def file_name(text: str) -> str:
-    """Any but an empty one: that is a variable of a script that was not set."""
+    """A file name. An empty one usually comes from an unset variable in a script."""
     return _named("a file", text)
 
 
 def netns_name(text: str) -> str:
-    """A path or a name, any but an empty one."""
+    """A path or a name of a network namespace, but not an empty one."""
     return _named("a network namespace", text)
 
 
@@ -63,7 +63,7 @@ def _named(what: str, text: str) -> str:
 
 
 def verdict_names(text: str) -> list[str]:
-    """Verdicts, separated by commas."""
+    """Parse verdicts separated by commas."""
     known = [rule.name for rule in RULES]
     for name in text.split(","):
         if name not in known:
@@ -76,7 +76,7 @@ _PROBE_MODES = ("auto", "fentry", "kprobe")
 
 
 def rescue_mode(text: str) -> frozenset[str]:
-    """Whom to rescue, `known` or `all`, with `dry-run` as another word or alone."""
+    """Parse which clients to rescue: `known` or `all`, with or without `dry-run`, or that alone."""
     words = frozenset(text.split(","))
     what = f"{text!r} is not known, all, dry-run or all,dry-run"
     if {"known", "all"} <= words:
@@ -101,7 +101,7 @@ def probe_mode(text: str) -> str:
 
 
 def networks(text: str) -> tuple[IPNetwork, ...]:
-    """IPv4 or IPv6 addresses or networks, separated by commas."""
+    """Parse IPv4 or IPv6 addresses or networks, separated by commas."""
     try:
         return tuple(ipaddress.ip_network(word.strip("[]")) for word in text.split(","))
     except ValueError as error:
@@ -111,12 +111,12 @@ def networks(text: str) -> tuple[IPNetwork, ...]:
 
 
 def packet_rate(text: str) -> int:
-    """Packets per second."""
+    """Parse a number of packets per second."""
     return _whole_number(text, 1, 100_000, "--rescue-rate 100")
 
 
 def table_size(text: str) -> int:
-    """How many handshakes the kernel's table holds."""
+    """Parse the number of entries of the kernel's table."""
     return _whole_number(text, 16, 1 << 24, "--max-handshakes 131072")
 
 
@@ -134,7 +134,7 @@ def _whole_number(text: str, lowest: int, highest: int, example: str) -> int:
 
 
 def verdict_to_explain(text: str) -> str:
-    """A verdict's name; empty: all of them."""
+    """Parse a verdict's name; an empty one means all verdicts."""
     if text and text not in VERDICT_NAMES:
         raise _no_verdict(text, VERDICT_NAMES)
     return text
@@ -149,7 +149,7 @@ def _no_verdict(name: str, known: Sequence[str]) -> WrongValueError:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser; README.md documents every option of it."""
+    """The parser; README.md documents all its options."""
     parser = Parser(
         prog="tcpstuck-trace",
         description="List the TCP connections that the client thinks are open but the server has\n"
@@ -175,7 +175,7 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
         type=port_list,
         action="append",
         default=[],
-        help="server ports: numbers, ranges (3306-3311) or services (mysql); default: every port",
+        help="server ports: numbers, ranges (3306-3311) or services (mysql); default: all",
     )
     family = what.add_mutually_exclusive_group()
     family.add_argument(
@@ -207,8 +207,8 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--timeout",
         metavar="TIME",
         type=length_of_time,
-        help="when silence becomes a verdict, in seconds or as 500ms (default: 3; with --replay, "
-        "as recorded)",
+        help="how long a client must be silent to get a verdict, in seconds or as 500ms (default: "
+        "3; with --replay, as recorded)",
     )
     output.add_argument("--all", action="store_true", help="show healthy connections too")
     output.add_argument(
@@ -216,7 +216,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         metavar="VERDICT[,VERDICT]",
         type=verdict_names,
         default=[],
-        help="show only these",
+        help="show only these verdicts",
     )
     output.add_argument(
         "--each",
@@ -245,7 +245,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         type=verdict_to_explain,
-        help="say what a verdict means and what to do; without VERDICT: list them",
+        help="say what a verdict means and what to do; without VERDICT, list all verdicts",
     )
 
 
@@ -299,7 +299,8 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         "--no-why",
         dest="why",
         action="store_false",
-        help="do not; --why costs about 200 instructions for each packet that this host drops",
+        help="do not look for drops before TCP; --why costs about 200 instructions for each packet "
+        "that this host drops",
     )
     run.add_argument("--dry-run", action="store_true", help="compile, load, attach, then stop")
     run.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -313,9 +314,9 @@ def _add_rescue(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=rescue_mode("known"),
         type=rescue_mode,
-        help="repeat the SYN-ACK to stuck clients: to those whose ACK was dropped by the listener "
-        "or whose address completed a handshake here before (known), or to all; dry-run only "
-        "says what would be sent",
+        help="repeat the SYN-ACK to stuck clients: `known` to those whose ACK the listener dropped "
+        "or whose address completed a handshake here before, `all` to all; `dry-run` only says "
+        "what would be sent",
     )
     rescue.add_argument(
         "--rescue-exclude",
@@ -329,12 +330,12 @@ def _add_rescue(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=packet_rate,
         default=100,
-        help="at most so many SYN-ACKs per second in all (default: 100)",
+        help="send at most N SYN-ACKs per second in total (default: 100)",
     )
     rescue.add_argument(
         "--rescue-late",
         action="store_true",
-        help="also send after a minute, when the client may get an RST: an error instead of a hang",
+        help="also send after a minute, when the client may get an RST (an error, not a hang)",
     )
 
 
@@ -355,22 +356,22 @@ def _add_kernel(parser: argparse.ArgumentParser) -> None:
         "--no-cache",
         dest="cache",
         action="store_false",
-        help="compile anew, and keep nothing for the next start",
+        help="compile again, and keep nothing for the next start",
     )
     kernel.add_argument(
         "--build",
         metavar="DIR",
         type=file_name,
-        help="compile into this directory, for this kernel or those of --vmlinux; trace nothing",
+        help="compile into this directory, for this kernel or those of --vmlinux; do not trace",
     )
     kernel.add_argument(
         "--programs",
         metavar="DIR",
         type=file_name,
-        help="use programs that --build made, perhaps on another machine; needs no BCC",
+        help="use programs that --build made, possibly on another machine; needs no BCC",
     )
     kernel.add_argument(
-        "--doctor", action="store_true", help="check every precondition, and name the remedies"
+        "--doctor", action="store_true", help="check every precondition and name the remedies"
     )
     kernel.add_argument(
         "--against",

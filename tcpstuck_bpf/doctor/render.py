@@ -1,6 +1,6 @@
-"""What the doctor found, as tables for people or JSON Lines for programs.
+"""Renders the doctor's reports, as tables for people or JSON Lines for programs.
 
-The keys of the JSON are a public interface, like those of `export`.
+The JSON keys are a public interface, like those of `export`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from tcpstuck_bpf.terminal import printable
 NARROWEST_COLUMN = 10
 COLUMN_GAP = 2
 HEADER_PADDING = "  "
-"""By so much tabulate makes every column wider than its heading."""
+"""tabulate makes every column wider than its heading by this much."""
 
 
 def _fitted(
     headers: Sequence[str], rows: Sequence[Sequence[str]], width: int
 ) -> tuple[list[str], list[list[str]]] | None:
-    """Cells wrapped so that the table fits: the widest columns give way first.
+    """Wrap cells so that the table fits. The widest columns shrink first.
 
-    None where it does not fit without breaking words: paths and settings are copied.
+    None if it does not fit without breaking words: paths and settings are copied.
     """
     padded = [f"{header}{HEADER_PADDING}" for header in headers]
     widths = [max(map(len, column)) for column in zip(padded, *rows)]
@@ -239,7 +239,7 @@ def machine_json(report: MachineReport) -> Iterator[str]:
 
 
 def kernel_json(report: KernelReport) -> Iterator[str]:
-    """The report on a kernel in a file, the answer last."""
+    """The report on a kernel image, the answer last."""
     yield from _kernel_json(report)
     gaps = [gap.__dict__ for gap in report.gaps]
     able = not report.trouble
@@ -249,7 +249,7 @@ def kernel_json(report: KernelReport) -> Iterator[str]:
 def change_json(
     before: KernelReport, after: KernelReport, changes: Sequence[Change]
 ) -> Iterator[str]:
-    """What is not the same in two kernels."""
+    """The differences between two kernels."""
     for change in changes:
         yield _line("change", change._asdict())
     releases = {"before": before.release, "after": after.release}
