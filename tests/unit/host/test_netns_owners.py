@@ -139,6 +139,21 @@ def test_a_process_that_ends_meanwhile_is_passed_over(processes: Processes) -> N
     assert owners(()) == {processes.inodes[200]: "pid 200 (mysqld)"}
 
 
+def test_a_process_that_changed_its_namespace_meanwhile_names_none(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its number may be another process's by then."""
+    processes.add(100, "mysqld", "")
+
+    def name_and_move(process: Path) -> str:
+        (process / "ns/other").write_text("")
+        (process / "ns/other").rename(process / "ns/net")
+        return "wrong"
+
+    monkeypatch.setattr(netns_owners, "_name_by", name_and_move)
+    assert owners(()) == {}
+
+
 @pytest.mark.parametrize(
     ("bound", "value"), [("MOST_PROCESSES", 2), ("MOST_NAMESPACES", 2), ("LONGEST_LOOK_S", 2)]
 )
