@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from tcpstuck_bpf.judge.backlog import ListenerReport
 from tcpstuck_bpf.judge.reconcile import Reconciled
-from tcpstuck_bpf.model import CoverageGap
+from tcpstuck_bpf.model import CoverageGap, ListenerSeen
 
 
 class Status(NamedTuple):
@@ -73,6 +73,8 @@ class Summary(NamedTuple):
     rescue: RescueTotals | None = None
     """None where nothing was to be rescued."""
     listeners: tuple[ListenerReport, ...] = ()
+    seen: tuple[ListenerSeen, ...] = ()
+    """The latest readings that the reports are made from; what changed longest ago first."""
     namespace_gone: int = 0
     """Told as stuck once, in network namespaces that nothing leads to any more."""
     flood_suspected: int = 0

@@ -238,6 +238,11 @@ class Correlator:
         """Network namespaces of the flows that are stuck."""
         return {who.netns for who, flow in self._flows.items() if flow.state in STUCK_STATES}
 
+    def is_stuck(self, handshake: HandshakeId) -> bool:
+        """Whether it is known, and in a state that counts as stuck or as a SYN flood's."""
+        flow = self._flow_named(handshake)
+        return flow is not None and flow.state in STUCK_STATES
+
     def note_gone(self, netns: Collection[int], now_ns: int, until_ns: int | None = None) -> None:
         """Take in that these network namespaces are gone; `advance` tells who was stuck there.
 
