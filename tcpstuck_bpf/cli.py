@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tcpstuck_bpf import terminal
 from tcpstuck_bpf.analysis import Analysis
-from tcpstuck_bpf.app import run_replay
+from tcpstuck_bpf.app.playback import run_replay
 from tcpstuck_bpf.console import (
     discard,
     open_standard_streams,
@@ -46,7 +46,9 @@ EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 _OUTPUT_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EAGAIN})
 """What a disk or terminal behind standard output refuses with; who else meets it says so itself."""
 
-_REPLAY_OPTIONS = frozenset({"replay", "json", "verbose", "only", "summary", "metrics_file"})
+_REPLAY_OPTIONS = frozenset(
+    {"replay", "json", "each", "verbose", "only", "summary", "metrics_file"}
+)
 _DOCTOR_OPTIONS = frozenset({"doctor", "vmlinux", "against", "json", "verbose"})
 _BUILD_OPTIONS = frozenset({"build", "vmlinux", "rescue", "why", "port"})
 
@@ -69,7 +71,8 @@ def _replay(options: argparse.Namespace) -> int:
         _REPLAY_OPTIONS,
         options,
         "a recording holds what was traced, and how",
-        "leave it out; --json, --only, -v, --summary and --metrics-file choose what is shown",
+        "leave it out; --json, --only, --each, -v and --summary choose what is shown, and "
+        "--metrics-file writes metrics",
     )
     replay = Replay(options.replay)
     analysis = Analysis(replay.header)

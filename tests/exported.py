@@ -12,7 +12,7 @@ import pytest
 
 from lab.golden_files import kept_recording
 from tcpstuck_bpf.analysis import Analysis
-from tcpstuck_bpf.app import run_replay
+from tcpstuck_bpf.app.playback import run_replay
 from tcpstuck_bpf.output.metric_families import Family, Snapshot
 from tcpstuck_bpf.output.metrics import Metrics
 from tcpstuck_bpf.recording.replay import Replay
@@ -38,13 +38,13 @@ def snapshot_of(path: Path) -> Snapshot:
     analysis = Analysis(replay.header)
     published: list[Snapshot] = []
 
-    def no_moment_between(_running_ns: int) -> Any:
+    def no_moment_between(_now_ns: int) -> Any:
         raise AssertionError
 
     metrics = Metrics(
         replay.header,
         no_moment_between,
-        analysis.correlator.is_stuck,
+        analysis.correlator.flows.is_suspected,
         published.append,
         lambda: 0,
         None,

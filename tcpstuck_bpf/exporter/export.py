@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from tcpstuck_bpf.analysis import Analysis
-from tcpstuck_bpf.app import Output
+from tcpstuck_bpf.app.interfaces import Output
 from tcpstuck_bpf.console import remark
 from tcpstuck_bpf.ending import close_all
 from tcpstuck_bpf.errors import words_of
@@ -88,8 +88,8 @@ class Exporter:
     ) -> Output:
         """An output that keeps metrics too; from now on they are served."""
 
-        def so_far(running_ns: int) -> Summary:
-            return analysis.so_far(counts(), running_ns, losses())
+        def so_far(now_ns: int) -> Summary:
+            return analysis.so_far(counts(), now_ns, losses())
 
         if self._server is not None:
             self._server.start()
@@ -99,7 +99,7 @@ class Exporter:
     def beside_replay(self, output: Output, analysis: Analysis) -> Output:
         """The same where only the end is told, at the time of the recording."""
 
-        def so_far(_running_ns: int) -> Summary:
+        def so_far(_now_ns: int) -> Summary:
             raise AssertionError("a replay has no moments between")
 
         return self._beside(output, analysis, so_far, None)
@@ -116,7 +116,7 @@ class Exporter:
         metrics = Metrics(
             analysis.header,
             so_far,
-            analysis.correlator.is_stuck,
+            analysis.correlator.flows.is_suspected,
             self._exposition.replace,
             time.monotonic_ns,
             realtime_ns,

@@ -17,6 +17,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from tcpstuck_bpf.judge.stuck_now import StuckGroup
 from tcpstuck_bpf.judge.verdict import Finding
 from tcpstuck_bpf.model import (
     SECOND_NS,
@@ -25,6 +26,7 @@ from tcpstuck_bpf.model import (
     ListenerFacts,
     ListenerId,
     ListenerSeen,
+    address_bytes,
     address_text,
     listener_id,
 )
@@ -40,7 +42,6 @@ _MOST_OWNERS = 4
 _LOOK_INTERVAL_NS = 60 * SECOND_NS
 _MOST_READINGS_KEPT = 16_384
 """Twice as many listeners as a run remembers (`backlog_history.MAX_LISTENERS`)."""
-_MOST_KEYS_KEPT = 4096
 
 FLOOD_CAUSE = "syn-flood"
 """The cause of an `ack-missing` that looks like a SYN flood's."""
@@ -68,9 +69,7 @@ def cause_of(finding: Finding) -> str:
     """What dropped the ACK, in the word that JSON has for it; empty where nothing did."""
     if finding.flood_suspected:
         return FLOOD_CAUSE
-    drop = finding.drop
-    cause = None if drop is None else drop.cause or drop.refusal
-    return "" if cause is None else cause.what
+    return "" if finding.drop is None else finding.drop.what
 
 
 def owner_names(owners: Iterable[str]) -> str:
@@ -91,13 +90,15 @@ class _Where(NamedTuple):
     port: int
 
 
-class _Open(NamedTuple):
-    """A client that is stuck, or looks like a SYN flood's."""
+def _where(netns: int, socket: int, address: bytes, port: int) -> _Where:
+    return _Where(listener_id(netns, socket, address, port), address, port)
+
+
+class _Suspect(NamedTuple):
+    """A silent client that looks like a SYN flood's."""
 
     first_syn_ns: int
     where: _Where
-    what: What
-    flood: bool
 
 
 class _Row:
@@ -125,26 +126,29 @@ class _Row:
 class ListenerBook:
     """Takes in verdicts as they come; `samples` may be asked for at any time.
 
-    `names`: of network namespaces, by inode number. `is_stuck`: whether a client is stuck still,
-    which is not told where it gave up. `most_open`: how many stuck clients are remembered.
+    `names`: of network namespaces, by inode number. `is_suspected`: whether a client looks like a
+    SYN flood's still, which is not told where it gave up. `most_suspects`: how many are remembered.
 
     Each of them is looked at only where there are more of them than the run knows of, and once in
-    _LOOK_INTERVAL_NS: in a flood there are a hundred thousand.
+    _LOOK_INTERVAL_NS: there may be a hundred thousand.
     """
 
     def __init__(
-        self, names: Mapping[int, str], is_stuck: Callable[[HandshakeId], bool], most_open: int
+        self,
+        names: Mapping[int, str],
+        is_suspected: Callable[[HandshakeId], bool],
+        most_suspects: int,
     ) -> None:
         self._names = names
-        self._is_stuck = is_stuck
-        self._most_open = most_open
-        self._open: dict[FourTuple, _Open] = {}
-        self._together: Counter[tuple[_Where, What, bool]] = Counter()
-        """The same, counted; the last says whether it looks like a flood's."""
+        self._is_suspected = is_suspected
+        self._most_suspects = most_suspects
+        self._suspects: dict[FourTuple, _Suspect] = {}
+        self._floods: Counter[_Where] = Counter()
+        """The same, counted."""
         self._next_look_ns = 0
         self._fresh: dict[_Where, Counter[What]] = {}
         """Verdicts that came since the latest samples: by then it is known whose listener it is."""
-        self._keys: dict[object, tuple[_Where, What]] = {}
+        self._wheres: dict[_Where, _Where] = {}
         """One copy of what many clients have in common."""
         self._rows: OrderedDict[Labels, _Row] = OrderedDict()
         """The one that was active longest ago first."""
@@ -159,36 +163,39 @@ class ListenerBook:
 
     def _take(self, finding: Finding) -> None:
         who = finding.four_tuple
-        before = self._close(who)
+        was_suspect = self._acquit(who)
         if finding.verdict == "completed":  # a healthy one, which only some runs tell of
             return
-        listener = listener_id(who.netns, finding.listener_socket, *who.server)
-        key = (_Where(listener, *who.server), (finding.verdict, cause_of(finding)))
-        where, what = self._keys.setdefault(key, key)
-        if len(self._keys) > _MOST_KEYS_KEPT:
-            self._keys.clear()
+        where = _where(who.netns, finding.listener_socket, *who.server)
         # Where only the rest of what is told is new, it was counted before.
-        if finding.updates != finding.verdict or (before is not None and before.what != what):
+        if finding.updates != finding.verdict or finding.flood_suspected != was_suspect:
+            what = (finding.verdict, cause_of(finding))
             self._fresh.setdefault(where, Counter())[what] += 1
-        if (finding.stuck or finding.flood_suspected) and len(self._open) < self._most_open:
-            self._open[who] = _Open(finding.first_syn_ns, where, what, finding.flood_suspected)
-            self._together[where, what, finding.flood_suspected] += 1
+        if finding.flood_suspected and len(self._suspects) < self._most_suspects:
+            where = self._wheres.setdefault(where, where)
+            self._suspects[who] = _Suspect(finding.first_syn_ns, where)
+            self._floods[where] += 1
 
-    def _close(self, who: FourTuple) -> _Open | None:
-        one = self._open.pop(who, None)
-        if one is not None:
-            self._together[one[1:]] -= 1
-        return one
+    def _acquit(self, who: FourTuple) -> bool:
+        """Whether it was a suspect, which it is no more."""
+        suspect = self._suspects.pop(who, None)
+        if suspect is not None:
+            self._floods[suspect.where] -= 1
+        return suspect is not None
 
     def samples(
-        self, seen: Sequence[ListenerSeen], now_ns: int, stuck: int, flood: int
+        self,
+        seen: Sequence[ListenerSeen],
+        now_ns: int,
+        stuck: Iterable[tuple[StuckGroup, int]],
+        flood: int,
     ) -> dict[Family, list[Sample]]:
         """The samples of every family that has a listener's labels, and of FOLDED.
 
-        `seen`: the latest reading of each listener, the one that changed longest ago first. `stuck`
-        and `flood`: how many clients the run knows of.
+        `seen`: the latest reading of each listener, the one that changed longest ago first.
+        `stuck`: who is stuck now. `flood`: how many suspects of a SYN flood the run knows of.
         """
-        self._look(now_ns, stuck, flood)
+        self._look(now_ns, flood)
         self._name(seen)
         labelled = [(one, self._labels[one.facts.listener][1]) for one in seen]
         for one, labels in labelled:
@@ -197,7 +204,7 @@ class ListenerBook:
             self._row(self._labels_of(where), now_ns, suffered=True).verdicts.update(told)
         self._fresh.clear()
         folded = {labels for _, labels in labelled if labels not in self._rows}
-        folded |= self._count_open(now_ns)
+        folded |= self._count_now(stuck, now_ns)
         found: dict[Family, list[Sample]] = {families.FOLDED: [Sample((), len(folded))]}
         for labels, row in self._rows_to_tell():
             for family, sample in _samples_of(labels, row):
@@ -266,37 +273,42 @@ class ListenerBook:
         row = self._row(labels, now_ns, suffered=facts.suffered)
         row.counted.update({name: getattr(facts, name) - earlier[name] for name in names})
 
-    def _look(self, now_ns: int, stuck: int, flood: int) -> None:
-        """Forget who is stuck no longer and has not told so."""
-        floods = sum(number for key, number in self._together.items() if key[-1])
-        too_many = floods > flood or len(self._open) - floods > stuck
-        if not too_many and now_ns < self._next_look_ns:
+    def _look(self, now_ns: int, flood: int) -> None:
+        """Forget who is no suspect any more and has not told so."""
+        if len(self._suspects) <= flood and now_ns < self._next_look_ns:
             return
         self._next_look_ns = now_ns + _LOOK_INTERVAL_NS
         gone = [
             who
-            for who, one in self._open.items()
-            if not self._is_stuck(HandshakeId(who, one.first_syn_ns))
+            for who, one in self._suspects.items()
+            if not self._is_suspected(HandshakeId(who, one.first_syn_ns))
         ]
         for who in gone:
-            self._close(who)
+            self._acquit(who)
+        self._floods = +self._floods
+        self._wheres = {where: where for where in self._floods}
 
-    def _count_open(self, now_ns: int) -> set[Labels]:
-        """Count who is stuck now; gives the labels that have no row."""
+    def _count_now(self, stuck: Iterable[tuple[StuckGroup, int]], now_ns: int) -> set[Labels]:
+        """Count who is stuck, or a suspect, now; gives the labels that have no row."""
         for row in (*self._rows.values(), self._others):
             row.begin()
-        self._together = +self._together
-        folded = set()
-        for (where, what, flood), number in self._together.items():
-            labels = self._labels_of(where)
-            row = self._row(labels, now_ns, suffered=True)
-            if row is self._others:
-                folded.add(labels)
-            if flood:
-                row.flood += number
-            else:
-                row.stuck[what] += number
+        folded: set[Labels] = set()
+        for group, number in stuck:
+            address = address_bytes(group.server_ip)
+            where = _where(group.netns, group.socket, address, group.server_port)
+            row = self._row_now(where, now_ns, folded)
+            row.stuck[group.verdict, group.what] += number
+        for where, number in self._floods.items():
+            if number:
+                self._row_now(where, now_ns, folded).flood += number
         return folded
+
+    def _row_now(self, where: _Where, now_ns: int, folded: set[Labels]) -> _Row:
+        labels = self._labels_of(where)
+        row = self._row(labels, now_ns, suffered=True)
+        if row is self._others:
+            folded.add(labels)
+        return row
 
     def _rows_to_tell(self) -> Iterator[tuple[Labels, _Row]]:
         yield from sorted(self._rows.items())

@@ -38,8 +38,8 @@ _Values = dict[Family, list[Sample]]
 class Metrics:
     """An Output that publishes snapshots, about once a second and at the end.
 
-    `so_far`: what the summary would say after so many ns of tracing, which is now. `is_stuck`:
-    whether a client is stuck still. `publish` takes a snapshot and raises nothing. `clock_ns` is
+    `so_far`: what the summary would say at a time, which is now. `is_suspected`: whether a client
+    looks like a SYN flood's still. `publish` takes a snapshot and raises nothing. `clock_ns` is
     CLOCK_MONOTONIC, `realtime_ns` the wall clock; None for a replay, whose time is the recording's.
     """
 
@@ -47,7 +47,7 @@ class Metrics:
         self,
         header: Header,
         so_far: Callable[[int], Summary],
-        is_stuck: Callable[[HandshakeId], bool],
+        is_suspected: Callable[[HandshakeId], bool],
         publish: Callable[[Snapshot], None],
         clock_ns: Callable[[], int],
         realtime_ns: Callable[[], int] | None,
@@ -57,7 +57,7 @@ class Metrics:
         self._publish = publish
         self._clock_ns = clock_ns
         self._realtime_ns = realtime_ns
-        self._listeners = ListenerBook(header.netns_names, is_stuck, header.table_capacity)
+        self._listeners = ListenerBook(header.netns_names, is_suspected, header.table_capacity)
         self._risen: dict[tuple[Family, tuple[str, ...]], float] = {}
         self._next_ns = 0
         """Of the time that the run has traced."""
@@ -74,7 +74,7 @@ class Metrics:
         if status.running_ns < self._next_ns:
             return
         begun_ns = self._clock_ns()
-        self._publish(self._snapshot(self._so_far(status.running_ns), running=True))
+        self._publish(self._snapshot(self._so_far(status.now_ns), running=True))
         cost_ns = self._clock_ns() - begun_ns
         self._next_ns = status.running_ns + max(INTERVAL_NS, COST_SHARE * cost_ns)
 
@@ -87,7 +87,7 @@ class Metrics:
 
     def _snapshot(self, summary: Summary, *, running: bool) -> Snapshot:
         values: _Values = self._listeners.samples(
-            summary.seen, summary.duration_ns, summary.still_stuck, summary.flood_suspected
+            summary.seen, summary.duration_ns, summary.stuck, summary.flood_suspected
         )
         values.update(self._of_run(summary, running))
         values.update(_of_clients(summary))

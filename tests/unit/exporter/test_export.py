@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from tcpstuck_bpf.analysis import Analysis
-from tcpstuck_bpf.app import Live, Output
+from tcpstuck_bpf.app.interfaces import Output
+from tcpstuck_bpf.app.live import Live
+from tcpstuck_bpf.app.printer import Printer
 from tcpstuck_bpf.model import EventKind
 from tcpstuck_bpf.output import metrics
 from tcpstuck_bpf.output.writers import JsonOutput, Selection
@@ -73,7 +75,9 @@ def test_a_run_is_scraped_while_its_lines_are_printed(
     output = exporter.beside_live(shown, analysis, kernel.counts, kernel.losses)
     told = capsys.readouterr().err
     kernel.address = re.findall(r"http://([\d.]+):(\d+)/metrics\n", told)[0]
-    run = Live(kernel, analysis, output, None, kernel.counters, lambda: kernel.now_ns)
+    run = Live(
+        kernel, analysis, Printer(output), None, kernel.counters, clock_ns=lambda: kernel.now_ns
+    )
     run.run(6 * SECOND_NS, None)
     output.close()
     exporter.close()
@@ -104,7 +108,14 @@ def test_metrics_that_fail_take_nothing_from_the_run() -> None:
         output: Output = JsonOutput(stream, header().clock, Selection([], nothing=False))
         if beside:
             output = Beside(Failing(), output, notes.append)
-        run = Live(kernel, Analysis(header()), output, None, kernel.counters, lambda: kernel.now_ns)
+        run = Live(
+            kernel,
+            Analysis(header()),
+            Printer(output),
+            None,
+            kernel.counters,
+            clock_ns=lambda: kernel.now_ns,
+        )
         run.run(8 * SECOND_NS, None)
         output.close()
         return stream.getvalue(), notes

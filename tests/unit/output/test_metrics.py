@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ import pytest
 from lab.golden import RECORDINGS
 from lab.golden_files import LINES, kept_file, kept_truth
 from tcpstuck_bpf.analysis import Analysis
-from tcpstuck_bpf.app import Live
+from tcpstuck_bpf.app.live import Live
+from tcpstuck_bpf.app.printer import Printer
 from tcpstuck_bpf.judge.reconcile import Reconciled
+from tcpstuck_bpf.judge.stuck_now import StuckNow
 from tcpstuck_bpf.judge.verdict import RULES, Finding, judge
 from tcpstuck_bpf.model import (
     CoverageGap,
@@ -205,13 +207,31 @@ Found = dict[Family, list[Sample]]
 NO_END = 1 << 30
 
 
-def samples(one: ListenerBook, listeners: list[ListenerSeen], now_ns: int = 0) -> Found:
-    """Where the run knows of all that the book does, and it is looked at by time alone."""
-    return one.samples(listeners, now_ns, NO_END, NO_END)
+class Book(ListenerBook):
+    """A book, and beside it who is stuck as a run would tell it."""
+
+    def __init__(
+        self,
+        is_suspected: Callable[[HandshakeId], bool] = lambda _who: True,
+        netns: str = "web",
+    ) -> None:
+        super().__init__({four_tuple().netns: netns}, is_suspected, 131_072)
+        self.stuck = StuckNow()
+
+    def take(self, findings: Iterable[Finding]) -> None:
+        for one in findings:
+            super().take([one])
+            self.stuck.take(one)
 
 
-def book(is_stuck: Callable[[HandshakeId], bool] = lambda _who: True) -> ListenerBook:
-    return ListenerBook({four_tuple().netns: "web"}, is_stuck, 131_072)
+def samples(
+    one: Book, listeners: list[ListenerSeen], now_ns: int = 0, flood: int = NO_END
+) -> Found:
+    """Where the run knows of as many suspects, they are looked at by time alone."""
+    return one.samples(listeners, now_ns, one.stuck.groups(), flood)
+
+
+book = Book
 
 
 def values(found: Found, family: Family) -> dict[tuple[str, ...], float]:
@@ -293,7 +313,7 @@ def test_who_was_idle_for_an_hour_gives_its_place_up_and_the_sum_stays() -> None
 
 def test_a_label_is_printable_and_short() -> None:
     hostile = "\x1b[2J\udcff\n" + "x" * 1000
-    one = ListenerBook({four_tuple().netns: hostile}, lambda _who: True, 10)
+    one = book(netns=hostile)
     found = samples(one, [seen(facts(syns=1), owner=f"{hostile} (pid 7)")], 0)
     ((netns, _, _, owner),) = values(found, families.BACKLOG)
     for text in (netns, owner):
@@ -328,12 +348,11 @@ def test_a_correction_of_the_words_is_no_second_verdict() -> None:
 
 
 def test_who_is_no_longer_stuck_leaves_a_zero() -> None:
-    stuck = {four_tuple(0), four_tuple(1)}
-    one = book(lambda who: who.four_tuple in stuck)
+    one = book()
     one.take(ONE._replace(four_tuple=four_tuple(n)) for n in range(2))
-    assert sum(values(one.samples([], 0, 2, 0), families.LISTENER_STUCK).values()) == 2
-    stuck.remove(four_tuple(0))  # it gave up: nobody is told
-    assert sum(values(one.samples([], 0, 1, 0), families.LISTENER_STUCK).values()) == 1
+    assert sum(values(samples(one, [], 0), families.LISTENER_STUCK).values()) == 2
+    one.stuck.leave(HandshakeId(four_tuple(0), ONE.first_syn_ns))  # it gave up: nobody is told
+    assert sum(values(samples(one, [], 0), families.LISTENER_STUCK).values()) == 1
     one.take([COMPLETED._replace(four_tuple=four_tuple(1))])
     found = samples(one, [], 0)
     assert list(values(found, families.LISTENER_STUCK).values()) == [0]
@@ -342,32 +361,44 @@ def test_who_is_no_longer_stuck_leaves_a_zero() -> None:
     }
 
 
-def test_each_is_looked_at_once_a_minute_whatever_the_run_knows_of() -> None:
-    """One gave up, and the run counts one more that it has no room for: the sums agree."""
+SUSPECT = ONE._replace(verdict="ack-missing", stuck=False, flood_suspected=True, drop=None)
+
+
+def test_a_suspect_that_gave_up_is_none_once_the_run_knows_of_fewer() -> None:
+    suspects = {four_tuple(0), four_tuple(1)}
+    one = book(lambda who: who.four_tuple in suspects)
+    one.take(SUSPECT._replace(four_tuple=four_tuple(n)) for n in range(2))
+    assert list(values(samples(one, [], 0, 2), families.LISTENER_FLOOD).values()) == [2]
+    suspects.remove(four_tuple(0))
+    assert list(values(samples(one, [], 0, 1), families.LISTENER_FLOOD).values()) == [1]
+
+
+def test_suspects_are_looked_at_once_a_minute_whatever_the_run_knows_of() -> None:
+    """One gave up, and the run counts one more that there was no room for: the sums agree."""
     asked: list[HandshakeId] = []
 
-    def is_stuck(who: HandshakeId) -> bool:
+    def is_suspected(who: HandshakeId) -> bool:
         asked.append(who)
         return False
 
-    one = book(is_stuck)
+    one = book(is_suspected)
     samples(one, [], 0)
-    one.take([ONE])
+    one.take([SUSPECT])
     for now_ns in (1, 59 * SECOND_NS):
         found = samples(one, [], now_ns)
-        assert list(values(found, families.LISTENER_STUCK).values()) == [1]
+        assert list(values(found, families.LISTENER_FLOOD).values()) == [1]
     assert asked == []
     found = samples(one, [], 60 * SECOND_NS)
-    assert list(values(found, families.LISTENER_STUCK).values()) == [0]
-    assert asked == [HandshakeId(ONE.four_tuple, ONE.first_syn_ns)]
+    assert list(values(found, families.LISTENER_FLOOD).values()) == [0]
+    assert asked == [HandshakeId(SUSPECT.four_tuple, SUSPECT.first_syn_ns)]
 
 
-def test_a_new_handshake_of_the_same_client_is_counted_once() -> None:
+def test_a_suspect_that_is_told_again_is_counted_once() -> None:
     one = book()
-    one.take([ONE, ONE._replace(first_syn_ns=ONE.first_syn_ns + SECOND_NS)])
+    one.take([SUSPECT, SUSPECT._replace(updates=SUSPECT.verdict)])
     found = samples(one, [], 0)
-    assert list(values(found, families.LISTENER_STUCK).values()) == [1]
-    assert list(values(found, families.VERDICTS).values()) == [2]
+    assert list(values(found, families.LISTENER_FLOOD).values()) == [1]
+    assert list(values(found, families.VERDICTS).values()) == [1]
 
 
 def test_a_verdict_goes_to_the_listener_by_its_socket() -> None:
@@ -444,12 +475,12 @@ class Exporting:
             lambda: 1_700_000_000 * SECOND_NS + self.now_ns,
         )
 
-    def _so_far(self, _running_ns: int) -> Summary:
+    def _so_far(self, _now_ns: int) -> Summary:
         self.now_ns += self.cost_ns
         return self.summary
 
     def status(self, running_ns: int) -> None:
-        self.metrics.status(Status("port 25", 0, 0, 0, 0, running_ns))
+        self.metrics.status(Status("port 25", 0, 0, 0, 0, running_ns, self.now_ns))
 
     def last(self) -> dict[str, Any]:
         return dict(exported(self.published[-1]))
@@ -549,13 +580,15 @@ def test_a_live_run_tells_who_is_stuck_while_it_is_and_when_no_longer() -> None:
     published: list[Snapshot] = []
     metrics = Metrics(
         header(),
-        lambda running_ns: analysis.so_far(kernel.counts(), running_ns, kernel.losses()),
-        analysis.correlator.is_stuck,
+        lambda now_ns: analysis.so_far(kernel.counts(), now_ns, kernel.losses()),
+        analysis.correlator.flows.is_suspected,
         published.append,
         lambda: kernel.now_ns,
         lambda: kernel.now_ns,
     )
-    run = Live(kernel, analysis, metrics, None, kernel.counters, lambda: kernel.now_ns)
+    run = Live(
+        kernel, analysis, Printer(metrics), None, kernel.counters, clock_ns=lambda: kernel.now_ns
+    )
     run.run(9 * SECOND_NS, None)
     told = [exported(one) for one in published]
     stuck = [int(one["tcpstuck_stuck_clients"][()]) for one in told]
