@@ -8,6 +8,7 @@ where columns widen.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from tcpstuck_bpf.judge.evidence import duration_text
 from tcpstuck_bpf.judge.verdict import RULES, Finding
@@ -17,10 +18,37 @@ from tcpstuck_bpf.output.page import INDENT, Page, counted, endpoint, grouped
 
 ENDPOINT_WIDTH = len("255.255.255.255:65535")
 NARROW = 100
-"""Columns; below this the age, the SYNs and the meaning go under each row."""
+"""Width in columns below which age, SYNs and meaning go below each row."""
 VERDICT_WIDTH = max(len(rule.name) for rule in RULES)
 MEANING_WIDTH = 45
 _BELOW = " " * 10
+
+
+class Column(NamedTuple):
+    """A column of the table."""
+
+    heading: str
+    width: int | None
+    """In characters; None: as wide as the widest endpoint so far."""
+    gap: str = "  "
+    """What follows it."""
+
+
+GROUP_COLUMNS = (
+    Column("time", 8, " "),
+    Column(" verdict", VERDICT_WIDTH + 1, " "),
+    Column("clients", 7, " "),
+    Column("from", None),
+    Column("at", None),
+)
+EACH_COLUMNS = (
+    Column("time", 8),
+    Column("client", None),
+    Column("server", None),
+    Column(" verdict", VERDICT_WIDTH + 1),
+)
+WIDE_COLUMNS = (Column("age".rjust(9), 9), Column("SYNs", 4))
+"""Besides, where there is room."""
 
 
 def _marked(finding: Finding) -> str:
@@ -62,6 +90,9 @@ class Rows:
         self._endpoint_width = ENDPOINT_WIDTH
         self._netns_shown = page.own_netns
         self._narrow = page.width < NARROW
+        self._columns: tuple[Column, ...] = GROUP_COLUMNS
+        if each:
+            self._columns = EACH_COLUMNS if self._narrow else (*EACH_COLUMNS, *WIDE_COLUMNS)
         self._headed = False
         self._advised: set[str] = set()
 
@@ -149,29 +180,19 @@ class Rows:
             yield self._page.bold(self._heading())
 
     def _heading(self) -> str:
-        if not self._each:
-            names = ["time", " verdict", "clients", "from", "at"]
-        elif self._narrow:
-            names = ["time", "client", "server", " verdict"]
-        else:
-            names = ["time", "client", "server", " verdict", "age".rjust(9), "SYNs"]
+        names = [column.heading for column in self._columns]
         line = self._laid_out(names)
         if not self._narrow and len(line) + 2 + MEANING_WIDTH <= self._page.width:
-            line = (
-                f"{line}  what it means" if self._each else self._laid_out(names, "what it means")
-            )
+            line = self._laid_out(names, "what it means")
         return line
 
     def _laid_out(self, cells: Sequence[str], text: str = "") -> str:
-        """One row. Not by tabulate, which would forget the widths from batch to batch."""
-        wide = self._endpoint_width
-        if self._each:
-            widths: tuple[int, ...] = (8, wide, wide, VERDICT_WIDTH + 1, 9, 4)
-            gaps: tuple[str, ...] = ("  ",) * len(widths)
-        else:
-            widths = (8, VERDICT_WIDTH + 1, 7, wide, wide)
-            gaps = (" ", " ", " ", "  ", "  ")
-        row = "".join(cell.ljust(width) + gap for cell, width, gap in zip(cells, widths, gaps))
+        """Lay out a row. tabulate would choose new widths for each batch."""
+        assert len(cells) == len(self._columns), cells
+        row = "".join(
+            cell.ljust(column.width or self._endpoint_width) + column.gap
+            for cell, column in zip(cells, self._columns)
+        )
         return row + text if text else row.rstrip()
 
     def _with_text(self, cells: Sequence[str], texts: Sequence[str], stuck: bool) -> Iterator[str]:
@@ -190,9 +211,9 @@ class Rows:
                 f"{entry.what}  {entry.detail}".rstrip(), f"{INDENT}{offset:+11.1f} ms  "
             )
         if finding.timeline_omitted:
-            yield f"{INDENT}({finding.timeline_omitted} entries of the middle left out)"
+            yield f"{INDENT}({finding.timeline_omitted} entries left out in the middle)"
         for sentence in finding.evidence:
             yield from self._page.wrapped(sentence, f"{INDENT}seen: ")
-        yield from self._page.wrapped(finding.cannot_prove, f"{INDENT}cannot tell: ")
+        yield from self._page.wrapped(finding.cannot_prove, f"{INDENT}cannot prove: ")
         yield from self._page.wrapped(finding.advice, f"{INDENT}advice: ")
         yield ""

@@ -121,7 +121,7 @@ def test_bpf_text_and_licence_agree_on_the_licence() -> None:
 
 
 def test_the_unit_of_the_docs_outlives_what_is_no_failure() -> None:
-    """Whoever was stuck makes the status 1, and so does a bug of ours."""
+    """A stuck client makes the exit status 1, and so would a traceback."""
     text = (REPOSITORY / "docs" / "rescue.md").read_text()
     unit = configparser.ConfigParser()
     unit.read_string("[Unit]" + text.partition("[Unit]")[2].partition("```")[0])

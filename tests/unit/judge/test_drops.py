@@ -11,7 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tcpstuck_bpf import model
-from tcpstuck_bpf.judge.drop_cause import NO_NAMES, function_of, is_by_netfilter
+from tcpstuck_bpf.judge import drop_cause
+from tcpstuck_bpf.judge.drop_cause import NO_NAMES, Cause, function_of, is_by_netfilter
 from tcpstuck_bpf.judge.netfilter import (
     BRIDGE,
     MORE_SUSPECTS,
@@ -73,7 +74,7 @@ def filtered(place: str, reason: str | None) -> Finding:
 
 
 def with_readings(*readings: Ruleset) -> Finding:
-    """Of a drop at 0.1 s; the readings come one after the other."""
+    """The finding on a drop at 0.1 s, after these readings in order."""
     names = NAMES
     for reading in readings:
         names = names.with_more(NO_NAMES._replace(rulesets={WHO.netns: (reading,)}))
@@ -126,7 +127,7 @@ def test_a_reason_says_what_it_was_wherever_it_was(reason: str, what: str) -> No
     finding = filtered("nf_hook_slow+0x1", reason)
     assert finding.verdict == "ack-filtered"
     assert (drop_in(finding)["reason"], drop_in(finding)["what"]) == (reason, what)
-    assert not any("judged by the place" in sentence for sentence in finding.evidence)
+    assert not any("judged by the drop site" in sentence for sentence in finding.evidence)
     assert len(finding.meaning) <= 60
 
 
@@ -158,7 +159,7 @@ def test_without_a_reason_the_place_has_to_do_and_it_is_said(
     # A rule that was not read may have answered by RST, as TCP may have.
     may_have = ("tcp", "netfilter", "nfqueue")
     assert finding.certainty == ("likely" if what in may_have else "certain")
-    assert any("judged by the place alone" in sentence for sentence in finding.evidence)
+    assert any("judged by the drop site alone" in sentence for sentence in finding.evidence)
 
 
 GENERAL = {
@@ -187,7 +188,7 @@ def test_every_reason_that_can_hit_an_ack_has_a_cause(reason: str) -> None:
 
 
 def queue_rules(*, queues: int) -> tuple[DropRule, ...]:
-    """Those with a lower number may hand the packet to a queue, and its reader may answer."""
+    """Three rules; those up to number `queues` may queue the packet, and a reader may answer."""
     return tuple(
         LEGACY._replace(number=n, may_reset=n <= queues, queues=n <= queues) for n in (1, 2, 3)
     )
@@ -671,3 +672,12 @@ def test_silence_says_where_nobody_looked(coverage: Coverage, words: str) -> Non
     found = [s for s in finding.evidence if KFREE_SKB in s or "--no-why" in s]
     assert len(found) == bool(words)
     assert all(words in sentence for sentence in found)
+
+
+def test_the_docs_have_every_word() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "verdicts.md").read_text("utf-8")
+    section = text[text.index("## ack-filtered") : text.index("## cookie-rejected")]
+    words = set(re.findall(r"[a-z][a-z0-9_]*(?:-[a-z0-9]+)*", section))
+    whats = {one.what for one in vars(drop_cause).values() if isinstance(one, Cause)}
+    assert len(whats) > 15
+    assert whats - words == set()
