@@ -20,6 +20,7 @@ from tcpstuck_bpf.console import (
     discard,
     open_standard_streams,
     print_lines,
+    remark,
     say,
     unforeseen,
 )
@@ -39,8 +40,8 @@ _OUTPUT_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, 
 """Errors of the disk or terminal behind standard output. Other files have messages of their own."""
 
 _REPLAY_OPTIONS = frozenset(
-    {"replay", "json", "each", "verbose", "only", "summary", "timeout"}
-    | {"port", "family", "listener", "netns"}
+    {"replay", "json", "each", "verbose", "only", "summary", "metrics_file"}
+    | {"port", "family", "listener", "netns", "timeout"}
 )
 _DOCTOR_OPTIONS = frozenset({"doctor", "vmlinux", "against", "json", "verbose"})
 _BUILD_OPTIONS = frozenset({"build", "vmlinux", "rescue", "why", "port"})
@@ -65,11 +66,14 @@ def _replay(options: argparse.Namespace) -> int:
         options,
         "the recording determines what was traced, and how",
         "leave it out; -p, -4, -6, --listener, --netns and -t choose what is judged; --json, "
-        "--only, --each, -v and --summary choose what is shown",
+        "--only, --each, -v and --summary choose what is shown, and --metrics-file "
+        "writes metrics",
     )
+    from tcpstuck_bpf.analysis import Analysis
     from tcpstuck_bpf.app.playback import run_replay
+    from tcpstuck_bpf.ending import Ending
     from tcpstuck_bpf.narrowing import NarrowedReplay, Wanted
-    from tcpstuck_bpf.run import exit_status, listener_address, output_for
+    from tcpstuck_bpf.run import exit_status, exporter_for, listener_address, output_for
 
     ports = ports_of(options)
     wanted = Wanted(
@@ -81,7 +85,14 @@ def _replay(options: argparse.Namespace) -> int:
         timeout_ns=options.timeout,
     )
     replay = NarrowedReplay(options.replay, wanted)
-    return exit_status(run_replay(replay, output_for(options, replay.header)))
+    analysis = Analysis(replay.header)
+    output = output_for(options, replay.header)
+    exporter = exporter_for(options)
+    with Ending(remark) as ending:
+        if exporter is not None:
+            ending.add("the metrics are not those of the end", exporter.close)
+            output = exporter.beside_replay(output, analysis)
+        return exit_status(run_replay(replay, output, analysis))
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -38,6 +38,7 @@ from tcpstuck_bpf.errors import (
 )
 from tcpstuck_bpf.heartbeat import Heartbeat
 from tcpstuck_bpf.host import netns, netns_owners
+from tcpstuck_bpf.host.expectations import doubts
 from tcpstuck_bpf.host.kernel_log import open_kernel_log
 from tcpstuck_bpf.host.listening_sockets import ListenerWatch
 from tcpstuck_bpf.host.ruleset_reader import read_ruleset
@@ -58,6 +59,7 @@ from tcpstuck_bpf.summary import Summary
 from tcpstuck_bpf.terminal import understands_escapes
 
 if TYPE_CHECKING:
+    from tcpstuck_bpf.exporter.export import Exporter
     from tcpstuck_bpf.kernel.source import KernelSource
     from tcpstuck_bpf.rescue.rescuer import Rescuing
 
@@ -163,6 +165,16 @@ def _with_heartbeat(output: Output, header: Header, interval_ns: int | None) -> 
         netns_names=header.netns_names,
     )
     return Heartbeat(output, interval_ns, renderer.status, remark)
+
+
+def exporter_for(options: argparse.Namespace) -> Exporter | None:
+    """What serves and writes metrics, where they are asked for; raises what is in its way."""
+    if options.dry_run or (options.metrics is None and options.metrics_file is None):
+        return None
+    # Imported where it is used: it needs a module that many machines lack.
+    from tcpstuck_bpf.exporter.export import Exporter
+
+    return Exporter(options.metrics, options.metrics_file)
 
 
 class Interrupts:
@@ -288,6 +300,7 @@ def trace(options: argparse.Namespace) -> int:
     refuse_unusable_files(options)
     settings = _settings(options)
     watched = _watched(options, settings.trace_filter)
+    exporter = exporter_for(options)
     source = _open_source(settings, _attach_request(options))
     with Ending(remark) as ending:
         ending.add("the programs were not detached cleanly", source.close)
@@ -295,7 +308,7 @@ def trace(options: argparse.Namespace) -> int:
             remark(text)
         if options.dry_run:
             return _able(options, source)
-        live = _live(options, settings, watched, source, ending)
+        live = _live(options, settings, watched, source, ending, exporter)
         # Added last, so called first: further Ctrl-C must not interrupt the ending.
         ending.add("signals", interrupts.ignore)
         interrupts.live = live
@@ -323,6 +336,7 @@ def _live(
     watched: str,
     source: KernelSource,
     ending: Ending,
+    exporter: Exporter | None,
 ) -> Live:
     """A run with all its parts; everything that must be closed is added to `ending`."""
     run_clock = RunClock()
@@ -338,7 +352,11 @@ def _live(
         netns.own_netns(),
         netns_owners.KnownNames(),
     )
+    analysis = Analysis(header)
     output = _with_heartbeat(output_for(options, header), header, _heartbeat_interval(options))
+    if exporter is not None:
+        ending.add("the metrics are not those of the end", exporter.close)
+        output = exporter.beside_live(output, analysis, source.counts, source.losses)
     recorder = None if options.record is None else Recorder(options.record, header)
     if recorder is not None:
         ending.add("the recording is incomplete", recorder.close)
@@ -355,6 +373,8 @@ def _live(
     elsewhere = synproxy_note()
     if elsewhere:
         remark(elsewhere)
+    for doubt in doubts(settings.trace_filter):
+        remark(doubt)
     reader = netns.CounterReader()
     rules = RulesetWatch(read_ruleset, time.monotonic_ns)
     namespaces = NamespaceWatch(
@@ -362,7 +382,7 @@ def _live(
     )
     return Live(
         source,
-        Analysis(header),
+        analysis,
         Printer(output),
         recorder,
         reader.read,
@@ -372,6 +392,7 @@ def _live(
         kernel_log=kernel_log,
         namespaces=namespaces,
         notes=(elsewhere,) if elsewhere else (),
+        doubts=lambda: doubts(settings.trace_filter),
         clock_note=run_clock.note,
     )
 

@@ -93,7 +93,9 @@ class TableRenderer:
 
     def status(self, status: Status) -> str:
         """The status line. If not all fits, what is watched is left out, then the last figures."""
-        stuck = f"{grouped(status.still_stuck)} STUCK" if status.still_stuck else "nothing stuck"
+        stuck = "nothing stuck" if status.cookies_sent else "no cookies yet"
+        if status.still_stuck:
+            stuck = f"{grouped(status.still_stuck)} STUCK"
         if status.flood_suspected:
             stuck += f", {silent_syns(status.flood_suspected)}"
         running = duration_text(status.running_ns)
