@@ -154,3 +154,26 @@ def listener_addresses(text: str) -> tuple[bytes, ...]:
         f"names are looked up in {known_names.HOSTS} alone: DNS may name a load balancer's address",
         nearest(text, known, "write the address; `getent ahosts NAME` shows what DNS says"),
     )
+
+
+def packet_rate(text: str) -> int:
+    """Parse a number of packets per second."""
+    return _whole_number(text, 1, 100_000, "--rescue-rate 100")
+
+
+def table_size(text: str) -> int:
+    """Parse the number of entries of the kernel's table."""
+    return _whole_number(text, 16, 1 << 24, "--max-handshakes 131072")
+
+
+def _whole_number(text: str, lowest: int, highest: int, example: str) -> int:
+    wanted = f"it takes a whole number from {lowest} to {highest}"
+    try:
+        value = int(text)
+    except ValueError:
+        raise WrongValueError(
+            f"{text!r} is not a whole number", wanted, f"for example {example}"
+        ) from None
+    if not lowest <= value <= highest:
+        raise WrongValueError(f"{value} is out of range", wanted, f"for example {example}")
+    return value

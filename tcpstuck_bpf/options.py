@@ -13,7 +13,9 @@ from tcpstuck_bpf.option_values import (
     heartbeat_interval,
     length_of_time,
     listener_addresses,
+    packet_rate,
     port_list,
+    table_size,
 )
 from tcpstuck_bpf.usage import Parser, WrongValueError, nearest
 
@@ -110,29 +112,6 @@ def networks(text: str) -> tuple[IPNetwork, ...]:
         ) from None
 
 
-def packet_rate(text: str) -> int:
-    """Parse a number of packets per second."""
-    return _whole_number(text, 1, 100_000, "--rescue-rate 100")
-
-
-def table_size(text: str) -> int:
-    """Parse the number of entries of the kernel's table."""
-    return _whole_number(text, 16, 1 << 24, "--max-handshakes 131072")
-
-
-def _whole_number(text: str, lowest: int, highest: int, example: str) -> int:
-    wanted = f"it takes a whole number from {lowest} to {highest}"
-    try:
-        value = int(text)
-    except ValueError:
-        raise WrongValueError(
-            f"{text!r} is not a whole number", wanted, f"for example {example}"
-        ) from None
-    if not lowest <= value <= highest:
-        raise WrongValueError(f"{value} is out of range", wanted, f"for example {example}")
-    return value
-
-
 def metrics_address(text: str) -> tuple[str, int]:
     """IP address and port; without an address that of localhost, for the answers tell strangers."""
     address, colon, port_text = text.rpartition(":")
@@ -141,9 +120,15 @@ def metrics_address(text: str) -> tuple[str, int]:
         named = {"": "127.0.0.1", "localhost": "127.0.0.1"}.get(address, address)
         ip = str(ipaddress.ip_address(named.strip("[]")))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not ADDR:PORT, nor :PORT") from None
+        raise WrongValueError(
+            f"{text!r} is not ADDR:PORT, nor :PORT",
+            "it says where to listen, by an IP address of this machine",
+            "write :9435 for localhost only, or 0.0.0.0:9435 for everybody",
+        ) from None
     if not 0 <= port <= 65535:
-        raise argparse.ArgumentTypeError(f"{port} is no port: they go from 0 (any) to 65535")
+        raise WrongValueError(
+            f"{port} is not a port", "ports go from 0 (any) to 65535", "for example --metrics :9435"
+        )
     return ip, port
 
 
