@@ -22,9 +22,9 @@ from elftools.elf.sections import SymbolTableSection
 
 from tcpstuck_bpf.errors import CannotTraceError, TcpstuckError, UsageError
 from tcpstuck_bpf.typeinfo.btf import Btf
+from tcpstuck_bpf.typeinfo.decompression import Data, Recognizer, find_packed
 from tcpstuck_bpf.typeinfo.dwarf import Dwarf, has_dwarf
 from tcpstuck_bpf.typeinfo.graph import KernelTypes
-from tcpstuck_bpf.typeinfo.unpacking import Data, Recognizer, find_packed
 
 ELF_MAGIC = b"\x7fELF"
 FLAT_MAGIC_PLACE = 56

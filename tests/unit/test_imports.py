@@ -252,7 +252,7 @@ DOORS = {
 """Where text leaves: each passes it through `terminal` or `json_text`."""
 OTHER_WRITERS = {
     *("kernel.compiler", "kernel.kept_files", "files"),
-    *("host.ruleset_child", "typeinfo.unpacking", "exporter.server"),
+    *("host.ruleset_child", "typeinfo.decompression", "exporter.server"),
 }
 """Their bytes are for programs, or their standard error is read by the process that traces."""
 

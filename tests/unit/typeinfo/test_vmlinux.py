@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from tcpstuck_bpf.errors import CannotTraceError, TcpstuckError, UsageError
 from tcpstuck_bpf.host import programs
 from tcpstuck_bpf.kernel.layout import find_layout
-from tcpstuck_bpf.typeinfo import unpacking, vmlinux
+from tcpstuck_bpf.typeinfo import decompression, vmlinux
 from tcpstuck_bpf.typeinfo.graph import MemberPlace
 from tcpstuck_bpf.typeinfo.vmlinux import read_image, types_of_running_kernel
 from tests import fake_kernel
@@ -141,7 +141,7 @@ def packed(name: str, data: bytes) -> bytes:
 
 
 def test_every_packing_has_a_case_and_the_lab_its_program() -> None:
-    assert {one.name for one in unpacking._PACKINGS} == {*PACKERS, *PROGRAMS}
+    assert {one.name for one in decompression._PACKINGS} == {*PACKERS, *PROGRAMS}
     installed = (Path(__file__).parents[3] / "lab" / "setup.sh").read_text().split()
     assert {words[0] for words in PROGRAMS.values()} <= set(installed)
 
@@ -211,7 +211,7 @@ def bomb(name: str, fill: int) -> bytes:
 def test_what_unpacks_to_more_than_a_kernel_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unpacking, "LARGEST_UNPACKED", 1 << 23)
+    monkeypatch.setattr(decompression, "LARGEST_UNPACKED", 1 << 23)
     tracemalloc.start()
     try:
         packed_bomb = bomb(name, 1 << 26)
@@ -231,7 +231,7 @@ def test_what_takes_too_long_to_unpack_is_refused(
     program.write_text("#!/bin/sh\nexec sleep 1000\n")
     program.chmod(0o700)
     monkeypatch.setattr(programs, "PLACES", (str(tmp_path),))
-    monkeypatch.setattr(unpacking, "UNPACKING_LIMIT_S", 0.05)
+    monkeypatch.setattr(decompression, "UNPACKING_LIMIT_S", 0.05)
     said = refusal(tmp_path / "vmlinuz", b"\x28\xb5\x2f\xfd" + bytes(1 << 20))
     assert "longer than" in said
 
