@@ -251,7 +251,7 @@ def header_text(layout: Layout) -> str:
             f' "{member.struct}.{member.name} is not aligned as the kernel has it");'
         )
     lines = [
-        "/* Generated from this kernel's type information by tcpstuck_bpf/layout.py. */",
+        "/* Generated from this kernel's type information by tcpstuck_bpf/kernel/layout.py. */",
         "struct net;",
         "struct net_device;",
         "struct socket;",

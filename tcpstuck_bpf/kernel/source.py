@@ -81,7 +81,7 @@ def table_entries(capacity: int, *, softirqs_interleave: bool) -> dict[str, int]
 
 
 class KernelSource:
-    """Our programs in the running kernel; `app.Source` describes each method."""
+    """Our programs in the running kernel; `app.interfaces.Source` describes each method."""
 
     def __init__(self, settings: TraceSettings, request: AttachRequest = ATTACH_ALL) -> None:
         self.timings: dict[str, float] = {}
@@ -316,7 +316,7 @@ class KernelSource:
         return self.tables.stack(number)
 
     def counts(self, living: Mapping[int, int] = NOT_KNOWN) -> NetnsCounts:
-        """The programs' counts since they were attached; see `app.Source`."""
+        """The programs' counts since they were attached; see `app.interfaces.Source`."""
         return self.tables.counts(living)
 
     def netns_in_full_tables(self) -> frozenset[int]:
@@ -324,7 +324,7 @@ class KernelSource:
         return self.tables.netns_in_full_tables()
 
     def free(self, gone: Collection[int], living: Mapping[int, int]) -> None:
-        """Free the entries of removed network namespaces; see `app.Source`."""
+        """Free the entries of removed network namespaces; see `app.interfaces.Source`."""
         self.tables.free(gone, living)
 
     def listeners(self) -> tuple[ListenerFacts, ...]:
