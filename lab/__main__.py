@@ -7,6 +7,7 @@ import sys
 
 from lab import checks, demo, golden
 from lab.guests import matrix, packages, pair, run, trees
+from lab.pages import build
 from lab.scenarios import play
 from tcpstuck_bpf.errors import EXIT_INTERRUPTED, TcpstuckError
 
@@ -15,7 +16,7 @@ def main() -> int:
     """Run one sub-command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python3 -m lab", description=__doc__)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (play, demo, run, packages, checks, trees, matrix, pair, golden):
+    for module in (play, demo, run, packages, checks, trees, matrix, pair, golden, build):
         module.add_parser(subparsers)
     arguments = parser.parse_args()
     try:
