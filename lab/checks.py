@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
 UNIT_DIRECTORIES = ("tests/unit", "tests/property", "tests/replay", "tests/golden")
 UNIT, KERNEL = "unit", "kernel"
+SCRIPTS = (
+    *("lab/setup.sh", ".ci/run", "lab/deb/trial.sh"),
+    "packaging/debian/tcpstuck-trace.postrm",
+)
 PYTHON_COVERAGE = (sys.executable, "-m", "coverage")
 COVERAGE = BUILD / "coverage"
 QUICK_MODE = "fentry"
@@ -80,7 +84,7 @@ def _lint(_settings: Settings) -> Tally:
         str(path)
         for path in (*(REPOSITORY / "bpf").glob("*.[ch]"), *(REPOSITORY / "bench").glob("*.c"))
     )
-    scripts = [str(REPOSITORY / name) for name in ("lab/setup.sh", ".ci/run")]
+    scripts = [str(REPOSITORY / name) for name in SCRIPTS]
     total = _python_tool("ruff", "check", "--quiet") + _python_tool("ruff", "format", "--check")
     total += _tool("clang-format", "--dry-run", "-Werror", *sources)
     if shutil.which("shellcheck"):
