@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import re
 import shutil
 import subprocess
 import sys
@@ -37,11 +38,8 @@ if TYPE_CHECKING:
 
 UNIT_DIRECTORIES = ("tests/unit", "tests/property", "tests/replay", "tests/golden")
 UNIT, KERNEL = "unit", "kernel"
-SCRIPTS = (
-    *("lab/setup.sh", ".ci/run", "lab/deb/trial.sh"),
-    "packaging/debian/tcpstuck-trace.postrm",
-)
-PYTHON_COVERAGE = (sys.executable, "-m", "coverage")
+SCRIPTS = ("lab/setup.sh", ".ci/run", "lab/deb/trial.sh", "packaging/debian/tcpstuck-trace.postrm")
+PYTHON = (sys.executable, "-m")
 COVERAGE = BUILD / "coverage"
 QUICK_MODE = "fentry"
 """In which mode the core scenarios are played where only they are."""
@@ -74,32 +72,23 @@ def _tool(*command: str) -> Tally:
     return Tally(errors=1)
 
 
-def _python_tool(*command: str) -> Tally:
-    return _tool(sys.executable, "-m", *command)
-
-
 def _lint(_settings: Settings) -> Tally:
     """Check style: Python, C, and shell where shellcheck is installed."""
-    sources = sorted(
-        str(path)
-        for path in (*(REPOSITORY / "bpf").glob("*.[ch]"), *(REPOSITORY / "bench").glob("*.c"))
-    )
-    scripts = [str(REPOSITORY / name) for name in SCRIPTS]
-    total = _python_tool("ruff", "check", "--quiet") + _python_tool("ruff", "format", "--check")
-    total += _tool("clang-format", "--dry-run", "-Werror", *sources)
+    total = _tool(*PYTHON, "ruff", "check", "--quiet") + _tool(*PYTHON, "ruff", "format", "--check")
+    sources = (*(REPOSITORY / "bpf").glob("*.[ch]"), *(REPOSITORY / "bench").glob("*.c"))
+    total += _tool("clang-format", "--dry-run", "-Werror", *sorted(map(str, sources)))
     if shutil.which("shellcheck"):
-        total += _tool("shellcheck", *scripts)
+        total += _tool("shellcheck", *SCRIPTS)
     return total
 
 
 def _types(_settings: Settings) -> Tally:
-    return _python_tool("mypy")
+    return _tool(*PYTHON, "mypy")
 
 
 def _unit(settings: Settings) -> Tally:
     """Run the tests that need neither root nor BCC."""
     selection = settings.selection
-    directories = [name for name in UNIT_DIRECTORIES if (REPOSITORY / name).is_dir()]
     with tempfile.TemporaryDirectory(prefix="tcpstuck-tests-") as scratch:
         report = Path(scratch) / "unit.xml"
         options = [f"--junitxml={report}", "-o", f"cache_dir={BUILD / 'pytest' / 'unit'}"]
@@ -107,7 +96,7 @@ def _unit(settings: Settings) -> Tally:
         options += ["-x"] if selection.stop_early else []
         _, *pytest = PYTEST
         python = _measured("run") if settings.coverage else [sys.executable]
-        command = [*python, *pytest, *options, *selection.words(), *directories]
+        command = [*python, *pytest, *options, *selection.words(), *UNIT_DIRECTORIES]
         status = subprocess.run(command, cwd=REPOSITORY, stdin=subprocess.DEVNULL).returncode
         if status == NO_TESTS_STATUS and selection.narrowed:
             return Tally()
@@ -116,7 +105,7 @@ def _unit(settings: Settings) -> Tally:
 
 def _measured(*words: str) -> list[str]:
     """A command of coverage.py, on what tests executed since `_forget_coverage`."""
-    return ["/usr/bin/env", f"COVERAGE_FILE={COVERAGE / 'data'}", *PYTHON_COVERAGE, *words]
+    return ["/usr/bin/env", f"COVERAGE_FILE={COVERAGE / 'data'}", *PYTHON, "coverage", *words]
 
 
 def _forget_coverage() -> None:
@@ -131,10 +120,8 @@ def _tell_coverage() -> None:
     with table.open("wb") as stream:
         missing = _measured("report", "--skip-covered", "--show-missing")
         subprocess.run(missing, cwd=REPOSITORY, check=True, stdout=stream)
-    total = subprocess.run(
-        _measured("report", "--format=total"), cwd=REPOSITORY, check=True, capture_output=True
-    )
-    part = f"{total.stdout.decode().strip()} % of the tool's lines"
+    (total,) = re.findall(r"^TOTAL .* (\d+)%$", table.read_text(), re.MULTILINE)
+    part = f"{total} % of the tool's lines"
     print(f"the tests without a kernel execute {part}; see {table.relative_to(REPOSITORY)}")
 
 
@@ -172,11 +159,8 @@ def _begin_guests(
             )
         )
     except LabError as error:
-        return functools.partial(_refuse, error)
-
-
-def _refuse(error: LabError) -> Tally:
-    raise error
+        print("\n".join(error.lines()))
+        return lambda: Tally(errors=1)
 
 
 def _timed(name: str, run: Callable[[], Tally], began: float) -> Tally:

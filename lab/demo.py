@@ -6,15 +6,19 @@ It runs where tracing works: on this machine's own kernel, or in a guest.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
+import subprocess
 import sys
+import tempfile
 from functools import partial
 from typing import BinaryIO
 
 from lab.guests.machine import GuestOptions
 from lab.guests.run import run_in_guest
 from lab.guests.trial import tracing_refusal
-from lab.records import FourTuple, Outcome
+from lab.patience import COMMAND_S, patient
+from lab.records import FourTuple, Outcome, reported_verdicts
 from lab.scenarios.catalogue import SCENARIOS, play
 from lab.scenarios.scene import PORT, READY, Stage
 from lab.scenarios.tracer import READY_PLACEHOLDER, Tracer
@@ -65,14 +69,26 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _play_here() -> int:
-    words = [sys.executable, "-m", "tcpstuck_bpf.cli", "-p", str(PORT)]
+    command = [sys.executable, "-m", "tcpstuck_bpf.cli"]
     _say(f"$ tcpstuck-trace -p {PORT}")
-    with Tracer([*words, "--ready-file", READY_PLACEHOLDER]) as tracer:
-        outcome = play(SCENARIO, after=partial(_tell, tracer))
-        named = sum(tracer.names(key) for key in outcome.stuck)
+    with tempfile.TemporaryDirectory(prefix="tcpstuck-demo-") as directory:
+        recording = f"{directory}/recording"
+        words = [*command, "-p", str(PORT), "--record", recording]
+        with Tracer([*words, "--ready-file", READY_PLACEHOLDER]) as tracer:
+            outcome = play(SCENARIO, after=partial(_tell, tracer))
+        named = _named(outcome, [*command, "--replay", recording, "--json"])
     _say(_clients_view(outcome))
     _say(f"Of the {len(outcome.stuck)} stuck clients the tracer named {named}.")
     return 0 if named == len(outcome.stuck) else EXIT_NOT_ALL_NAMED
+
+
+def _named(outcome: Outcome, replay: list[str]) -> int:
+    """How many of the stuck clients the recording names: the table has one line for all."""
+    lines = subprocess.run(
+        replay, capture_output=True, text=True, timeout=patient(COMMAND_S)
+    ).stdout
+    reported = reported_verdicts(map(json.loads, lines.splitlines()), outcome.netns)
+    return len(outcome.stuck & reported.keys())
 
 
 def _tell(tracer: Tracer, stage: Stage) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import sys
 import tempfile
 import time
@@ -30,7 +29,7 @@ from lab.golden_files import (
 from lab.guests.kernel_tests import REPOSITORY
 from lab.guests.run import GuestDiedError, GuestOptions, run_in_guest, write_through
 from lab.network.faults import ack_rule, dropping
-from lab.patience import PATIENCE_VARIABLE, patient
+from lab.patience import patient
 from lab.records import Outcome, compare, reported_verdicts
 from lab.scenarios.catalogue import (
     LARGE_BACKLOG,
@@ -175,7 +174,6 @@ def _left_by_guest(names: Sequence[str]) -> list[str]:
         share = Path(scratch)
         options = GuestOptions(
             shares=(share,),
-            environment={PATIENCE_VARIABLE: os.environ.get(PATIENCE_VARIABLE, "1")},
             timeout_s=patient(LIMIT_S) * (1 + len(names)),
             native="never",
         )

@@ -26,9 +26,10 @@ from tcpstuck_bpf.cli import main
 from tcpstuck_bpf.errors import EXIT_NOTHING_STUCK, EXIT_STUCK
 
 DIRECTORY = REPOSITORY / "tests" / "golden"
-RECORDING, TRUTH, LINES, TABLE = SUFFIXES = (".tcpstuck.gz", ".truth.json", ".jsonl", ".txt")
-PRINTED_BESIDE = {"TZ": "UTC", "COLUMNS": "100"}
-"""A table prints local times, and is as wide as the terminal."""
+RECORDING, TRUTH, LINES, TABLE, SCREEN = SUFFIXES = (
+    *(".tcpstuck.gz", ".truth.json"),
+    *(".jsonl", ".txt", ".screen.txt"),
+)
 
 
 class Printed(NamedTuple):
@@ -37,7 +38,9 @@ class Printed(NamedTuple):
     lines: str
     """With --json."""
     table: str
-    """With -v."""
+    """With -v, 100 columns wide."""
+    screen: str
+    """Without options, 80 columns wide."""
 
     def decoded(self) -> list[dict[str, Any]]:
         """The JSON lines."""
@@ -45,12 +48,12 @@ class Printed(NamedTuple):
 
 
 def kept_file(name: str, suffix: str, directory: Path = DIRECTORY) -> Path:
-    """Where one of the four files of a recording is kept."""
+    """Where one of the files of a recording is kept."""
     return directory / f"{name}{suffix}"
 
 
 def keep(name: str, recording: bytes, truth: Outcome, directory: Path = DIRECTORY) -> None:
-    """Write all four files. Raises LabError where the replay contradicts the truth."""
+    """Write all files. Raises LabError where the replay contradicts the truth."""
     printed = checked_replay(name, recording, truth)
     directory.mkdir(exist_ok=True)
     kept_file(name, RECORDING, directory).write_bytes(gzip.compress(recording, mtime=0))
@@ -116,17 +119,21 @@ def checked_replay(name: str, recording: bytes, truth: Outcome) -> Printed:
 
 def replayed(name: str, recording: bytes) -> Printed:
     """Replay a recording in this process. Raises LabError where the tool refuses it."""
-    with tempfile.TemporaryDirectory(prefix="tcpstuck-golden-") as scratch, _printing_alike():
+    with tempfile.TemporaryDirectory(prefix="tcpstuck-golden-") as scratch:
         path = Path(scratch) / name
         path.write_bytes(recording)
-        return Printed(*(_run(name, "--replay", str(path), how) for how in ("--json", "-v")))
+        replay = (name, "--replay", str(path))
+        with _printing_alike(columns=100):
+            lines, table = _run(*replay, "--json"), _run(*replay, "-v")
+        with _printing_alike(columns=80):
+            return Printed(lines, table, screen=_run(*replay))
 
 
 @contextlib.contextmanager
-def _printing_alike() -> Iterator[None]:
+def _printing_alike(columns: int) -> Iterator[None]:
     """While it lasts neither the time zone nor the terminal of whoever runs this matters."""
     try:
-        with patch.dict(os.environ, PRINTED_BESIDE):
+        with patch.dict(os.environ, {"TZ": "UTC", "COLUMNS": str(columns)}):
             time.tzset()
             yield
     finally:
@@ -147,7 +154,7 @@ def _run(name: str, *words: str) -> str:
 
 
 def _write_printed(name: str, printed: Printed, directory: Path) -> None:
-    for suffix, text in ((LINES, printed.lines), (TABLE, printed.table)):
+    for suffix, text in zip((LINES, TABLE, SCREEN), printed):
         kept_file(name, suffix, directory).write_text(text, encoding="utf-8")
 
 

@@ -16,6 +16,7 @@ from tcpstuck_bpf.judge.backlog_history import ListenerHistory
 from tcpstuck_bpf.judge.drop_cause import NO_NAMES
 from tcpstuck_bpf.judge.kernel_warnings import WarningHistory
 from tcpstuck_bpf.judge.reconcile import missed_runs_note, reconcile, total_counted, unseen_acks
+from tcpstuck_bpf.judge.stuck_now import StuckNow
 from tcpstuck_bpf.judge.verdict import (
     NO_ROOM_FOR_UPDATE,
     UPDATE_FOLLOWS,
@@ -99,6 +100,7 @@ class Analysis:
         """The flows that came into another state at the latest Advanced."""
         self.told = 0
         self._verdicts: Counter[str] = Counter()
+        self._stuck = StuckNow()
         self._names = NO_NAMES
         self._rules_awaited: dict[FourTuple, _Told] = {}
         """What was told of flows before the rules were read; no more than MAX_RULES_AWAITED."""
@@ -156,14 +158,18 @@ class Analysis:
         judged = (self._judged(_Told(report, self._unseen_beside(report))) for report in reports)
         findings = [finding for finding in judged if finding is not None]
         for finding in findings:
+            self._stuck.take(finding)
             self._verdicts[finding.verdict] += 1
             if finding.updates is not None:
                 self._verdicts[finding.updates] -= 1
+        for identity in self.correlator.take_unstuck():
+            self._stuck.leave(identity)
         self.told += len(findings)
         if self._table_seen:
             capacity = self.header.table_capacity
-            self.leaving = self.correlator.expired(now_ns, self._rows, capacity)
+            self.leaving = self.correlator.flows.expired(now_ns, self._rows, capacity)
             self._listeners.take_leaving(self.leaving)
+            self._stuck.settle(lambda one: self.correlator.flows.named(one) is not None)
             self._rows = 0
             self._table_seen = False
         return findings
@@ -188,6 +194,7 @@ class Analysis:
         for told in [one for who, one in self._rules_awaited.items() if who.netns in read]:
             finding = self._judged(told)
             if finding is not None and not finding.to_be_updated:
+                self._stuck.take(finding)
                 yield finding._replace(updates=finding.verdict)
 
     @property
@@ -201,7 +208,7 @@ class Analysis:
             if netns in (GONE_NETNS, CROWDED_NETNS):
                 continue
             acks = sum(counts.get(which, 0) for which in _ACKS)
-            self.correlator.note_acks(netns, tally.time_ns, acks)
+            self.correlator.flood.note_acks(netns, tally.time_ns, acks)
         unseen = unseen_acks(self._tallies[0], tally, self.header.coverage)
         living = living_of(tally.kernel_before)
         for netns, number in unseen.items():
@@ -239,6 +246,7 @@ class Analysis:
             waiting=stats.pending,
             still_stuck=stats.still_stuck,
             running_ns=now_ns - self._tallies[0].time_ns,
+            now_ns=now_ns,
             flood_suspected=stats.flood_suspected,
         )
 
@@ -293,6 +301,7 @@ class Analysis:
             rescue=self._rescue_totals(rescued),
             listeners=self._listeners.reports(self.header.coverage.gaps),
             flood_suspected=stats.flood_suspected,
+            stuck=self._stuck.groups(),
         )
 
     def _rescue_totals(self, rescued: int) -> RescueTotals | None:

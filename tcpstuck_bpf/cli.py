@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tcpstuck_bpf import terminal
-from tcpstuck_bpf.app import run_replay
+from tcpstuck_bpf.app.playback import run_replay
 from tcpstuck_bpf.console import discard, open_standard_streams, print_lines, say, unforeseen
 from tcpstuck_bpf.errors import (
     EXIT_CANNOT_TRACE,
@@ -30,7 +30,7 @@ EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 _OUTPUT_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EAGAIN})
 """What a disk or terminal behind standard output refuses with; who else meets it says so itself."""
 
-_REPLAY_OPTIONS = frozenset({"replay", "json", "verbose", "only", "summary"})
+_REPLAY_OPTIONS = frozenset({"replay", "json", "each", "verbose", "only", "summary"})
 _DOCTOR_OPTIONS = frozenset({"doctor", "vmlinux", "against", "json", "verbose"})
 _BUILD_OPTIONS = frozenset({"build", "vmlinux", "rescue", "why", "port"})
 
@@ -53,7 +53,7 @@ def _replay(options: argparse.Namespace) -> int:
         _REPLAY_OPTIONS,
         options,
         "a recording holds what was traced, and how",
-        "leave it out; --json, --only, -v and --summary choose what is shown",
+        "leave it out; --json, --only, --each, -v and --summary choose what is shown",
     )
     replay = Replay(options.replay)
     return exit_status(run_replay(replay, output_for(options, replay.header)))

@@ -229,7 +229,16 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         help="show only these",
     )
     output.add_argument(
-        "-v", "--verbose", action="store_true", help="show timeline, evidence and advice"
+        "--each",
+        action="store_true",
+        help="a line for each connection (default: one for all with the same listener, verdict "
+        "and cause)",
+    )
+    output.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="show the timeline, evidence and advice of each connection",
     )
     output.add_argument("--summary", action="store_true", help="show only the summary")
     output.add_argument("--json", action="store_true", help="print JSON Lines instead of a table")

@@ -14,7 +14,11 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from tcpstuck_bpf.analysis import Analysis
-from tcpstuck_bpf.app import Live, Output, remove_ready_file, write_ready_file
+from tcpstuck_bpf.app.interfaces import Output
+from tcpstuck_bpf.app.live import Live
+from tcpstuck_bpf.app.namespaces import NamespaceWatch
+from tcpstuck_bpf.app.printer import Printer
+from tcpstuck_bpf.app.ready_file import remove_ready_file, write_ready_file
 from tcpstuck_bpf.console import discard, print_lines, remark, say, unforeseen
 from tcpstuck_bpf.ending import Ending
 from tcpstuck_bpf.errors import (
@@ -101,6 +105,7 @@ def output_for(options: argparse.Namespace, header: Header) -> Output:
         width=shutil.get_terminal_size((WIDTH_OF_A_PIPE, 24)).columns,
         colour=terminal and not os.environ.get("NO_COLOR"),
         verbose=options.verbose,
+        each=options.each,
         own_netns=header.own_netns,
         netns_names=header.netns_names,
     )
@@ -298,18 +303,20 @@ def _live(
         remark(elsewhere)
     reader = netns.CounterReader()
     rules = RulesetWatch(read_ruleset, time.monotonic_ns)
+    namespaces = NamespaceWatch(
+        source, netns.gone, lambda wanted: living_of(reader.read(wanted)), time.monotonic_ns
+    )
     return Live(
         source,
         Analysis(header),
-        output,
+        Printer(output),
         recorder,
         reader.read,
         rescuing=rescuing,
         name=Namer(source.drop_reasons, source.stack, rules),
         describe=ListenerWatch().changed,
         kernel_log=kernel_log,
-        find_gone=netns.gone,
-        find_living=lambda wanted: living_of(reader.read(wanted)),
+        namespaces=namespaces,
         notes=(elsewhere,) if elsewhere else (),
         clock_note=run_clock.note,
     )

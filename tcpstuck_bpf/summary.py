@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from tcpstuck_bpf.judge.backlog import ListenerReport
 from tcpstuck_bpf.judge.reconcile import Reconciled
+from tcpstuck_bpf.judge.stuck_now import StuckGroup
 from tcpstuck_bpf.model import CoverageGap
 
 
@@ -21,6 +22,8 @@ class Status(NamedTuple):
     """Handshakes too young for a verdict."""
     still_stuck: int
     running_ns: int
+    now_ns: int
+    """CLOCK_MONOTONIC."""
     flood_suspected: int = 0
     """Silent clients that look like a SYN flood's, none of them in `still_stuck`."""
 
@@ -77,6 +80,9 @@ class Summary(NamedTuple):
     """Told as stuck once, in network namespaces that nothing leads to any more."""
     flood_suspected: int = 0
     """Silent clients that look like a SYN flood's: in `verdicts`, and not in the stuck ones."""
+    stuck: tuple[tuple[StuckGroup, int], ...] = ()
+    """Number of clients that are stuck at the end, by listener, verdict and cause, the largest
+    group first."""
 
     @property
     def unwatched(self) -> int:

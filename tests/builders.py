@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from tcpstuck_bpf.handshake.correlate import Correlator, FlowReport
+from tcpstuck_bpf.handshake.correlate import Correlator
+from tcpstuck_bpf.handshake.flow import FlowReport
 from tcpstuck_bpf.kernel.probes import PROBES, WHY_PROBES
 from tcpstuck_bpf.model import (
     Attempt,

@@ -72,6 +72,11 @@ def spoofed(
     ]
 
 
+def one_sender(number: int, seconds: float = 1) -> list[Client]:
+    """SYNs whose source ports count up."""
+    return spoofed(number, seconds, port=lambda _, n: 1024 + n)
+
+
 class FloodWorld:
     """Sweeps once a second; `acks_a_second` are those of clients that get through."""
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from tcpstuck_bpf.analysis import Analysis
-from tcpstuck_bpf.app import Live
+from tcpstuck_bpf.app.live import Live
+from tcpstuck_bpf.app.namespaces import NamespaceWatch
+from tcpstuck_bpf.app.printer import Printer
 from tcpstuck_bpf.model import (
     NETNS_COOKIE,
     Coverage,
@@ -161,14 +163,26 @@ def live(
     seconds: float | None,
     only: str = "",
     record: str | None = None,
+    find_gone: Callable[[Collection[int]], Collection[int]] | None = None,
+    find_living: Callable[[Collection[int]], Mapping[int, int]] | None = None,
     **more: Any,
 ) -> list[dict[str, Any]]:
     """Run it for so many seconds; the JSON lines."""
     stream = io.StringIO()
     output = JsonOutput(stream, header().clock, Selection([only] if only else [], nothing=False))
     recorder = None if record is None else Recorder(record, header())
+    namespaces = None
+    if find_gone is not None:
+        namespaces = NamespaceWatch(kernel, find_gone, find_living, lambda: kernel.now_ns)
     run = Live(
-        kernel, Analysis(header()), output, recorder, kernel.counters, lambda: kernel.now_ns, **more
+        kernel,
+        Analysis(header()),
+        Printer(output),
+        recorder,
+        kernel.counters,
+        lambda: kernel.now_ns,
+        namespaces=namespaces,
+        **more,
     )
     run.run(None if seconds is None else int(seconds * SECOND_NS), None)
     if recorder is not None:

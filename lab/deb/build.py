@@ -45,10 +45,8 @@ RECORDING = "overflow"
 LIMIT_S = 1800.0
 LAST_LINES = 40
 """Of what the steps print, where they fail."""
-LINTIAN = (
-    *("lintian", "--allow-root", "--info", "--display-info", "--pedantic", "--tag-display-limit=0"),
-    "--fail-on=error,warning,info,pedantic",
-)
+LINTIAN = "lintian --allow-root --info --display-info --pedantic --tag-display-limit=0"
+"""Its own status (--fail-on) counts what is overridden as well."""
 
 
 def in_fresh_tree(
@@ -112,7 +110,8 @@ def build(output: Path = OUTPUT) -> Path:
     # -d: every package may take build-essential for granted, and this one has nothing to compile.
     script = (
         "cd source && dpkg-buildpackage --build=binary --no-sign -d && cd .. "
-        f"&& mv {NAME}_* out && {shlex.join(LINTIAN)} out/*.changes"
+        f"&& mv {NAME}_* out && {LINTIAN} out/*.changes >found "
+        "&& cat found && ! grep -q '^[EWIPXC]: ' found"
     )
     with tempfile.TemporaryDirectory(prefix="tcpstuck-deb-") as scratch:
         place = Path(scratch) / "build"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import json
 import os
 import re
@@ -17,14 +16,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
-from lab.ending import sigterm_ends_program
 from lab.errors import LabError
-from lab.guests.machine import GuestOptions, guest_words
-from lab.guests.process_group import MORTAL, Processes
-from lab.guests.run import choose_native
+from lab.guests.run import (
+    GuestOptions,
+    choose_native,
+    guests_beside,
+    run_and_tell,
+    write_through,
+)
 from lab.guests.selection import Selection
 from lab.guests.shares import (
     COLLECTED_VARIABLE,
@@ -37,7 +40,6 @@ from lab.guests.shares import (
 )
 from lab.guests.tally import Tally, read_report, tally_report
 from lab.guests.trial import tracing_refusal
-from lab.patience import PATIENCE_VARIABLE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUILD = REPOSITORY / "build"
@@ -135,51 +137,37 @@ def guest_command(selection: Selection, run: GuestRun) -> list[str]:
 
 
 def options_for(selection: Selection, run: GuestRun) -> GuestOptions:
-    """The guest's options, the user's patience among them."""
-    passed_on = {name: os.environ[name] for name in (PATIENCE_VARIABLE,) if name in os.environ}
-    ended = str(run.directory / ENDED_FILE)
+    """The guest's options."""
     return GuestOptions(
         shares=(run.directory,),
-        environment={**passed_on, FORCE_VARIABLE: "1", ENDED_VARIABLE: ended},
+        environment={FORCE_VARIABLE: "1", ENDED_VARIABLE: str(run.directory / ENDED_FILE)},
         timeout_s=SLOW_LIMIT_S if selection.slow else KERNEL_LIMIT_S,
     )
 
 
-def words_for(selection: Selection, run: GuestRun) -> list[str]:
-    """The process of a guest."""
-    command = guest_command(selection, run)
-    return [*MORTAL, *guest_words(options_for(selection, run), command)]
+def play(selection: Selection, run: GuestRun) -> GuestRun:
+    """Run a guest to its end, or find that there is none to be had."""
+    began = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        says, complains = write_through(sys.stdout), write_through(sys.stderr)
+        if run.log is not None:
+            says = complains = stack.enter_context(run.log.open("wb", buffering=0)).write
+        command, options = guest_command(selection, run), options_for(selection, run)
+        run.status = run_and_tell(command, options, says, complains, REPOSITORY)
+    run.seconds = time.monotonic() - began
+    return run
 
 
-@dataclass
-class KernelGroup:
-    """The guests, which have been started, until all have ended."""
-
-    runs: list[GuestRun]
-    began: float
-    _running: Processes[GuestRun] = field(default_factory=Processes)
-
-    def start(self, words_of: Callable[[GuestRun], Sequence[str]]) -> None:
-        """Start a process for each, by its words."""
-        for run in self.runs:
-            self._running.start(run, words_of(run), run.log, REPOSITORY)
-
-    def finish(self) -> Tally:
-        """Wait for all, tell of each when it has ended, and remember which tests failed."""
-        total = Tally()
-        while self._running.count:
-            run, status = self._running.next_ended()
-            run.status = status
-            run.seconds = time.monotonic() - self.began
-            total += run.tally()
-            if account := run.account(len(self.runs)):
-                print(account, flush=True)
-        remember_failures(self.runs)
-        return total
-
-    def end(self) -> None:
-        """End what still runs."""
-        self._running.end()
+def finish(playing: Sequence[Future[GuestRun]]) -> Tally:
+    """Wait for all guests, tell of each when it has ended, and remember which tests failed."""
+    total = Tally()
+    for ended in as_completed(playing):
+        run = ended.result()
+        total += run.tally()
+        if account := run.account(len(playing)):
+            print(account, flush=True)
+    remember_failures([one.result() for one in playing])
+    return total
 
 
 def remember_failures(runs: Sequence[GuestRun]) -> None:
@@ -212,21 +200,19 @@ def started(
     if choose_native(GuestOptions(), tracing_refusal):
         guests = 1
     shares = share_out(tests, read_durations(DURATIONS), guests)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(sigterm_ends_program())
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tcpstuck-tests-")))
-        group = KernelGroup(list(_runs(shares, scratch, beside)), time.monotonic())
-        stack.callback(group.end)
-        group.start(functools.partial(words_for, selection))
+    with tempfile.TemporaryDirectory(prefix="tcpstuck-tests-") as scratch:
+        runs = list(_runs(shares, Path(scratch), beside))
+        with guests_beside(len(runs)) as pool:
+            playing = [pool.submit(play, selection, run) for run in runs]
 
-        def finish() -> Tally:
-            total = group.finish()
-            if record:
-                reports = [run.report for run in group.runs if run.report is not None]
-                record_durations(DURATIONS, reports, collected(Selection(slow=True)))
-            return total
+            def finish_and_record() -> Tally:
+                total = finish(playing)
+                if record:
+                    reports = [run.report for run in runs if run.report is not None]
+                    record_durations(DURATIONS, reports, collected(Selection(slow=True)))
+                return total
 
-        yield finish
+            yield finish_and_record
 
 
 def _runs(shares: Sequence[Share], scratch: Path, beside: bool) -> Iterator[GuestRun]:

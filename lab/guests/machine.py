@@ -12,12 +12,14 @@ A root tree of another suite holds no kernel, so the kernel's modules are export
 
 from __future__ import annotations
 
+import os
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+from lab.patience import PATIENCE_VARIABLE
 
 CONTROL_MOUNT = "/run/lab/control"
 """Where the guest sees the directory through which harness and guest talk."""
@@ -88,9 +90,10 @@ def command_line(command: Sequence[str], environment: Mapping[str, str]) -> str:
 
 
 def guest_environment(additions: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a command in a guest: nothing of the host's."""
+    """The environment of a command in a guest: nothing of the host's but the user's patience."""
     basis = {"PATH": GUEST_PATH, "HOME": "/root", "LANG": "C.UTF-8", "TERM": "dumb"}
-    return {**basis, **additions}
+    passed_on = {name: os.environ[name] for name in (PATIENCE_VARIABLE,) if name in os.environ}
+    return {**basis, **passed_on, **additions}
 
 
 def _share_tag(index: int) -> str:
@@ -168,20 +171,6 @@ set +e
 echo $? > {CONTROL_MOUNT}/{STATUS_FILE}
 echo b > /proc/sysrq-trigger
 """
-
-
-def guest_words(options: GuestOptions, command: Sequence[str]) -> list[str]:
-    """The `guest` command that does what run_in_guest would, as a process of its own."""
-    words = [sys.executable, "-m", "lab", "guest", f"--native={options.native}"]
-    words += [] if options.kernel is None else [f"--kernel={options.kernel}"]
-    words += [f"--root={options.root}", f"--cpus={options.cpus}", f"--memory={options.memory}"]
-    words += ["--icount"] if options.icount else []
-    words += [f"--share={share}" for share in options.shares]
-    words += [f"--view={view}" for view in options.views]
-    words += [f"--env={name}={value}" for name, value in options.environment.items()]
-    if options.wire is not None:
-        words.append(f"--wire={options.wire.descriptor},{options.wire.address}")
-    return [*words, f"--timeout={options.timeout_s}", "--", *command]
 
 
 def native_script(command: Sequence[str], environment: Mapping[str, str]) -> str:

@@ -11,17 +11,16 @@ import argparse
 import functools
 import itertools
 import json
-import os
 import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 from xml.etree import ElementTree
 
-from lab.ending import sigterm_ends_program
 from lab.errors import LabError
 from lab.guests import trees
 from lab.guests.kernel_tests import (
@@ -46,12 +45,18 @@ from lab.guests.matrix_report import (
     table,
     verdict,
 )
-from lab.guests.matrix_rows import row_words, run_rows
 from lab.guests.packages import IMAGE_VARIABLE
-from lab.guests.run import TIMEOUT_STATUS, GuestDiedError, GuestOptions, run_in_guest, write_through
+from lab.guests.run import (
+    TIMEOUT_STATUS,
+    GuestDiedError,
+    GuestOptions,
+    guests_beside,
+    run_in_guest,
+    write_through,
+)
 from lab.guests.selection import Selection
 from lab.guests.trees import ROWS, BootFiles, Row
-from lab.patience import PATIENCE_VARIABLE, patient
+from lab.patience import patient
 
 if TYPE_CHECKING:
     from lab.guests.packages import Subparsers
@@ -143,49 +148,42 @@ def pytest_command(share: Path, selection: Selection, limit_s: float) -> list[st
     return ["/bin/sh", "-euc", "\n".join(notes)]
 
 
-def guest_environment(ours: Mapping[str, str], kernel: Path) -> dict[str, str]:
-    """The settings of the tests in a guest of that kernel, the user's patience among them."""
-    passed_on = {name: ours[name] for name in (PATIENCE_VARIABLE,) if name in ours}
-    settings = {FORCE_VARIABLE: "1", IMAGE_VARIABLE: str(kernel), "PYTHONPATH": str(REPOSITORY)}
-    return {**passed_on, **settings}
-
-
 def run_row(
     row: Row,
+    boot: BootFiles,
     selection: Selection,
     sink: Sink,
     demanded: tuple[str, ...] = MODES,
-    boot: BootFiles | None = None,
 ) -> RowResult:
-    """Boot a row's guest and run the tests in it; no LabError gets out, it is a result.
-
-    Without a place to boot, the row's newest is made.
-    """
+    """Boot a row's guest and run the tests in it; no LabError gets out, it is a result."""
     result = empty_result(row, demanded)
     with tempfile.TemporaryDirectory(prefix="tcpstuck-matrix-") as scratch:
         share = Path(scratch)
         try:
-            _test_in_guest(result, share, selection, sink, boot)
+            _test_in_guest(result, share, boot, selection, sink)
         except GuestDiedError as error:
             sink(error.console.encode())
-            result.trouble = f"{error.what}: {error.why}"
+            result.trouble = str(error)
         except LabError as error:
-            result.trouble = f"{error.what}: {error.why}"
+            result.trouble = str(error)
         result.kernel = _noted(share / KERNEL_FILE)
         result.bcc = _noted(share / BCC_FILE)
     return result
 
 
 def _test_in_guest(
-    result: RowResult, share: Path, selection: Selection, sink: Sink, boot: BootFiles | None
+    result: RowResult, share: Path, boot: BootFiles, selection: Selection, sink: Sink
 ) -> None:
-    boot = boot or trees.prepare(result.row)
     options = GuestOptions(
         kernel=boot.kernel,
         root=boot.root,
         views=(REPOSITORY, boot.kernel.parent),
         shares=(share,),
-        environment=guest_environment(os.environ, boot.kernel),
+        environment={
+            FORCE_VARIABLE: "1",
+            IMAGE_VARIABLE: str(boot.kernel),
+            "PYTHONPATH": str(REPOSITORY),
+        },
         timeout_s=patient(ROW_LIMIT_S + REPORTING_S),
     )
     ran = run_in_guest(
@@ -212,40 +210,60 @@ def _noted(path: Path) -> str:
     return path.read_text().strip() if path.is_file() else UNKNOWN
 
 
-def _run_logged(
-    row: Row, selection: Selection, demanded: tuple[str, ...], boot: BootFiles | None, verbose: bool
-) -> RowResult:
-    """Run a row; what its guest prints goes to a file in the cache, or to our own output."""
-    if verbose:
-        return run_row(row, selection, write_through(sys.stdout), demanded, boot)
-    with log_of(row).open("wb", buffering=0) as log:
-        result = run_row(row, selection, log.write, demanded, boot)
-    print(progress(result), flush=True)
-    return result
+def run_rows(
+    rows: Sequence[Row],
+    guests: int,
+    prepare: Callable[[Row], BootFiles],
+    run: Callable[[Row, BootFiles], RowResult],
+    demanded: tuple[str, ...],
+    tell: Callable[[RowResult], object],
+) -> list[RowResult]:
+    """Run the rows, at most so many at a time, and tell of each that ends; results in their order.
+
+    What they boot is made before the first starts: apt locks its package lists, suites share trees
+    and kernels, and a tree that is found stale must not have a guest over it.
+    """
+    results: dict[Row, RowResult] = {}
+    with guests_beside(guests) as pool:
+        prepared = {}
+        for row in rows:
+            try:
+                prepared[row] = prepare(row)
+            except LabError as error:
+                results[row] = empty_result(row, demanded, str(error))
+                tell(results[row])
+        running = {pool.submit(run, row, boot): row for row, boot in prepared.items()}
+        for ended in as_completed(running):
+            row, wrong = running[ended], ended.exception()
+            # What goes wrong with one must not cost the hours of the others.
+            results[row] = empty_result(row, demanded, repr(wrong)) if wrong else ended.result()
+            tell(results[row])
+    return [results[row] for row in rows]
 
 
 def _results(arguments: argparse.Namespace) -> list[RowResult]:
     # Whoever selects tests by name may mean such as have nothing to do with the modes.
     demanded = () if arguments.select else MODES
-    chosen = arguments.rows or ROWS
-    if arguments.guests == 1:
-        wanted = Selection(core=arguments.core, matching=arguments.select)
-        boot = None
-        if arguments.place:
-            kernel, root = arguments.place
-            boot = BootFiles(kernel, root, fresh=False)
-        # Before there is a guest, what makes its tree has to be ended too.
-        with sigterm_ends_program():
-            return [_run_logged(row, wanted, demanded, boot, arguments.verbose) for row in chosen]
-    selection = ["--core"] if arguments.core else []
-    selection += [f"--select={arguments.select}"] if arguments.select else []
-    return run_rows(
-        [row for row in ROWS if row in chosen],
-        arguments.guests,
-        lambda row, boot, report: row_words(row, boot, report, selection),
-        demanded,
-        lambda result: print(progress(result), flush=True),
-    )
+    selection = Selection(core=arguments.core, matching=arguments.select)
+
+    def prepare(row: Row) -> BootFiles:
+        if not arguments.place:
+            return trees.prepare(row)
+        kernel, root = arguments.place
+        return BootFiles(kernel, root, fresh=False)
+
+    def run(row: Row, boot: BootFiles) -> RowResult:
+        if arguments.verbose:
+            return run_row(row, boot, selection, write_through(sys.stdout), demanded)
+        with log_of(row).open("wb", buffering=0) as log:
+            return run_row(row, boot, selection, log.write, demanded)
+
+    def tell(result: RowResult) -> None:
+        if not arguments.verbose:
+            print(progress(result), flush=True)
+
+    rows = list(dict.fromkeys(arguments.rows or ROWS))
+    return run_rows(rows, arguments.guests, prepare, run, demanded, tell)
 
 
 def _matrix_command(refuse: Callable[[str], NoReturn], arguments: argparse.Namespace) -> int:

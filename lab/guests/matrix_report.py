@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -164,42 +163,6 @@ def as_json(results: Sequence[RowResult]) -> list[dict[str, Any]]:
         for result in results
         for mode, cell in result.cells.items()
     ]
-
-
-def results_of(text: str) -> list[RowResult]:
-    """The results that as_json made such a text of, JSON in a file; seconds are rounded.
-
-    Raises ValueError for any other text.
-    """
-    try:
-        lines = json.loads(text)
-        results: dict[str, RowResult] = {}
-        for line in lines:
-            result = results.setdefault(line["row"], _without_cells(line))
-            failures = [Failure(str(one["test"]), str(one["message"])) for one in line["failures"]]
-            skipped = Counter({why: int(count) for why, count in line["skip_reasons"].items()})
-            result.cells[str(line["mode"])] = Cell(int(line["passed"]), failures, skipped)
-        found = list(results.values())
-        # What was left out, was of another type or contradicts itself does not come out the same.
-        same = as_json(found) == lines and all(set(MODES) <= set(one.cells) for one in found)
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from error
-    if not same:
-        raise ValueError("it is not what was to be written")
-    return found
-
-
-def _without_cells(line: dict[str, Any]) -> RowResult:
-    trouble = line["trouble"]
-    return RowResult(
-        Row(str(line["row"]), bool(line["counts"])),
-        {},
-        str(line["kernel"]),
-        str(line["bcc"]),
-        None if trouble is None else str(trouble),
-        float(line["seconds"]),
-        tuple(str(mode) for mode in line["demanded"]),
-    )
 
 
 def verdict(results: Sequence[RowResult], all_count: bool) -> int:

@@ -11,26 +11,23 @@ import argparse
 import contextlib
 import functools
 import json
-import os
 import socket
-import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from tabulate import tabulate
 
-from lab.ending import sigterm_ends_program
 from lab.errors import LabError
 from lab.guests import trees
 from lab.guests.kernel_tests import REPOSITORY
-from lab.guests.machine import guest_words
 from lab.guests.packages import cache_directory
 from lab.guests.pair_end import CLIENT, FAMILIES, HARDWARE, OPTION_SETS, SERVER
-from lab.guests.run import GuestDiedError, GuestOptions, Wire, run_in_guest
+from lab.guests.run import GuestOptions, Sink, Wire, guests_beside, run_and_tell
 from lab.guests.trees import ROWS, Row
-from lab.patience import COMMAND_S, PATIENCE_VARIABLE, patient
+from lab.patience import COMMAND_S, patient
 
 if TYPE_CHECKING:
     from lab.guests.packages import Subparsers
@@ -130,7 +127,6 @@ _place_of = functools.lru_cache(trees.prepare)
 def options_for(row: Row, part: str, descriptor: int) -> GuestOptions:
     """The guest that plays a part, on its end of the wire. Raises CacheError."""
     place = _place_of(row)
-    patience = {name: os.environ[name] for name in (PATIENCE_VARIABLE,) if name in os.environ}
     return GuestOptions(
         kernel=place.kernel,
         root=place.root,
@@ -138,7 +134,7 @@ def options_for(row: Row, part: str, descriptor: int) -> GuestOptions:
         memory="1500M",
         views=(REPOSITORY, place.kernel.parent),
         wire=Wire(descriptor, HARDWARE[part]),
-        environment={"PYTHONPATH": str(REPOSITORY), **patience},
+        environment={"PYTHONPATH": str(REPOSITORY)},
         timeout_s=patient(PAIR_LIMIT_S),
     )
 
@@ -146,18 +142,6 @@ def options_for(row: Row, part: str, descriptor: int) -> GuestOptions:
 def command_for(part: str) -> list[str]:
     """What its guest runs, by the distribution's Python."""
     return ["/usr/bin/python3", "-m", "lab.guests.pair_end", part]
-
-
-@contextlib.contextmanager
-def _server(options: GuestOptions, log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """The server's guest; told to end with the block, should it not have ended by itself."""
-    assert options.wire is not None
-    words, end = guest_words(options, command_for(SERVER)), options.wire.descriptor
-    with subprocess.Popen(words, cwd=REPOSITORY, stdout=log, stderr=log, pass_fds=[end]) as process:
-        try:
-            yield process
-        finally:
-            process.terminate()
 
 
 def run_pair(pair: Pair, log: IO[bytes]) -> PairResult:
@@ -169,31 +153,25 @@ def run_pair(pair: Pair, log: IO[bytes]) -> PairResult:
         said.extend(piece)
         log.write(piece)
 
-    try:
-        with contextlib.ExitStack() as stack:
-            ends = [stack.enter_context(end) for end in socket.socketpair()]
+    def play(part: str, options: GuestOptions, says: Sink) -> int:
+        return run_and_tell(command_for(part), options, says, log.write, REPOSITORY)
+
+    with contextlib.ExitStack() as stack:
+        ends = [stack.enter_context(end) for end in socket.socketpair()]
+        pool = stack.enter_context(guests_beside(1))
+        try:
             # Whatever has to be made is made before either guest waits for the other.
             ours = options_for(pair.server, SERVER, ends[0].fileno())
             theirs = options_for(pair.client, CLIENT, ends[1].fileno())
-            stack.enter_context(sigterm_ends_program())
-            server = stack.enter_context(_server(ours, log))
-            ran = run_in_guest(
-                command_for(CLIENT),
-                options=theirs,
-                stdout_sink=hear,
-                stderr_sink=log.write,
-                cwd=REPOSITORY,
-            )
-            status = server.wait(patient(COMMAND_S)) if ran.status == 0 else 0
-        if ran.status or status:
-            result.trouble = f"client's guest: status {ran.status}; server's guest: {status}"
-    except GuestDiedError as error:
-        log.write(error.console.encode())
-        result.trouble = f"{error.what}: {error.why}"
-    except LabError as error:
-        result.trouble = f"{error.what}: {error.why}"
-    except subprocess.TimeoutExpired:
-        result.trouble = "the server's guest did not end"
+        except LabError as error:
+            result.trouble = str(error)
+            return result
+        server = pool.submit(play, SERVER, ours, log.write)
+        status = play(CLIENT, theirs, hear)
+        wait([server], patient(COMMAND_S) if status == 0 else 0)
+        served = server.result() if server.done() else "not ended"
+    if (status, served) != (0, 0):
+        result.trouble = f"client's guest: status {status}; server's guest: {served}"
     result.take_in(bytes(said))
     return result
 

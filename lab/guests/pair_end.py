@@ -1,8 +1,9 @@
 """What `pair` runs in its two guests: a server with the tool, and clients that wait for it.
 
-Started as `python3 -m lab.guests.pair_end server|client`. The two talk over the wire itself, on a
-connection of their own that neither the tool nor the firewall's rule looks at. What the clients
-see goes to the client's standard output, a line of JSON for each try and one for the pair.
+Started as `python3 -m lab.guests.pair_end server|client`. The client's end asks the server's over
+the wire itself (XML-RPC), at a port that neither the tool nor the firewall's rule looks at. What
+the clients see goes to the client's standard output: a line of JSON for each try, and one for the
+pair.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ import contextlib
 import json
 import os
 import platform
+import select
 import socket
 import socketserver
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from xmlrpc.client import ServerProxy
+from xmlrpc.server import SimpleXMLRPCServer
 
 from lab.errors import LabError, LabTimeoutError
 from lab.network.faults import ack_rule, dropping
@@ -59,9 +62,6 @@ TRY_S = 5.0
 """A SYN that comes before the other guest has its interface is lost; its repetitions get rare."""
 TOOL = ("-m", "tcpstuck_bpf", "-p", str(PORT), "--json", "--rescue", "-t", "1")
 
-Ask = Callable[..., Any]
-"""Has the server do what is named, and returns its answer."""
-
 
 class GreetAndEcho(socketserver.BaseRequestHandler):
     """Speaks first, then says again what it hears."""
@@ -96,44 +96,25 @@ def echoing(port: int) -> Iterator[int]:
             thread.join()
 
 
-def has_been_spoken_to(client: socket.socket) -> bool:
-    """Whether anything, be it the end, has come to a socket; nothing is taken from it."""
-    client.setblocking(False)
-    try:
-        client.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
-
-
 def is_greeted(client: socket.socket, deadline: Deadline) -> bool:
-    """Whether the greeting comes in time."""
-    heard = b""
+    """Whether the greeting, which is one segment, comes in time."""
     with contextlib.suppress(OSError):
-        while len(heard) < len(GREETING):
-            client.settimeout(deadline.left() or 0.001)
-            piece = client.recv(len(GREETING) - len(heard))
-            heard += piece
-            if not piece:
-                break
-    return heard == GREETING
+        client.settimeout(deadline.left() or 0.001)
+        return client.recv(len(GREETING)) == GREETING
+    return False
 
 
 def echoes(client: socket.socket) -> bool:
     """Whether what is sent comes back as it was, more at once than a window without scaling."""
-    data, heard = os.urandom(BULK), bytearray()
+    data = os.urandom(BULK)
     client.settimeout(patient(COMMAND_S))
     with ThreadPoolExecutor(1) as thread, contextlib.suppress(OSError):
         sent = thread.submit(client.sendall, data)
-        while len(heard) < BULK:
-            piece = client.recv(65_536)
-            heard += piece
-            if not piece:
-                break
+        with client.makefile("rb") as heard:
+            same = heard.read(BULK) == data
         sent.result()
-    return heard == data
+        return same
+    return False
 
 
 def negotiated(client: socket.socket) -> str:
@@ -166,12 +147,13 @@ def join_wire(place: OwnNamespace, ours: str) -> None:
 
 
 class Server:
-    """The server's end: does what the client's end asks for."""
+    """The server's end: what the client's end may ask for."""
 
     def __init__(self, place: OwnNamespace, tracer: Tracer) -> None:
         self._place = place
         self._tracer = tracer
         self._rules = contextlib.ExitStack()
+        self._asked_to_end = False
 
     def trace(self) -> str:
         """Start the tool; answers with the kernel's release once it traces."""
@@ -183,101 +165,88 @@ class Server:
         self._tracer.pause()
         self._rules.enter_context(dropping(self._place, ack_rule(PORT), family))
 
-    def known(self) -> set[FourTuple]:
+    def known(self) -> list[list[Any]]:
         """The established connections, by `ss`; no ACK sent before this was asked comes after."""
         rows = self._place.sockets("established", f"sport = :{PORT}")
-        return {FourTuple(row.peer_ip, row.peer_port, row.local_ip, row.local_port) for row in rows}
+        return [[row.peer_ip, row.peer_port, row.local_ip, row.local_port] for row in rows]
 
     def listen(self) -> None:
         """Drop nothing any more."""
         self._rules.close()
         self._tracer.resume()
 
-    def rescued(self, clients: Sequence[FourTuple]) -> int:
+    def rescued(self, clients: Sequence[Sequence[Any]]) -> int:
         """How many of these the tool says it has rescued."""
-        netns = self._place.inode
-        self._tracer.await_reported(dict.fromkeys(clients, "rescued"), netns)
+        wanted, netns = [FourTuple(*client) for client in clients], self._place.inode
+        self._tracer.await_reported(dict.fromkeys(wanted, "rescued"), netns)
         told = reported_verdicts(self._tracer.lines, netns)
-        return sum(told.get(client) == "rescued" for client in clients)
+        return sum(told.get(client) == "rescued" for client in wanted)
 
-    def serve(self, channel: Connection[Any, Any]) -> None:
-        """Answer until the other end is closed."""
-        with self._rules, contextlib.suppress(EOFError):
-            while True:
-                name, arguments = channel.recv()
-                channel.send(getattr(self, name)(*arguments))
+    def end(self) -> None:
+        """Answer this, and nothing after it."""
+        self._asked_to_end = True
+
+    def serve(self, control: SimpleXMLRPCServer) -> None:
+        """Do what is asked, one thing after the other, until asked to end."""
+        control.register_instance(self)
+        while not self._asked_to_end:
+            control.handle_request()
+
+
+def control_server(port: int) -> SimpleXMLRPCServer:
+    """Where the client's end asks."""
+    return SimpleXMLRPCServer(("", port), logRequests=False, allow_none=True)
 
 
 def run_server(place: OwnNamespace) -> None:
     """The whole life of the server's guest."""
     words = [sys.executable, *TOOL, "--ready-file", READY_PLACEHOLDER]
-    # The listener is there before the interface: no connection is ever refused.
-    with socket.create_server(("", CONTROL_PORT)) as control, echoing(PORT), Tracer(words) as tool:
+    # The listeners are there before the interface: no connection is ever refused.
+    with control_server(CONTROL_PORT) as control, echoing(PORT), Tracer(words) as tool:
         join_wire(place, SERVER)
         place.pin({"net/ipv4/tcp_syncookies": "2"})
-        control.settimeout(patient(START_S))
-        accepted, _ = control.accept()
-        accepted.setblocking(True)
-        channel: Connection[Any, Any] = Connection(accepted.detach())
-        with channel:
-            Server(place, tool).serve(channel)
+        Server(place, tool).serve(control)
         tool.stop()
         # For whoever has to find out why a client was not rescued.
         print(*map(json.dumps, tool.lines), sep="\n", flush=True)
 
 
-def _control() -> Connection[Any, Any]:
+def server_at(address: str, port: int) -> Any:
+    """The server's end, to be asked for what `Server` does. Raises LabTimeoutError."""
     deadline = Deadline(START_S)
     while not deadline.passed():
-        with contextlib.suppress(socket.timeout):
-            joined = socket.create_connection((SERVER_ADDRESS[4], CONTROL_PORT), TRY_S)
-            joined.setblocking(True)
-            return Connection(joined.detach())
+        with contextlib.suppress(OSError), socket.create_connection((address, port), TRY_S):
+            return ServerProxy(f"http://{address}:{port}", allow_none=True)
     raise LabTimeoutError("the server's guest", deadline.limit_s, "no answer on the wire")
 
 
-def asking(channel: Connection[Any, Any]) -> Ask:
-    """Make the function that asks the server; it raises LabTimeoutError."""
-
-    def ask(name: str, *arguments: object) -> Any:
-        channel.send((name, arguments))
-        if not channel.poll(patient(LOAD_S)):
-            raise LabTimeoutError(f"the server to do {name}", patient(LOAD_S), "silence")
-        try:
-            return channel.recv()
-        except EOFError as error:
-            why = "its end is closed"
-            raise LabError("the server's guest has failed", why, "see its output") from error
-
-    return ask
-
-
-def silenced(ask: Ask, family: int, count: int) -> list[socket.socket]:
+def silenced(server: Any, family: int, count: int) -> list[socket.socket]:
     """Clients whose ACKs were dropped, by a rule that is still there."""
-    ask("silence", family)
-    server = (SERVER_ADDRESS[family], PORT)
-    return [socket.create_connection(server, patient(COMMAND_S)) for _ in range(count)]
+    server.silence(family)
+    place = (SERVER_ADDRESS[family], PORT)
+    return [socket.create_connection(place, patient(COMMAND_S)) for _ in range(count)]
 
 
-def stuck_of(ask: Ask, clients: Sequence[socket.socket]) -> list[socket.socket]:
+def stuck_of(server: Any, clients: Sequence[socket.socket]) -> list[socket.socket]:
     """Those that are connected, have heard nothing, and are unknown to the server."""
-    known = ask("known")
+    known = {FourTuple(*one) for one in server.known()}
+    spoken_to, _, _ = select.select(clients, [], [], 0)
     return [
         client
         for client in clients
-        if four_tuple_of(client) not in known and not has_been_spoken_to(client)
+        if four_tuple_of(client) not in known and client not in spoken_to
     ]
 
 
-def play(place: OwnNamespace, ask: Ask, family: int, options: str) -> dict[str, Any]:
+def play(place: OwnNamespace, server: Any, family: int, options: str) -> dict[str, Any]:
     """One try: a client that makes the address known, then silenced ones, and what they see."""
     place.pin({**SYSCTLS, **OPTION_SETS[options]})
     with socket.create_connection((SERVER_ADDRESS[family], PORT), patient(COMMAND_S)) as first:
         if not is_greeted(first, Deadline(SETTLE_S)):
             raise LabError("no client is greeted", "nor is one that nobody silenced", "see the log")
-    clients = silenced(ask, family, CLIENTS)
-    stuck = stuck_of(ask, clients)
-    ask("listen")
+    clients = silenced(server, family, CLIENTS)
+    stuck = stuck_of(server, clients)
+    server.listen()
     deadline = Deadline(SETTLE_S)
     greeted = [client for client in clients if is_greeted(client, deadline)]
     result = {
@@ -288,7 +257,7 @@ def play(place: OwnNamespace, ask: Ask, family: int, options: str) -> dict[str, 
         "stuck": len(stuck),
         "greeted": len(greeted),
         "equal": sum(map(echoes, greeted)),
-        "rescued": ask("rescued", [four_tuple_of(client) for client in clients]),
+        "rescued": server.rescued([list(four_tuple_of(client)) for client in clients]),
     }
     for client in clients:
         client.close()
@@ -298,20 +267,21 @@ def play(place: OwnNamespace, ask: Ask, family: int, options: str) -> dict[str, 
 def run_client(place: OwnNamespace) -> None:
     """The whole life of the client's guest."""
     join_wire(place, CLIENT)
-    with _control() as channel:
-        ask = asking(channel)
-        untraced = []
+    # For an answer of the server's end, too.
+    socket.setdefaulttimeout(patient(LOAD_S))
+    server = server_at(SERVER_ADDRESS[4], CONTROL_PORT)
+    untraced = []
+    for family in FAMILIES:
+        untraced += silenced(server, family, UNTRACED)
+        server.known()
+        server.listen()
+    pair = {"server": server.trace(), "client": platform.release()}
+    for options in OPTION_SETS:
         for family in FAMILIES:
-            untraced += silenced(ask, family, UNTRACED)
-            ask("known")
-            ask("listen")
-        server_kernel = ask("trace")
-        for options in OPTION_SETS:
-            for family in FAMILIES:
-                print(json.dumps(play(place, ask, family, options)), flush=True)
-        waiting = stuck_of(ask, untraced)
-        pair = {"server": server_kernel, "client": platform.release()}
-        print(json.dumps({**pair, "untraced": len(untraced), "waiting": len(waiting)}), flush=True)
+            print(json.dumps(play(place, server, family, options)), flush=True)
+    waiting = stuck_of(server, untraced)
+    print(json.dumps({**pair, "untraced": len(untraced), "waiting": len(waiting)}), flush=True)
+    server.end()
 
 
 def main(part: str) -> int:

@@ -7,21 +7,21 @@ apart; nothing else is mixed into them.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
-from typing import TYPE_CHECKING, ClassVar, TextIO
+from typing import ClassVar, TextIO
 
 from lab.ending import sigterm_ends_program
 from lab.errors import LabError
@@ -29,9 +29,6 @@ from lab.guests import machine
 from lab.guests.machine import GuestOptions, Wire
 from lab.guests.packages import cached_busybox, cached_kernel
 from lab.guests.trial import kvm_works, tracing_refusal
-
-if TYPE_CHECKING:
-    from lab.guests.packages import Subparsers
 
 __all__ = ["GuestDiedError", "GuestError", "GuestOptions", "GuestResult", "Wire", "run_in_guest"]
 
@@ -41,6 +38,11 @@ HARNESS_STATUS = 125
 """The exit status when the harness, not the command, failed, as with coreutils' env."""
 _CHUNK_BYTES = 65536
 _LOG_TAIL_LINES = 15
+_MORTAL = ("setpriv", "--pdeathsig", "ALRM", "timeout", "--signal=KILL", "0")
+"""Before a command: when the thread that started it has ended, whatever ended it, the command and
+all of its process group are killed. `timeout` waits for that; its own limit, 0, is none."""
+_thread = threading.local()
+"""In a thread of `guests_beside`, its `stop` is the descriptor that tells its guest to end."""
 
 Sink = Callable[[bytes], object]
 """Takes a piece of a stream as it arrives."""
@@ -130,6 +132,37 @@ def run_in_guest(
         boot_s=outcome.boot_s,
         total_s=time.monotonic() - started,
     )
+
+
+def run_and_tell(
+    command: Sequence[str], options: GuestOptions, says: Sink, complains: Sink, cwd: Path
+) -> int:
+    """Run a command and tell what went wrong with its guest; the exit status of either."""
+    try:
+        result = run_in_guest(
+            command, options=options, stdout_sink=says, stderr_sink=complains, cwd=cwd
+        )
+    except LabError as error:
+        complains("".join(f"{line}\n" for line in error.lines()).encode())
+        return error.exit_status
+    if result.timed_out:
+        complains(f"lab: cut off after {options.timeout_s:g} s: {command[0]}\n".encode())
+    return result.status
+
+
+@contextlib.contextmanager
+def guests_beside(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads for so many guests at a time; whatever ends the block ends all of them first."""
+    stop, held = os.pipe()
+    pool = ThreadPoolExecutor(count, initializer=setattr, initargs=(_thread, "stop", (stop,)))
+    with sigterm_ends_program():
+        try:
+            yield pool
+        finally:
+            os.close(held)
+            pool.shutdown(cancel_futures=True)
+            # Not where a second signal broke off the wait: the threads still look at it.
+            os.close(stop)
 
 
 @dataclass(frozen=True)
@@ -239,7 +272,7 @@ def _session(
     """A process in a session of its own, of which nothing is left when the block ends."""
     with sigterm_ends_program():
         process = subprocess.Popen(
-            arguments,
+            [*_MORTAL, *arguments],
             cwd=cwd,
             env=env,
             stdin=subprocess.DEVNULL,
@@ -261,14 +294,14 @@ def _session(
 
 
 def _pump(pid: int, streams: dict[int, Sink], limit_s: float) -> bool:
-    """Hand on what arrives until the process ends; False if the limit passed before."""
+    """Hand on what arrives until the process ends; False if the limit passed, or all is to end."""
     deadline = time.monotonic() + limit_s
-    exited = os.pidfd_open(pid)
+    exited, stop = os.pidfd_open(pid), getattr(_thread, "stop", ())
     with DefaultSelector() as selector, contextlib.closing(os.fdopen(exited, "rb", 0)):
-        selector.register(exited, EVENT_READ)
+        for watched in (exited, *stop, *streams):
+            selector.register(watched, EVENT_READ)
         for stream in streams:
             os.set_blocking(stream, False)
-            selector.register(stream, EVENT_READ)
         while True:
             ready = {key.fd for key, _ in selector.select(max(0.0, deadline - time.monotonic()))}
             for stream in ready & streams.keys():
@@ -279,7 +312,7 @@ def _pump(pid: int, streams: dict[int, Sink], limit_s: float) -> bool:
                     while _hand_on(stream, sink):
                         pass
                 return True
-            if time.monotonic() >= deadline:
+            if ready.intersection(stop) or time.monotonic() >= deadline:
                 return False
 
 
@@ -294,83 +327,6 @@ def _hand_on(stream: int, sink: Sink) -> bool | None:
     return bool(piece)
 
 
-def _memory_size(text: str) -> str:
-    if not re.fullmatch(r"[1-9][0-9]*[MG]", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size like 512M or 2G")
-    return text
-
-
-def _positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return number
-
-
-def _cpu_count(text: str) -> int:
-    if not re.fullmatch(r"[1-9][0-9]?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of CPUs from 1 to 99")
-    return int(text)
-
-
-def _assignment(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    return name, value
-
-
-def _wire(text: str) -> Wire:
-    descriptor, comma, address = text.partition(",")
-    if not comma or not descriptor.isdecimal() or not re.fullmatch(r"[0-9a-f:]{17}", address):
-        raise argparse.ArgumentTypeError(f"{text!r} is not DESCRIPTOR,HARDWARE-ADDRESS")
-    return Wire(int(descriptor), address)
-
-
-def options_from(arguments: argparse.Namespace) -> GuestOptions:
-    """The options that the `guest` command's arguments stand for."""
-    return GuestOptions(
-        kernel=arguments.kernel.resolve() if arguments.kernel else None,
-        root=arguments.root.resolve(),
-        cpus=arguments.cpus,
-        memory=arguments.memory,
-        icount=arguments.icount,
-        shares=tuple(share.resolve() for share in arguments.share),
-        views=tuple(view.resolve() for view in arguments.view),
-        wire=arguments.wire,
-        environment=dict(arguments.env),
-        timeout_s=arguments.timeout,
-        native=arguments.native,
-    )
-
-
-def _guest_command(arguments: argparse.Namespace) -> int:
-    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
-    if not command:
-        raise GuestError("nothing to run", "no command was given", "put one after --")
-    options = options_from(arguments)
-    try:
-        result = run_in_guest(
-            command,
-            options=options,
-            stdout_sink=write_through(sys.stdout),
-            stderr_sink=write_through(sys.stderr),
-        )
-    except BrokenPipeError:
-        # Our reader has gone. What is still buffered must not be tried again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    if result.timed_out:
-        print(f"lab: cut off after {options.timeout_s:g} s: {command[0]}", file=sys.stderr)
-    if arguments.verbose:
-        place = "natively" if result.native else f"in a guest booted in {result.boot_s:.1f} s"
-        print(f"lab: ran {place}; {result.total_s:.1f} s in all", file=sys.stderr)
-    return result.status
-
-
 def write_through(stream: TextIO) -> Sink:
     """Make a sink that writes each piece to a standard stream at once."""
 
@@ -379,45 +335,3 @@ def write_through(stream: TextIO) -> Sink:
         stream.buffer.flush()
 
     return write
-
-
-def add_parser(subparsers: Subparsers) -> None:
-    """The `guest` command: any command in a throw-away guest."""
-    parser = subparsers.add_parser(
-        "guest",
-        help="run a command on a real Debian kernel in a throw-away guest",
-        epilog=f"Exit status: the command's; {TIMEOUT_STATUS} cut off by --timeout; "
-        f"{HARNESS_STATUS} no guest.",
-    )
-    defaults = GuestOptions()
-    parser.add_argument("--kernel", metavar="IMAGE", type=Path, help="default: the cached one")
-    parser.add_argument(
-        "--root", metavar="TREE", type=Path, default=defaults.root, help="default: this machine's"
-    )
-    parser.add_argument("--cpus", metavar="N", type=_cpu_count, default=defaults.cpus)
-    parser.add_argument("--memory", metavar="SIZE", type=_memory_size, default=defaults.memory)
-    parser.add_argument(
-        "--icount", action="store_true", help="the guest's clock counts instructions; one CPU"
-    )
-    parser.add_argument(
-        "--share", metavar="DIR", type=Path, action="append", default=[], help="may be written to"
-    )
-    parser.add_argument(
-        "--view", metavar="DIR", type=Path, action="append", default=[], help="read-only"
-    )
-    parser.add_argument(
-        "--wire", metavar="FD,MAC", type=_wire, help="a network interface on an open stream socket"
-    )
-    parser.add_argument(
-        "--env", metavar="NAME=VALUE", type=_assignment, action="append", default=[]
-    )
-    parser.add_argument("--timeout", metavar="SECONDS", type=_positive, default=defaults.timeout_s)
-    parser.add_argument(
-        "--native",
-        choices=("auto", "always", "never"),
-        default=defaults.native,
-        help="use this machine's own kernel; auto: where it allows tracing",
-    )
-    parser.add_argument("--verbose", action="store_true", help="say where it ran and how long")
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND...")
-    parser.set_defaults(run=_guest_command)

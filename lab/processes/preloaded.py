@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MODULES = [
     "tcpstuck_bpf.cli",
-    "tcpstuck_bpf.app",
+    "tcpstuck_bpf.app.live",
     "tcpstuck_bpf.kernel.source",
     "tcpstuck_bpf.rescue.rescuer",
 ]

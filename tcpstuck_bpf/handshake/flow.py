@@ -62,6 +62,7 @@ class State(enum.Enum):
 
 SILENT_STATES = frozenset({State.SILENT, State.UNANSWERED})
 STUCK_STATES = SILENT_STATES | {State.ACK_DROPPED, State.ACK_FILTERED}
+CONNECTED_STATES = frozenset({State.COMPLETED, State.RECOVERED, State.RESCUED, State.DATA_LOST})
 ENDED_STATES = frozenset(
     {
         State.COMPLETED,

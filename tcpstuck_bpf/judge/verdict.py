@@ -92,6 +92,8 @@ class Finding(NamedTuple):
     """Whether it is silent amid what looks like a SYN flood: then it is not told as stuck."""
     listener_socket: int = 0
     """Inode number of the listening socket that it is stuck at; 0 where it is not known."""
+    cause: str = ""
+    """What dropped its ACK, in words; empty where the verdict says all that is known."""
 
 
 def _accept_queue_was_full(report: FlowReport) -> bool:
@@ -328,17 +330,24 @@ def _gap_sentences(missing: tuple[str, ...], coverage: Coverage) -> Iterator[str
         yield f"no probe on {probe}{why}: {lost}"
 
 
-def _of_cause(rule: Rule, drop: Drop | None, *, in_flood: bool) -> tuple[str, str]:
-    """Meaning and advice, as far as the cause of the drop is known that of the cause."""
+class _Words(NamedTuple):
+    meaning: str
+    cause: str
+    advice: str
+
+
+def _words(rule: Rule, drop: Drop | None, *, in_flood: bool) -> _Words:
+    """Meaning and advice: those of the drop's cause where that is known."""
     if in_flood:
-        return FLOOD_MEANING, FLOOD_ADVICE
+        return _Words(FLOOD_MEANING, "", FLOOD_ADVICE)
     if drop is not None and drop.cause is not None:
         named = drop.netfilter.rule
         what = drop.cause.what if named is None else f"{drop.cause.what}, {rule_text(named)}"
-        return f"ACK dropped here before TCP: {what}", drop.cause.advice
+        return _Words(f"ACK dropped here before TCP: {what}", what, drop.cause.advice)
     if drop is not None and drop.refusal is not None and drop.refusal.advice:
-        return f"ACK came, dropped by this host: {drop.refusal.what}", drop.refusal.advice
-    return rule.meaning, rule.advice
+        what = drop.refusal.what
+        return _Words(f"ACK came, dropped by this host: {what}", what, drop.refusal.advice)
+    return _Words(rule.meaning, "", rule.advice)
 
 
 def _sight_of_drops(rule: Rule, coverage: Coverage) -> Iterator[str]:
@@ -414,7 +423,7 @@ def judge(
         return None
     entry = report.handshake
     drop = drop_of(report, names)
-    meaning, advice = _of_cause(rule, drop, in_flood=bool(report.flood))
+    words = _words(rule, drop, in_flood=bool(report.flood))
     missing = missing_probes(rule, report.four_tuple.family, coverage)
     certainty = _certainty(rule, report, missing, drop)
     mixed_up = [gap for gap in coverage.gaps if gap.probe == SOFTIRQ_LOCK]
@@ -434,7 +443,7 @@ def judge(
         verdict_ns=report.decided_ns,
         age_ns=report.age_ns,
         delay_ns=report.delay_ns,
-        meaning=meaning,
+        meaning=words.meaning,
         evidence=(
             *evidence(report, drop),
             *filter(None, (report.flood,)),
@@ -444,7 +453,7 @@ def judge(
             *_unseen_sentences(unseen_acks),
         ),
         cannot_prove=rule.cannot_prove,
-        advice=advice,
+        advice=words.advice,
         timeline=report.timeline,
         timeline_omitted=report.timeline_omitted,
         updates=_replaced(report),
@@ -453,4 +462,5 @@ def judge(
         drop=drop,
         flood_suspected=bool(report.flood),
         listener_socket=entry.socket,
+        cause=words.cause,
     )

@@ -12,6 +12,7 @@ from tcpstuck_bpf.judge.backlog import MAX_SYN_BACKLOG, SOMAXCONN, SYNCOOKIES, L
 from tcpstuck_bpf.judge.drop_cause import Drop
 from tcpstuck_bpf.judge.netfilter import OTHER_CODE, Suspicion
 from tcpstuck_bpf.judge.reconcile import Reconciled
+from tcpstuck_bpf.judge.stuck_now import StuckGroup
 from tcpstuck_bpf.judge.verdict import Finding
 from tcpstuck_bpf.model import Attempt, DropRule
 from tcpstuck_bpf.steps import WallClock, utc_text
@@ -195,6 +196,19 @@ def _reconciled(row: Reconciled) -> dict[str, Any]:
     }
 
 
+def _stuck_group(group: StuckGroup, clients: int) -> dict[str, Any]:
+    return {
+        "clients": clients,
+        "netns": group.netns,
+        "server_ip": group.server_ip,
+        "server_port": group.server_port,
+        "listener_socket": group.socket or None,
+        "verdict": group.verdict,
+        "certainty": group.certainty,
+        "cause": group.cause or None,
+    }
+
+
 def summary_line(summary: Summary, clock: WallClock) -> str:
     """The summary as a JSON object on one line, without the newline."""
     return json_text(
@@ -210,6 +224,7 @@ def summary_line(summary: Summary, clock: WallClock) -> str:
             ),
             "verdicts": dict(summary.verdicts),
             "stuck": summary.still_stuck,
+            "stuck_groups": [_stuck_group(*one) for one in summary.stuck],
             "ever_stuck": summary.ever_stuck,
             "flood_suspected": summary.flood_suspected,
             "data_lost": summary.data_lost,

@@ -9,7 +9,7 @@ from tcpstuck_bpf import terminal
 from tcpstuck_bpf.judge.verdict import Finding
 from tcpstuck_bpf.model import Attempt
 from tcpstuck_bpf.output.export import attempt_line, listener_line, summary_line, verdict_line
-from tcpstuck_bpf.output.render import FLOOD_FOLDED_NS, TableRenderer
+from tcpstuck_bpf.output.render import TableRenderer
 from tcpstuck_bpf.steps import WallClock
 from tcpstuck_bpf.summary import Status, Summary
 from tcpstuck_bpf.terminal import CLEAR_LINE, printable
@@ -43,7 +43,6 @@ class TableOutput:
         self._selection = selection
         self._terminal = stream.isatty()
         self._status_shown = False
-        self._floods_told_ns = 0
 
     def _clear(self) -> None:
         if self._status_shown:
@@ -69,13 +68,11 @@ class TableOutput:
             self._put(lines)
 
     def status(self, status: Status) -> None:
-        """One line that the next output replaces; nothing where the stream is no terminal.
+        """Rows of the groups that are due, and one line that the next output replaces.
 
-        A flood that has ended is told here, for no finding comes after it.
+        Where the stream is no terminal there is no such line.
         """
-        if status.running_ns - self._floods_told_ns >= FLOOD_FOLDED_NS:
-            self._floods_told_ns = status.running_ns
-            self._put(list(self._renderer.floods()))
+        self._put(list(self._renderer.due(status.now_ns)))
         if self._terminal:
             self._stream.write(CLEAR_LINE + printable(self._renderer.status(status)))
             self._stream.flush()
@@ -83,7 +80,7 @@ class TableOutput:
 
     def close(self) -> None:
         """Nothing more will come: what is said next does not stand behind a status line."""
-        self._put(list(self._renderer.floods()))
+        self._put(list(self._renderer.rest()))
         self._clear()
         self._stream.flush()
 

@@ -25,6 +25,7 @@ from lab.golden import NOBODY_IS_NAMED, RECORDINGS
 from lab.golden_files import (
     DIRECTORY,
     LINES,
+    SCREEN,
     SUFFIXES,
     TABLE,
     kept_file,
@@ -40,8 +41,9 @@ from lab.network.topology import (
     SERVER_ADDRESS,
     SILENT_SOURCES,
 )
-from lab.records import compare
+from lab.records import VERDICTS_OF_STUCK, compare
 from lab.scenarios.catalogue import SCENARIOS
+from lab.scenarios.tracer import clients_in_groups
 from tcpstuck_bpf.model import address_bytes
 from tcpstuck_bpf.recording.replay import Replay
 
@@ -94,7 +96,7 @@ def in_the_lab(address: str) -> bool:
 
 def test_a_replay_prints_what_is_committed(name: str) -> None:
     printed = replayed(name, kept_recording(name))
-    for suffix, text in ((TABLE, printed.table), (LINES, printed.lines)):
+    for suffix, text in zip((LINES, TABLE, SCREEN), printed):
         kept = kept_file(name, suffix).read_text(encoding="utf-8")
         changed = "\n".join(unified_diff(kept.splitlines(), text.splitlines(), n=0, lineterm=""))
         assert text == kept, f"if this is right: python3 -m lab golden --expect\n{changed}"
@@ -165,6 +167,21 @@ for name in sys.argv[1:]:
 """
 
 
+def test_the_screen_and_its_answer_count_the_clients_that_the_oracle_saw_hanging(name: str) -> None:
+    truth, screen = kept_truth(name), kept_file(name, SCREEN).read_text(encoding="utf-8")
+    stuck = sum(verdict in VERDICTS_OF_STUCK for verdict in truth.expected.values())
+    answer = re.search(r"^(\d+) clients? of .*(\n.*)? (is|are)\sstuck: ", screen, re.M)
+    assert (int(answer[1]) if answer else 0) == stuck
+    if stuck:
+        assert clients_in_groups(screen) == stuck
+    assert all(len(line) <= 80 for line in screen.splitlines())
+
+
+def test_the_screen_of_the_readme_is_a_real_one() -> None:
+    screen = kept_file("mariadb-stall", SCREEN).read_text(encoding="utf-8")
+    assert screen in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     "beside",
     [
@@ -184,6 +201,8 @@ def test_who_replays_makes_no_difference(beside: dict[str, str]) -> None:
     )
     assert again.stderr == b""
     expected = [
-        kept_file(name, suffix).read_bytes() for name in RECORDINGS for suffix in (LINES, TABLE)
+        kept_file(name, suffix).read_bytes()
+        for name in RECORDINGS
+        for suffix in (LINES, TABLE, SCREEN)
     ]
     assert again.stdout == b"".join(expected)

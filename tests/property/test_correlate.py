@@ -8,8 +8,15 @@ from collections.abc import Iterable, Sequence
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from tcpstuck_bpf.handshake.correlate import Correlator, FlowReport, State
-from tcpstuck_bpf.handshake.flow import ENDED_STATES, STUCK_STATES, is_remarkable, merge
+from tcpstuck_bpf.handshake.correlate import Correlator
+from tcpstuck_bpf.handshake.flow import (
+    ENDED_STATES,
+    STUCK_STATES,
+    FlowReport,
+    State,
+    is_remarkable,
+    merge,
+)
 from tcpstuck_bpf.judge.verdict import RULES, judge
 from tcpstuck_bpf.model import (
     Coverage,
@@ -84,7 +91,7 @@ def test_anything_is_taken_in_bounded_memory_and_judged_by_one_rule(
             now = correlate.advance(step)
             assert len(now) <= 2 * max_flows
             told += now
-            assert len(correlate.expired(step, table_rows, 50)) <= 2 * max_flows
+            assert len(correlate.flows.expired(step, table_rows, 50)) <= 2 * max_flows
         else:
             correlate.observe(step)
         assert correlate.stats().flows <= max_flows
@@ -414,7 +421,7 @@ def test_a_table_of_any_size_is_worked_off(ages_s: list[int], max_flows: int) ->
     for _ in range(2 * len(ages_s) + 2):
         watching.observe(table.sweep(now_ns))
         told += watching.advance(now_ns)
-        table.forget(watching.expired(now_ns, len(table.entries), 0))
+        table.forget(watching.flows.expired(now_ns, len(table.entries), 0))
         now_ns += SECOND_NS
     assert sorted(report.four_tuple for report in told) == sorted(
         map(four_tuple, range(len(ages_s)))

@@ -81,10 +81,10 @@ def foreign_summary(name: str) -> Summary:
 
 def told(output: TableOutput | JsonOutput, name: str) -> None:
     """Everything that an output can be given."""
-    output.status(Status(name, 1, 1, 1, 1, 1))
+    output.status(Status(name, 1, 1, 1, 1, 1, 1))
     output.findings([foreign_finding(name)])
     output.attempts([Attempt(identity(handshake()), at(1), 1, f"failed: {name}")])
-    output.status(Status(name, 1, 1, 1, 1, 1))
+    output.status(Status(name, 1, 1, 1, 1, 1, 1))
     output.summary(foreign_summary(name))
 
 
@@ -112,9 +112,9 @@ def assert_harmless(shown: str) -> None:
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-@given(name=names, width=st.integers(40, 200), narrow_names=st.booleans())
+@given(name=names, width=st.integers(40, 200), narrow_names=st.booleans(), verbose=st.booleans())
 def test_the_table_has_no_control_character_but_ours(
-    encoding: str, name: str, width: int, narrow_names: bool
+    encoding: str, name: str, width: int, narrow_names: bool, verbose: bool
 ) -> None:
     stream = stream_of(encoding, terminal=True)
     who = four_tuple().netns
@@ -122,7 +122,7 @@ def test_the_table_has_no_control_character_but_ours(
         clock=CLOCK,
         width=width,
         colour=True,
-        verbose=True,
+        verbose=verbose,
         own_netns=1,
         netns_names={7: name} if narrow_names else {7: name, who: name},
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tcpstuck_bpf.handshake.correlate import FlowReport
+from tcpstuck_bpf.handshake.flow import FlowReport
 from tcpstuck_bpf.model import HandshakeId, Sweep
 from tests.builders import SECOND_NS, Table, correlator, four_tuple
 from tests.property.history import History
@@ -67,7 +67,7 @@ class World:
             self.told += self.correlator.advance(self.now_ns)
         if what == "tidy":
             rows = len(self.table.entries)
-            self.leaving = self.correlator.expired(self.now_ns, rows, 1_000)
+            self.leaving = self.correlator.flows.expired(self.now_ns, rows, 1_000)
             assert len(set(self.leaving)) == len(self.leaving)
 
     def finish(self) -> None:

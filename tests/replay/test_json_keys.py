@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tcpstuck_bpf.app import run_replay
+from tcpstuck_bpf.app.playback import run_replay
 from tcpstuck_bpf.output.writers import JsonOutput, Selection
 from tcpstuck_bpf.recording.replay import Replay
 from tests.replay.test_replay import recorded

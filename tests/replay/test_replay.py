@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tcpstuck_bpf.app import run_replay
+from tcpstuck_bpf.app.playback import run_replay
 from tcpstuck_bpf.cli import main
 from tcpstuck_bpf.errors import EXIT_NOTHING_STUCK, EXIT_STUCK, RecordingError
 from tcpstuck_bpf.model import (

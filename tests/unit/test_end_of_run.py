@@ -19,7 +19,9 @@ import pytest
 from tcpstuck_bpf import cli
 from tcpstuck_bpf import run as run_module
 from tcpstuck_bpf.analysis import Analysis
-from tcpstuck_bpf.app import Live, run_replay
+from tcpstuck_bpf.app.live import Live
+from tcpstuck_bpf.app.playback import run_replay
+from tcpstuck_bpf.app.printer import Printer
 from tcpstuck_bpf.doctor.machine_report import _try
 from tcpstuck_bpf.ending import Ending, close_all
 from tcpstuck_bpf.errors import (
@@ -239,7 +241,7 @@ def live_of(kernel: FakeKernel, recorder: Recorder | None = None) -> tuple[Live,
     stream = io.StringIO()
     output = JsonOutput(stream, header().clock, Selection([], nothing=False))
     read = kernel.counters
-    made = Live(kernel, Analysis(header()), output, recorder, read, lambda: kernel.now_ns)
+    made = Live(kernel, Analysis(header()), Printer(output), recorder, read, lambda: kernel.now_ns)
     return made, stream
 
 
@@ -319,7 +321,7 @@ def test_an_output_that_fails_is_not_taken_for_the_run() -> None:
         kernel = FakeKernel()
         kernel.at(at(0), handshake())
         made, _ = live_of(kernel)
-        made.output = JsonOutput(Broken(), header().clock, Selection([], nothing=False))
+        made.printer = Printer(JsonOutput(Broken(), header().clock, Selection([], nothing=False)))
         with pytest.raises(BrokenPipeError):
             made.run(seconds * SECOND_NS, None)
 

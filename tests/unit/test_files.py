@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tcpstuck_bpf import app, files
-from tcpstuck_bpf.app import remove_ready_file, write_ready_file
+from tcpstuck_bpf import files
+from tcpstuck_bpf.app.ready_file import write_ready_file
 from tcpstuck_bpf.errors import RecordingError, TcpstuckError, UsageError
 from tcpstuck_bpf.files import OutputFile, write_whole
 from tcpstuck_bpf.host import programs
@@ -205,32 +205,6 @@ def test_a_disk_is_no_place_for_a_recording(device: str, monkeypatch: pytest.Mon
     assert "a disk" in refused.value.why
 
 
-def test_a_link_in_the_place_of_a_ready_file_is_not_taken_for_one(tmp_path: Path) -> None:
-    victim = tmp_path / "victim"
-    victim.write_bytes(b"precious")
-    (tmp_path / "ready").symlink_to(victim)
-    remove_ready_file(str(tmp_path / "ready"))
-    assert (tmp_path / "ready").is_symlink()
-    assert victim.exists()
-
-
-def test_a_ready_file_is_whole_when_it_appears(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-    appear = OutputFile.appear
-
-    def watched(file: OutputFile) -> None:
-        assert not (tmp_path / "ready").exists()
-        appear(file)
-        seen.append((tmp_path / "ready").read_text("ascii"))
-
-    monkeypatch.setattr(OutputFile, "appear", watched)
-    write_ready_file(str(tmp_path / "ready"))
-    assert seen == [f"{os.getpid()}\n"]
-    assert app.write_ready_file is write_ready_file
-
-
 def hostile_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> Path:
     """A directory that comes first in PATH, with programs that leave a mark."""
     mark = tmp_path / "mark"
@@ -271,5 +245,5 @@ def test_programs_see_nothing_of_our_environment(
 
 @pytest.mark.parametrize("text", ["shutil.which", "os.system", "shell=True", "os.popen", "execlp"])
 def test_no_program_is_looked_for_by_path(text: str) -> None:
-    for source in Path(app.__file__).parent.rglob("*.py"):
+    for source in Path(files.__file__).parent.rglob("*.py"):
         assert text not in source.read_text("utf-8"), source

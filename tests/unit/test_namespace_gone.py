@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tcpstuck_bpf.app import LOOK_INTERVAL_NS, run_replay
+from tcpstuck_bpf.app.namespaces import LOOK_INTERVAL_NS
+from tcpstuck_bpf.app.playback import run_replay
 from tcpstuck_bpf.handshake.flow import State
 from tcpstuck_bpf.host import netns
 from tcpstuck_bpf.model import Ending, EventKind, KernelCounters

@@ -6,8 +6,13 @@ from collections.abc import Callable
 
 import pytest
 
-from tcpstuck_bpf.handshake.correlate import FlowFlags, FlowReport, State
-from tcpstuck_bpf.handshake.flow import SEGMENTS_KEPT_AT_EACH_END, merge
+from tcpstuck_bpf.handshake.flow import (
+    SEGMENTS_KEPT_AT_EACH_END,
+    FlowFlags,
+    FlowReport,
+    State,
+    merge,
+)
 from tcpstuck_bpf.handshake.timeline import MAX_ENTRIES
 from tcpstuck_bpf.model import (
     Ending,
@@ -333,17 +338,17 @@ def test_what_is_seen_ahead_of_the_clock_is_told_when_its_time_has_come() -> Non
 
 def test_when_a_sweep_would_decide_is_known_until_one_has() -> None:
     watching = correlator()
-    assert watching.next_deadline_ns is None
+    assert watching.deadlines.next_ns is None
     early, late = repeated(SYN_ONCE, at(0.5)), repeated(handshake(at(1)), at(1.5))
     for number, entry in ((0, late), (1, early)):
         reports(
             [event(EventKind.SYN_REPEATED, entry, at(1.5), four_tuple(number))], at(2), watching
         )
-    due_ns = watching.next_deadline_ns
+    due_ns = watching.deadlines.next_ns
     assert due_ns == at(0.5 + TIMEOUT_S)
     (told,) = reports([sweep(due_ns, late, early)], due_ns, watching)
     assert told.four_tuple == four_tuple(1)
-    assert watching.next_deadline_ns == at(1.5 + TIMEOUT_S)
+    assert watching.deadlines.next_ns == at(1.5 + TIMEOUT_S)
 
 
 @pytest.mark.parametrize("part", list(SweepPart))
@@ -352,7 +357,7 @@ def test_of_the_young_only_a_choice_of_rows_asks_for_another_sweep(part: SweepPa
     watching = correlator()
     watching.observe(Sweep(at(1), (Row(four_tuple(), SYN_ONCE),), part))
     expected = at(TIMEOUT_S) if part is SweepPart.CHOSEN else None
-    assert watching.next_deadline_ns == expected
+    assert watching.deadlines.next_ns == expected
 
 
 def test_the_namespaces_of_the_silent_are_those_of_whom_a_verdict_is_due() -> None:
@@ -381,7 +386,7 @@ def test_a_new_handshake_without_a_cookie_supersedes_too(event_is_lost: bool) ->
     stats = watching.stats()
     assert (stats.superseded, stats.ever_stuck, stats.still_stuck) == (1, 1, 0)
     gone = HandshakeId(four_tuple(), SYN_ONCE.first_syn_ns)
-    assert watching.expired(at(11), 1, 1024) == [gone]
+    assert watching.flows.expired(at(11), 1, 1024) == [gone]
 
 
 def test_a_new_handshake_supersedes_a_stuck_one_without_a_line() -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tcpstuck_bpf.handshake.correlate import Correlator, State
+from tcpstuck_bpf.handshake.correlate import Correlator
+from tcpstuck_bpf.handshake.flow import State
 from tcpstuck_bpf.judge.verdict import judge
 from tcpstuck_bpf.model import Coverage, Ending, EventKind, Rescue
 from tests.builders import (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 
@@ -14,13 +15,16 @@ from tcpstuck_bpf.output.render import TableRenderer
 from tcpstuck_bpf.output.writers import JsonOutput, Selection, TableOutput
 from tcpstuck_bpf.steps import WallClock
 from tests.builders import SECOND_NS, START_NS
-from tests.flood_world import Client, FloodWorld, client, real, spoofed, with_dropped_ack
+from tests.flood_world import (
+    Client,
+    FloodWorld,
+    one_sender,
+    real,
+    spoofed,
+    with_dropped_ack,
+)
 
 CLOCK = WallClock(START_NS, 1_700_000_000 * SECOND_NS)
-
-
-def one_sender(number: int, seconds: float = 1) -> list[Client]:
-    return spoofed(number, seconds, port=lambda _, n: 1024 + n)
 
 
 def later(clients: list[Client], seconds: float) -> list[Client]:
@@ -34,16 +38,6 @@ def later(clients: list[Client], seconds: float) -> list[Client]:
 @pytest.mark.parametrize(("number", "suspected"), [(FLOOD_SILENT, 0), (FLOOD_SILENT + 1, 101)])
 def test_as_many_as_the_rescue_takes_for_a_flood_look_like_one(number: int, suspected: int) -> None:
     assert FloodWorld(one_sender(number)).watch().flood_suspected == suspected
-
-
-def test_a_flood_is_possible_and_nobody_is_stuck() -> None:
-    world = FloodWorld(one_sender(500))
-    summary = world.watch()
-    assert (summary.still_stuck, summary.ever_stuck, summary.flood_suspected) == (0, 0, 500)
-    assert summary.verdicts == {"ack-missing": 500, "completed": 0}
-    told = world.told[-1]
-    assert (told.verdict, told.stuck, told.certainty) == ("ack-missing", False, "possible")
-    assert any("source ports count up" in sentence for sentence in told.evidence)
 
 
 @pytest.mark.parametrize(("acks_a_second", "suspected"), [(0, 0), (5, 3000), (200, 0)])
@@ -61,47 +55,6 @@ def test_so_many_as_may_be_real_are_no_flood_without_a_pattern() -> None:
 def test_one_port_for_all_is_no_pattern() -> None:
     clients = spoofed(500, 1, port=lambda *_: 5060)
     assert FloodWorld(clients).watch().still_stuck == 500
-
-
-def test_who_was_told_before_the_flood_was_seen_is_told_anew() -> None:
-    world = FloodWorld(one_sender(200, 2))
-    while not world.told:
-        world.look()
-    early = list(world.told)
-    assert early
-    assert {finding.stuck for finding in early} == {True}
-    summary = world.watch()
-    corrected = [finding for finding in world.told if finding.updates == "ack-missing"]
-    assert {f.four_tuple for f in corrected} == {f.four_tuple for f in early}
-    assert {f.flood_suspected for f in corrected} == {True}
-    assert (summary.still_stuck, summary.ever_stuck, summary.flood_suspected) == (0, 0, 200)
-
-
-def test_an_address_that_answers_later_was_stuck_all_the_time() -> None:
-    clients = one_sender(500)
-    world = FloodWorld(clients)
-    world.watch()
-    who = clients[7]
-    same_address = client(
-        int.from_bytes(who.four_tuple.client_address[-4:], "big"), 50_000, 1, world.now_ns + 1
-    )
-    world.clients.append(with_dropped_ack(same_address))
-    summary = world.watch()
-    assert world.at_last[who.four_tuple].stuck
-    assert world.at_last[who.four_tuple].updates == "ack-missing"
-    assert (summary.still_stuck, summary.flood_suspected) == (2, 499)
-
-
-def test_a_client_that_repeats_its_syn_is_none_of_a_flood() -> None:
-    clients = one_sender(500)
-    world = FloodWorld(clients)
-    world.watch()
-    who, entry = world.clients[0]
-    entry = entry._replace(syn_count=2, last_syn_ns=world.now_ns)
-    world.clients[0] = Client(who, entry)
-    world.look()
-    assert world.at_last[who].stuck
-    assert world.summary().flood_suspected == 499
 
 
 def test_a_lonely_client_after_a_flood_is_likely_stuck() -> None:
@@ -143,7 +96,7 @@ def test_the_table_has_one_line_for_a_flood_and_says_what_is_stuck() -> None:
     (line,) = (line for line in shown.splitlines() if line.startswith("... "))
     assert line.startswith("... 20 000 silent SYNs, 5 000 a second at 192.0.2.1:3311")
     assert shown.count("!ack-failed") == 2
-    assert "\n2 connections are stuck; 20 000 silent SYNs look like a flood\n" in shown
+    assert re.search(r"^2 clients of .* are stuck: .*; 20 000 silent SYNs look like a", shown, re.M)
     assert "ack-missing (flood suspected)         20 000  likely not" in shown
 
 

@@ -11,7 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tcpstuck_bpf import model
-from tcpstuck_bpf.judge.drop_cause import NO_NAMES, function_of, is_by_netfilter
+from tcpstuck_bpf.judge import drop_cause
+from tcpstuck_bpf.judge.drop_cause import NO_NAMES, Cause, function_of, is_by_netfilter
 from tcpstuck_bpf.judge.netfilter import (
     BRIDGE,
     MORE_SUSPECTS,
@@ -671,3 +672,12 @@ def test_silence_says_where_nobody_looked(coverage: Coverage, words: str) -> Non
     found = [s for s in finding.evidence if KFREE_SKB in s or "--no-why" in s]
     assert len(found) == bool(words)
     assert all(words in sentence for sentence in found)
+
+
+def test_the_docs_have_every_word() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "verdicts.md").read_text("utf-8")
+    section = text[text.index("## ack-filtered") : text.index("## cookie-rejected")]
+    words = set(re.findall(r"[a-z][a-z0-9_]*(?:-[a-z0-9]+)*", section))
+    whats = {one.what for one in vars(drop_cause).values() if isinstance(one, Cause)}
+    assert len(whats) > 15
+    assert whats - words == set()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tcpstuck_bpf.handshake.correlate import FlowReport, State
-from tcpstuck_bpf.handshake.flow import STUCK_STATES
+from tcpstuck_bpf.handshake.flow import STUCK_STATES, FlowReport, State
 from tcpstuck_bpf.judge.verdict import (
     KFREE_SKB,
     RULES,

@@ -23,6 +23,11 @@ RAISING = "class BPF:\n    def __init__(self, **_): raise Exception('no such thi
 EVIL = "raise SystemExit('what lies in the current directory was run')"
 
 
+def test_every_file_of_the_program_text_is_compiled() -> None:
+    files = {path.name for path in compilation.program_directory().glob("*.bpf.c")}
+    assert set(compilation.PROGRAM_TEXTS) == files
+
+
 def place_bcc(directory: Path, body: str, version: str | None = "0.99") -> None:
     package = directory / "bcc"
     package.mkdir(parents=True)

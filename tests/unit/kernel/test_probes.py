@@ -11,6 +11,7 @@ from tcpstuck_bpf.judge.verdict import RULES
 from tcpstuck_bpf.kernel.compilation import program_directory, program_text
 from tcpstuck_bpf.kernel.probes import (
     EVERY_PROBE,
+    OPTIONAL,
     PROBES,
     RESCUE_PROBES,
     attach_order,
@@ -95,3 +96,19 @@ def test_the_mss_is_any_number_s_place() -> None:
     for mss, right in (("__u16 *mssp", True), ("unsigned short *", True), ("u16 mss", False)):
         prototype = Prototype("u32", ("const struct sk_buff *skb", mss))
         assert (misread_argument(probe, prototype) is None) == right
+
+
+def test_an_optional_probe_can_be_left_out_of_the_text() -> None:
+    """Without its own condition a program stays for a function that this kernel may not have."""
+    conditions: list[str] = []
+    seen = set()
+    for line in TEXT.splitlines():
+        if begun := re.match(r"#\s*if\w*\s+(.*)", line):
+            conditions.append(begun[1])
+        elif re.match(r"#\s*endif", line):
+            conditions.pop()
+        elif entry := re.search(r"(?:KFUNC_PROBE\(|KRETFUNC_PROBE\(|k(?:ret)?probe__)(\w+)", line):
+            seen.add(entry[1])
+            optional = entry[1] in OPTIONAL or entry[1] in {one.function for one in RESCUE_PROBES}
+            assert any("PROBE_" in one for one in conditions) == optional, entry[1]
+    assert {*REQUIRED} <= seen

@@ -70,7 +70,7 @@ def test_a_guest_that_cannot_be_had_is_an_error_not_a_skip(monkeypatch: pytest.M
 def test_the_guests_run_beside_the_other_groups_and_are_ended_whatever_happens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    happened = []
+    happened: list[str] = []
 
     @contextlib.contextmanager
     def started(
@@ -78,15 +78,19 @@ def test_the_guests_run_beside_the_other_groups_and_are_ended_whatever_happens(
     ) -> Iterator[Callable[[], Tally]]:
         happened.append(f"{guests} guests started, {selection.matching}, {beside}, {record}")
         try:
-            yield lambda: happened.append("awaited") or Tally(passed=3)
+            yield lambda: noted("awaited", Tally(passed=3))
         finally:
             happened.append("ended")
+
+    def noted(what: str, tally: Tally) -> Tally:
+        happened.append(what)
+        return tally
 
     def interrupted(_settings: checks.Settings) -> Tally:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(kernel_tests, "started", started)
-    monkeypatch.setitem(checks.GROUPS, "lint", lambda _settings: happened.append("lint") or Tally())
+    monkeypatch.setitem(checks.GROUPS, "lint", lambda _settings: noted("lint", Tally()))
     monkeypatch.setitem(checks.GROUPS, "types", interrupted)
     settings = checks.Settings(Selection(matching="x"), guests=2)
     assert checks.run_groups(["lint", "kernel"], settings) == Tally(passed=3)
@@ -129,7 +133,7 @@ def test_what_failed_last_is_run_alone(only_tests: Path, monkeypatch: pytest.Mon
 def test_coverage_is_told_of_the_tool_and_nothing_else(
     only_tests: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = checks.BUILD / f"coverage-of-{only_tests.parent.name}"
+    directory = kernel_tests.BUILD / f"coverage-of-{only_tests.parent.name}"
     monkeypatch.setattr(checks, "COVERAGE", directory)
     only_tests.write_text("def test_a():\n    from tcpstuck_bpf import model, wire")
     try:

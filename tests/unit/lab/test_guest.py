@@ -6,8 +6,10 @@ import argparse
 import base64
 import dataclasses
 import os
+import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,8 +20,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lab.guests import machine, run
-from lab.guests.run import GuestError, GuestOptions, run_in_guest
+from lab.guests import guest_command, machine, run
+from lab.guests.run import GuestError, GuestOptions, Wire, run_in_guest
+from lab.patience import PATIENCE_VARIABLE
 
 words = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
 KERNEL = Path("/cache/boot/vmlinuz-1")
@@ -32,6 +35,20 @@ import sys
 from lab.guests.run import GuestOptions, run_in_guest, write_through
 options = GuestOptions(native="always", timeout_s=30)
 run_in_guest(sys.argv[2:], options=options, stdout_sink=write_through(sys.stdout))
+""",
+)
+GUESTS_BESIDE = (
+    "-c",
+    """
+import sys
+from concurrent.futures import wait
+from lab.guests.run import GuestOptions, guests_beside, run_in_guest, write_through
+options = GuestOptions(native="always", timeout_s=30)
+with guests_beside(2) as pool:
+    wait([
+        pool.submit(run_in_guest, command, options=options, stdout_sink=write_through(sys.stdout))
+        for command in (["sleep", "1000"], sys.argv[2:], ["sleep", "1000"])
+    ])
 """,
 )
 
@@ -48,7 +65,7 @@ def following(arguments: list[str], name: str) -> list[str]:
 
 def parsed(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    run.add_parser(parser.add_subparsers())
+    guest_command.add_parser(parser.add_subparsers())
     return parser.parse_args(["guest", *arguments])
 
 
@@ -72,32 +89,52 @@ class TestCommandLine:
         ).stdout
         assert settings == f"A={value}\0".encode()
 
-    def test_guest_sees_nothing_of_the_hosts_environment(
+    def test_guest_sees_nothing_of_the_hosts_environment_but_the_users_patience(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("HOST_ONLY", "1")
-        assert "HOST_ONLY" not in machine.guest_environment({})
-        assert machine.guest_environment({"PATH": "/x"})["PATH"] == "/x"
+        monkeypatch.setenv(PATIENCE_VARIABLE, "3")
+        seen = machine.guest_environment({"PATH": "/x"})
+        assert "HOST_ONLY" not in seen
+        assert (seen["PATH"], seen[PATIENCE_VARIABLE]) == ("/x", "3")
 
     @given(words.filter(lambda name: bool(name)))
     def test_boot_script_is_valid_shell_whatever_the_paths(self, name: str) -> None:
         share = Path("/srv") / name.replace("/", "_")
-        script = machine.boot_script(["true"], GuestOptions(shares=(share,)), share)
+        options = GuestOptions(shares=(share,), views=(share,))
+        script = machine.boot_script(["true"], options, share)
         subprocess.run(["/bin/bash", "-n"], input=script.encode(), check=True)
         assert f"cd {shlex.quote(str(share))}" in script
 
 
 class TestVirtmeArguments:
-    def test_qemu_options_come_last_because_they_swallow_the_rest(self) -> None:
-        arguments = virtme(GuestOptions())
-        swallowed = arguments[arguments.index("--qemu-opts") + 1 :]
-        assert swallowed == machine.qemu_arguments(GuestOptions(), CONTROL, KERNEL)
+    """Where the arguments and the guest's first script have to agree, and what nobody may miss."""
 
-    def test_kernel_and_size_are_passed_on(self) -> None:
-        arguments = virtme(GuestOptions(cpus=3, memory="768M"))
-        assert following(arguments, "--kimg") == [str(KERNEL)]
-        assert following(arguments, "--cpus") == ["3"]
-        assert following(arguments, "--memory") == ["768M"]
+    EVERYTHING = GuestOptions(
+        root=Path("/srv/tree"),
+        kernel=KERNEL,
+        shares=(Path("/srv/out"), Path("/srv/a,readonly=on")),
+        views=(Path("/srv/a b"), Path("/srv/c")),
+    )
+
+    @pytest.mark.parametrize("options", [GuestOptions(), EVERYTHING])
+    def test_what_is_exported_is_mounted_and_the_other_way_round(
+        self, options: GuestOptions
+    ) -> None:
+        exported = [tag for _, tag, _ in exports_of(options)]
+        mounted = set(re.findall(r" (lab\.\w+)(?= )", all_scripts(options)))
+        assert sorted(exported) == sorted(mounted)
+
+    def test_only_control_and_shares_can_be_written(self) -> None:
+        writable = {path for path, _, read_only in exports_of(self.EVERYTHING) if not read_only}
+        assert writable == {str(CONTROL), *map(str, self.EVERYTHING.shares)}
+
+    def test_every_port_the_script_uses_is_made(self) -> None:
+        devices = following(virtme(GuestOptions()), "-device")
+        made = {device.split("name=")[1].split(",")[0] for device in devices if "name=" in device}
+        script = all_scripts(GuestOptions())
+        by_stream = [script.replace("$stream", stream) for stream in ("stdout", "stderr")]
+        assert made == set(re.findall(r"/dev/virtio-ports/(lab\.\w+)", "".join(by_stream)))
 
     @pytest.mark.parametrize(
         ("use_kvm", "icount", "disabled"),
@@ -109,82 +146,38 @@ class TestVirtmeArguments:
         arguments = virtme(GuestOptions(icount=icount), use_kvm)
         assert ("--disable-kvm" in arguments) is disabled
 
-    def test_instruction_clock_has_one_cpu_whatever_was_asked(self) -> None:
-        arguments = virtme(GuestOptions(icount=True, cpus=4))
-        assert following(arguments, "--cpus") == ["1"]
-        assert following(arguments, "-icount") == [machine.INSTRUCTION_CLOCK]
-        assert "-icount" not in virtme(GuestOptions())
-
-    def test_only_control_and_shares_can_be_written(self) -> None:
-        share = Path("/srv/out")
-        exports = following(virtme(GuestOptions(shares=(share,))), "-virtfs")
-        writable = [export for export in exports if "readonly=on" not in export]
-        assert len(exports) == len(writable) + 1
-        assert {export.split(",")[1] for export in writable} == {f"path={CONTROL}", f"path={share}"}
-
-    def test_every_share_is_mounted_under_the_tag_it_is_exported_with(self) -> None:
-        options = GuestOptions(shares=(Path("/srv/a"), Path("/srv/b")))
-        script = machine.boot_script(["true"], options, Path("/"))
-        for export in following(virtme(options), "-virtfs"):
-            settings = dict(part.split("=", 1) for part in export.split(",")[1:])
-            mounted_by = script + virtme_script(options)
-            assert f" {settings['mount_tag']} " in mounted_by
-        assert script.index("/srv/a") < script.index("/srv/b")
-
-    def test_a_view_is_exported_read_only_and_mounted_under_its_tag(self) -> None:
-        options = GuestOptions(views=(Path("/srv/a b"), Path("/srv/c")))
-        script = machine.boot_script(["true"], options, Path("/"))
-        exports = [one for one in following(virtme(options), "-virtfs") if "lab.view" in one]
-        assert [export.split(",")[1] for export in exports] == ["path=/srv/a b", "path=/srv/c"]
-        for export in exports:
-            assert export.endswith(",readonly=on")
-            (tag,) = (part for part in export.split(",") if part.startswith("mount_tag="))
-            assert f" {tag.split('=')[1]} " in script
-        subprocess.run(["/bin/bash", "-n"], input=script.encode(), check=True)
-
-    def test_a_tree_of_another_suite_gets_the_modules_of_the_kernel_it_runs_under(self) -> None:
-        own = GuestOptions(root=Path("/srv/tree"), kernel=KERNEL)
-        (export,) = (one for one in following(virtme(own), "-virtfs") if "lab.modules" in one)
-        assert f"path={KERNEL.parent.parent}/lib/modules," in export
-        assert export.endswith(",readonly=on")
-        assert "lab.modules" in machine.boot_script(["true"], own, Path("/"))
-        for place in (
-            *virtme(GuestOptions()),
-            machine.boot_script(["true"], GuestOptions(), Path("/")),
-        ):
-            assert "lab.modules" not in place
-
-    def test_a_comma_in_a_path_does_not_end_the_option(self) -> None:
-        exports = following(virtme(GuestOptions(shares=(Path("/srv/a,readonly=on"),))), "-virtfs")
-        assert "path=/srv/a,,readonly=on,mount_tag=" in exports[-1]
-
-    def test_every_port_the_script_uses_is_made(self) -> None:
-        devices = following(virtme(GuestOptions()), "-device")
-        names = {device.split("name=")[1].split(",")[0] for device in devices if "name=" in device}
-        assert names == {f"lab.{port}" for port in machine.STREAM_PORTS}
-        script = machine.boot_script(["true"], GuestOptions(), Path("/"))
-        assert "/dev/virtio-ports/lab.stdout" in script
-        assert "/dev/virtio-ports/lab.stderr" in script
-        assert "/dev/virtio-ports/lab.dev_$stream" in script
-
     def test_kernel_command_line_has_room_for_the_first_script(self) -> None:
         """x86's COMMAND_LINE_SIZE is 2048 bytes; virtme-ng's own arguments take about 700."""
-        assert len(base64.b64encode(virtme_script(GuestOptions()).encode())) < 1000
+        assert len(base64.b64encode(first_script(GuestOptions()).encode())) < 1000
 
 
-def virtme_script(options: GuestOptions) -> str:
+def exports_of(options: GuestOptions) -> list[tuple[str, str, bool]]:
+    """Path, tag and whether it is read-only, as QEMU reads them: two commas are one, in a value."""
+    exports = []
+    for words in following(virtme(options), "-virtfs"):
+        parts = [part.replace("\0", ",") for part in words.replace(",,", "\0").split(",")]
+        named = dict(part.split("=", 1) for part in parts[1:])
+        exports.append((named["path"], named["mount_tag"], named.get("readonly") == "on"))
+    return exports
+
+
+def first_script(options: GuestOptions) -> str:
     return following(virtme(options), "--script-sh")[0]
+
+
+def all_scripts(options: GuestOptions) -> str:
+    return first_script(options) + machine.boot_script(["true"], options, Path("/"))
 
 
 class TestArguments:
     def test_command_may_contain_options_and_dashes(self) -> None:
         arguments = parsed("--cpus", "4", "--", "sh", "-c", "exit 3", "--", "--cpus")
         assert arguments.command == ["--", "sh", "-c", "exit 3", "--", "--cpus"]
-        assert run.options_from(arguments).cpus == 4
+        assert guest_command.options_from(arguments).cpus == 4
 
     def test_everything_reaches_the_options(self, tmp_path: Path) -> None:
         image = tmp_path / "vmlinuz"
-        options = run.options_from(
+        options = guest_command.options_from(
             parsed(
                 *("--kernel", str(image), "--memory", "512M", "--icount", "--share", str(tmp_path)),
                 *("--root", str(tmp_path), "--view", str(tmp_path)),
@@ -247,6 +240,7 @@ class TestNativeChoice:
             GuestOptions(icount=True),
             GuestOptions(kernel=KERNEL),
             GuestOptions(root=Path("/srv/tree")),
+            GuestOptions(wire=Wire(7, "02:00:00:00:09:01")),
         ],
     )
     def test_what_only_a_guest_has_is_never_run_natively(self, wish: GuestOptions) -> None:
@@ -320,6 +314,15 @@ class TestNativeRun:
         assert os.read(reader, 1) == b""
         os.close(reader)
 
+    def test_a_command_gets_the_descriptor_that_it_is_to_hold(self) -> None:
+        ours, theirs = socket.socketpair()
+        code = f"import socket; socket.socket(fileno={theirs.fileno()}).send(b'here')"
+        words, end = [sys.executable, "-c", code], theirs.fileno()
+        with ours, theirs, run._session(words, cwd=Path("/"), pass_fds=[end]) as process:
+            ours.settimeout(30)
+            assert ours.recv(4) == b"here"
+            assert process.wait(30) == 0
+
     def test_sinks_get_the_pieces_as_they_come(self) -> None:
         pieces: list[bytes] = []
         result = run_in_guest(
@@ -352,24 +355,36 @@ class TestCommand:
             assert process.stderr.read() == b""
             assert process.wait(30) == 128 + signal.SIGPIPE
 
-    @pytest.mark.parametrize("through", [THE_COMMAND, ANOTHER_PROGRAM])
-    def test_a_request_to_end_ends_the_command_too(
-        self, tmp_path: Path, through: Sequence[str]
+    @pytest.mark.parametrize(
+        ("through", "number"),
+        [
+            (THE_COMMAND, signal.SIGTERM),
+            (THE_COMMAND, signal.SIGKILL),
+            (ANOTHER_PROGRAM, signal.SIGTERM),
+            (GUESTS_BESIDE, signal.SIGTERM),
+            (GUESTS_BESIDE, signal.SIGINT),
+            (GUESTS_BESIDE, signal.SIGKILL),
+        ],
+    )
+    def test_whatever_ends_it_ends_the_command_and_what_that_started(
+        self, tmp_path: Path, through: Sequence[str], number: signal.Signals
     ) -> None:
         pipe = tmp_path / "held"
         os.mkfifo(pipe)
         reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
         code = (
             "import os, signal\n"
+            "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
             f"os.open({str(pipe)!r}, os.O_WRONLY)\n"
-            "print('started', flush=True)\n"
+            "os.fork() and print('started', flush=True)\n"
             "signal.pause()"
         )
         with self.start(code, through) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == b"started\n"
-            process.terminate()
-            assert process.wait(30) == 128 + signal.SIGTERM
+            process.send_signal(number)
+            asked = 128 + number if number == signal.SIGTERM else -number
+            assert process.wait(30) == asked
         os.set_blocking(reader, True)
         assert os.read(reader, 1) == b""
         os.close(reader)

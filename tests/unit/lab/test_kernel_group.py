@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from lab.guests import kernel_tests
-from lab.guests.kernel_tests import ENDED_FILE, REPORT_FILE, GuestRun, KernelGroup, collected
+from lab.guests.kernel_tests import ENDED_FILE, REPORT_FILE, GuestRun, collected
+from lab.guests.run import HARNESS_STATUS, GuestError, GuestOptions, guests_beside
 from lab.guests.selection import Selection
 from lab.guests.shares import COLLECTED_VARIABLE, Share
 from lab.guests.tally import Tally
@@ -50,21 +51,22 @@ def dying(run: GuestRun, ended: str, report: str | None = None) -> list[str]:
     return ["env", "-C", str(run.directory), sys.executable, "-c", f"{code}; sys.exit(125)"]
 
 
-def played(*runs: tuple[GuestRun, list[str]]) -> Tally:
+def played(monkeypatch: pytest.MonkeyPatch, *runs: tuple[GuestRun, list[str]]) -> Tally:
     words = {run.number: words for run, words in runs}
-    group = KernelGroup([run for run, _ in runs], 0.0)
-    try:
-        group.start(lambda run: words[run.number])
-        return group.finish()
-    finally:
-        group.end()
+    natively = GuestOptions(native="always", timeout_s=60)
+    monkeypatch.setattr(kernel_tests, "guest_command", lambda _, run: words[run.number])
+    monkeypatch.setattr(kernel_tests, "options_for", lambda *_: natively)
+    with guests_beside(len(runs)) as pool:
+        playing = [pool.submit(kernel_tests.play, Selection(), run) for run, _ in runs]
+        return kernel_tests.finish(playing)
 
 
 def test_the_guests_make_one_tally_and_a_bad_ones_output_is_shown_whole(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, bad = guest(1, tmp_path, "a"), guest(2, tmp_path, "b")
     tally = played(
+        monkeypatch,
         (good, reporting(good, "def test_a(): pass\ndef test_b(): pass")),
         (bad, reporting(bad, "def test_c(): assert 0\ndef test_d(): pass")),
     )
@@ -76,14 +78,31 @@ def test_the_guests_make_one_tally_and_a_bad_ones_output_is_shown_whole(
     assert said.count("test_inner.py") == bad.log.read_text().count("test_inner.py")
 
 
+def test_a_guest_that_cannot_be_had_is_an_error_that_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_command: object, **_options: object) -> None:
+        raise GuestError("no guest", "no kernel", "fetch one")
+
+    monkeypatch.setattr("lab.guests.run.run_in_guest", refuse)
+    assert played(monkeypatch, (guest(1, tmp_path, "a"), [])) == Tally(errors=1)
+    said = capsys.readouterr().out
+    assert "no kernel" in said
+    assert f"status {HARNESS_STATUS}" in said
+
+
 @pytest.mark.parametrize("report", [None, "", "<testsuites><testsuite tests='3'>"])
 def test_a_guest_that_died_names_what_it_had_not_run(
-    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str], report: str | None
+    tmp_path: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    report: str | None,
 ) -> None:
     """A report that it was still writing is none."""
     tests = [f"tests/kernel/test_x.py::test_{letter}" for letter in "abc"]
     run = guest(1, tmp_path, *tests)
-    assert played((run, dying(run, TWO_OF_THREE, report))) == Tally(errors=1)
+    assert played(monkeypatch, (run, dying(run, TWO_OF_THREE, report))) == Tally(errors=1)
     said = capsys.readouterr().out
     assert "the console" in said
     assert "status 125" in said
@@ -164,6 +183,29 @@ def test_tests_of_one_tracer_follow_one_another_however_they_are_shuffled(
     assert names[-1].startswith(SHARED)
     for mode in modes:
         assert "-spoofed-" in [test for test in tests if tests[test] == mode][-1]
+
+
+def test_the_tests_are_shared_out_and_what_their_guests_bring_back_is_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    natively = GuestOptions(native="always", timeout_s=60)
+    monkeypatch.setattr(kernel_tests, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(kernel_tests, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(kernel_tests, "collected", lambda _: {"a": "a", "b": "b", "c": "a"})
+    monkeypatch.setattr(kernel_tests, "choose_native", lambda *_: False)
+    monkeypatch.setattr(kernel_tests, "options_for", lambda *_: natively)
+    monkeypatch.setattr(
+        kernel_tests,
+        "guest_command",
+        lambda _, run: reporting(
+            run, "".join(f"def test_{one}(): pass\n" for one in run.share.tests)
+        ),
+    )
+    with kernel_tests.started(Selection(), 2, beside=False, record=False) as finish:
+        assert finish() == Tally(passed=3)
+    said = capsys.readouterr().out
+    assert "guest 1 of 2: === 2 passed in" in said
+    assert "guest 2 of 2: === 1 passed in" in said
 
 
 def test_without_a_test_there_is_no_guest() -> None:

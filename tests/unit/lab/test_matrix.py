@@ -14,15 +14,13 @@ from types import SimpleNamespace
 import pytest
 
 from lab.guests import matrix, matrix_report
-from lab.guests.kernel_tests import REPOSITORY
-from lab.guests.packages import IMAGE_VARIABLE
 from lab.guests.run import TIMEOUT_STATUS, GuestDiedError, GuestOptions
 from lab.guests.selection import Selection
 from lab.guests.trees import BootFiles, Row
-from lab.patience import PATIENCE_VARIABLE
 
 FIRST = Row("potato")
 NEWEST = Row("woody", counts=False)
+BOOT_FILES = BootFiles(Path("/boot/vmlinuz-2.4"), Path("/"), fresh=False)
 BODY = """
 import sys
 import pytest
@@ -252,15 +250,6 @@ class TestReport:
 
 
 class TestGuest:
-    def test_the_tests_get_the_repository_and_the_users_patience_and_no_more(self) -> None:
-        ours = {PATIENCE_VARIABLE: "3", "HOME": "/home/someone", "PYTHONPATH": "/elsewhere"}
-        assert matrix.guest_environment(ours, Path("/boot/vmlinuz-2.4")) == {
-            PATIENCE_VARIABLE: "3",
-            IMAGE_VARIABLE: "/boot/vmlinuz-2.4",
-            "TCPSTUCK_FORCE_KERNEL_TESTS": "1",
-            "PYTHONPATH": str(REPOSITORY),
-        }
-
     def test_the_command_is_valid_shell_and_hands_the_selection_over(self, tmp_path: Path) -> None:
         share = tmp_path / "with space"
         shell, options, script = matrix.pytest_command(share, Selection(matching="a or b-c"), 60)
@@ -299,8 +288,7 @@ class TestGuest:
             return SimpleNamespace(status=TIMEOUT_STATUS, timed_out=False, total_s=7.0)
 
         monkeypatch.setattr(matrix, "run_in_guest", cut_off)
-        place = BootFiles(Path("/boot/vmlinuz-2.4"), Path("/"), fresh=False)
-        result = matrix.run_row(FIRST, Selection(), len, boot=place)
+        result = matrix.run_row(FIRST, BOOT_FILES, Selection(), len)
         assert (result.trouble, result.good) == ("cut off after 7 s", False)
         assert result.cells[matrix_report.ANY_MODE].passed == 1
 
@@ -313,12 +301,8 @@ class TestGuest:
             written.write_text(report, errors="surrogateescape")
             return SimpleNamespace(status=137, timed_out=False, total_s=1.0)
 
-        kernel = Path("/boot/vmlinuz-2.4")
         monkeypatch.setattr(matrix, "run_in_guest", die_while_writing)
-        monkeypatch.setattr(
-            matrix.trees, "prepare", lambda _row: BootFiles(kernel, Path("/"), fresh=False)
-        )
-        result = matrix.run_row(FIRST, Selection(), len)
+        result = matrix.run_row(FIRST, BOOT_FILES, Selection(), len)
         assert "the report is damaged" in str(result.trouble)
         assert not result.good
 
@@ -330,7 +314,7 @@ class TestGuest:
 
         monkeypatch.setattr(matrix, "_test_in_guest", die)
         kept: list[bytes] = []
-        result = matrix.run_row(FIRST, Selection(), kept.append)
+        result = matrix.run_row(FIRST, BOOT_FILES, Selection(), kept.append)
         assert kept == [b"Kernel panic"]
         assert result.trouble == "the guest did not boot: QEMU ended early"
         assert not result.good

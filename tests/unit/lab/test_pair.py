@@ -7,30 +7,35 @@ import json
 import socket
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
 
 import pytest
 
 from lab.errors import LabError
-from lab.guests import machine, pair, run
+from lab.guests import pair
 from lab.guests.pair import Pair, PairResult
 from lab.guests.pair_end import (
     FAMILIES,
     OPTION_SETS,
+    Server,
+    control_server,
     echoes,
     echoing,
-    has_been_spoken_to,
     is_greeted,
     negotiated,
+    server_at,
+    stuck_of,
 )
-from lab.guests.run import GuestError, GuestOptions, Wire, choose_native
 from lab.guests.trees import ROWS, Row
+from lab.network.readings import SocketRow
+from lab.network.topology import OwnNamespace
 from lab.patience import Deadline
 from lab.processes.servers import GREETING
+from lab.scenarios.tracer import Tracer
 
+LOOPBACK = "127.0.0.1"
 PAIR = Pair(Row("potato"), Row("woody"))
-WIRE = Wire(7, "02:00:00:00:09:01")
 CLOSING = {"server": "2.2", "client": "2.4", "untraced": 4, "waiting": 4}
 
 
@@ -47,14 +52,6 @@ def said(*lines: dict[str, Any]) -> bytes:
     return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
 
 
-def parsed(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    subparsers = parser.add_subparsers()
-    for module in (run, pair):
-        module.add_parser(subparsers)
-    return parser.parse_args(words)
-
-
 class TestPairs:
     def test_every_row_plays_both_parts_once_and_never_against_itself(self) -> None:
         pairs = pair.ring(ROWS)
@@ -64,7 +61,9 @@ class TestPairs:
 
     @pytest.mark.parametrize("words", [[], ["--server", "sid"], ["--all", "--client", "sid"]])
     def test_a_senseless_choice_is_no_error_of_the_guests(self, words: list[str]) -> None:
-        arguments = parsed("pair", *words)
+        parser = argparse.ArgumentParser()
+        pair.add_parser(parser.add_subparsers())
+        arguments = parser.parse_args(["pair", *words])
         with pytest.raises(LabError, match="which pairs"):
             arguments.run(arguments)
 
@@ -97,58 +96,15 @@ class TestResults:
         assert len(pair.complaints([result])) == 1
 
 
-class TestWire:
-    def test_a_guest_with_a_wire_has_one_interface_on_it(self) -> None:
-        options = GuestOptions(wire=WIRE)
-        words = machine.qemu_arguments(options, Path("/control"), Path("/boot/vmlinuz"))
-        assert "socket,id=lab.wire,fd=7" in words
-        assert sum(f"mac={WIRE.address}" in word for word in words) == 1
-        assert not any(
-            "-netdev" in word
-            for word in machine.qemu_arguments(
-                GuestOptions(), Path("/control"), Path("/boot/vmlinuz")
-            )
-        )
+class KnowingOnly:
+    """Stands in for the server's namespace: `ss` shows one connection."""
 
-    def test_a_wire_needs_a_guest(self) -> None:
-        assert not choose_native(GuestOptions(wire=WIRE), lambda: None)
-        with pytest.raises(GuestError):
-            choose_native(GuestOptions(wire=WIRE, native="always"), lambda: None)
+    def __init__(self, client: socket.socket) -> None:
+        ours, theirs = client.getpeername(), client.getsockname()
+        self._row = SocketRow(0, 0, *ours, *theirs)
 
-    def test_the_servers_guest_is_the_one_that_its_command_line_says(self, tmp_path: Path) -> None:
-        options = GuestOptions(
-            kernel=tmp_path / "vmlinuz",
-            root=tmp_path,
-            cpus=1,
-            views=(tmp_path / "a b", tmp_path),
-            wire=WIRE,
-            environment={"A": "b c"},
-        )
-        words = machine.guest_words(options, pair.command_for("server"))
-        assert words[:3] == [sys.executable, "-m", "lab"]
-        arguments = parsed(*words[3:])
-        assert run.options_from(arguments) == options
-        assert arguments.command[1:] == pair.command_for("server")
-
-    @pytest.mark.parametrize("text", ["7", "x,02:00:00:00:09:01", "7,socket", "7,"])
-    def test_half_a_wire_is_refused(self, text: str, capsys: pytest.CaptureFixture[str]) -> None:
-        with pytest.raises(SystemExit):
-            parsed("guest", "--wire", text)
-        assert "DESCRIPTOR,HARDWARE-ADDRESS" in capsys.readouterr().err
-
-    def test_a_command_gets_the_descriptor_that_it_is_to_hold(self) -> None:
-        ours, theirs = socket.socketpair()
-        code = f"import socket; socket.socket(fileno={theirs.fileno()}).send(b'here')"
-        with (
-            ours,
-            theirs,
-            run._session(
-                [sys.executable, "-c", code], cwd=Path("/"), pass_fds=[theirs.fileno()]
-            ) as process,
-        ):
-            ours.settimeout(30)
-            assert ours.recv(4) == b"here"
-            assert process.wait(30) == 0
+    def sockets(self, *_asked: str) -> list[SocketRow]:
+        return [self._row]
 
 
 class TestEnds:
@@ -157,24 +113,37 @@ class TestEnds:
         with echoing(0) as port, socket.create_connection((address, port)) as client:
             assert is_greeted(client, Deadline(30))
             assert negotiated(client) == "timestamps SACK scaling"
-            assert not has_been_spoken_to(client)
             assert echoes(client)
 
-    def test_silence_is_no_greeting(self) -> None:
-        listener = socket.create_server(("127.0.0.1", 0))
-        with listener, socket.create_connection(listener.getsockname()) as client:
-            assert not has_been_spoken_to(client)
-            assert not is_greeted(client, Deadline(0.01))
-            served, _ = listener.accept()
-            served.close()
-            assert not is_greeted(client, Deadline(30))
-            assert has_been_spoken_to(client)
-
-    def test_other_words_and_other_bytes_are_told(self) -> None:
+    def test_silence_and_other_words_are_no_greeting_and_no_echo(self) -> None:
         ours, theirs = socket.socketpair()
-        with ours, theirs:
+        with ours:
+            assert not is_greeted(ours, Deadline(0.01))
             theirs.sendall(b"x" * len(GREETING))
             assert not is_greeted(ours, Deadline(30))
+            theirs.close()
+            assert not is_greeted(ours, Deadline(30))
+            assert not echoes(ours)
+
+    def test_only_silent_clients_that_the_server_does_not_know_are_stuck(self) -> None:
+        """As the server's end tells it, by way of the wire."""
+        with socket.create_server((LOOPBACK, 0)) as listener, control_server(0) as control:
+            clients = [socket.create_connection(listener.getsockname()) for _ in range(4)]
+            served = [listener.accept()[0] for _ in clients]
+            known, _greeted, _left, stuck = clients
+            served[1].sendall(GREETING)
+            served[2].close()
+            place = KnowingOnly(known)
+            end = Server(cast(OwnNamespace, place), cast(Tracer, None))
+            with ThreadPoolExecutor(1) as thread:
+                answering = thread.submit(end.serve, control)
+                server = server_at(*control.server_address)
+                # What was sent has come: the loopback hands over at once.
+                assert stuck_of(server, clients) == [stuck]
+                server.end()
+                answering.result(30)
+            for one in (*clients, *served):
+                one.close()
 
     def test_the_module_runs_in_either_part(self) -> None:
         done = subprocess.run(

@@ -211,6 +211,17 @@ class TestTracer:
             assert not beside.names(KEY._replace(client_port=4000))
         assert b"10.9.0.2:40000 hangs" in capfdbinary.readouterr().out
 
+    def test_of_a_table_of_groups_the_last_row_of_each_counts(self) -> None:
+        table = (
+            "time      verdict           clients from                   at\n"
+            "22:14:06 !accept-queue-full       8 10.9.0.2               10.9.0.1:3311\n"
+            "          ACK came, dropped: accept queue full; ports 46330, 46340 ...\n"
+            "22:14:16 !accept-queue-full   1 037 2 addresses            10.9.0.1:3311  1 029 more\n"
+            "22:14:16 !ack-missing             1 [2001:db8::2]:40012    [2001:db8::1]:25\n"
+            "22:14:17  rescued                 5 10.9.0.2               10.9.0.1:3311\n"
+        )
+        assert tracer.clients_in_groups(table) == 1037 + 1
+
     def test_a_silent_tracer_is_not_waited_for_for_ever(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:

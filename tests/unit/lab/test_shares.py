@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,7 @@ def test_every_test_is_in_one_share_with_all_that_it_shares_something_with(
 
 @given(TESTS, st.randoms(), st.integers(1, 5))
 def test_chance_and_order_decide_nothing(
-    sharing: dict[str, str], chance: st.random.Random, guests: int
+    sharing: dict[str, str], chance: random.Random, guests: int
 ) -> None:
     durations = dict.fromkeys(sharing, 1.0)
     shuffled = list(sharing.items())

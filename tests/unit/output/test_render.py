@@ -51,24 +51,39 @@ def finding(who: FourTuple) -> Finding:
 
 
 def lines(
-    findings: Sequence[Finding], width: int, colour: bool = False, verbose: bool = False
+    findings: Sequence[Finding],
+    width: int,
+    colour: bool = False,
+    verbose: bool = False,
+    each: bool = True,
 ) -> list[str]:
     """The table, seen from network namespace 1."""
     renderer = TableRenderer(
-        clock=CLOCK, width=width, colour=colour, verbose=verbose, own_netns=1, netns_names={}
+        clock=CLOCK,
+        width=width,
+        colour=colour,
+        verbose=verbose,
+        own_netns=1,
+        netns_names={},
+        each=each,
     )
-    return list(renderer.findings(findings))
+    return [*renderer.findings(findings), *renderer.rest()]
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
-@pytest.mark.parametrize("verbose", [False, True])
-def test_no_line_is_wider_than_the_terminal(width: int, verbose: bool) -> None:
-    for line in lines([finding(LONG_IPV4)], max(width, 80), verbose=verbose):
+@pytest.mark.parametrize(("verbose", "each"), [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize("number", [1, 12_345])
+def test_no_line_is_wider_than_the_terminal(
+    width: int, verbose: bool, each: bool, number: int
+) -> None:
+    findings = [finding(LONG_IPV4)] * (number if not each else 1)
+    for line in lines(findings, max(width, 80), verbose=verbose, each=each):
         assert len(line) <= max(width, 80)
 
 
-def test_ipv6_is_never_cut() -> None:
-    text = "\n".join(lines([finding(LONG_IPV6)], 80))
+@pytest.mark.parametrize("each", [False, True])
+def test_ipv6_is_never_cut(each: bool) -> None:
+    text = "\n".join(lines([finding(LONG_IPV6)], 80, each=each))
     assert "[2001:db8:1234:5678:9abc:def0:1234:5678]:54321" in text
     assert "[2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff]:65535" in text
 
@@ -102,7 +117,7 @@ def test_the_status_is_one_line_of_the_terminal() -> None:
     renderer = TableRenderer(
         clock=CLOCK, width=60, colour=False, verbose=False, own_netns=1, netns_names={}
     )
-    line = renderer.status(Status("port 3311", 123456, 123450, 6, 0, at(1) - START_NS))
+    line = renderer.status(Status("port 3311", 123456, 123450, 6, 0, at(1) - START_NS, at(1)))
     assert len(line) < 60
     assert line.startswith("nothing stuck, watching port 3311 for 1.0 s: 123 456")
 
@@ -112,7 +127,7 @@ def test_the_status_is_cut_where_it_matters_least() -> None:
         clock=CLOCK, width=80, colour=False, verbose=False, own_netns=1, netns_names={}
     )
     watched = "ports 25, 465, 587, 3306, 3311 at 2001:db8::25 over IPv6"
-    line = renderer.status(Status(watched, 123456, 123000, 456, 12345, at(1) - START_NS))
+    line = renderer.status(Status(watched, 123456, 123000, 456, 12345, at(1) - START_NS, at(1)))
     assert len(line) < 80
     assert "12 345 STUCK" in line
 
@@ -164,7 +179,7 @@ def test_nothing_stuck_is_said_only_where_every_handshake_was_watched() -> None:
 def test_what_passed_untraced_is_said_beside_what_is_stuck() -> None:
     shown = summed_up(200, still_stuck=2, ever_stuck=2, untracked=1)
     assert shown[1:3] == [
-        "2 connections are stuck",
+        "2 clients are stuck",
         "1 handshake passed untraced: some may be stuck",
     ]
 

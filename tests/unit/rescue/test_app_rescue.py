@@ -9,7 +9,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from tcpstuck_bpf.analysis import Analysis
-from tcpstuck_bpf.app import Live, run_replay
+from tcpstuck_bpf.app.live import Live
+from tcpstuck_bpf.app.playback import run_replay
+from tcpstuck_bpf.app.printer import Printer
 from tcpstuck_bpf.judge.verdict import Finding
 from tcpstuck_bpf.model import (
     Attempt,
@@ -140,7 +142,7 @@ def test_who_can_be_mended_does_not_wait_until_all_verdicts_are_told(tmp_path: P
     Live(
         kernel,
         Analysis(header()),
-        output,
+        Printer(output),
         recorder,
         no_counters,
         lambda: kernel.now_ns,

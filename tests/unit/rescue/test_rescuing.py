@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tcpstuck_bpf.handshake.correlate import State
+from tcpstuck_bpf.handshake.flow import State
 from tcpstuck_bpf.model import Ending, FourTuple, Handshake, Rescue
 from tcpstuck_bpf.rescue.candidate import NOT_KNOWN
 from tcpstuck_bpf.rescue.planner import Rescuer

@@ -140,6 +140,12 @@ def packed(name: str, data: bytes) -> bytes:
     return LOADER + stream + struct.pack("<I", len(data)) + b"what follows"
 
 
+def test_every_packing_has_a_case_and_the_lab_its_program() -> None:
+    assert {one.name for one in unpacking._PACKINGS} == {*PACKERS, *PROGRAMS}
+    installed = (Path(__file__).parents[3] / "lab" / "setup.sh").read_text().split()
+    assert {words[0] for words in PROGRAMS.values()} <= set(installed)
+
+
 @pytest.mark.parametrize("name", [*PACKERS, *PROGRAMS])
 def test_a_compressed_kernel_is_unpacked(name: str, kernel: Path, tmp_path: Path) -> None:
     path = tmp_path / "vmlinuz"

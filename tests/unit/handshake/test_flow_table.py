@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tcpstuck_bpf.handshake.correlate import Correlator, State
+from tcpstuck_bpf.handshake.correlate import Correlator
+from tcpstuck_bpf.handshake.flow import State
 from tcpstuck_bpf.model import Ending, EventKind, FourTuple, HandshakeId, Row, Sweep
 from tests.builders import (
     START_NS,
@@ -28,8 +29,8 @@ SYN_ONCE = handshake()
 def leaving(
     watching: Correlator, now_ns: int, table_rows: int, table_capacity: int
 ) -> list[FourTuple]:
-    """Whose entries the correlator wants gone."""
-    return [gone.four_tuple for gone in watching.expired(now_ns, table_rows, table_capacity)]
+    """Whose entries may leave the kernel's table."""
+    return [gone.four_tuple for gone in watching.flows.expired(now_ns, table_rows, table_capacity)]
 
 
 class TestExpired:
@@ -42,7 +43,7 @@ class TestExpired:
         watching.observe(sweep(at(1), ended(SYN_ONCE, Ending.RESET, at(1))))
         assert leaving(watching, at(1), 1, self.ROOMY) == []
         assert len(watching.advance(at(1))) == 1
-        assert watching.expired(at(1), 1, self.ROOMY) == [
+        assert watching.flows.expired(at(1), 1, self.ROOMY) == [
             HandshakeId(four_tuple(), SYN_ONCE.first_syn_ns)
         ]
         assert leaving(watching, at(1), 1, self.ROOMY) == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from typing import Any
 import pytest
 
 from tcpstuck_bpf.analysis import Analysis
-from tcpstuck_bpf.app import Live, remove_ready_file, run_replay
-from tcpstuck_bpf.errors import UsageError
+from tcpstuck_bpf.app.live import Live
+from tcpstuck_bpf.app.playback import run_replay
+from tcpstuck_bpf.app.printer import Printer
 from tcpstuck_bpf.judge.verdict import Finding
 from tcpstuck_bpf.model import (
     Ending,
@@ -263,7 +263,7 @@ def test_a_second_signal_that_came_while_events_were_read_ends_at_once() -> None
     kernel.run = Live(
         kernel,
         Analysis(header()),
-        JsonOutput(io.StringIO(), header().clock, Selection([], nothing=False)),
+        Printer(JsonOutput(io.StringIO(), header().clock, Selection([], nothing=False))),
         None,
         kernel.counters,
         lambda: kernel.now_ns,
@@ -294,7 +294,9 @@ def test_telling_much_does_not_put_off_the_next_sweep() -> None:
             super().findings(findings)
 
     output = SlowOutput(io.StringIO(), header().clock, Selection([], nothing=False))
-    run = Live(kernel, Analysis(header()), output, None, no_counters, lambda: kernel.now_ns)
+    run = Live(
+        kernel, Analysis(header()), Printer(output), None, no_counters, lambda: kernel.now_ns
+    )
     run.run(60 * SECOND_NS, None)
     told_ns = next(time_ns for time_ns in kernel.sweeps if time_ns >= at(3))
     following_ns = next(time_ns for time_ns in kernel.sweeps if time_ns > told_ns)
@@ -360,28 +362,3 @@ def test_a_disk_that_has_no_room_for_the_last_line_is_said_too(
     monkeypatch.setattr(Recorder, "_write_line", fail_at_the_end)
     lines = live(FakeKernel(), 1, record=str(tmp_path / "run"))
     assert lines[-1]["notes"] == ["the recording is incomplete: No space left on device"]
-
-
-def test_a_ready_file_of_an_earlier_run_is_none_of_this_one(tmp_path: Path) -> None:
-    (tmp_path / "ready").write_text("7\n", encoding="ascii")
-    for _ in range(2):
-        remove_ready_file(str(tmp_path / "ready"))
-        assert not (tmp_path / "ready").exists()
-
-
-def test_a_ready_file_that_is_a_named_pipe_stays(tmp_path: Path) -> None:
-    """Who waits at its other end has opened it before we begin."""
-    os.mkfifo(tmp_path / "ready")
-    remove_ready_file(str(tmp_path / "ready"))
-    assert (tmp_path / "ready").is_fifo()
-
-
-def test_the_ready_file_holds_our_process_number_or_is_refused(tmp_path: Path) -> None:
-    kernel = FakeKernel()
-    stream = io.StringIO()
-    output = JsonOutput(stream, header().clock, Selection([], nothing=True))
-    run = Live(kernel, Analysis(header()), output, None, no_counters, lambda: kernel.now_ns)
-    run.run(SECOND_NS, str(tmp_path / "ready"))
-    assert int((tmp_path / "ready").read_text("ascii")) > 0
-    with pytest.raises(UsageError, match="ready file"):
-        run.run(SECOND_NS, str(tmp_path / "missing" / "ready"))

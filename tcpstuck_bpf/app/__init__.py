@@ -1,0 +1,1 @@
+"""A run, live or from a recording."""

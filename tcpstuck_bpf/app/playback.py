@@ -1,0 +1,35 @@
+"""The playback of a recording, which prints what the live run printed."""
+
+from __future__ import annotations
+
+from tcpstuck_bpf.analysis import Analysis
+from tcpstuck_bpf.app.interfaces import Output
+from tcpstuck_bpf.errors import RecordingError
+from tcpstuck_bpf.recording.replay import Replay
+from tcpstuck_bpf.steps import Ended, Rescued
+from tcpstuck_bpf.summary import Summary
+
+
+def run_replay(replay: Replay, output: Output) -> Summary:
+    """Print the findings and the summary of a recording, as far as it goes.
+
+    Raises RecordingError if the recording is damaged.
+    """
+    analysis = Analysis(replay.header)
+    for step in replay.steps():
+        findings = analysis.take(step)
+        if findings:
+            output.findings(findings)
+        if isinstance(step, Rescued):
+            output.attempts(step.rescue.attempts)
+        if isinstance(step, Ended):
+            if not analysis.tallied:
+                raise RecordingError(
+                    f"the recording of {replay.header.watched} is damaged",
+                    "it holds no reading of the counters, with which a run begins",
+                    "record again",
+                )
+            summary = analysis.summary(step)
+            output.summary(summary)
+            return summary
+    raise AssertionError("the last of the steps is an end")

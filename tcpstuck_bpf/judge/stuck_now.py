@@ -1,0 +1,72 @@
+"""Who is stuck now, by listener, verdict and cause. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tcpstuck_bpf.judge.verdict import Finding
+from tcpstuck_bpf.model import HandshakeId
+
+
+class StuckGroup(NamedTuple):
+    """Clients that are stuck at the same listener for the same cause."""
+
+    netns: int
+    """Inode number of the network namespace."""
+    server_ip: str
+    server_port: int
+    """In host byte order."""
+    socket: int
+    """Inode number of the listening socket; 0 where it is not known."""
+    verdict: str
+    certainty: str
+    cause: str
+    """What dropped their ACKs, in words, for a firewall its rule; empty where the verdict says all
+    that is known."""
+
+
+class StuckNow:
+    """The group of each stuck client, by the latest finding of its connection.
+
+    A client of which no more news can come is only counted.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[HandshakeId, StuckGroup] = {}
+        self._same: dict[StuckGroup, StuckGroup] = {}
+        self._settled: Counter[StuckGroup] = Counter()
+
+    def take(self, finding: Finding) -> None:
+        """Take in a verdict. The clients of a suspected SYN flood do not count as stuck."""
+        identity = HandshakeId(finding.four_tuple, finding.first_syn_ns)
+        if not finding.stuck or finding.flood_suspected:
+            self.leave(identity)
+            return
+        who = finding.four_tuple
+        group = StuckGroup(
+            who.netns,
+            who.server_ip,
+            who.server_port,
+            finding.listener_socket,
+            finding.verdict,
+            finding.certainty,
+            finding.cause,
+        )
+        # One object for all clients of a group: there may be a hundred thousand of them.
+        self._groups[identity] = self._same.setdefault(group, group)
+
+    def settle(self, may_change: Callable[[HandshakeId], bool]) -> None:
+        """Let go of the connections of which no more news can come: who is stuck there stays so."""
+        for identity in [one for one in self._groups if not may_change(one)]:
+            self._settled[self._groups.pop(identity)] += 1
+
+    def leave(self, identity: HandshakeId) -> None:
+        """A connection is not stuck any more, whatever became of it."""
+        self._groups.pop(identity, None)
+
+    def groups(self) -> tuple[tuple[StuckGroup, int], ...]:
+        """The groups with their number of clients, the largest first."""
+        counts = self._settled + Counter(self._groups.values())
+        return tuple(sorted(counts.items(), key=lambda one: (-one[1], one[0])))
