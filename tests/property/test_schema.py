@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from lab.golden import RECORDINGS
 from lab.golden_files import LINES, kept_file
-from tcpstuck_bpf.app import run_replay
+from tcpstuck_bpf.app.playback import run_replay
 from tcpstuck_bpf.doctor import render
 from tcpstuck_bpf.judge.verdict import VERDICT_NAMES, judge
 from tcpstuck_bpf.kernel.kernel_report import Change, MemberFact
@@ -180,6 +180,16 @@ def keys_of(definition: str) -> set[str]:
 def test_docs_and_schema_list_the_same_keys(heading: str, definition: str) -> None:
     documented = dict(sections((DOCS / "json.md").read_text("utf-8")))
     assert keys_of(definition) == documented[heading]
+
+
+@pytest.mark.parametrize(
+    ("key", "definition"), [("stuck_groups", "stuck_group"), ("coverage_gaps", "gap")]
+)
+def test_docs_and_schema_list_the_same_keys_within_a_key(key: str, definition: str) -> None:
+    text = (DOCS / "json.md").read_text("utf-8")
+    cell = re.search(rf"^\| `{key}` \| (.*) \|$", text, re.MULTILINE)
+    assert cell is not None
+    assert set(re.findall(r"`(\w+)`", cell[1])) - {"stuck"} == keys_of(definition)
 
 
 def test_docs_and_schema_list_the_same_keys_of_a_listener() -> None:
