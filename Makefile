@@ -53,7 +53,7 @@ golden: setup ## record tests/golden anew, in a guest; read the difference
 bench: setup ## what tracing costs, in instructions
 	@$(PYTHON) -m bench
 
-deb: setup ## the Debian package, built in a fresh tree of Debian 12 (2 minutes)
+deb: setup ## the Debian package, built in a fresh tree of Debian 12 (minutes)
 	@$(PYTHON) -m lab deb
 
 pages: setup ## write the manual page and the completions to build/pages

@@ -12,7 +12,7 @@ fail() {
 
 # Everything but what dpkg itself and the triggers of others write.
 files() {
-	find / \( -path /proc -o -path /sys -o -path /dev -o -path /tmp -o -path /trial \
+	find / \( -path /proc -o -path /sys -o -path /dev -o -path /run -o -path /tmp -o -path /trial \
 		-o -path /var/lib/dpkg -o -path /var/log -o -path /var/cache/man \) -prune \
 		-o -print | sort
 }
