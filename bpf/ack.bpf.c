@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* A segment other than a SYN comes to a listener: the cookie's check, and ordinary requests. */
+/* A segment other than a SYN comes to a listener: the cookie check, and ordinary requests. */
 
 /*
- * Only of an entry that has ended, because it may stay: in a softirq that interrupts this CPU while
- * it reads or deletes for user space, a bucket that shares a counter with the other is refused (EBUSY;
- * map_locked in htab_lock_bucket, from 5.11 on and until it kept interrupts off meanwhile).
+ * Delete an entry that has ended; only such a one, because the delete may fail. It does (EBUSY) if
+ * the softirq interrupts this CPU during a read or delete for user space in a bucket that shares
+ * its lock counter (map_locked in htab_lock_bucket, from 5.11 until it kept interrupts off
+ * meanwhile).
  */
 static __always_inline void forget(struct handshake_key *key)
 {
@@ -35,12 +36,12 @@ static __always_inline int ack_arrived(struct sock *listener, struct sk_buff *sk
 }
 
 /*
- * How many bytes of the client's the server's new socket will never see. secure_tcp_syn_cookie
- * adds the client's sequence number to the hash that holds the MSS index, so a segment that is n
- * bytes late validates too, as if the index were n less, and the socket begins with that segment.
- * One from before the first byte (a keep-alive probe) validates as if the index were more: the
- * socket waits for bytes that are never sent. An ACK for another SYN-ACK than the only one of this
- * entry belongs to another ISN.
+ * Number of the client's bytes that the server's new socket will never see. secure_tcp_syn_cookie
+ * adds the client's sequence number to the hash with the MSS index. So a segment that is n bytes
+ * late validates too, as if the index were n less, and the socket starts with that segment. A
+ * segment from before the first byte (a keep-alive probe) validates as if the index were higher,
+ * and the socket waits for bytes that are never sent. If the entry has had a single SYN-ACK, an ACK
+ * for another one belongs to another ISN.
  */
 static __always_inline u32 bytes_missed(const struct segment *segment,
 					const struct handshake *entry)
@@ -54,7 +55,7 @@ static __always_inline u32 bytes_missed(const struct segment *segment,
 	return missed;
 }
 
-/* What an ACK's fate is to be told as, 0: not at all. */
+/* A valid ACK made the child socket. Returns the kind of event to emit; 0: none. */
 static __always_inline u8 ack_completed(struct netns_counts *counted, struct segment *segment,
 					struct handshake *entry, u64 now, u8 moved)
 {
@@ -74,7 +75,7 @@ static __always_inline u8 ack_completed(struct netns_counts *counted, struct seg
 		forget(&segment->key);
 		return 0;
 	}
-	/* Of an entry kept for want of room in the ring buffer the first completion counts. */
+	/* An entry kept because the ring buffer was full has completed before; that counts. */
 	if (entry->ending != ENDING_COMPLETED)
 		entry->bytes_missed = bytes_missed(segment, entry);
 	end(entry, ENDING_COMPLETED, now, moved);
@@ -82,9 +83,9 @@ static __always_inline u8 ack_completed(struct netns_counts *counted, struct seg
 }
 
 /*
- * A valid ACK that was dropped for a full accept queue says by itself whose it is, and gets an entry
- * where it has none: its SYN came before the tracing, or there was no room for an entry then, or the
- * cookie was made elsewhere. An entry that is there stays as it is.
+ * A valid ACK dropped for a full accept queue identifies its client by itself. If there is no
+ * entry, the ACK makes one: the SYN came before tracing began, or there was no room then, or the
+ * cookie was made elsewhere. An existing entry is not changed.
  */
 static __always_inline void begin_by_ack(struct scratch *scratch, struct netns_counts *counted,
 					 u64 now)
@@ -124,8 +125,9 @@ static __always_inline u8 ack_dropped(struct scratch *scratch, struct netns_coun
 }
 
 /*
- * The listener got the segment back: the peer's reset, or an ACK that will be answered by one.
- * Strays of former connections come here too; only what fits the handshake's numbers ends it.
+ * cookie_vX_check returned the segment to the listener: it is the client's RST, or an ACK that an
+ * RST will answer. Stray segments of former connections come here too. Only a segment with the
+ * handshake's sequence numbers ends the handshake.
  */
 static __always_inline u8 segment_refused(struct netns_counts *counted, struct segment *segment,
 					  struct handshake *entry, u64 now, u8 moved)
@@ -153,7 +155,7 @@ static __always_inline u8 segment_refused(struct netns_counts *counted, struct s
 	return reset ? EVENT_RESET : EVENT_ACK_REJECTED;
 }
 
-/* What the fate of an ACK means for the queues; a refused one may be a stray that ends nothing. */
+/* Update the queue figures for a judged ACK. A refused ACK may be a stray that ends nothing. */
 static __always_inline struct listener_facts *ack_noted(struct scratch *scratch,
 							struct sock *listener,
 							const struct handshake *entry, u64 result,
@@ -184,8 +186,8 @@ static __always_inline struct listener_facts *ack_noted(struct scratch *scratch,
 }
 
 /*
- * A queue that another CPU filled between the segment's entry and the check that refused it was
- * not full at entry. Nothing but accept() takes from it.
+ * Another CPU may have filled the accept queue between the function's entry and the kernel's check.
+ * So the length is read again; only accept() shortens the queue.
  */
 static __always_inline void see_full_accept_queue(struct segment *segment, struct sock *listener,
 						  u8 moved)
@@ -213,7 +215,7 @@ static __always_inline int ack_judged(u64 result)
 		return 0;
 	listener = scratch->listener;
 	scratch->listener = 0;
-	/* Before 6.9 not cookie_vX_check drops it, but its caller, right after. */
+	/* Before 6.9 the caller of cookie_vX_check drops the packet, right after the return. */
 	scratch->refused = result == listener;
 	if (scratch->drop_place || (result && !scratch->refused))
 		scratch->checked = 0;
@@ -242,7 +244,7 @@ static __always_inline int ack_judged(u64 result)
 		scratch->child = result;
 		kind = ack_completed(counted, segment, entry, now, moved);
 	}
-	/* The second condition is for the verifier: a kind comes with an entry. */
+	/* The second condition is only for the verifier: without an entry there is no kind. */
 	if (!kind || !entry)
 		return 0;
 	if (result == listener && !entry->acks_dropped) {
@@ -256,10 +258,10 @@ static __always_inline int ack_judged(u64 result)
 }
 
 /*
- * tcp_rcv_state_process (by kprobe its caller), return, for the child that cookie_vX_check has just
- * made on this CPU: the true completion is SYN_RECV to ESTABLISHED. A child that accept() has
- * handed out and that is in use on another CPU is left in SYN_RECV without an error, to be
- * processed there; it stays uncounted. An error is answered by RST.
+ * tcp_rcv_state_process (with kprobes its caller), return, for the child that cookie_vX_check has
+ * just made on this CPU. The true completion is the change from SYN_RECV to ESTABLISHED. If
+ * accept() has returned the child and another CPU is using it, it stays in SYN_RECV without an
+ * error, is processed there, and is not counted. An RST answers an error.
  */
 static __always_inline int child_processed(struct scratch *scratch, struct sock *child, u32 error)
 {
@@ -275,7 +277,7 @@ static __always_inline int child_processed(struct scratch *scratch, struct sock 
 	return 0;
 }
 
-/* tcp_check_req, entry and return: ordinary handshakes meet a full accept queue here. */
+/* tcp_check_req, entry and return: here ordinary handshakes find a full accept queue. */
 static __always_inline int request_arrived(struct sock *listener, struct sk_buff *skb)
 {
 	struct scratch *scratch = begin_scratch();

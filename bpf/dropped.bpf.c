@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* A packet is dropped on this host: whether it was awaited, where it died, and why. */
+/* A packet is dropped on this host: whether it is an awaited ACK, where it was dropped, and why. */
 
 #ifdef PROBE_kfree_skb
 
-/* A capture whose buffer is full loses a copy, while the packet goes on. */
+/* A capture with a full buffer drops only its copy; the packet goes on. */
 #ifdef REASON_PACKET_SOCK_ERROR
 #define IS_NO_LOSS(reason) ((reason) == REASON_PACKET_SOCK_ERROR)
 #else
@@ -16,7 +16,7 @@
 #define IS_WITHOUT_SOCKET(reason) false
 #endif
 
-/* As far as TCP's ports, of IPv4 without options and of IPv6. */
+/* Bytes up to and including TCP's ports, for IPv4 without options and for IPv6. */
 #define IPV4_PORTS_BYTES     24
 #define IPV6_PORTS_BYTES     44
 #define IPV4_BYTES	     20
@@ -24,26 +24,26 @@
 #define TCP_BYTES	     20
 #define IPV4_WITHOUT_OPTIONS 0x45 /* the first byte of such a header */
 
-/* Headers that IPv6 may have before TCP's (RFC 8200, 4.1), and how many are looked at. */
+/* IPv6's possible headers before TCP's (RFC 8200, 4.1), and the largest number of them examined. */
 #define IPV6_HOP_BY_HOP		0
 #define IPV6_ROUTING		43
 #define IPV6_FRAGMENT		44
 #define IPV6_AUTHENTICATION	51
 #define IPV6_DESTINATION	60
 #define IPV6_EXTENSIONS		6
-#define IPV6_FRAGMENT_OFFSET_LE 0xf8ff /* of that field, in network order */
+#define IPV6_FRAGMENT_OFFSET_LE 0xf8ff /* mask of the fragment offset, in network order */
 
-/* IPv6's header and TCP's without options, which is longer than IPv4's and that. */
+/* IPv6's header and TCP's without options; the same with IPv4 is shorter. */
 #define HEADERS_BYTES 60
 
 /*
- * Aligned, so that a port is one load: put together from two bytes the verifier of 5.10 does not
- * know how high it may be, and refuses it as an index.
+ * Aligned, so that a port is a single load. If it is composed of two bytes, the verifier of 5.10
+ * does not know its upper bound, and refuses it as an index.
  */
 struct headers {
-	u8 bytes[64]; /* IP's, as far as they are of fixed length */
+	u8 bytes[64]; /* IP header, its part of fixed length */
 	u8 tcp[24];
-	u32 length; /* of all that comes before TCP's, bytes */
+	u32 length; /* bytes of all headers before TCP's */
 } __attribute__((aligned(8)));
 
 static __always_inline bool is_ipv6_extension(u8 header)
@@ -52,7 +52,7 @@ static __always_inline bool is_ipv6_extension(u8 header)
 	       header == IPV6_AUTHENTICATION || header == IPV6_DESTINATION;
 }
 
-/* Where TCP's header begins behind IPv6's and its extensions; 0 where it is not there. */
+/* Offset of TCP's header after IPv6's header and extensions; 0 if there is none. */
 static __always_inline u32 length_of_ipv6_headers(u64 at, u8 next)
 {
 	u32 length = IPV6_BYTES;
@@ -82,8 +82,9 @@ static __always_inline u32 length_of_ipv6_headers(u64 at, u8 next)
 }
 
 /*
- * The IP and TCP headers of a packet that may have come any way from the driver to TCP, in its
- * linear part. Its transport header cannot be relied on, nor, before IP, its network header.
+ * Read the IP and TCP headers in the linear part of a packet that may be anywhere between the
+ * driver and TCP. Its transport header is not reliable, and before IP its network header is not
+ * either.
  */
 static __always_inline bool read_headers(struct headers *headers, const struct packet_span *packet)
 {
@@ -101,7 +102,7 @@ static __always_inline bool read_headers(struct headers *headers, const struct p
 	}
 	if (ipv4 && headers->bytes[9] != IPPROTO_TCP)
 		return false;
-	/* Of a fragment only the first has TCP's header. */
+	/* Only the first fragment has TCP's header. */
 	if (ipv4 && (headers->bytes[6] & 0x1f || headers->bytes[7]))
 		return false;
 	length = ipv4 ? (headers->bytes[0] & 0xf) * 4
@@ -119,8 +120,8 @@ static __always_inline bool read_headers(struct headers *headers, const struct p
 }
 
 /*
- * The device that a packet came by, or 0. TCP takes it away before a listener sees the packet
- * (tcp_v4_rcv, tcp_v6_rcv); by then the packet has a route, whose device is of the same namespace.
+ * The device by which a packet came, or 0. TCP clears skb->dev before a listener gets the packet
+ * (tcp_v4_rcv, tcp_v6_rcv). By then the packet has a route, whose device is in the same namespace.
  */
 static __always_inline struct net_device *device_of(struct sk_buff *skb, bool *socket_has_it)
 {
@@ -141,11 +142,11 @@ static __always_inline struct net_device *device_of(struct sk_buff *skb, bool *s
 
 /* Where a packet came from, and how far it got. */
 struct way {
-	u32 device; /* its index */
+	u32 device; /* index */
 	bool socket_has_it;
 };
 
-/* Of a packet for a wanted port: its key and its numbers; false where it is not to be seen. */
+/* Read the key and sequence numbers of a packet; false if the filters exclude it. */
 static __always_inline bool read_freed(struct segment *segment, const struct headers *headers,
 				       u64 skb, bool ipv4, struct way *way)
 {
@@ -184,7 +185,7 @@ static __always_inline bool read_freed(struct segment *segment, const struct hea
 	return !outside_filters(&segment->key, ipv4 ? 4 : 6);
 }
 
-/* Whether it is this handshake's ACK, by what segment_refused asks of one. */
+/* Whether the segment is the handshake's ACK, by the same conditions as in segment_refused. */
 static __always_inline bool answers(const struct segment *segment, const struct handshake *entry)
 {
 	bool for_cookie = segment->acknowledgement == entry->cookie_isn + 1;
@@ -197,8 +198,9 @@ static __always_inline bool answers(const struct segment *segment, const struct 
 }
 
 /*
- * Whether the packet is the one that cookie_vX_check drops, or has just let its caller drop or
- * answer by RST. That one may have gone without coming by here, and its memory to another packet.
+ * Whether the packet is the one that cookie_vX_check drops, or that its caller drops or answers
+ * with an RST right after. That packet may have been freed without passing here, and another packet
+ * may have its memory, so the sequence numbers must match too.
  */
 static __always_inline bool dropped_by_check(u64 skb, const struct segment *segment, u64 place,
 					     u32 reason, struct handshake *entry)
@@ -224,9 +226,9 @@ static __always_inline bool dropped_by_check(u64 skb, const struct segment *segm
 }
 
 /*
- * The table of stacks has one place for each value of a stack's hash, and get_stackid() refuses the
- * second stack of a value (EEXIST; __bpf_get_stackid). The hash changes with the frames that are
- * left out, and three of the innermost are no loss: the program, bpf_trace_run and kfree_skb.
+ * The table of stacks has one entry for each hash value, and get_stackid() refuses a second stack
+ * with the same hash (EEXIST; __bpf_get_stackid). Leaving out frames changes the hash, and the
+ * three innermost frames are not needed: the program, bpf_trace_run and kfree_skb.
  */
 static __always_inline u32 stack_number(void *ctx)
 {
@@ -244,9 +246,9 @@ static __always_inline u32 stack_number(void *ctx)
 }
 
 /*
- * Whether a packet may be an ACK that a table's entry waits for, by the few bytes that tell nearly
- * all of them apart: those where TCP has its destination port. True as well where IP's header is
- * not at its place, or longer than usual, or where another protocol has such a number there.
+ * Whether a packet may be an ACK that an entry awaits, by the two bytes at TCP's destination port,
+ * which rule out nearly all other packets. Also true if the IP header is elsewhere or longer than
+ * usual, or if another protocol has such a number there.
  */
 static __always_inline bool may_be_awaited(u16 protocol, u64 network)
 {
@@ -266,7 +268,7 @@ static __always_inline bool may_be_awaited(u16 protocol, u64 network)
 	return port_marked(*(u16 *)&bytes[42]);
 }
 
-/* An RST goes out: the client gets an error, and its listener is owed nothing by it any more. */
+/* The client's segment found no listener: an RST goes out, and no ACK is owed any more. */
 static __always_inline void met_no_listener(struct netns_counts *counted, struct segment *segment,
 					    struct handshake *entry, u64 now)
 {
@@ -279,7 +281,7 @@ static __always_inline void met_no_listener(struct netns_counts *counted, struct
 	tell(counted, EVENT_NO_LISTENER, segment, entry, now, 0);
 }
 
-/* A packet that may be awaited: whether it is, and what became of it. */
+/* Note a dropped packet, if it is an awaited ACK. */
 static __always_inline int packet_dropped(void *ctx, u64 skb, u64 place, u32 reason)
 {
 	struct netns_counts *counted;
@@ -319,7 +321,7 @@ static __always_inline int packet_dropped(void *ctx, u64 skb, u64 place, u32 rea
 	if (!counted)
 		return 0;
 	now = bpf_ktime_get_ns();
-	/* A full accept queue has the same reason, but then a socket has the packet. */
+	/* A drop for a full accept queue has the same reason, but then a socket has the packet. */
 	if (IS_WITHOUT_SOCKET(reason) && !way.socket_has_it) {
 		met_no_listener(counted, &segment, entry, now);
 		return 0;
@@ -346,14 +348,14 @@ static __always_inline int packet_dropped(void *ctx, u64 skb, u64 place, u32 rea
 #endif
 
 /*
- * skb:kfree_skb. It comes for every packet that is dropped anywhere on this host, half a million
- * a second if need be, so what most of them are not is asked first. It nests in the other
- * programs' functions, and in itself, so that everything it needs is on its own stack.
+ * skb:kfree_skb runs for every packet dropped anywhere on this host, up to half a million per
+ * second, so the cheapest check that excludes most of them comes first. It nests in the other
+ * programs' functions and in itself, so all its data is on its own stack.
  *
- * Twice: where the kernel's BTF says what the argument is, members are read by plain loads, of
- * which one costs a tenth of a call of bpf_probe_read_kernel. Only one of the two is loaded. The
- * context is an array, because what BCC sees to be a pointer from a context's member it reads by
- * that helper.
+ * There are two variants, and only one of them is loaded. If the kernel's BTF describes the
+ * argument, members are read by plain loads, which cost a tenth of a bpf_probe_read_kernel call.
+ * The context is an array here, because BCC reads through that helper whatever it recognizes as a
+ * pointer from a context member.
  */
 int packet_freed_typed(unsigned long long *ctx)
 {
@@ -363,8 +365,9 @@ int packet_freed_typed(unsigned long long *ctx)
 	u16 port;
 
 	/*
-	 * IP has found TCP's header, or the sender of this host, behind IPv4's. IPv6 says the same of
-	 * whatever comes behind its own header (ip6_rcv_core), be that one that is no TCP's.
+	 * The transport header follows IPv4's header, as IP or this host's own sender has set it.
+	 * IPv6 sets it behind its own header, whatever follows there (ip6_rcv_core), so it says
+	 * nothing.
 	 */
 	if (transport == network + IPV4_BYTES) {
 		bpf_probe_read_kernel(&port, sizeof(port), (void *)(head + transport + 2));

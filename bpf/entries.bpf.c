@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* The probes: thin entries, by fentry or by kprobe, of the bodies before. */
+/* The probes: thin fentry or kprobe entries of the bodies above. */
 
 #ifdef TCPSTUCK_FENTRY
 
 /*
- * What a traced function was given, when that is a pointer to no struct: the verifier of 5.10
- * refuses to hand such a thing to a program, and lets it be read from where the others come from.
+ * A function's argument that is a pointer to something other than a struct. The verifier of 5.10
+ * refuses to load such an argument, but allows a read of the context by this helper.
  */
 static __always_inline u64 raw_argument(unsigned long long *ctx, int position)
 {
@@ -66,7 +66,7 @@ KRETFUNC_PROBE(tcp_rcv_state_process, struct sock *sk, struct sk_buff *skb, int 
 }
 #endif
 
-/* Twice in full: of several programs in one macro's expansion BCC 0.18 finds the first only. */
+/* The programs are written out twice, because BCC 0.18 finds only the first one in a macro. */
 
 KRETFUNC_PROBE(cookie_v4_init_sequence, struct sk_buff *skb, u16 *mss, u32 cookie)
 {

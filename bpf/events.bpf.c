@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* What is counted of a segment, what user space is told of it, and how a handshake ends. */
+/* Counts segments, emits events to user space, and ends handshakes. */
 
-/* What an ACK moves of the counters that are compared with the kernel's. */
+/* The compared counters that an ACK can move. */
 #define MOVED_COMPARED (MOVED_SYNCOOKIES_RECV | MOVED_SYNCOOKIES_FAILED | MOVED_LISTEN_OVERFLOWS)
 
 /* Every *_OUTSIDE count follows its counterpart inside the filters. */
@@ -18,7 +18,7 @@ static __always_inline void count_moved(struct netns_counts *counted, const stru
 		ADD(counted->count[FILTERED(COUNT_LISTEN_OVERFLOWS, segment)], 1);
 }
 
-/* Of a segment that is left out nothing else is counted; most move nothing and take no place. */
+/* Count a segment outside the filters. Most move no counter, and then make no entry. */
 static __always_inline void count_outside(struct scratch *scratch, u8 moved)
 {
 	struct netns_counts *counted;
@@ -33,12 +33,12 @@ static __always_inline void count_outside(struct scratch *scratch, u8 moved)
 /* The unit of told_at is 2^20 ns, about a millisecond: 32 bits last for weeks. */
 #define TOLD_SHIFT 20
 
-/* Returns whether user space will hear of it; if not, the table's entry has to keep the fact. */
+/* Emit an event. Returns whether it was sent; if not, the table's entry has to keep the fact. */
 static __always_inline bool tell(struct netns_counts *counted, u8 kind,
 				 const struct segment *segment, struct handshake *handshake,
 				 u64 now, u8 moved)
 {
-	/* Written where it is read: on the stack of some programs it would have no room. */
+	/* Written in place, because some programs have no room for it on their stack. */
 	struct event *event = events.ringbuf_reserve(sizeof(struct event));
 
 	if (!event) {
@@ -64,8 +64,9 @@ static __always_inline bool tell(struct netns_counts *counted, u8 kind,
 }
 
 /*
- * For segments that a peer may repeat as fast as it likes: an event only where it says more than
- * the last one about this entry, or that one is some time ago. The entry has every one of them.
+ * A peer may repeat such segments as fast as it likes. So an event is emitted only if it has
+ * another kind than the entry's last event, or if that is some time ago. The entry counts every
+ * segment.
  */
 static __always_inline bool tell_if_new(struct netns_counts *counted, u8 kind,
 					const struct segment *segment, struct handshake *handshake,
@@ -91,16 +92,17 @@ static __always_inline void end(struct handshake *handshake, u8 ending, u64 now,
 	handshake->ending = ending;
 }
 
-/* Whether the client answered a cookie's SYN-ACK; it is established then, and takes no other. */
+/* Whether the client answered a cookie's SYN-ACK; it is then established and accepts no other. */
 static __always_inline bool has_answered(const struct handshake *entry)
 {
 	return entry->acks_dropped || entry->acks_filtered;
 }
 
 /*
- * The ACK for a cookie's SYN-ACK comes after a repeated SYN of the same client got a place in the
- * SYN queue: that request will never be completed (tcp_check_req wants the ACK for its own SYN-ACK,
- * and hands any other on to the listener and cookie_vX_check), the handshake under the cookie may.
+ * The ACK for a cookie's SYN-ACK came after a repeated SYN of the same client got a place in the
+ * SYN queue. That request will never complete, because tcp_check_req wants the ACK for the
+ * request's own SYN-ACK and passes any other to the listener and cookie_vX_check. The cookie
+ * handshake may still complete, so its entry is open again.
  */
 static __always_inline void go_on(struct handshake *entry)
 {

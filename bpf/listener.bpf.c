@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* How a listener's two queues fare. */
+/* Keeps the figures of a listener's two queues. */
 
 static __always_inline void name_listener(struct listener_key *key,
 					  const struct handshake_key *handshake, u32 socket)
@@ -35,8 +35,9 @@ static __always_inline struct listener_facts *facts_of(struct scratch *scratch)
 }
 
 /*
- * The facts of the listener that an entry counts as owed at: that sent its cookie. Its ACK may come
- * to another one, where a socket joined or left those of SO_REUSEPORT, or the server was restarted.
+ * The facts of the listener whose `owed` counts an entry: the one that sent the cookie. The ACK may
+ * come to another listener, if a socket joined or left an SO_REUSEPORT group, or if the server was
+ * restarted.
  */
 static __always_inline struct listener_facts *
 facts_owed(struct scratch *scratch, struct listener_facts *facts, const struct handshake *entry)
@@ -61,7 +62,7 @@ static __always_inline u32 syn_queue_of(struct sock *listener)
 	return length;
 }
 
-/* Read by address: the pointer was kept as a number since the function's entry. */
+/* The pointer was kept as a number since the function's entry, so it is read by address. */
 static __always_inline u32 accept_queue_of(struct sock *listener)
 {
 	u32 length = 0;
@@ -71,8 +72,8 @@ static __always_inline u32 accept_queue_of(struct sock *listener)
 }
 
 /*
- * What a segment found. While the accept queue holds anyone, the server serves no faster with a
- * longer one: who was turned away meanwhile waits for it together with those who were not.
+ * Update the queue figures at a segment. A longer queue would not make the server faster, so
+ * clients refused since the queue was last empty are waiting together with the queued ones.
  */
 static __always_inline void note_segment(struct listener_facts *facts,
 					 const struct segment *segment)
@@ -96,7 +97,7 @@ static __always_inline void note_accept_need(struct listener_facts *facts, u32 a
 	facts->accept_need_syn_queue = syn_queue;
 }
 
-/* `owes`: the SYN made an entry, or brought an ended one back to life. */
+/* `owes`: the SYN made an entry, or reopened an ended one. */
 static __always_inline void note_cookie(struct listener_facts *facts, u32 syn_queue, bool owes,
 					u64 now)
 {
@@ -117,7 +118,7 @@ static __always_inline bool is_owed(const struct handshake *entry)
 	return entry->syn_count && entry->ending == ENDING_NONE && !entry->acks_dropped;
 }
 
-/* An entry that was owed an ACK until now is not any more; the facts are those of `facts_owed`. */
+/* Count an entry as answered, if it was owed an ACK until now; `facts` is from `facts_owed`. */
 static __always_inline void note_answer(struct listener_facts *facts, const struct handshake *entry)
 {
 	if (facts && facts->owed && is_owed(entry))

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* What --rescue needs: known clients, chosen ones, and the cookie's SYN-ACK as it was sent. */
+/* For --rescue: known clients, chosen handshakes, and the cookie's SYN-ACK as it was sent. */
 
 #ifdef PROBE_tcp_make_synack
 static __always_inline struct known_client client_of(const struct handshake_key *key)
@@ -21,8 +21,9 @@ static __always_inline void remember_client(const struct handshake_key *key, u64
 }
 
 /*
- * Of handshakes that may be worth mending user space reads a table of their own, because in a
- * flood to read all takes longer than a cookie lives. Where it is full, they wait for that.
+ * Handshakes that a rescue may be for have a small table of their own, because in a flood a sweep
+ * of the large one takes longer than a cookie lives. If the small table is full, they wait for a
+ * sweep.
  */
 static __always_inline void choose(struct handshake_key *key)
 {
@@ -46,8 +47,8 @@ static __always_inline void choose_if_known(struct handshake_key *key)
 
 #ifdef PROBE_tcp_make_synack
 /*
- * tcp_make_synack, return, called by tcp_conn_request (other callers repeat the SYN-ACKs of the
- * SYN queue, from a timer): the cookie's SYN-ACK, TCP header and options complete.
+ * tcp_make_synack, return, if tcp_conn_request called it: the cookie's SYN-ACK, with complete TCP
+ * header and options. (Other callers repeat the SYN-ACKs of the SYN queue, from a timer.)
  */
 static __always_inline int synack_made(struct sk_buff *made)
 {

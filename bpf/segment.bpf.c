@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* What is read of a segment that comes to a listener, and which ones the filters leave out. */
+/* Reads a segment that comes to a listener, and applies the filters. */
 
 static __always_inline bool port_wanted(u16 port)
 {
@@ -41,7 +41,7 @@ static __always_inline u8 outside_filters(const struct handshake_key *key, u8 fa
 	       !same_address(wanted->listener_address, key->server_address);
 }
 
-/* From 3d368ab87cf6 on ("net: initialize net->net_cookie at netns setup"); before, when asked. */
+/* Set since 3d368ab87cf6 ("net: initialize net->net_cookie at netns setup"); before, on request. */
 #ifdef HAVE_NET_COOKIE
 #define COOKIE_OF(net) READ((net)->net_cookie)
 #else
@@ -49,8 +49,8 @@ static __always_inline u8 outside_filters(const struct handshake_key *key, u8 fa
 #endif
 
 /*
- * What is to be known of a segment that came to a listener. Addresses come from the packet, not
- * from the socket: IPv4 on an IPv6 listener must show as IPv4.
+ * Read the facts of a segment that came to a listener. Addresses come from the packet, not from the
+ * socket, because IPv4 on an IPv6 listener must appear as IPv4.
  */
 static __always_inline void read_segment(struct segment *segment, struct sock *listener,
 					 struct sk_buff *skb)
@@ -90,7 +90,7 @@ static __always_inline void read_segment(struct segment *segment, struct sock *l
 }
 
 #ifdef HAVE_MIB_COUNTERS
-/* 0 where it is not known, which no CPU's offset is. */
+/* 0 if unknown; no CPU has the offset 0. */
 static __always_inline u64 offset_of_this_cpu(void)
 {
 	u32 zero = 0;
@@ -121,10 +121,9 @@ static __always_inline u8 moved_between(struct counter_pair before, struct count
 }
 
 /*
- * The kernel's own counters say what it decided, even where the decision leaves no other trace
- * (a cookie refused for want of a recent overflow, an accept queue that was full at the one
- * instant it was looked at). On one CPU, with bottom halves off, a difference between entry and
- * return belongs to this very segment.
+ * The kernel's own counters show its decision even if nothing else does (a cookie refused because
+ * there was no recent overflow, an accept queue that was full at the instant of the check). On one
+ * CPU with bottom halves off, a difference between entry and return belongs to this segment.
  */
 static __always_inline void read_listen_counters(struct counters_before *before,
 						 struct sock *listener)
@@ -171,8 +170,8 @@ static __always_inline u8 cookie_counters_moved(const struct counters_before *be
 #endif
 
 /*
- * Which socket a segment came to: a packet's address and port need not be the socket's own, nor its
- * alone.
+ * Read which socket a segment came to. The socket may have another address and port than the
+ * packet, and may share them with other sockets.
  */
 static __always_inline void read_socket(struct scratch *scratch, struct sock *listener)
 {
@@ -180,7 +179,7 @@ static __always_inline void read_socket(struct scratch *scratch, struct sock *li
 	struct socket *socket = READ(listener->sk_socket);
 	u64 inode = 0;
 
-	/* SOCK_INODE: of struct socket_alloc struct socket is the first member. */
+	/* SOCK_INODE: struct socket is the first member of struct socket_alloc. */
 	if (socket)
 		bpf_probe_read_kernel(&inode, sizeof(inode),
 				      &((struct socket_alloc *)socket)->i_ino);
@@ -189,7 +188,7 @@ static __always_inline void read_socket(struct scratch *scratch, struct sock *li
 #endif
 }
 
-/* What a segment that reached a listener says of both. */
+/* Read all facts of a segment that reached a listener, and of the listener. */
 static __always_inline void read_arrival(struct scratch *scratch, struct sock *listener,
 					 struct sk_buff *skb)
 {

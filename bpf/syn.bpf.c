@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0-only
-/* A SYN comes to a listener, and is answered by a cookie or not. */
+/* A SYN comes to a listener, which may answer with a cookie. */
 
 /* tcp_conn_request, entry. */
 static __always_inline int syn_arrived(struct sock *listener, struct sk_buff *skb)
@@ -18,8 +18,8 @@ static __always_inline int syn_arrived(struct sock *listener, struct sk_buff *sk
 }
 
 /*
- * A new handshake takes the place of one that may have been told already. Only user space can
- * know; one too young for that is not worth an event, which in a flood would be one per SYN.
+ * A new handshake replaces one that user space may have reported already. One that is too young to
+ * have been reported gets no event, because a flood would cause one for each SYN.
  */
 static __always_inline void replaced(struct netns_counts *counted, struct segment *segment,
 				     struct handshake *entry, u64 now)
@@ -34,7 +34,7 @@ static __always_inline void replaced(struct netns_counts *counted, struct segmen
 	tell(counted, EVENT_REPLACED, segment, entry, now, 0);
 }
 
-/* What a cookie means for its listener's queues; `owes` as in note_cookie. */
+/* Update the listener's figures for a sent cookie; `owes` as in note_cookie. */
 static __always_inline void note_cookie_sent(struct scratch *scratch, bool owes, u64 now)
 {
 	struct listener_facts *facts = facts_of(scratch);
@@ -49,8 +49,8 @@ static __always_inline void note_cookie_sent(struct scratch *scratch, bool owes,
 
 /*
  * cookie_vX_init_sequence, return: a cookie was chosen and its SYN-ACK is about to leave. An
- * entry found here is changed in place; RSS keeps one 4-tuple on one CPU, so that nothing else
- * writes to it meanwhile.
+ * existing entry is changed in place. RSS keeps a 4-tuple on one CPU, so nothing else writes to the
+ * entry meanwhile.
  */
 static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 {
@@ -117,7 +117,7 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 	entry->accept_queue_limit = fresh.accept_queue_limit;
 	entry->syn_queue = fresh.syn_queue;
 	entry->mss = mss;
-	/* Of an entry that began by an ACK the first one was not seen. */
+	/* If an ACK made the entry (0), its first SYN was not seen, and this is the second. */
 	entry->syn_count += entry->syn_count ? 1 : 2;
 	ADD(counted->count[COUNT_SYNS_REPEATED], 1);
 	tell_if_new(counted, EVENT_SYN_REPEATED, segment, entry, fresh.last_syn_ns, 0);
@@ -125,8 +125,8 @@ static __always_inline int cookie_chosen(u32 cookie, u16 mss)
 }
 
 /*
- * Where the counters cannot be read the accept queue tells, by the look that tcp_conn_request takes
- * at it right after.
+ * If the counters cannot be read, the accept queue decides: tcp_conn_request compares its length
+ * with the limit right after the entry.
  */
 static __always_inline bool syn_was_dropped(const struct segment *segment, u8 moved)
 {
@@ -136,9 +136,10 @@ static __always_inline bool syn_was_dropped(const struct segment *segment, u8 mo
 }
 
 /*
- * tcp_conn_request, return. A SYN without a cookie was dropped or got a place in the SYN queue;
- * where a cookie had been sent to the same 4-tuple before, that changes what is owed, unless the
- * client has answered that one (the SYN was slower than its ACK). A SYN with another ISN is another handshake, whatever became of it: its client has given the first one up.
+ * tcp_conn_request, return. A SYN without a cookie was dropped or got a place in the SYN queue. If
+ * the same 4-tuple got a cookie before, that ends the cookie handshake, unless the client has
+ * answered the cookie already (the SYN was slower than the ACK). A SYN with another ISN is another
+ * handshake, so the client has given up the first one, whatever happened to this SYN.
  */
 static __always_inline int syn_handled(void)
 {
@@ -172,7 +173,7 @@ static __always_inline int syn_handled(void)
 		RAISE(facts->peak_syn_queue, syn_queue_of((struct sock *)scratch->listening));
 	}
 	entry = awaiting_ack.lookup(&segment->key);
-	/* Most SYNs change nothing that is counted, and take no place. */
+	/* Most SYNs move no counter, and then make no entry in the counts. */
 	if (!entry && !dropped && !(moved & MOVED_LISTEN_OVERFLOWS))
 		return 0;
 	counted = counts_of(scratch);

@@ -1,26 +1,26 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * The kernel side: the table of handshakes that are still owed an ACK, and events about them.
- * It records facts and judges nothing. The files become one text in the order of PROGRAM_TEXTS
- * (kernel/compilation.py): BCC translates map accesses only in the text it is given, not in what
- * that includes. This one has the tables, and what is left from a function's entry to its return.
+ * The kernel side: the table of handshakes that still await an ACK, and events about them. It
+ * records facts and judges nothing. The files are joined to one text in the order of PROGRAM_TEXTS
+ * (kernel/compilation.py), because BCC translates map accesses only in its main text. This file has
+ * the tables, and the scratch that keeps data from a function's entry to its return.
  *
- * One set of bodies, two thin sets of entries at the end (TCPSTUCK_FENTRY or kprobes). All
- * probed functions run with bottom halves off, on one CPU from entry to return and never nested:
- * what an entry finds out is left in a per-CPU scratch for the return, because the function in
- * between may free the packet (cookie_vX_check does from 6.9 on). A function that also runs in
- * process context must not be probed by kprobe: while its program is at work the kernel runs no
- * other one on that CPU (bpf_prog_active in trace_call_bpf), and packets of a softirq that comes
- * in between would pass unseen.
+ * There is one set of bodies, and two thin sets of entries at the end (TCPSTUCK_FENTRY or kprobes).
+ * All probed functions run with bottom halves off, on one CPU from entry to return, and never
+ * nested. So the entry program leaves its data in a per-CPU scratch for the return program, because
+ * the function may free the packet (cookie_vX_check does from 6.9 on). A function that also runs in
+ * process context must not be probed by kprobe: while its program runs, the kernel runs no other
+ * program on that CPU (bpf_prog_active in trace_call_bpf), so packets of an interrupting softirq
+ * would not be seen.
  *
- * On PREEMPT_RT only a lock of local_bh_disable()'s keeps packets of one CPU apart, and where it is
- * not taken (SOFTIRQS_INTERLEAVE) one may come between another's entry and return. Each task has a
- * scratch of its own then. What is left is a declared gap (softirq_gaps in kernel/softirqs.py): by
- * fentry the kernel runs no program that a packet of the same CPU is in the midst of, and its
- * counters, too, are per CPU.
+ * On PREEMPT_RT only a lock in local_bh_disable() keeps packets of one CPU apart. If it is not
+ * taken (SOFTIRQS_INTERLEAVE), a packet may come between another packet's entry and return. Then
+ * each task has its own scratch. The rest is a declared gap (softirq_gaps in kernel/softirqs.py):
+ * with fentry the kernel skips a program for a packet that preempts that program, and the kernel's
+ * counters are per CPU.
  *
- * KERNEL_LAYOUT_H is generated from the kernel's BTF (kernel/layout.py): structs that hold only the
- * members named here, at their true offsets.
+ * KERNEL_LAYOUT_H is generated from the kernel's BTF (kernel/layout.py): structs with only the
+ * members used here, at their true offsets.
  */
 #include <uapi/linux/ptrace.h>
 #include KERNEL_LAYOUT_H
@@ -33,16 +33,16 @@
 #define TCP_FLAG_SYN		 0x02
 #define TCP_FLAG_RST		 0x04
 #define TCP_FLAG_ACK		 0x10
-/* Of a packet's reference to its route, whether it is not counted (include/linux/skbuff.h). */
+/* Flag in skb_refdst: the reference to the route is not counted (include/linux/skbuff.h). */
 #define SKB_DST_NOREF 1ULL
-/* How far from its ISN a segment may be and still be believed to belong to the handshake. */
+/* Largest distance from the ISN at which a segment counts as one of the handshake. */
 #define NEAR_ISN (1 << 20)
-/* What a full hash refuses an entry with: -E2BIG (alloc_htab_elem). */
+/* Error of an insert into a full hash: -E2BIG (alloc_htab_elem). */
 #define REFUSED_FULL -7
 /* The highest index into msstab[] of net/ipv4/syncookies.c and net/ipv6/syncookies.c. */
 #define HIGHEST_MSS_INDEX 3
 
-/* BTF-typed arguments of fentry programs are read by plain loads, kprobe arguments are not. */
+/* fentry programs read their BTF-typed arguments by plain loads; kprobe programs cannot. */
 #ifdef TCPSTUCK_FENTRY
 #define READ(place) (place)
 #else
@@ -63,18 +63,18 @@ struct segment {
 	u32 accept_queue_limit;
 	u16 payload_length;
 	u8 tcp_flags;
-	u8 outside; /* of what the user asked to see; PASSED_OVER: of what is to be counted, too */
+	u8 outside; /* excluded by the filters; PASSED_OVER: not even counted */
 };
 
 #define PASSED_OVER 2
 
-/* Two of the kernel's counters that are neighbours in its array: one read gets both. */
+/* Two of the kernel's counters that are neighbours in its array, for a single read. */
 struct counter_pair {
 	u64 first;
 	u64 second;
 };
 
-/* Tables that may be full, and whether they are is remembered. */
+/* Tables with a table-is-full flag. */
 enum table {
 	TABLE_AWAITING_ACK,
 	TABLE_COUNTS,
@@ -83,38 +83,38 @@ enum table {
 };
 
 struct counters_before {
-	u64 cpu_offset; /* of this CPU's copy of per-CPU data; it never changes */
-	u64 this_cpu; /* this CPU's struct linux_mib of the segment's namespace; 0: not known */
+	u64 cpu_offset; /* offset of this CPU's per-CPU data, which never changes */
+	u64 this_cpu; /* this CPU's struct linux_mib of the segment's namespace; 0: unknown */
 	struct counter_pair cookies; /* SyncookiesRecv, SyncookiesFailed */
 	struct counter_pair listen; /* ListenOverflows, ListenDrops */
 };
 
 /*
- * One per CPU: no probed function is entered while another one is at work on the same CPU, so
- * they share the segment and the counters. One per task where softirqs may preempt each other.
+ * One per CPU. Probed functions never nest on a CPU, so they share the segment and the counters.
+ * One per task on kernels where softirqs may preempt each other.
  */
 struct scratch {
 	struct segment segment;
 	struct counters_before before;
-	u64 syn; /* the SYN that tcp_conn_request is at work on */
+	u64 syn; /* SYN in tcp_conn_request */
 	u64 mss_place; /* kprobe only: where cookie_vX_init_sequence will write the MSS */
-	u64 listening; /* socket that tcp_conn_request or tcp_check_req is at work for */
-	u64 listener; /* that cookie_vX_check is at work for */
-	u32 socket; /* inode number of the one that the segment came to; 0: not known */
-	u16 own_port; /* its own, in network order */
-	u64 checked; /* its packet, as long as it may still be dropped on its behalf */
-	u32 refused; /* the packet is freed because it is answered by RST */
-	u64 drop_place; /* where it was dropped within cookie_vX_check */
+	u64 listening; /* listener in tcp_conn_request or tcp_check_req */
+	u64 listener; /* listener in cookie_vX_check */
+	u32 socket; /* inode number of the socket that the segment came to; 0: unknown */
+	u16 own_port; /* port of that socket, in network order */
+	u64 checked; /* packet of cookie_vX_check, while it may still be dropped for it */
+	u32 refused; /* the packet is freed because an RST answers it */
+	u64 drop_place; /* drop site within cookie_vX_check */
 	u32 drop_reason;
 	u64 child; /* made by cookie_vX_check, on its way to tcp_rcv_state_process */
 	u64 child_entered; /* kprobe only */
 	u32 syn_queue;
 	u32 cookie_sent;
 	u32 handshake_tracked; /* the SYN's cookie handshake has an entry */
-	u32 request_checked; /* tcp_check_req is at work */
-	struct netns_counts none; /* zeros, for a namespace's first */
+	u32 request_checked; /* tcp_check_req is running */
+	struct netns_counts none; /* zeros, for a namespace's new entry */
 	struct listener_key listener_key;
-	struct listener_facts first_facts; /* zeros but for whose they are */
+	struct listener_facts first_facts; /* a new entry: zeros, except for address and port */
 };
 
 #define STACK_FRAMES 16
@@ -129,20 +129,20 @@ struct port_marks {
 };
 
 enum loss {
-	LOSS_NAMESPACES_UNCOUNTED, /* segments in namespaces there was no room for in the counts */
+	LOSS_NAMESPACES_UNCOUNTED, /* segments in namespaces without room in the counts */
 	LOSS_COOKIES_UNMATCHED, /* a cookie was chosen outside tcp_conn_request */
-	LOSS_LISTENERS_UNKNOWN, /* SYNs and ACKs of listeners there was no room for */
-	LOSS_STACKS_UNKNOWN, /* dropped ACKs whose callers there was no room for */
-	LOSS_TASKS_UNKNOWN, /* SYNs and ACKs in softirqs of tasks there was no room for */
+	LOSS_LISTENERS_UNKNOWN, /* SYNs and ACKs of listeners without room in the table */
+	LOSS_STACKS_UNKNOWN, /* dropped ACKs without a call stack (stack table full) */
+	LOSS_TASKS_UNKNOWN, /* SYNs and ACKs in softirqs of tasks without room in the table */
 	LOSS_MAX,
 };
 
-/* The loader makes these tables as large as they are to be (table_entries in source.py). */
+/* Placeholder; the loader sets the size of these tables (table_entries in source.py). */
 #define SIZED_WHEN_LOADED 1
 
 BPF_TABLE("hash", struct handshake_key, struct handshake, awaiting_ack, SIZED_WHEN_LOADED);
 BPF_TABLE("percpu_hash", struct netns_key, struct netns_counts, counts, SIZED_WHEN_LOADED);
-BPF_PERCPU_ARRAY(crowded_out, struct netns_counts, 1); /* of namespaces without a place there */
+BPF_PERCPU_ARRAY(crowded_out, struct netns_counts, 1); /* namespaces without an entry in counts */
 BPF_TABLE("hash", struct listener_key, struct listener_facts, listeners, SIZED_WHEN_LOADED);
 BPF_RINGBUF_OUTPUT(events, SIZED_WHEN_LOADED);
 #ifdef PROBE_tcp_make_synack
@@ -159,7 +159,7 @@ BPF_ARRAY(table_is_full, u32, TABLES);
 BPF_ARRAY(wanted_ports, u64, 1024); /* one bit per port; BCC is slow with arrays in a value */
 #ifdef SOFTIRQS_INTERLEAVE
 BPF_TABLE("lru_hash", u64, struct scratch, scratches, SIZED_WHEN_LOADED);
-BPF_ARRAY(no_scratch, struct scratch, 1); /* zeros, for a task's first: too much for the stack */
+BPF_ARRAY(no_scratch, struct scratch, 1); /* zeros for a new entry, too large for the stack */
 #else
 BPF_PERCPU_ARRAY(scratches, struct scratch, 1);
 #endif
@@ -175,7 +175,7 @@ static __always_inline u32 swap32(u32 value)
 	return __builtin_bswap32(value);
 }
 
-/* Counts are per CPU: plain additions are exact where no packet's program preempts another's. */
+/* Counts are per CPU, so plain additions are exact if no program preempts another one. */
 #ifdef SOFTIRQS_INTERLEAVE
 #define ADD(place, number) __sync_fetch_and_add(&(place), number)
 #define TASKS_CHANGE_CPUS  true
@@ -192,14 +192,14 @@ static __always_inline void lose(u32 what)
 		ADD(*count, 1);
 }
 
-/* What the program at a function's entry left for the one at its return. */
+/* The scratch keeps data from the program at a function's entry to the one at its return. */
 #ifdef SOFTIRQS_INTERLEAVE
-/* A task takes its softirqs one after the other, whichever packets of other tasks preempt it. */
+/* A task runs its softirqs one after the other, even if packets of other tasks preempt it. */
 static __always_inline u64 this_task(void)
 {
 	u32 thread = bpf_get_current_pid_tgid();
 
-	/* 0 is the idle task of every CPU. */
+	/* Every CPU's idle task has the thread ID 0. */
 	return thread ? thread : 1ULL << 32 | bpf_get_smp_processor_id();
 }
 
@@ -239,10 +239,10 @@ static __always_inline struct scratch *own_scratch(void)
 #endif
 
 /*
- * A table that is full is asked for no more room. To find that there is none takes the lock of
- * every CPU's free list before 54a9c3a42d92 ("bpf: Avoid grabbing spin_locks of all cpus when no
- * free elems"), for each SYN of a flood. So it is found once, and remembered until an entry
- * goes or user space has swept the tables.
+ * Programs do not insert into a table that is known to be full. Before 54a9c3a42d92 ("bpf: Avoid
+ * grabbing spin_locks of all cpus when no free elems") a failing insert takes the lock of every
+ * CPU's free list, which in a flood would happen for each SYN. So the first failure sets a flag,
+ * which stays set until an entry is deleted or user space has swept the tables.
  */
 static __always_inline bool is_full(u32 table)
 {
@@ -260,7 +260,7 @@ static __always_inline long noted(u32 table, long refused)
 	return refused;
 }
 
-/* Not to be traced for want of a place among the counts would be the greater loss. */
+/* A segment without room in the counts is still traced; its counts go to crowded_out. */
 static __always_inline struct netns_counts *counts_of_others(void)
 {
 	u32 zero = 0;
@@ -295,7 +295,7 @@ static __always_inline struct netns_counts *counts_of(struct scratch *scratch)
 }
 
 #ifdef PROBE_kfree_skb
-/* A byte and not a bit for each port, because two CPUs may mark two of them at once. */
+/* Each port has a byte, not a bit, because two CPUs may mark two ports at once. */
 static __always_inline u8 *port_mark(u16 port)
 {
 	u32 zero = 0;
@@ -304,7 +304,7 @@ static __always_inline u8 *port_mark(u16 port)
 	return found ? &found->marks[port] : 0;
 }
 
-/* No entry of the table has a server port that is not marked; marks are never taken back. */
+/* Every entry's server port is marked; marks are never cleared. */
 static __always_inline void mark_port(u16 port)
 {
 	u8 *mark = port_mark(port);

@@ -1,3 +1,3 @@
-"""tcpstuck-trace: find TCP connections that the client believes in and the server forgot."""
+"""tcpstuck-trace finds TCP connections that the client thinks are open and the server forgot."""
 
 __version__ = "0.1.0"

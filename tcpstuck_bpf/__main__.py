@@ -1,11 +1,11 @@
-"""`python -m tcpstuck_bpf` is `tcpstuck-trace`: the entry point of both."""
+"""The entry point of `tcpstuck-trace` and of `python -m tcpstuck_bpf`."""
 
 import signal
 import sys
 
 
 def main() -> int:
-    """Run the command; Ctrl-C before its modules are read ends it as it ends any program."""
+    """Run the command. Ctrl-C while modules are imported ends it like any other program."""
     handler = signal.getsignal(signal.SIGINT)
     if handler is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,7 +1,7 @@
-"""What steps come to: findings as they come, and at the end the summary.
+"""Turns steps into findings, and into the summary at the end.
 
-The part that a live run and its replay have in common. It sees steps in order and nothing else,
-which is why a replay gives what the live run gave.
+A live run and its replay share this part. Its only input is the steps in order, so a replay gives
+the same results as the live run.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from tcpstuck_bpf.steps import (
 from tcpstuck_bpf.summary import RescueTotals, Status, Summary
 
 MAX_RULES_AWAITED = 1024
-"""Flows that may wait for the firewall's rules: in a flood few of them tell as much as all."""
+"""Largest number of flows that wait for the firewall's rules. In a flood, a few show enough."""
 
 
 _ACKS = (
@@ -67,8 +67,8 @@ _ACKS = (
 """Counts of segments whose cookie was valid."""
 
 
-class _Told(NamedTuple):
-    """What a verdict was made from."""
+class _Basis(NamedTuple):
+    """The basis of a verdict."""
 
     report: FlowReport
     unseen_acks: int
@@ -79,13 +79,13 @@ class _Unseen(NamedTuple):
 
     number: int
     known_ns: int
-    """The time of the tally that was the first to show the last of them: it had come by then."""
+    """Time of the tally that first showed the last of these ACKs, which came before it."""
     cookie: int
-    """The namespace's; 0 where it is not known."""
+    """Cookie of the namespace; 0 if unknown."""
 
 
 class Analysis:
-    """Steps in, findings and at the end a summary out."""
+    """Takes steps, and returns findings and finally a summary."""
 
     def __init__(self, header: Header) -> None:
         self.header = header
@@ -95,15 +95,15 @@ class Analysis:
             max_flows=header.table_capacity,
         )
         self.leaving: list[HandshakeId] = []
-        """Entries of the kernel's table that are needed no more, after the latest step."""
+        """Entries of the kernel's table that are no longer needed after the latest step."""
         self.reports: list[FlowReport] = []
-        """The flows that came into another state at the latest Advanced."""
+        """Flows that changed their state at the latest Advanced."""
         self.told = 0
         self._verdicts: Counter[str] = Counter()
         self._stuck = StuckNow()
         self._names = NO_NAMES
-        self._rules_awaited: dict[FourTuple, _Told] = {}
-        """What was told of flows before the rules were read; no more than MAX_RULES_AWAITED."""
+        self._rules_awaited: dict[FourTuple, _Basis] = {}
+        """Flows that got a verdict before the rules were read; at most MAX_RULES_AWAITED."""
         self._never_updated = 0
         self._listeners = ListenerHistory()
         self._warnings = WarningHistory()
@@ -129,7 +129,7 @@ class Analysis:
         }
 
     def take(self, step: Step) -> list[Finding]:
-        """Findings that a step brings: Advanced, and Named where rules were read late."""
+        """Take a step and return its findings: from Advanced, and from Named with late rules."""
         self.leaving = []
         return self._taking[type(step)](step) or []
 
@@ -155,7 +155,7 @@ class Analysis:
 
     def _advance(self, now_ns: int) -> list[Finding]:
         reports = self.reports = self.correlator.advance(now_ns)
-        judged = (self._judged(_Told(report, self._unseen_beside(report))) for report in reports)
+        judged = (self._judged(_Basis(report, self._unseen_beside(report))) for report in reports)
         findings = [finding for finding in judged if finding is not None]
         for finding in findings:
             self._stuck.take(finding)
@@ -174,10 +174,10 @@ class Analysis:
             self._table_seen = False
         return findings
 
-    def _judged(self, told: _Told) -> Finding | None:
-        """The verdict on a flow; where it needs rules that are not read yet another will follow."""
-        finding = judge(told.report, self.header.coverage, self._names, told.unseen_acks)
-        self._rules_awaited.pop(told.report.four_tuple, None)
+    def _judged(self, basis: _Basis) -> Finding | None:
+        """The verdict on a flow. If rules for it are still to be read, another verdict follows."""
+        finding = judge(basis.report, self.header.coverage, self._names, basis.unseen_acks)
+        self._rules_awaited.pop(basis.report.four_tuple, None)
         if finding is None:
             return None
         finding = self._with_warnings(finding)
@@ -186,20 +186,20 @@ class Analysis:
         if len(self._rules_awaited) >= MAX_RULES_AWAITED:
             self._never_updated += 1
             return with_evidence(finding, NO_ROOM_FOR_UPDATE)
-        self._rules_awaited[told.report.four_tuple] = told
+        self._rules_awaited[basis.report.four_tuple] = basis
         return with_evidence(finding, UPDATE_FOLLOWS)._replace(to_be_updated=True)
 
     def _updates(self, read: Collection[int]) -> Iterator[Finding]:
-        """The verdicts that waited for the rules of these network namespaces, with their part."""
-        for told in [one for who, one in self._rules_awaited.items() if who.netns in read]:
-            finding = self._judged(told)
+        """Updated verdicts that waited for the rules of these network namespaces."""
+        for basis in [one for who, one in self._rules_awaited.items() if who.netns in read]:
+            finding = self._judged(basis)
             if finding is not None and not finding.to_be_updated:
                 self._stuck.take(finding)
                 yield finding._replace(updates=finding.verdict)
 
     @property
     def awaits_rules(self) -> bool:
-        """Whether something was told that is to be updated once rules are read."""
+        """Whether a verdict waits for rules and will be updated."""
         return bool(self._rules_awaited)
 
     def _take_tally(self, tally: Tally) -> None:
@@ -217,7 +217,7 @@ class Analysis:
                 self._unseen[netns] = _Unseen(number, tally.time_ns, cookie)
 
     def _unseen_beside(self, report: FlowReport) -> int:
-        """How many unseen ACKs there are in its namespace, if its own may be among them."""
+        """Number of unseen ACKs in a flow's namespace; 0 if the flow's own cannot be among them."""
         unseen = self._unseen.get(report.four_tuple.netns)
         if unseen is None or report.handshake.first_syn_ns > unseen.known_ns:
             return 0
@@ -232,11 +232,11 @@ class Analysis:
 
     @property
     def tallied(self) -> bool:
-        """Whether there was a tally, without which there is no summary."""
+        """Whether there was a tally; a summary needs one."""
         return bool(self._tallies)
 
     def status(self, counts: NetnsCounts, now_ns: int) -> Status:
-        """What there is to say while nothing new is."""
+        """The current figures for the status line."""
         counted = total_counted(self._tallies[0].traced, counts)
         stats = self.correlator.stats()
         return Status(
@@ -251,17 +251,17 @@ class Analysis:
         )
 
     def summary(self, ended: Ended) -> Summary:
-        """The end of the run, from all steps taken; a tally was among them."""
+        """The summary of all steps taken, which must include a tally."""
         start, end = self._tallies[0], self._tallies[-1]
         stats = self.correlator.stats()
         counted = total_counted(start.traced, end.traced)
         recovered = stats.told_now.get(State.RECOVERED, 0)
-        told = {name: number for name, number in self._verdicts.items() if number > 0}
-        # Those that an ordinary handshake took over were connected without a cookie's ACK.
+        verdicts = {name: number for name, number in self._verdicts.items() if number > 0}
+        # Handshakes that an ordinary one took over were connected without a cookie's ACK.
         connected = counted[NetnsCount.COMPLETED] + stats.taken_over
         rescued = stats.told_now.get(State.RESCUED, 0)
         data_lost = stats.told_now.get(State.DATA_LOST, 0)
-        told["completed"] = max(0, connected - recovered - rescued - data_lost)
+        verdicts["completed"] = max(0, connected - recovered - rescued - data_lost)
         losses = {
             **ended.losses,
             "flows_evicted": stats.evicted,
@@ -279,7 +279,7 @@ class Analysis:
             watched=self.header.watched,
             mode=self.header.coverage.mode,
             duration_ns=ended.now_ns - start.time_ns,
-            verdicts=dict(sorted(told.items())),
+            verdicts=dict(sorted(verdicts.items())),
             ever_stuck=stats.ever_stuck,
             still_stuck=stats.still_stuck,
             recovered=recovered,

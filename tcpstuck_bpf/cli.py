@@ -1,4 +1,4 @@
-"""The command: options in, exit status out, and the one place where errors become messages."""
+"""The command: takes options, returns the exit status, and turns errors into messages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tcpstuck_bpf.run import WIDTH_OF_A_PIPE, exit_status, one_vmlinux, output_f
 
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 _OUTPUT_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EAGAIN})
-"""What a disk or terminal behind standard output refuses with; who else meets it says so itself."""
+"""Errors of the disk or terminal behind standard output. Other files have messages of their own."""
 
 _REPLAY_OPTIONS = frozenset({"replay", "json", "each", "verbose", "only", "summary"})
 _DOCTOR_OPTIONS = frozenset({"doctor", "vmlinux", "against", "json", "verbose"})
@@ -38,7 +38,7 @@ _BUILD_OPTIONS = frozenset({"build", "vmlinux", "rescue", "why", "port"})
 def _refuse_beside(
     mode: str, allowed: frozenset[str], options: argparse.Namespace, why: str, remedy: str
 ) -> None:
-    """Options that a mode would pass over in silence are a mistake."""
+    """Raises UsageError for an option that a mode would silently ignore."""
     defaults = vars(build_parser().parse_args([]))
     for name, value in vars(options).items():
         if name not in allowed and value != defaults[name]:
@@ -52,7 +52,7 @@ def _replay(options: argparse.Namespace) -> int:
         "--replay",
         _REPLAY_OPTIONS,
         options,
-        "a recording holds what was traced, and how",
+        "the recording determines what was traced, and how",
         "leave it out; --json, --only, --each, -v and --summary choose what is shown",
     )
     replay = Replay(options.replay)
@@ -64,8 +64,8 @@ def _doctor(options: argparse.Namespace) -> int:
         "--doctor",
         _DOCTOR_OPTIONS,
         options,
-        "it looks at the kernel, and traces nothing",
-        "leave it out; --vmlinux, --against, --json and -v are for the doctor",
+        "the doctor examines the kernel and does not trace",
+        "leave it out; --vmlinux, --against, --json and -v can be used",
     )
     from tcpstuck_bpf.doctor.command import consult
 
@@ -86,7 +86,7 @@ def _build(options: argparse.Namespace) -> int:
         "--build",
         _BUILD_OPTIONS,
         options,
-        "it compiles programs for later, and traces nothing; they serve every port",
+        "--build compiles programs for later and does not trace; the programs serve every port",
         "leave it out; --vmlinux, --rescue and --no-why choose what is built",
     )
     from tcpstuck_bpf.kernel.builder import build
@@ -101,7 +101,7 @@ def _explain(options: argparse.Namespace) -> int:
         "--explain",
         frozenset({"explain"}),
         options,
-        "it prints what is known of a verdict, and traces nothing",
+        "--explain prints text and does not trace",
         "leave it out",
     )
     verdict: str = options.explain
@@ -123,11 +123,12 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status, see docs/design.md."""
+    """Run the command. Returns the exit status; see docs/design.md."""
     open_standard_streams()
     try:
         status = _run(build_parser().parse_args(arguments))
-        # What is short waits in the buffer until here: a closed pipe must not show at exit.
+        # Short output is still in the buffer. Flush it now, so that a closed pipe raises here and
+        # not at exit.
         sys.stdout.flush()
         return status
     except TcpstuckError as error:
@@ -145,10 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             UsageError(
                 "the output cannot be written",
                 str(error.strerror),
-                "send it to where there is room",
+                "write it to a disk with free space",
             )
         )
-    except Exception as error:  # no traceback: its exit status is that of a stuck client
+    except Exception as error:  # a traceback's exit status 1 would mean a stuck client
         return say(unforeseen(error))
 
 

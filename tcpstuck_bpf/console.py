@@ -1,4 +1,4 @@
-"""The command's standard output and standard error, also where nobody reads them any more."""
+"""The command's standard output and standard error, even if their reader is gone."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tcpstuck_bpf.errors import (
     words_of,
 )
 
-_FRAMES_TOLD = 3
-"""How many callers an error that nobody expected is told with."""
+_FRAMES_PRINTED = 3
+"""Number of callers printed with an unexpected error."""
 
 
 def open_standard_streams() -> None:
-    """Standard streams that are there, and write whatever they are given.
+    """Make sure that the standard streams exist and can write any character.
 
-    Where the caller has closed one, the next file to be opened would take its place.
+    If the caller has closed one, the next opened file would get its descriptor.
     """
     for number in range(3):
         try:
@@ -36,50 +36,48 @@ def open_standard_streams() -> None:
 
 
 def discard(stream: TextIO) -> None:
-    """Let the stream lead nowhere: the interpreter must not complain when it flushes at exit."""
+    """Redirect a stream to /dev/null, so that the flush at exit does not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def say(error: TcpstuckError) -> int:
-    """Print an error's three lines; returns its exit status."""
+    """Print an error's three lines. Returns its exit status."""
     complain(error.lines())
     return error.exit_status
 
 
 def remark(text: str) -> None:
-    """Something beside the answer, for whoever reads standard error."""
+    """Print a remark to standard error."""
     complain([f"tcpstuck-trace: {text}"])
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Lines of the answer as they come, where it is neither the table nor verdicts in JSON."""
+    """Print lines as they come, for answers that are neither the table nor JSON verdicts."""
     for line in lines:
         sys.stdout.write(terminal.line(line))
         sys.stdout.flush()
 
 
 def complain(lines: Iterable[str]) -> None:
-    """Nobody who reads it is no reason to end otherwise."""
+    """Write lines to standard error. A failure does not change the exit status."""
     try:
         sys.stderr.write("".join(map(terminal.line, lines)))
         sys.stderr.flush()
-    except OSError:  # most often the same full disk that is to be told of
+    except OSError:  # most often the full disk that the lines are about
         discard(sys.stderr)
 
 
-def unforeseen(
-    error: Exception, what: str = "it failed in a way that nobody foresaw"
-) -> TcpstuckError:
-    """Any exception as three lines; the exit status of a traceback would mean a stuck client."""
+def unforeseen(error: Exception, what: str = "internal error") -> TcpstuckError:
+    """Any exception as three lines. A traceback's exit status 1 would mean a stuck client."""
     if isinstance(error, TcpstuckError):
         return error
-    # Imported where it is used: it would delay every start.
+    # Imported only where it is used: it would delay every start.
     import traceback
 
-    frames = reversed(traceback.extract_tb(error.__traceback__)[-_FRAMES_TOLD:])
+    frames = reversed(traceback.extract_tb(error.__traceback__)[-_FRAMES_PRINTED:])
     where = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
     return CannotTraceError(
         what,
         f"{type(error).__name__}: {words_of(error)} (at {where})",
-        "report these lines, with what --version and --doctor say",
+        "report these lines, with the output of --version and --doctor",
     )

@@ -1,8 +1,8 @@
-"""The end of a run: what was taken is let go, and nothing that fails there replaces the answer.
+"""The end of a run: everything is released, and no failure there replaces the answer.
 
-By then the verdicts are told and the exit status is known. So a failure to detach, to close or to
-remove is a note, whatever its kind; the next thing is let go all the same, and an error that ended
-the run goes on to whoever tells it.
+By then the verdicts are printed and the exit status is known. So a failure to detach, close or
+remove something only becomes a note, and the rest is still released. An error that ended the run
+propagates.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from tcpstuck_bpf.errors import words_of
 
 
 class Ending:
-    """A context that lets go, when it is left, of all that was added; the last of it first.
+    """A context that calls all added functions on exit, the last one first.
 
-    `note` is told what failed, in one line; it raises nothing.
+    `note` is called with one line for each failure, and must not raise.
     """
 
     def __init__(self, note: Callable[[str], None]) -> None:
@@ -24,7 +24,7 @@ class Ending:
         self._closings: list[tuple[str, Callable[[], object]]] = []
 
     def add(self, what: str, close: Callable[[], object]) -> None:
-        """Have this called at the end; `what` names it where that fails."""
+        """Add a function to call at the end; `what` describes its failure."""
         self._closings.append((what, close))
 
     def __enter__(self) -> Ending:
@@ -40,12 +40,12 @@ class Ending:
             what, close = self._closings.pop()
             try:
                 close()
-            except Exception as failure:  # of whatever kind: the run has its answer
+            except Exception as failure:  # any kind; it must not replace the answer
                 self._note(f"{what}: {words_of(failure)}")
 
 
 def close_all(closings: Iterable[Callable[[], object]]) -> None:
-    """Call every one of them, then raise the first failure, if there was any."""
+    """Call every function, then raise the first failure, if any."""
     first: Exception | None = None
     for close in closings:
         try:

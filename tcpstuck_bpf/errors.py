@@ -1,7 +1,7 @@
-"""Errors a user can cause or meet, each one line of what, why and remedy.
+"""Errors for the user, each with one line of what, why and remedy.
 
-`cli.main` has the only `except` for them; the exit status belongs to the class, so that a new
-error cannot forget it.
+Only `cli.main` catches them. The exit status belongs to the class, so that a new error cannot lack
+one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SUDO_LOOKS_IN = frozenset(
 
 
 class TcpstuckError(Exception):
-    """What happened, why, and what the user can do about it; three single lines."""
+    """An error for the user: what happened, why, and the remedy, each in one line."""
 
     exit_status: ClassVar[int] = EXIT_CANNOT_TRACE
 
@@ -40,19 +40,19 @@ class TcpstuckError(Exception):
         self.remedy = remedy
 
     def lines(self) -> list[str]:
-        """The message as it is printed, one line each of what, why and remedy."""
+        """The printed message, with one line each for what, why and remedy."""
         lines = (f"tcpstuck-trace: {self.what}", f"  why: {self.why}", f"  remedy: {self.remedy}")
         return [*map(printable, lines)]
 
 
 class CannotTraceError(TcpstuckError):
-    """This machine, as it is now, does not let us trace."""
+    """This machine cannot trace in its current state."""
 
     exit_status = EXIT_CANNOT_TRACE
 
 
 class UsageError(TcpstuckError):
-    """The command line, or a file it names, is wrong."""
+    """The command line, or a file that it names, is wrong."""
 
     exit_status = EXIT_USAGE
 
@@ -69,8 +69,8 @@ def as_root_remedy() -> str:
 
 
 def words_of(error: BaseException) -> str:
-    """What an exception of any kind says, in words; its kind where it says nothing."""
+    """The text of any exception; its class name if it has no text."""
     if isinstance(error, TcpstuckError):
         return f"{error.what}: {error.why}"
-    told = error.strerror if isinstance(error, OSError) else None
-    return told or str(error) or type(error).__name__
+    text = error.strerror if isinstance(error, OSError) else None
+    return text or str(error) or type(error).__name__

@@ -1,13 +1,13 @@
-"""Files that are written, mostly as root: whole or not at all, and never where a link leads.
+"""Writes files, mostly as root: whole or not at all, and never through a symbolic link.
 
-Whoever may write to a directory such as /tmp can put a symbolic link, a file of their own or a
-named pipe where root will write next. So a new file is made under a name that nobody can foresee
-(O_EXCL, O_NOFOLLOW), beside its place and through the directory that was opened, and renamed to its
-own name: what was there is replaced, never written into, and no other file that it was linked to is
-touched. A symbolic link in its place is refused, since who made it expects that it is followed.
+Anybody who can write to a directory such as /tmp can put a symbolic link, a file or a named pipe
+where root will write next. So a new file is made under an unpredictable name (O_EXCL, O_NOFOLLOW)
+in the opened target directory, and then renamed. An existing file is replaced, never written into,
+so hard links to it are not touched. A symbolic link is refused, because whoever made it expects it
+to be followed.
 
-What is there and is no file, a device or a named pipe, is written to as it is; so is a descriptor
-of our own, which the shell's >( ) names. A named pipe that strangers could have put there is not.
+An existing device or named pipe is written to directly, and so is a descriptor of our own, such as
+the shell's >( ). A named pipe that a stranger could have made is refused.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _STANDARD = {"stdout": 1, "stderr": 2}
 
 
 class OutputFile:
-    """A file that is written; once `appear` is called it has its name.
+    """A file for writing; `appear` gives it its name.
 
-    `mode` is that of a new file. Raises OSError where there can be none.
+    `mode` is the mode of a new file. Raises OSError if it cannot be created.
     """
 
     def __init__(self, path: str, mode: int) -> None:
@@ -47,18 +47,18 @@ class OutputFile:
             os.close(self._directory)
             raise
         if mode & ~stat.S_IRWXU:
-            # What is for others is meant so, whatever the umask; some file systems have no modes.
+            # A mode with bits for others holds despite the umask; some file systems have no modes.
             with contextlib.suppress(PermissionError):
                 os.fchmod(self.descriptor, mode)
 
     def write(self, data: bytes) -> None:
-        """All of it. Raises OSError; part of it may have been written then."""
+        """Write all of `data`. Raises OSError, possibly after a part was written."""
         view = memoryview(data)
         while view:
             view = view[os.write(self.descriptor, view) :]
 
     def appear(self) -> None:
-        """Give it its name, in place of what had it. Raises OSError."""
+        """Rename the file to its name, replacing an existing file. Raises OSError."""
         if self._unfinished is None or self._directory is None:
             return
         os.rename(
@@ -70,7 +70,7 @@ class OutputFile:
         self._unfinished = None
 
     def close(self) -> None:
-        """Nothing more is to be written; what has not appeared is removed. Raises OSError."""
+        """Close the file, and remove it if it has not appeared. Raises OSError."""
         if self._directory is not None:
             if self._unfinished is not None:
                 with contextlib.suppress(OSError):
@@ -81,10 +81,7 @@ class OutputFile:
 
 
 def write_whole(path: str, data: bytes, mode: int = 0o644) -> None:
-    """A file with this content appears; where it cannot be written, nothing does.
-
-    Raises OSError.
-    """
+    """Write a file with this content, whole or not at all. Raises OSError."""
     file = OutputFile(path, mode)
     try:
         file.write(data)
@@ -94,7 +91,7 @@ def write_whole(path: str, data: bytes, mode: int = 0o644) -> None:
 
 
 def _existing(path: str) -> int | None:
-    """A descriptor of what is there and is no file, or is ours already; None for a new file."""
+    """A descriptor of an existing device or pipe, or of our own; None for a regular or new file."""
     own = _OWN_DESCRIPTOR.fullmatch(path)
     if own is not None:
         name, *numbers = own.groups()
@@ -120,21 +117,21 @@ def _existing(path: str) -> int | None:
 def _refusal(path: str, state: os.stat_result) -> OSError | None:
     kind = stat.S_IFMT(state.st_mode)
     if kind == stat.S_IFLNK:
-        return OSError(errno.ELOOP, "it is a symbolic link, and none is followed")
+        return OSError(errno.ELOOP, "it is a symbolic link, which is not followed")
     if kind == stat.S_IFDIR:
         return IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if kind == stat.S_IFBLK:
         return OSError(errno.EINVAL, "it is a disk, not a file")
     if kind == stat.S_IFIFO and state.st_uid not in _own_users():
-        # As fs.protected_fifos has it (Documentation/admin-guide/sysctl/fs.rst) for O_CREAT.
+        # The rule of fs.protected_fifos (Documentation/admin-guide/sysctl/fs.rst) for O_CREAT.
         around = Path(path).parent.stat()
         shared = stat.S_ISVTX | stat.S_IWOTH
         if around.st_mode & shared == shared and state.st_uid != around.st_uid:
-            return PermissionError(errno.EACCES, "it is somebody else's pipe, where anybody writes")
+            return PermissionError(errno.EACCES, "another user's pipe in a shared directory")
     return None
 
 
 def _own_users() -> set[int]:
-    """Root, ourselves, and who became root by sudo."""
+    """Root, ourselves, and the user who ran sudo."""
     by_sudo = os.environ.get("SUDO_UID", "")
     return {0, os.geteuid(), *([int(by_sudo)] if by_sudo.isdecimal() else [])}

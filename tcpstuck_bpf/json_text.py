@@ -1,10 +1,9 @@
-r"""JSON that every reader takes: ASCII, and no character in it that is none.
+r"""JSON that every reader accepts: ASCII, without lone surrogates.
 
-A Python string may hold lone surrogates: os.fsdecode makes them of bytes in a name that are no
-UTF-8 (PEP 383). json.dumps writes them as `\udcff`, and many readers refuse the whole line. So
-such a byte is the four characters `\xff` in a string, any other lone surrogate `\ud800`;
-docs/json.md says so. Everything else of a name is in JSON as it is: JSON has escapes of its own for
-control characters.
+A Python string may have lone surrogates: os.fsdecode makes them from bytes that are not UTF-8
+(PEP 383). json.dumps writes such a byte as `\udcff`, and many readers refuse the whole line. So the
+byte becomes the four characters `\xff` in the string, and any other lone surrogate `\ud800`, as
+docs/json.md says. All other characters stay as they are; JSON escapes control characters itself.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ def json_text(values: Mapping[str, Any], separators: tuple[str, str] = (", ", ":
     text = json.dumps(values, separators=separators)
     if "\\ud" not in text:
         return text
-    # Pairs are one character here, so that those that are left are alone.
+    # Here a surrogate pair is one character, so all remaining surrogates are lone ones.
     whole = json.dumps(values, ensure_ascii=False)
     escaped = _SURROGATE.sub(lambda found: f"\\{printable(found[0])}", whole)
     return json.dumps(json.loads(escaped), separators=separators)

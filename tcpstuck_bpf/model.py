@@ -1,7 +1,7 @@
-"""The values that travel one way through the tool, from the kernel's table to the output.
+"""The values that pass one way through the tool, from the kernel's table to the output.
 
-Times are CLOCK_MONOTONIC nanoseconds unless a name says otherwise, sequence numbers and ports
-are in host order, addresses are 16 bytes as on the wire (IPv4 as ::ffff:a.b.c.d).
+Times are CLOCK_MONOTONIC nanoseconds unless a name says otherwise. Sequence numbers and ports are
+in host order. Addresses are 16 bytes as on the wire (IPv4 as ::ffff:a.b.c.d).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class FourTuple(NamedTuple):
 
     @property
     def family(self) -> int:
-        """4 or 6, by what was on the wire (IPv4 on an IPv6 listener is 4)."""
+        """4 or 6, by the packet (IPv4 on an IPv6 listener is 4)."""
         return 4 if self.client_address.startswith(IPV4_MAPPED_PREFIX) else 6
 
     @property
     def server(self) -> tuple[bytes, int]:
-        """Address and port that the client's packets are for."""
+        """Destination address and port of the client's packets."""
         return (self.server_address, self.server_port)
 
     @property
@@ -78,7 +78,7 @@ class Ending(enum.IntEnum):
 
 
 class Moved(enum.IntFlag):
-    """Kernel counters that moved while a segment was handled: enum counter_moved."""
+    """Kernel counters that moved while the kernel handled a segment: enum counter_moved."""
 
     NOTHING = 0
     SYNCOOKIES_RECV = 1 << 0
@@ -128,44 +128,44 @@ class Handshake(NamedTuple):
     accept_queue_limit: int
     syn_queue: int
     bytes_missed: int
-    """By the server, as C has it (flow.bytes_missed): from ISN + 1 to what completed it."""
+    """Sequence number of the completing segment minus ISN + 1, unsigned (see flow.bytes_missed)."""
     mss: int
     ending: int
     drop_counters: int
     end_counters: int
     filter_device: int = 0
-    """Index of the device that the last filtered ACK came by; 0 where it is not known."""
+    """Index of the device by which the last filtered ACK came; 0 if unknown."""
     socket: int = 0
-    """Inode number of the listening socket that sent the last cookie, or, where no SYN was seen,
-    dropped the ACK; 0 where it is not known."""
+    """Inode number of the listening socket that sent the last cookie or, if no SYN was seen,
+    dropped the ACK; 0 if unknown."""
 
 
 class ListenerId(NamedTuple):
-    """What tells a listener from the others: struct listener_key of bpf/tcpstuck.h.
+    """The identity of a listener: struct listener_key of bpf/tcpstuck.h.
 
-    Sockets may share an address and port (SO_REUSEPORT), and one that a proxy intercepts by has
-    segments of any (TPROXY). Both are empty here, unless the socket is not known.
+    Sockets may share an address and port (SO_REUSEPORT), and a proxy's socket may get segments for
+    any (TPROXY). So address and port are empty here, unless the socket is unknown.
     """
 
     netns: int
     socket: int
-    """Its inode number; 0 where it is not known."""
+    """Inode number of the listening socket; 0 if unknown."""
     server_address: bytes
     server_port: int
 
 
 def listener_id(netns: int, socket: int, server_address: bytes, server_port: int) -> ListenerId:
-    """The listener of a socket; where that is 0, of all sockets of an address and port."""
+    """The listener with this socket; if it is 0, all sockets of the address and port together."""
     return ListenerId(netns, socket, *((b"", 0) if socket else (server_address, server_port)))
 
 
 def listener_of(who: FourTuple, entry: Handshake) -> ListenerId:
-    """The listener that a handshake is at."""
+    """The listener of a handshake."""
     return listener_id(who.netns, entry.socket, *who.server)
 
 
 class Event(NamedTuple):
-    """Something worth telling about a handshake, with its entry right after the segment."""
+    """An event of a handshake, with the table entry right after the segment."""
 
     four_tuple: FourTuple
     handshake: Handshake
@@ -181,7 +181,7 @@ class Event(NamedTuple):
 
 
 class HandshakeId(NamedTuple):
-    """What tells a handshake from an earlier or later one of the same 4-tuple."""
+    """The identity of a handshake, which distinguishes it from others of the same 4-tuple."""
 
     four_tuple: FourTuple
     first_syn_ns: int
@@ -192,14 +192,14 @@ ATTEMPT_NOT_SENT = "would send"
 
 
 class Attempt(NamedTuple):
-    """A SYN-ACK that was sent once more to a stuck client, or would have been."""
+    """A SYN-ACK repeated to a stuck client, or one that a dry run would repeat."""
 
     handshake: HandshakeId
     time_ns: int
     number: int
     """Attempt number within this handshake, from 1."""
     outcome: str
-    """ATTEMPT_SENT, ATTEMPT_NOT_SENT (of a dry run), or `failed: ` and why."""
+    """ATTEMPT_SENT, ATTEMPT_NOT_SENT (dry run), or `failed: ` and why."""
 
     @property
     def sent(self) -> bool:
@@ -208,79 +208,79 @@ class Attempt(NamedTuple):
 
 
 class Rescue(NamedTuple):
-    """What the rescuer did at one moment, and whom it leaves alone; figures are running totals."""
+    """The rescuer's attempts at one moment, and running totals of the clients it leaves alone."""
 
     attempts: tuple[Attempt, ...]
     unanswered: tuple[HandshakeId, ...]
-    """Handshakes none of whose attempts drew an answer, each named once."""
+    """Handshakes whose attempts all drew no answer, each reported only once."""
     left_alone: Mapping[str, int]
-    """Stuck clients by the reason they are not to be rescued for."""
+    """Number of stuck clients left alone, by reason."""
 
 
 Conditions = tuple[tuple[str, str], ...]
-"""Some of a rule's matches, all of which have to hold: protocol, sport, saddr, iifname ... and the
+"""Some of a rule's conditions, which must all hold: protocol, sport, saddr, iifname ..., and the
 value."""
 
 
 class DropRule(NamedTuple):
-    """A firewall rule, a chain's policy, or other code at a hook, that can drop what comes by."""
+    """A firewall rule, a chain's policy, or other code at a hook, that can drop packets."""
 
     family: str
     """nftables' name: ip, ip6, inet, netdev ...; ip or ip6 for iptables."""
     table: str
-    """For a function, the module it is in; empty if that is the kernel itself."""
+    """Table; for a function its module, empty if it is built into the kernel."""
     chain: str
-    """For a function, its name."""
+    """Chain; for a function its name."""
     hook: str
-    """The hook of a chain that is called by one; empty where only jumps lead to the chain."""
+    """The hook that calls the chain; empty if only jumps lead to it."""
     kind: str
-    """What its number is: `handle` (nftables), `number` (iptables, from 1), `policy`, `function`
-    (another hook's), or `program` (a BPF program's)."""
+    """Meaning of `number`: `handle` (nftables), `number` (iptables, from 1), `policy`, `function`
+    (another function at the hook), or `program` (a BPF program)."""
     number: int
     conditions: Conditions
     may_reset: bool = False
-    """Whether it may answer by RST as well (reject with tcp reset)."""
+    """Whether the rule may also answer with an RST (reject with tcp reset)."""
     queues: bool = False
-    """Whether it may hand the packet to a queue that a program reads (NFQUEUE)."""
+    """Whether the rule may hand the packet to a queue that a program reads (NFQUEUE)."""
 
 
 class Jump(NamedTuple):
-    """A rule that leads from a chain to another one, where there are rules that can drop."""
+    """A rule that jumps from a chain to another chain with rules that can drop."""
 
     family: str
     table: str
     chain: str
     hook: str
-    """As of a rule of that chain."""
+    """The hook that calls `chain`; empty if only jumps lead to it."""
     target: str
     conditions: Conditions
 
 
 class Ruleset(NamedTuple):
-    """What can drop in a network namespace, as it was when it was read."""
+    """One reading of what can drop packets in a network namespace."""
 
     rules: tuple[DropRule, ...]
     problems: tuple[str, ...]
-    """Complete sentences: what could not be read."""
+    """What could not be read, in complete sentences."""
     read_ns: int = 0
-    """When the reading began."""
+    """Time at which the reading began."""
     jumps: tuple[Jump, ...] = ()
     packets: tuple[int | None, ...] = ()
-    """What each rule has counted, in the order of the rules, None where it does not count. Packets
-    it does not drop may be among them, but every one that it drops is."""
+    """Packet counter of each rule, in the order of `rules`; None for a rule without a counter. A
+    counter includes every packet that the rule drops, and maybe others."""
     elsewhere: tuple[str, ...] = ()
-    """As `problems`: what could not be read of anything but nftables."""
+    """Like `problems`, for everything except nftables."""
     devices: tuple[tuple[int, str], ...] | None = None
-    """Index and name of the network devices there; None where they are not known."""
+    """Index and name of the namespace's network devices; None if unknown."""
     counted_ns: int = 0
-    """When the last of them was read, `packets` with it; 0 where that is not known."""
+    """Time at which the reading ended, with `packets`; 0 if unknown."""
     namespace: int = 0
-    """The namespace's cookie (SO_NETNS_COOKIE, from 5.14 on); 0 where it is not known. An inode
-    number may be used again, by a namespace with the same rules and counters of its own."""
+    """The namespace's cookie (SO_NETNS_COOKIE, from 5.14 on); 0 if unknown. Another namespace may
+    reuse the inode number, with the same rules and its own counters."""
 
     @property
     def contents(self) -> tuple[object, ...]:
-        """What two readings have in common between which nothing was changed."""
+        """The parts that are equal in two readings if nothing changed in between."""
         return (
             self.rules,
             self.jumps,
@@ -291,29 +291,29 @@ class Ruleset(NamedTuple):
         )
 
     def shares_rules_with(self, other: Ruleset) -> bool:
-        """Whether it has the very rules of another one, as readings that are alike are kept."""
+        """Whether both have the same rule objects, as equal readings have when they are kept."""
         return self.rules is other.rules and self.jumps is other.jumps
 
     @property
     def size(self) -> int:
-        """How many rules are kept for it."""
+        """Number of its rules and jumps."""
         return len(self.rules) + len(self.jumps)
 
 
 KEPT_READINGS = 16
-"""Of a namespace's rules, the latest. Of those in a row that are alike the first and the last are
-kept, so that these are at least half as many changes."""
+"""Number of readings kept for a namespace. Of equal readings in a row only the first and the last
+are kept, so these hold at least half as many changes."""
 KEPT_RULES = 50_000
-"""Of all namespaces and readings together: some 25 MB. Whoever may make rules in a namespace of
-their own is not to fill this process's memory."""
-LET_GO = "the rules were read, and let go again: too many are kept"
+"""Largest number of rules over all namespaces and readings, about 25 MB. A stranger who fills a
+namespace with rules must not fill this process's memory."""
+LET_GO = "the rules were read, but dropped again to make room for others"
 
 
 def _with_reading(known: tuple[Ruleset, ...], reading: Ruleset) -> tuple[Ruleset, ...]:
-    """Readings of one namespace and a further one."""
+    """Add a reading to those of its namespace."""
     alike = [kept for kept in known[-2:] if kept.contents == reading.contents]
     if alike:
-        # One copy of the rules is enough.
+        # Share the rules with the equal reading.
         reading = alike[-1]._replace(
             read_ns=reading.read_ns, packets=reading.packets, counted_ns=reading.counted_ns
         )
@@ -326,9 +326,9 @@ def _size(readings: tuple[Ruleset, ...]) -> int:
 
 
 def _within_bounds(rulesets: dict[int, tuple[Ruleset, ...]]) -> dict[int, tuple[Ruleset, ...]]:
-    """The same; where they are too many, the namespaces that have most lose their oldest rules.
+    """Drop the oldest rules of the largest namespaces while there are too many in total.
 
-    That there was a reading is kept, so that no later one is taken for the first after a drop.
+    An empty reading stays, so that no later reading is taken for the first after a drop.
     """
     sizes = {netns: _size(readings) for netns, readings in rulesets.items()}
     while sum(sizes.values()) > KEPT_RULES:
@@ -342,19 +342,19 @@ def _within_bounds(rulesets: dict[int, tuple[Ruleset, ...]]) -> dict[int, tuple[
 
 
 class KernelNames(NamedTuple):
-    """What numbers of the traced kernel mean, as far as they came to be asked for."""
+    """Names for the traced kernel's numbers, as far as they were needed."""
 
     places: Mapping[int, str]
     """`symbol+0x1f` by kernel address."""
     reasons: Mapping[int, str | None]
     """enum skb_drop_reason by number, without prefix; None where the kernel has no reasons."""
     stacks: Mapping[int, tuple[str, ...]]
-    """Functions by a stack's number, the one that dropped first and then its callers."""
+    """Functions by a stack's number: the one that dropped the packet, then its callers."""
     rulesets: Mapping[int, tuple[Ruleset, ...]]
-    """By network namespace (inode number), oldest first; the latest KEPT_READINGS."""
+    """The latest KEPT_READINGS by network namespace (inode number), the oldest first."""
 
     def with_more(self, others: KernelNames) -> KernelNames:
-        """These names and others."""
+        """Merge with other names."""
         return KernelNames(
             {**self.places, **others.places},
             {**self.reasons, **others.reasons},
@@ -374,38 +374,37 @@ class KernelNames(NamedTuple):
 
 
 class KernelWarning(NamedTuple):
-    """A line of the kernel's log that says that a listener answers by cookies."""
+    """A line of the kernel's log which says that a listener answers with cookies."""
 
     time_ns: int
     port: int
     address: bytes | None
-    """Where the listener is bound to (16 bytes); None where the kernel does not say."""
+    """Address of the listener (16 bytes); None if the kernel does not say."""
     text: str
 
 
 class Row(NamedTuple):
-    """One entry of the awaiting-ACK table as a sweep saw it."""
+    """One entry of the awaiting-ACK table, as a sweep read it."""
 
     four_tuple: FourTuple
     handshake: Handshake
 
 
 class SweepPart(enum.IntEnum):
-    """What a batch of rows is a part of."""
+    """The kind of a batch of rows."""
 
     MORE = 0
-    """A whole sweep of the table, of which more is to come."""
+    """Part of a whole sweep; more batches follow."""
     LAST = 1
-    """A whole sweep, which ends with it."""
+    """Last part of a whole sweep."""
     CHOSEN = 2
-    """Rows that were asked for by their keys: nothing is known of any other."""
+    """Rows read by their keys; they say nothing about other entries."""
 
 
 class Sweep(NamedTuple):
     """A batch of rows of the awaiting-ACK table, as of `time_ns`.
 
-    Every row of a sweep carries the time the sweep *began*: a handshake cannot look older than
-    the kernel's view of it.
+    `time_ns` is the time at which the sweep *began*, so that no entry looks older than it is.
     """
 
     time_ns: int
@@ -414,7 +413,7 @@ class Sweep(NamedTuple):
 
 
 class NetnsCount(enum.IntEnum):
-    """enum netns_count of bpf/tcpstuck.h: what is counted per network namespace."""
+    """enum netns_count of bpf/tcpstuck.h: the programs' counts per network namespace."""
 
     COOKIES_SENT = 0
     COOKIES_SENT_OUTSIDE = 1
@@ -446,27 +445,28 @@ class NetnsCount(enum.IntEnum):
 
 
 class ListenerFacts(NamedTuple):
-    """How the queues of one listening socket fared: struct listener_facts, in its order.
+    """Queue figures of one listening socket: struct listener_facts, in its order.
 
-    Queue lengths are entries. `peak_...` are each on its own, `..._need_...` belong together: what
-    was there when their sum was highest.
+    Queue lengths are in entries. Each `peak_...` is an independent maximum. The `..._need_...`
+    figures of one queue belong together: they are from the moment at which their sum was highest.
     """
 
     netns: int
     """Inode number of the network namespace."""
     server_address: bytes
-    """What its first segment was for; a socket of any address has others."""
+    """Destination of the first segment; a wildcard socket has other destinations too."""
     server_port: int
-    """The socket's own, where that is known."""
+    """The socket's own port, if known."""
     syns: int
     cookies_sent: int
     syns_refused: int
-    """Dropped for a full accept queue, repetitions included."""
+    """SYNs dropped for a full accept queue, repetitions included."""
     acks_refused: int
-    """Of cookies and of ordinary handshakes, repetitions included."""
+    """ACKs of cookies and of ordinary handshakes dropped for a full accept queue, repetitions
+    included."""
     syn_need_ns: int
     limit: int
-    """sk_max_ack_backlog, which is what listen() was given or net.core.somaxconn if less."""
+    """sk_max_ack_backlog: the smaller of listen()'s backlog and net.core.somaxconn."""
     peak_accept_queue: int
     peak_syn_queue: int
     lowest_cookie_syn_queue: int
@@ -474,52 +474,52 @@ class ListenerFacts(NamedTuple):
     turned_away: int
     syn_need_syn_queue: int
     syn_need_owed: int
-    """Handshakes under cookies that no ACK had come for."""
+    """Cookie handshakes still without an ACK."""
     accept_need_accept_queue: int
     accept_need_turned_away: int
     """Clients whose ACK had been dropped since the accept queue was last seen empty."""
     accept_need_syn_queue: int
     socket: int = 0
-    """Its inode number; 0 where it is not known: then all sockets of that address and port."""
+    """Inode number of the socket; 0 if unknown, for all sockets of the address and port."""
 
     @property
     def listener(self) -> ListenerId:
-        """Whose they are."""
+        """The listener of these figures."""
         return listener_id(self.netns, self.socket, self.server_address, self.server_port)
 
     @property
     def suffered(self) -> bool:
-        """Whether a queue was too short for anyone, or cookies were sent."""
+        """Whether a queue was too short for some client, or cookies were sent."""
         return bool(self.cookies_sent or self.syns_refused or self.acks_refused)
 
 
 class ListenerSeen(NamedTuple):
-    """A listener's facts, and what user space knows of it."""
+    """A listener's facts, and what user space knows about it."""
 
     facts: ListenerFacts
     owners: tuple[str, ...]
     """`name (pid N)` of each process that has the listening socket open; empty if unknown."""
     sockets: tuple[int, ...]
-    """Inode numbers of the listening sockets that share its address and port, itself among them;
+    """Inode numbers of the listening sockets that share the address and port, this one included;
     empty if unknown."""
     settings: Mapping[str, int]
-    """Of the namespace: netns.QUEUE_SETTINGS, as far as they could be read."""
+    """The namespace's netns.QUEUE_SETTINGS, as far as they could be read."""
     bound: bytes | None = None
-    """Address that the socket listens at, any address as zeros; None if unknown."""
+    """Address at which the socket listens, zeros for a wildcard; None if unknown."""
 
 
 GONE_NETNS, CROWDED_NETNS = 0, 1
-"""In place of an inode number, which none of a network namespace is (PROC_DYNAMIC_FIRST in
-fs/proc/generic.c): all namespaces that are gone, and all that there was no place for."""
+"""Stand in place of an inode number for all removed namespaces, and for all without an entry in the
+table. No network namespace has these numbers (PROC_DYNAMIC_FIRST in fs/proc/generic.c)."""
 NETNS_COOKIE = "net_cookie"
-"""Beside a namespace's counters: its cookie (SO_NETNS_COOKIE, from 5.14 on), which tells it from
-another one of the same inode number; missing, or 0, where it is not known."""
+"""Key of a namespace's cookie (SO_NETNS_COOKIE, from 5.14 on) among its counters. The cookie
+distinguishes namespaces with the same inode number; it is missing or 0 if unknown."""
 
 NOT_KNOWN: Mapping[int, int] = {}
-"""The cookies of network namespaces where nobody has asked for them."""
+"""No cookies of network namespaces, because nobody has read them."""
 
 NetnsCounts = Mapping[int, Mapping[NetnsCount, int]]
-"""What the programs counted, by network namespace (inode number)."""
+"""The programs' counts, by network namespace (inode number)."""
 
 KernelCounters = Mapping[int, Mapping[str, int]]
 """TcpExt counters of the kernel (SyncookiesSent ...), by network namespace (inode number), with
@@ -527,16 +527,16 @@ NETNS_COOKIE."""
 
 
 def living_of(counters: KernelCounters) -> dict[int, int]:
-    """The cookies of the namespaces that these counters were read in, by inode number."""
+    """The cookies among these counters, by inode number."""
     cookies = {netns: values.get(NETNS_COOKIE, 0) for netns, values in counters.items()}
     return {netns: cookie for netns, cookie in cookies.items() if cookie}
 
 
 class Tally(NamedTuple):
-    """Both sides' counters at one moment, the referee's raw material.
+    """The kernel's and the programs' counters at one moment, the referee's input.
 
-    The kernel's counters are read before and after ours: what happened between the two reads
-    may or may not be in ours, and that is the only uncertainty of the comparison.
+    The kernel's counters are read before and after ours. What happened between the two reads may
+    or may not be in ours; that is the only uncertainty of the comparison.
     """
 
     time_ns: int
@@ -555,7 +555,8 @@ class CoverageGap:
 
 
 SOFTIRQ_LOCK = "softirq lock"
-"""Of a gap that is no probe's: keeps the packets of one CPU apart (`softirqs.softirq_gaps`)."""
+"""Name of a gap that is not a probe: the lock that keeps packets of one CPU apart
+(`softirqs.softirq_gaps`)."""
 
 
 @dataclass(frozen=True)
@@ -579,7 +580,7 @@ class TraceFilter:
 
 @dataclass(frozen=True)
 class TraceSettings:
-    """What the user asked for, as far as the kernel side has to know it."""
+    """The user's settings that the kernel side needs."""
 
     trace_filter: TraceFilter = field(default_factory=TraceFilter)
     timeout_ns: int = 3_000_000_000

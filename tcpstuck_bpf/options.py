@@ -1,4 +1,4 @@
-"""The command line: what may be asked for, and what is refused before anything is tried."""
+"""The command line's options, and the checks of their values."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ exit status:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with a guess at what a mistyped option was meant to be."""
+    """argparse's parser, which also suggests the nearest option for a mistyped one."""
 
     def error(self, message: str) -> NoReturn:
-        """Usage, the message, and the nearest option; exit status 2."""
+        """Print the usage, the message and the nearest option; exit with status 2."""
         known = [option for action in self._actions for option in action.option_strings]
         _, unrecognized, words = message.partition("unrecognized arguments: ")
         for word in words.replace("=", " ").split() if unrecognized else ():
@@ -51,27 +51,27 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"{self.prog}: {printable(message)}\n{self.prog}: see --help\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """Ends the program, once --help and --version are written: that may fail."""
+        """Exit after --help or --version has been written; that write may fail."""
         sys.stdout.flush()
         super().exit(status, message)
 
 
 def as_written(name: str, value: object) -> str:
-    """An option as the user writes it, of its name and value among the parsed ones."""
+    """A parsed option as the user writes it, from its name and value."""
     if name == "family":
         return f"-{value}"
     return f"--{'no-' * (value is False)}{name.replace('_', '-')}"
 
 
 def file_name(text: str) -> str:
-    """Any but an empty one: that is a variable of a script that was not set."""
+    """A file name. An empty one usually comes from an unset variable in a script."""
     if not text:
-        raise argparse.ArgumentTypeError("the name of a file is missing: it is empty")
+        raise argparse.ArgumentTypeError("the file name is empty")
     return text
 
 
 def port_list(text: str) -> list[int]:
-    """Ports, separated by commas."""
+    """Parse ports separated by commas."""
     ports = []
     for word in text.split(","):
         try:
@@ -79,13 +79,13 @@ def port_list(text: str) -> list[int]:
         except ValueError:
             raise argparse.ArgumentTypeError(f"{word!r} is not a port number") from None
         if not 1 <= port <= 65535:
-            raise argparse.ArgumentTypeError(f"{port} is no port: they go from 1 to 65535")
+            raise argparse.ArgumentTypeError(f"{port} is not a port between 1 and 65535")
         ports.append(port)
     return ports
 
 
 def seconds(text: str) -> int:
-    """A positive time in seconds, as nanoseconds."""
+    """Parse a positive time in seconds; returns nanoseconds."""
     try:
         value = float(text)
     except ValueError:
@@ -96,7 +96,7 @@ def seconds(text: str) -> int:
 
 
 def listener_address(text: str) -> bytes:
-    """An IPv4 or IPv6 address, as 16 bytes."""
+    """Parse an IPv4 or IPv6 address; returns 16 bytes."""
     try:
         return address_bytes(text.strip("[]"))
     except ValueError:
@@ -104,7 +104,7 @@ def listener_address(text: str) -> bytes:
 
 
 def verdict_names(text: str) -> list[str]:
-    """Verdicts, separated by commas."""
+    """Parse verdicts separated by commas."""
     known = [rule.name for rule in RULES]
     for name in text.split(","):
         if name not in known:
@@ -113,7 +113,7 @@ def verdict_names(text: str) -> list[str]:
 
 
 def rescue_mode(text: str) -> frozenset[str]:
-    """Whom to rescue, `known` or `all`, with `dry-run` as another word or alone."""
+    """Parse which clients to rescue: `known` or `all`, with or without `dry-run`, or that alone."""
     words = frozenset(text.split(","))
     if not words <= {"known", "all", "dry-run"} or {"known", "all"} <= words:
         raise argparse.ArgumentTypeError(f"{text!r} is not known, all, dry-run or all,dry-run")
@@ -121,7 +121,7 @@ def rescue_mode(text: str) -> frozenset[str]:
 
 
 def networks(text: str) -> tuple[IPNetwork, ...]:
-    """IPv4 or IPv6 addresses or networks, separated by commas."""
+    """Parse IPv4 or IPv6 addresses or networks, separated by commas."""
     try:
         return tuple(ipaddress.ip_network(word.strip("[]")) for word in text.split(","))
     except ValueError as error:
@@ -129,7 +129,7 @@ def networks(text: str) -> tuple[IPNetwork, ...]:
 
 
 def packet_rate(text: str) -> int:
-    """Packets per second."""
+    """Parse a number of packets per second."""
     try:
         value = int(text)
     except ValueError:
@@ -140,7 +140,7 @@ def packet_rate(text: str) -> int:
 
 
 def verdict_to_explain(text: str) -> str:
-    """A verdict's name; empty: all of them."""
+    """Parse a verdict's name; an empty one means all verdicts."""
     if text and text not in VERDICT_NAMES:
         raise _no_verdict(text, VERDICT_NAMES)
     return text
@@ -149,11 +149,11 @@ def verdict_to_explain(text: str) -> str:
 def _no_verdict(name: str, known: Sequence[str]) -> argparse.ArgumentTypeError:
     near = difflib.get_close_matches(name.lower(), known, n=1)
     guess = f" (did you mean {near[0]}?)" if near else ""
-    return argparse.ArgumentTypeError(f"no verdict {name!r}{guess}; there are {', '.join(known)}")
+    return argparse.ArgumentTypeError(f"no verdict {name!r}{guess}; choose from {', '.join(known)}")
 
 
 def table_size(text: str) -> int:
-    """How many handshakes the kernel's table holds."""
+    """Parse the number of entries of the kernel's table."""
     try:
         value = int(text)
     except ValueError:
@@ -164,7 +164,7 @@ def table_size(text: str) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser; README.md documents every option of it."""
+    """The parser; README.md documents all its options."""
     parser = Parser(
         prog="tcpstuck-trace",
         description="List the TCP connections that the client thinks are open but the server has\n"
@@ -190,7 +190,7 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
         type=port_list,
         action="append",
         default=[],
-        help="server ports (default: every one)",
+        help="server ports (default: all)",
     )
     family = what.add_mutually_exclusive_group()
     family.add_argument(
@@ -218,7 +218,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         type=seconds,
         default=seconds("3"),
-        help="when silence becomes a verdict (default: 3)",
+        help="how long a client must be silent to get a verdict (default: 3)",
     )
     output.add_argument("--all", action="store_true", help="show healthy connections too")
     output.add_argument(
@@ -226,7 +226,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         metavar="VERDICT[,VERDICT]",
         type=verdict_names,
         default=[],
-        help="show only these",
+        help="show only these verdicts",
     )
     output.add_argument(
         "--each",
@@ -248,7 +248,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         type=verdict_to_explain,
-        help="say what a verdict means and what to do; without VERDICT: list them",
+        help="say what a verdict means and what to do; without VERDICT, list all verdicts",
     )
 
 
@@ -296,7 +296,8 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         "--no-why",
         dest="why",
         action="store_false",
-        help="do not; --why costs about 200 instructions for each packet that this host drops",
+        help="do not look for drops before TCP; --why costs about 200 instructions for each packet "
+        "that this host drops",
     )
     run.add_argument("--dry-run", action="store_true", help="compile, load, attach, then stop")
     run.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -310,9 +311,9 @@ def _add_rescue(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=rescue_mode("known"),
         type=rescue_mode,
-        help="repeat the SYN-ACK to stuck clients: to those whose ACK was dropped by the listener "
-        "or whose address completed a handshake here before (known), or to all; dry-run only "
-        "says what would be sent",
+        help="repeat the SYN-ACK to stuck clients: `known` to those whose ACK the listener dropped "
+        "or whose address completed a handshake here before, `all` to all; `dry-run` only says "
+        "what would be sent",
     )
     rescue.add_argument(
         "--rescue-exclude",
@@ -326,12 +327,12 @@ def _add_rescue(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=packet_rate,
         default=100,
-        help="at most so many SYN-ACKs per second in all (default: 100)",
+        help="send at most N SYN-ACKs per second in total (default: 100)",
     )
     rescue.add_argument(
         "--rescue-late",
         action="store_true",
-        help="also send after a minute, when the client may get an RST: an error instead of a hang",
+        help="also send after a minute, when the client may get an RST (an error, not a hang)",
     )
 
 
@@ -352,22 +353,22 @@ def _add_kernel(parser: argparse.ArgumentParser) -> None:
         "--no-cache",
         dest="cache",
         action="store_false",
-        help="compile anew, and keep nothing for the next start",
+        help="compile again, and keep nothing for the next start",
     )
     kernel.add_argument(
         "--build",
         metavar="DIR",
         type=file_name,
-        help="compile into this directory, for this kernel or those of --vmlinux; trace nothing",
+        help="compile into this directory, for this kernel or those of --vmlinux; do not trace",
     )
     kernel.add_argument(
         "--programs",
         metavar="DIR",
         type=file_name,
-        help="use programs that --build made, perhaps on another machine; needs no BCC",
+        help="use programs that --build made, possibly on another machine; needs no BCC",
     )
     kernel.add_argument(
-        "--doctor", action="store_true", help="check every precondition, and name the remedies"
+        "--doctor", action="store_true", help="check every precondition and name the remedies"
     )
     kernel.add_argument(
         "--against",

@@ -1,4 +1,4 @@
-"""A live run, from the options to the exit status: what is wired to what."""
+"""A live run, from the options to the exit status: connects the parts."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 
 WIDTH_OF_A_PIPE = 200
-"""Columns, where standard output is no terminal."""
+"""Width in columns if standard output is not a terminal."""
 
 
 def _settings(options: argparse.Namespace) -> TraceSettings:
@@ -69,7 +69,7 @@ def _settings(options: argparse.Namespace) -> TraceSettings:
         if is_ipv4 != (family == 4):
             raise UsageError(
                 f"--listener {address_text(address)} is never reached by IPv{family}",
-                f"-{family} asks for IPv{family} packets only",
+                f"-{family} selects IPv{family} packets only",
                 f"leave out -{family}",
             )
     return TraceSettings(
@@ -82,7 +82,7 @@ def _settings(options: argparse.Namespace) -> TraceSettings:
 
 
 def _watched(options: argparse.Namespace, wanted: TraceFilter) -> str:
-    """What is watched, in words."""
+    """What is watched, as text."""
     ports = ", ".join(map(str, wanted.ports))
     words = ["every port" if not ports else f"port{'s' * (len(wanted.ports) > 1)} {ports}"]
     if wanted.listener_address is not None:
@@ -95,7 +95,7 @@ def _watched(options: argparse.Namespace, wanted: TraceFilter) -> str:
 
 
 def output_for(options: argparse.Namespace, header: Header) -> Output:
-    """Where the findings of a run or a recording go, and as what."""
+    """The output for a run's or a recording's findings: JSON or a table."""
     selection = Selection(options.only, options.summary)
     if options.json:
         return JsonOutput(sys.stdout, header.clock, selection)
@@ -113,9 +113,9 @@ def output_for(options: argparse.Namespace, header: Header) -> Output:
 
 
 class Interrupts:
-    """SIGINT, SIGTERM and a lost terminal end a run with its summary, a second one at once.
+    """Signal handlers. SIGINT, SIGTERM or SIGHUP ends a run with its summary; a second one at once.
 
-    Nothing is raised while events are read, see `Live.reading`.
+    No handler raises while events are read; see `Live.reading`.
     """
 
     def __init__(self) -> None:
@@ -124,19 +124,19 @@ class Interrupts:
         self._ignored = False
         signal.signal(signal.SIGINT, self._handle)
         signal.signal(signal.SIGTERM, self._handle)
-        # A lost terminal cannot be told from anything else any more, so it is asked for now.
+        # isatty() is false once the terminal is lost, so it is asked now.
         self._on_terminal = [one for one in (sys.stdout, sys.stderr) if one.isatty()]
-        # Under nohup it goes on.
+        # Under nohup the run continues.
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             signal.signal(signal.SIGHUP, self._handle)
 
     def ignore(self) -> None:
-        """The run is over; what is still to be let go of takes its time."""
+        """Ignore further signals: the run is over, and releasing everything must not be cut off."""
         self._ignored = True
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
-            # The recording still gets its end.
+            # Output to the lost terminal must not fail, so that the recording still gets its end.
             for stream in self._on_terminal:
                 discard(stream)
         if self._ignored:
@@ -151,12 +151,12 @@ class Interrupts:
 
 
 def one_vmlinux(options: argparse.Namespace) -> str | None:
-    """The one file of --vmlinux."""
+    """The only file of --vmlinux; None without the option. Raises UsageError for several files."""
     files: list[str] = options.vmlinux or []
     if len(files) > 1:
         raise UsageError(
             "--vmlinux names more than one kernel",
-            "only --build takes several",
+            "only --build accepts several",
             "name one, or two with --doctor: --vmlinux FILE --against FILE",
         )
     return files[0] if files else None
@@ -166,12 +166,12 @@ def _attach_request(options: argparse.Namespace) -> AttachRequest:
     if options.against is not None:
         raise UsageError(
             "--against needs --doctor",
-            "it compares the kernels in two files",
+            "it compares two kernel images",
             "write --doctor --vmlinux FILE --against FILE",
         )
     types, vmlinux = None, one_vmlinux(options)
     if vmlinux is not None:
-        # Imported where it is used: pyelftools would delay every start.
+        # Imported only where it is used: pyelftools would delay every start.
         from tcpstuck_bpf.typeinfo.vmlinux import types_of_running_kernel
 
         types = types_of_running_kernel(vmlinux)
@@ -194,7 +194,7 @@ def _open_source(settings: TraceSettings, request: AttachRequest) -> KernelSourc
 
 
 def _rescuing(options: argparse.Namespace, source: KernelSource) -> Rescuing:
-    # Imported where it is used: most runs rescue nobody, and it would delay their start by 4 ms.
+    # Imported only where it is used: it would delay runs without --rescue by 4 ms.
     from tcpstuck_bpf.rescue.planner import Rescuer
     from tcpstuck_bpf.rescue.policy import RescuePolicy
     from tcpstuck_bpf.rescue.raw_socket import Resender
@@ -211,38 +211,38 @@ def _rescuing(options: argparse.Namespace, source: KernelSource) -> Rescuing:
 
 
 def refuse_without_rescue(options: argparse.Namespace) -> None:
-    """Raises UsageError for an option that means nothing without --rescue."""
+    """Raises UsageError for an option that has no effect without --rescue."""
     for name in ("rescue_exclude", "rescue_rate", "rescue_late"):
         default = build_parser().get_default(name)
         value = getattr(options, name)
         if options.rescue is None and value != default:
             raise UsageError(
                 f"{as_written(name, value)} needs --rescue",
-                "nothing is sent to anybody",
+                "without it the tool sends nothing",
                 "add --rescue, or leave it out",
             )
 
 
 def trace(options: argparse.Namespace) -> int:
-    """Trace as the options say; returns the exit status.
+    """Trace according to the options. Returns the exit status.
 
-    Raises UsageError and CannotTraceError for what keeps it from beginning.
+    Raises UsageError or CannotTraceError if tracing cannot begin.
     """
     interrupts = Interrupts()
     refuse_without_rescue(options)
-    with contextlib.suppress(OSError):  # where it is to be written, that is refused as well
+    with contextlib.suppress(OSError):  # writing it later fails for the same reason
         remove_ready_file(options.ready_file)
     settings = _settings(options)
     watched = _watched(options, settings.trace_filter)
     source = _open_source(settings, _attach_request(options))
     with Ending(remark) as ending:
-        ending.add("the programs were not detached in order", source.close)
+        ending.add("the programs were not detached cleanly", source.close)
         for text in source.notes:
             remark(text)
         if options.dry_run:
             return _able(options, source)
         live = _live(options, settings, watched, source, ending)
-        # First of all: what ends is not to be interrupted, whoever goes on pressing Ctrl-C.
+        # Added last, so called first: further Ctrl-C must not interrupt the ending.
         ending.add("signals", interrupts.ignore)
         interrupts.live = live
         summary = live.run(options.duration, options.ready_file)
@@ -255,7 +255,7 @@ def trace(options: argparse.Namespace) -> int:
 
 
 def _able(options: argparse.Namespace, source: KernelSource) -> int:
-    """A dry run's answer."""
+    """Print a dry run's answer."""
     if options.ready_file is not None:
         write_ready_file(options.ready_file)
     coverage = source.coverage
@@ -270,7 +270,7 @@ def _live(
     source: KernelSource,
     ending: Ending,
 ) -> Live:
-    """A run with all it needs; what has to be closed is added to `ending`."""
+    """A run with all its parts; everything that must be closed is added to `ending`."""
     run_clock = RunClock()
     kernel_log, gaps = open_kernel_log()
     if kernel_log is not None:
@@ -297,7 +297,7 @@ def _live(
         f"the ready file {options.ready_file} was not removed",
         lambda: remove_ready_file(options.ready_file),
     )
-    ending.add("the status line stays", output.close)
+    ending.add("the status line was not cleared", output.close)
     elsewhere = synproxy_note()
     if elsewhere:
         remark(elsewhere)
@@ -323,7 +323,7 @@ def _live(
 
 
 def exit_status(summary: Summary) -> int:
-    """What was found, as README's list of exit statuses has it."""
+    """The exit status for a summary, as listed in README.md."""
     if summary.ever_stuck or summary.data_lost:
         return EXIT_STUCK
     return EXIT_NOT_KNOWN if summary.unwatched else EXIT_NOTHING_STUCK

@@ -1,4 +1,4 @@
-"""What happens in a run, in order: what is recorded, replayed and analysed."""
+"""The steps of a run in order, which are recorded, replayed and analysed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tcpstuck_bpf.model import (
 
 
 def utc_text(realtime_ns: int) -> str:
-    """RFC 3339, UTC, microseconds. Integers only: a float cannot hold today's nanoseconds."""
+    """RFC 3339 in UTC, with microseconds. A float could not hold today's nanoseconds."""
     seconds, nanoseconds = divmod(realtime_ns, 1_000_000_000)
     moment = datetime.fromtimestamp(seconds, timezone.utc).replace(tzinfo=None)
     return f"{moment.isoformat(timespec='seconds')}.{nanoseconds // 1000:06}Z"
@@ -31,7 +31,7 @@ def utc_text(realtime_ns: int) -> str:
 class WallClock:
     """One pair of clock readings taken at the same moment, in ns.
 
-    It turns CLOCK_MONOTONIC times into UTC; a recording keeps it, so that a replay prints the
+    It converts CLOCK_MONOTONIC times to UTC. A recording keeps it, so that a replay prints the
     times of the recorded run.
     """
 
@@ -45,7 +45,7 @@ class WallClock:
 
 @dataclass(frozen=True)
 class Header:
-    """What has to be known of a run besides its steps."""
+    """The facts about a run that its steps do not contain."""
 
     settings: TraceSettings
     coverage: Coverage
@@ -53,9 +53,9 @@ class Header:
     watched: str
     table_capacity: int
     own_netns: int | None = None
-    """The network namespace it was run in; None where that is not recorded."""
+    """The network namespace of the run itself; None if not recorded."""
     netns_names: Mapping[int, str] = field(default_factory=dict)
-    """Names that those of that machine had, by inode number."""
+    """Names of the machine's network namespaces, by inode number."""
 
 
 class Observed(NamedTuple):
@@ -71,7 +71,7 @@ class Swept(NamedTuple):
 
 
 class Advanced(NamedTuple):
-    """The flows were brought up to this time, in ns."""
+    """The correlator advanced its flows to this time, in ns."""
 
     now_ns: int
 
@@ -83,19 +83,19 @@ class TallyTaken(NamedTuple):
 
 
 class Named(NamedTuple):
-    """It became known what numbers of the kernel mean, of facts that come next."""
+    """Names of the kernel's numbers became known, for facts in the next steps."""
 
     names: KernelNames
 
 
 class Rescued(NamedTuple):
-    """SYN-ACKs were repeated, or it became known who is not to be rescued."""
+    """SYN-ACKs were repeated, or clients were left alone."""
 
     rescue: Rescue
 
 
 class Listened(NamedTuple):
-    """The listeners were looked at; those that had changed."""
+    """The table of listeners was read; only those that changed are here."""
 
     listeners: tuple[ListenerSeen, ...]
 
@@ -107,13 +107,13 @@ class Logged(NamedTuple):
 
 
 class Vanished(NamedTuple):
-    """Network namespaces that are gone, in which clients were stuck."""
+    """Network namespaces with stuck clients were removed."""
 
     now_ns: int
     netns: tuple[int, ...]
     until_ns: int | None = None
-    """Where another namespace has the number: when it still was that of the one that is gone. None:
-    nothing leads to one with that number any more."""
+    """Last time at which the removed namespace still had its number, if another namespace has it
+    now. None if nothing leads to a namespace with this number any more."""
 
 
 class Ended(NamedTuple):

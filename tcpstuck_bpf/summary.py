@@ -1,4 +1,4 @@
-"""What the output side is given: wall-clock anchor, live status, and the summary at the end."""
+"""The input of the output side: the live status, and the summary at the end."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tcpstuck_bpf.model import CoverageGap
 
 
 class Status(NamedTuple):
-    """What the line says that is shown while nothing is wrong."""
+    """The figures of the status line."""
 
     watched: str
-    """For example `port 3311`."""
+    """What is watched, for example `port 3311`."""
     cookies_sent: int
     completed: int
     waiting: int
@@ -25,31 +25,31 @@ class Status(NamedTuple):
     now_ns: int
     """CLOCK_MONOTONIC."""
     flood_suspected: int = 0
-    """Silent clients that look like a SYN flood's, none of them in `still_stuck`."""
+    """Silent clients that look like a SYN flood's; not in `still_stuck`."""
 
 
 class RescueTotals(NamedTuple):
-    """What --rescue did in a run, or would have done."""
+    """Totals of --rescue in a run."""
 
     sent: int
-    """SYN-ACKs repeated, all tries together."""
+    """SYN-ACKs repeated, over all tries."""
     not_sent: int
     """SYN-ACKs that a dry run would have repeated."""
     failed: Mapping[str, int]
-    """Those that could not be sent, by what the kernel said."""
+    """SYN-ACKs that could not be sent, by the kernel's error."""
     rescued: int
     left_alone: Mapping[str, int]
-    """Stuck clients that were not to be rescued, by reason."""
+    """Stuck clients that got no SYN-ACK, by reason."""
 
 
 class Summary(NamedTuple):
-    """The end of a run."""
+    """The summary of a run."""
 
     watched: str
     mode: str
     duration_ns: int
     verdicts: Mapping[str, int]
-    """Flows by the verdict they have at the end; `completed` counts every healthy handshake."""
+    """Flows by their last verdict; `completed` counts every healthy handshake."""
     ever_stuck: int
     still_stuck: int
     recovered: int
@@ -61,34 +61,34 @@ class Summary(NamedTuple):
     cookies_sent: int
     lost_events: int
     untracked: int
-    """Cookie handshakes without an entry: the table was full, or as `losses` has it busy."""
+    """Cookie handshakes without an entry: the table was full or busy (`table_busy` of `losses`)."""
     unseen_syn: int
-    """ACKs whose SYN came before tracing began, or whose entry was let go."""
+    """ACKs whose SYN came before tracing began, or whose entry was removed."""
     losses: Mapping[str, int]
-    """Every other loss by name; zero ones are left out by the output."""
+    """Every other loss by name; the output leaves out zeros."""
     gaps: tuple[CoverageGap, ...]
     reconciliation: tuple[Reconciled, ...]
     filtered: bool
     """Whether a filter was set, so that the kernel's counters cover more than was traced."""
     notes: tuple[str, ...] = ()
     cut_off_ns: int | None = None
-    """The last time in a recording that has no end, of CLOCK_MONOTONIC; None where it has one."""
+    """Last CLOCK_MONOTONIC time in a recording without an end; None if it has one."""
     rescue: RescueTotals | None = None
-    """None where nothing was to be rescued."""
+    """Totals of --rescue; None without it."""
     listeners: tuple[ListenerReport, ...] = ()
     namespace_gone: int = 0
-    """Told as stuck once, in network namespaces that nothing leads to any more."""
+    """Clients reported stuck in network namespaces that have been removed since."""
     flood_suspected: int = 0
-    """Silent clients that look like a SYN flood's: in `verdicts`, and not in the stuck ones."""
+    """Silent clients that look like a SYN flood's; in `verdicts`, but not in the stuck ones."""
     stuck: tuple[tuple[StuckGroup, int], ...] = ()
-    """Number of clients that are stuck at the end, by listener, verdict and cause, the largest
-    group first."""
+    """Number of clients that are stuck at the end, by listener, verdict and cause. The largest
+    group comes first."""
 
     @property
     def unwatched(self) -> int:
-        """Cookie handshakes of which nobody knows what became of them, at the least.
+        """Smallest possible number of cookie handshakes with an unknown outcome.
 
-        Those there was no room for, and those that the kernel counted and no program saw.
+        They had no room in the table, or the kernel counted them and no program saw them.
         """
         unseen = sum(
             row.kernel[0] - row.traced - row.outside

@@ -1,7 +1,7 @@
-"""A SYN-ACK as the kernel built it, made into an IP packet that can be sent once more. Pure.
+"""Makes an IP packet from a SYN-ACK that the kernel built, to send it again. Pure.
 
-Own code instead of a packet library: the TCP segment exists already, all that is missing is an IP
-header and two checksums, and a runtime dependency for that would be the largest of all.
+The TCP segment exists already; only an IP header and two checksums are missing. A packet library
+for that would be the largest dependency of all.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def _header_bytes(tcp_segment: bytes) -> int:
 
 
 def is_synack_of(tcp_segment: bytes, handshake: Handshake, four_tuple: FourTuple) -> bool:
-    """Whether it is the last SYN-ACK of that handshake; nothing else may be sent in its name.
+    """Whether a segment is the last SYN-ACK of a handshake; no other segment may be sent.
 
-    `tcp_segment` is a struct synack: a TCP header with options, and what follows in the buffer.
+    `tcp_segment` is a struct synack: a TCP header with options, and the rest of the buffer.
     """
     if len(tcp_segment) < _TCP_HEADER_BYTES:
         return False
@@ -52,9 +52,9 @@ def is_synack_of(tcp_segment: bytes, handshake: Handshake, four_tuple: FourTuple
 
 
 def synack_packet(four_tuple: FourTuple, tcp_segment: bytes) -> bytes:
-    """The IP packet from the server to the client around a segment that `is_synack_of` accepts.
+    """The IP packet from server to client, with a segment that `is_synack_of` accepts.
 
-    What lies behind the header's own length is cut off, and the checksums are computed.
+    The segment is cut at its own header length, and the checksums are computed.
     """
     segment = tcp_segment[: _header_bytes(tcp_segment)]
     if four_tuple.family == 4:

@@ -1,16 +1,15 @@
-r"""Text on its way to a terminal: what strangers wrote must not command it, nor end the run.
+r"""Escapes foreign text for the terminal, so that it can neither control it nor end the run.
 
-The names of processes, namespaces, tables and chains, comments, lines of the kernel's log, file
-names, and what the kernel, the verifier and BCC say are chosen by others, or by nobody. So is all
-that is read back from a recording.
+Foreign are the names of processes, namespaces, tables, chains and files, comments, lines of the
+kernel's log, messages of the kernel, the verifier and BCC, and everything in a recording.
 
-`printable` is the one function that they pass, and it is applied where they become part of a line:
-there our own line breaks, widths and colours can still be told from theirs, and a cell is as wide
-as it will be shown. `line` is the door through which each line leaves; it escapes what somebody
-forgot. A stream alone could not do it: it cannot tell whose a line break or a colour is.
+All of it passes `printable` where it becomes part of a line. There our own line breaks, widths and
+colours can still be distinguished from foreign ones, and a cell has its final width. Each line
+leaves through `line`, which escapes what was forgotten before. A stream could not do this, because
+it does not know whose a line break or colour is.
 
-What the locale cannot say is left to the stream, which alone knows its encoding: `never_fail` has
-it write \xNN or \uNNNN instead of raising. JSON does not come this way (`json_text`).
+Only the stream knows its encoding, so `never_fail` makes it write \xNN or \uNNNN for characters
+that the locale lacks. JSON does not pass through here (`json_text`).
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ CLEAR_LINE = "\r\x1b[K"
 RED, BOLD, PLAIN = "\x1b[31;1m", "\x1b[1m", "\x1b[0m"
 _COLOURS = re.compile("(" + "|".join(map(re.escape, (RED, BOLD, PLAIN))) + ")")
 _BYTES = range(0xDC80, 0xDD00)
-"""What os.fsdecode makes of bytes that are no UTF-8 (PEP 383)."""
+"""The surrogates that os.fsdecode makes from bytes that are not UTF-8 (PEP 383)."""
 
 
 def printable(text: str) -> str:
-    r"""Foreign text as part of one of our lines, what has no shape as \xNN, \uNNNN or \UNNNNNNNN.
+    r"""Foreign text for one of our lines, with unprintable characters as \xNN, \uNNNN, \UNNNNNNNN.
 
-    That is every character that Unicode does not call printable: control characters (C0, C1, DEL),
-    those that turn the direction of writing or have no width, separators of lines, any space but
-    the plain one, surrogates. A byte that was no UTF-8 is \xNN. A backslash stays one: this is
-    for people to read, and cannot be turned back.
+    Unprintable are control characters (C0, C1, DEL), those that change the writing direction or
+    have no width, line separators, any space but the plain one, and surrogates, as in Unicode. A
+    byte that was not UTF-8 becomes \xNN. A backslash is not escaped: the result is for people, and
+    cannot be decoded.
     """
     if text.isprintable():
         return text
@@ -48,7 +47,7 @@ def _escaped(number: int) -> str:
 
 
 def line(text: str) -> str:
-    """One line with its end, on which nothing but our own colours is no plain text."""
+    """One line with its newline; everything unprintable except our own colours is escaped."""
     if text.isprintable():
         return f"{text}\n"
     parts = _COLOURS.split(text)
@@ -57,18 +56,18 @@ def line(text: str) -> str:
 
 
 def never_fail(stream: TextIO) -> None:
-    """Have a stream escape what its encoding cannot say, where it would raise UnicodeEncodeError.
+    """Make a stream escape characters that its encoding lacks, instead of UnicodeEncodeError.
 
-    In the C locale Python's own would pass bytes through that are no UTF-8 (PEP 538, PEP 540).
+    In the C locale Python's own handler would pass bytes that are not UTF-8 (PEP 538, PEP 540).
     """
     _reconfigure(stream, errors="backslashreplace")
 
 
 def in_utf8(stream: TextIO) -> None:
-    """Have a stream write UTF-8, whatever the locale says: JSON is nothing else (RFC 8259)."""
+    """Make a stream write UTF-8 in any locale, as JSON requires (RFC 8259)."""
     _reconfigure(stream, encoding="utf-8")
 
 
 def _reconfigure(stream: TextIO, **how: str) -> None:
-    with contextlib.suppress(AttributeError):  # one that is no text file has no encoding either
+    with contextlib.suppress(AttributeError):  # a stream that is not a text file has no encoding
         stream.reconfigure(**how)  # type: ignore[attr-defined]

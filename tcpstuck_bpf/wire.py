@@ -1,7 +1,7 @@
-"""Bytes from the kernel into values of `model`: the Python half of bpf/tcpstuck.h.
+"""Converts the kernel's bytes to values of `model`: the Python half of bpf/tcpstuck.h.
 
 The formats spell out every pad byte and use the host's byte order without alignment, so that a
-test can compare them, offset by offset, with what a C compiler makes of the header.
+test can compare them, offset by offset, with the C compiler's layout of the header.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def _four_tuple(client: bytes, server: bytes, cport: bytes, sport: bytes, netns:
 
 
 def decode_key(data: bytes) -> FourTuple:
-    """A struct handshake_key. Raises struct.error where the length is wrong."""
+    """Decode a struct handshake_key. Raises struct.error if the length is wrong."""
     return _four_tuple(*KEY.unpack(data))
 
 
 def encode_key(four_tuple: FourTuple) -> bytes:
-    """The struct handshake_key of a 4-tuple, for deleting its entry."""
+    """The struct handshake_key of a 4-tuple."""
     return KEY.pack(
         four_tuple.client_address,
         four_tuple.server_address,
@@ -72,9 +72,9 @@ def encode_known_client(four_tuple: FourTuple) -> bytes:
 
 
 def decode_rows(keys: bytes, values: bytes) -> Iterator[Row]:
-    """Rows of a batch: packed struct handshake_key and struct handshake, in the same order.
+    """Decode a batch of packed struct handshake_key and struct handshake, in the same order.
 
-    Raises ValueError where the two do not hold the same number of entries.
+    Raises ValueError if the two do not have the same number of entries.
     """
     if len(keys) // KEY.size != len(values) // HANDSHAKE.size:
         raise ValueError(f"{len(keys)} bytes of keys do not match {len(values)} bytes of values")
@@ -83,15 +83,14 @@ def decode_rows(keys: bytes, values: bytes) -> Iterator[Row]:
 
 
 def decode_handshake(data: bytes) -> Handshake:
-    """A struct handshake. Raises struct.error where the length is wrong."""
+    """Decode a struct handshake. Raises struct.error if the length is wrong."""
     return Handshake._make(HANDSHAKE.unpack(data))
 
 
 def decode_event(data: bytes) -> Event:
-    """A struct event.
+    """Decode a struct event. Raises struct.error if there are too few bytes.
 
-    The ring buffer may round a record up to 8 bytes; what follows the struct is not looked at.
-    Raises struct.error where there are fewer bytes.
+    The ring buffer may round a record up to 8 bytes, so bytes after the struct are ignored.
     """
     values = EVENT.unpack_from(data)
     segment = values[_KEY_FIELDS + _HANDSHAKE_FIELDS :]
@@ -103,16 +102,17 @@ def decode_event(data: bytes) -> Event:
 
 
 TELL_SYN_AGAIN_AFTER_NS = 900_000_000
-"""Less than any TCP waits before it repeats a SYN (1 s; RFC 6298): only floods are held back."""
+"""Shortest time between two events for repeated SYNs of one handshake. Every TCP waits longer
+before it repeats a SYN (1 s; RFC 6298), so this suppresses only floods."""
 TELL_ACK_AGAIN_AFTER_NS = 250_000_000
-"""Less than a client waits before it may answer a repeated SYN-ACK again (500 ms, by default;
-tcp_invalid_ratelimit)."""
+"""Shortest time between two events for ACKs of one handshake. A client waits longer before it
+answers a repeated SYN-ACK again (500 ms by default; tcp_invalid_ratelimit)."""
 
 
 def encode_config(settings: TraceSettings, per_cpu_offset_table: int | None) -> bytes:
-    """The struct trace_config for what was asked; the ports are a table of their own.
+    """The struct trace_config for these settings; the ports have a table of their own.
 
-    `per_cpu_offset_table` is the address of the kernel's __per_cpu_offset, None if not known.
+    `per_cpu_offset_table` is the address of the kernel's __per_cpu_offset; None if unknown.
     """
     wanted = settings.trace_filter
     return CONFIG.pack(
@@ -138,12 +138,12 @@ def port_bits(ports: Iterable[int]) -> dict[int, int]:
 
 
 def decode_counts(data: bytes) -> dict[NetnsCount, int]:
-    """A struct netns_counts of one CPU."""
+    """Decode a struct netns_counts of one CPU."""
     return dict(zip(NetnsCount, COUNTS.unpack(data)))
 
 
 def decode_listener(key: bytes, value: bytes) -> ListenerFacts:
-    """A struct listener_key and its struct listener_facts."""
+    """Decode a struct listener_key and its struct listener_facts."""
     _, netns, _, socket = LISTENER_KEY.unpack(key)
     *figures, address, port = LISTENER_FACTS.unpack(value)
     facts = ListenerFacts(netns, address, int.from_bytes(port, "big"), *figures)

@@ -54,7 +54,7 @@ class Types:
         return header + self._types + self._strings
 
     def btf(self) -> Btf:
-        """As the tool reads it."""
+        """The BTF, as the tool's reader parses it."""
         return Btf(self.data(), "the test")
 
 
@@ -128,7 +128,7 @@ RT_INTERLEAVED = (*RT, "tasklet_sync_callback.cb_lock")
 
 
 def add_tracepoint(types: Types, name: str, arguments: int) -> None:
-    """As include/trace/bpf_probe.h has it: its first parameter is not the tracepoint's."""
+    """A typedef as in include/trace/bpf_probe.h: the first parameter is not the tracepoint's."""
     word = types.add(INT, "int", 4, struct.pack("=I", 32))
     tail = struct.pack("=II", 0, word) * (arguments + 1)
     prototype = types.add(FUNC_PROTO, "", 0, tail, arguments + 1)

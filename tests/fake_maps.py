@@ -11,7 +11,7 @@ HASH, PERCPU_HASH = 1, 5
 
 
 class FakeMap(BpfMap):
-    """One with room for so many entries; a per-CPU value is the list of each CPU's."""
+    """A map in memory with a fixed number of entries; a per-CPU value is a list."""
 
     def __init__(self, entries: int) -> None:
         self.shape = MapShape("fake", HASH, 0, 0, entries)

@@ -59,7 +59,7 @@ def spoofed(
     port: Callable[[random.Random, int], int] = lambda chosen, _: chosen.randrange(1024, 2**16),
     isn: Callable[[random.Random, int], int] = lambda chosen, _: chosen.randrange(2**32),
 ) -> list[Client]:
-    """One sender's SYNs: at random, but for what is given as a function of the number."""
+    """One sender's SYNs: random, except for values given as a function of the SYN's number."""
     chosen = random.Random(seed)
     return [
         client(
@@ -95,7 +95,7 @@ class FloodWorld:
         self.analysis.take(TallyTaken(Tally(self.now_ns, {}, traced, {})))
 
     def look(self) -> None:
-        """One sweep, as it is a second later."""
+        """Make a sweep, one second later."""
         self.now_ns += SECOND_NS
         rows = [Row(*one) for one in self.clients if one.entry.first_syn_ns <= self.now_ns]
         batches = [tuple(rows[n : n + BATCH]) for n in range(0, len(rows), BATCH)] or [()]
@@ -113,7 +113,7 @@ class FloodWorld:
         return self.summary()
 
     def summary(self) -> Summary:
-        """Of what was seen so far."""
+        """The summary of everything so far."""
         self._tally()
         return self.analysis.summary(Ended(self.now_ns, {}, ()))
 

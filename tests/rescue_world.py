@@ -80,7 +80,7 @@ class RescueWorld:
         self.unanswered: list[HandshakeId] = []
         self.completed: dict[FourTuple, int] = {}
         self.tries: Counter[HandshakeId] = Counter()
-        """Of each handshake, without those that a full accept queue answered."""
+        """Tries of each handshake, without those that found a full accept queue."""
         self._owed: set[HandshakeId] = set()
         self.check: Callable[[Plan], None] = lambda _: None
         self._answer = answer
@@ -224,7 +224,7 @@ class QueueAnswers:
 
     @property
     def length(self) -> int:
-        """Of the queue, the answer's own connection included."""
+        """Length of the accept queue, including the connection of the answer."""
         return self._queue.length
 
     def __call__(self, _who: FourTuple, now_ns: int) -> str:

@@ -78,7 +78,7 @@ class FakeKernel:
         self.unseen_acks: list[int] = []
         """When valid ACKs came that the kernel's counter has and no program saw."""
         self.readings: list[Collection[int] | None] = []
-        """Of which network namespaces the kernel's counters were wanted, each time."""
+        """The network namespaces whose kernel counters were requested, for each request."""
 
     def at(self, time_ns: int, entry: Handshake | None, told: Event | None = None) -> None:
         """Client 0's entry becomes this, None for gone, and perhaps an event tells of it."""

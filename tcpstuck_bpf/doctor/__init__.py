@@ -1,1 +1,1 @@
-"""What this machine, or a kernel in a file, can do."""
+"""`--doctor`: examines this machine, or a kernel image."""

@@ -1,4 +1,4 @@
-"""What `--doctor` was asked, and its answer in lines: this machine, a kernel in a file, or two."""
+"""Runs `--doctor` on this machine, on a kernel image, or on two images."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from tcpstuck_bpf.kernel.kernel_report import KernelReport, changes, describe
 def consult(
     vmlinux: str | None, against: str | None, *, width: int, json: bool, verbose: bool
 ) -> tuple[bool, Iterable[str]]:
-    """Whether tracing is possible there, and the lines to print.
+    """Whether tracing is possible on the machine or kernel, and the lines to print.
 
-    Raises UsageError for a file that is no kernel, CannotTraceError for one that cannot be read.
+    Raises UsageError for a file that is not a kernel, CannotTraceError for one that cannot be read.
     """
     if vmlinux is None:
         if against is not None:
             raise UsageError(
                 "--against needs --vmlinux",
-                "it compares the kernels in two files",
+                "it compares two kernel images",
                 "write --doctor --vmlinux FILE --against FILE",
             )
         return _this_machine(width, json, verbose)
@@ -48,7 +48,7 @@ def _this_machine(width: int, json: bool, verbose: bool) -> tuple[bool, Iterable
 
 
 def _described(path: str) -> KernelReport:
-    # Imported where it is used: pyelftools is not needed for the machine itself.
+    # Imported only where it is used: the machine itself needs no pyelftools.
     from tcpstuck_bpf.typeinfo.vmlinux import read_image
 
     image = read_image(path)

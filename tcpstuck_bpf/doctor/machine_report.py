@@ -1,7 +1,7 @@
-"""Every precondition of tracing on this machine, each looked at, or tried where only that tells.
+"""Checks every precondition of tracing on this machine, by trying it where nothing else shows it.
 
-Nothing is left attached, and nothing of the machine is changed, but that the programs compiled for
-the trial are kept, as those of every start are.
+Nothing stays attached, and nothing on the machine changes, except that the programs compiled for
+the trial are kept, as at every start.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ TRIAL_HANDSHAKES = 1024
 
 
 class Attached(Protocol):
-    """Programs that are attached: what `kernel.source.KernelSource` has of it."""
+    """Attached programs; `kernel.source.KernelSource` is one implementation."""
 
     @property
     def coverage(self) -> Coverage:
-        """What they see, and what they do not."""
+        """The attached probes, and the gaps."""
 
     def close(self) -> None:
-        """Detach them."""
+        """Detach the programs."""
 
 
 OpenSource = Callable[[TraceSettings], Attached]
 
 SYNCOOKIES = {
-    0: "no cookie is ever sent: a full queue drops SYNs",
+    0: "no cookies: a full queue drops SYNs",
     1: "cookies while a listener's SYN queue is full",
     2: "a cookie for every SYN",
 }
-"""net.ipv4.tcp_syncookies (ip-sysctl.rst)."""
+"""Meaning of net.ipv4.tcp_syncookies (ip-sysctl.rst)."""
 
 
 class Check(NamedTuple):
@@ -63,40 +63,40 @@ class Check(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """Our own programs, loaded and attached in one mode for a moment."""
+    """Result of loading and attaching our programs in one mode for a moment."""
 
     attached: frozenset[str]
     gaps: tuple[CoverageGap, ...]
     problem: str
-    """Why it failed; empty where it did not."""
+    """Why the trial failed; empty if it succeeded."""
 
 
 @dataclass(frozen=True)
 class MachineReport:
-    """What the doctor found on the machine it runs on."""
+    """The doctor's report on this machine."""
 
     kernel: KernelReport
     checks: tuple[Check, ...]
     trials: Mapping[str, Trial]
-    """By mode."""
+    """Trials by mode."""
     namespaces: Mapping[int, Mapping[str, int]]
-    """Queue settings by inode number, empty for one that cannot be entered."""
+    """Queue settings by inode number; empty for a namespace that cannot be entered."""
     names: Mapping[int, str]
 
     @property
     def able(self) -> bool:
-        """Whether our programs attach, in either mode."""
+        """Whether our programs attach in at least one mode."""
         return any(not trial.problem for trial in self.trials.values())
 
     @property
     def gaps(self) -> tuple[CoverageGap, ...]:
-        """What would not be seen, in the mode that sees most."""
+        """Coverage gaps of the mode with the fewest gaps."""
         worked = [trial.gaps for trial in self.trials.values() if not trial.problem]
         return min(worked, key=len, default=())
 
 
 def examine(open_source: OpenSource, bcc_version: Callable[[], str]) -> MachineReport:
-    """Look at this machine. Raises nothing for what it lacks: that is what it reports."""
+    """Examine this machine. Missing preconditions are reported, not raised."""
     types, types_check = _types()
     trials = {mode: _try(open_source, mode) for mode in MODES}
     names = kallsyms.function_symbols([probe.symbol for probe in EVERY_PROBE]) or None
@@ -135,8 +135,8 @@ def _try(open_source: OpenSource, mode: str) -> Trial:
     coverage = source.coverage
     failures: list[str] = []
     with Ending(failures.append) as ending:
-        ending.add("the programs were not detached in order", source.close)
-    lost = "what it attached goes when this process ends"
+        ending.add("the programs were not detached cleanly", source.close)
+    lost = "the programs stay attached until this process ends"
     gaps = (CoverageGap("clean end", failure, lost) for failure in failures)
     return Trial(coverage.probes, (*coverage.gaps, *gaps), "")
 
@@ -148,7 +148,7 @@ def _capabilities() -> Check:
     return Check(
         "capabilities",
         OK if enough else NO,
-        f"{who} with {', '.join(held) or 'none of those needed'}",
+        f"{who} with {', '.join(held) or 'none of the needed ones'}",
         "CAP_SYS_ADMIN, or CAP_BPF and CAP_PERFMON, load and attach the programs; CAP_SYSLOG shows "
         "the kernel's addresses; CAP_NET_ADMIN is not needed",
         "" if enough else as_root_remedy(),
@@ -162,7 +162,7 @@ def _lockdown() -> Check:
         return Check("lockdown", NO, text, why, "boot with lockdown=integrity or less")
     if mode is not None or "no lockdown" in text:
         return Check("lockdown", OK, text, why)
-    remedy = "to know it: mount -t securityfs none /sys/kernel/security"
+    remedy = "to see it: mount -t securityfs none /sys/kernel/security"
     return Check("lockdown", NOTE, text, why, remedy)
 
 
@@ -172,7 +172,7 @@ def _tracing_programs() -> Check:
         "reading kernel memory",
         NO if refusal else OK,
         refusal or "a program that calls bpf_probe_read_kernel loads",
-        "tried with bpf(2): capabilities, lockdown and security modules all have a say",
+        "tried with bpf(2), since capabilities, lockdown and security modules can all forbid it",
         "EPERM: lockdown, a security module or a container's seccomp filter" if refusal else "",
     )
 
@@ -187,7 +187,7 @@ def _kprobes(any_mode_works: bool) -> Check:
 
 
 def _types() -> tuple[KernelTypes | None, Check]:
-    why = "where the members of the kernel's structs are; what parameters its functions have"
+    why = "shows the offsets of struct members and the parameters of functions"
     try:
         types = read_running_kernel()
     except CannotTraceError as error:
@@ -199,7 +199,7 @@ def _mode(mode: str, trials: Mapping[str, Trial]) -> Check:
     what, trial = f"attaching by {mode}", trials[mode]
     why = {
         "fentry": "the cheaper way to attach; auto prefers it",
-        "kprobe": "the way to attach where fentry does not work",
+        "kprobe": "the way to attach if fentry does not work",
     }[mode]
     if not trial.problem:
         gaps = f", {len(trial.gaps)} gaps" if trial.gaps else ""
@@ -211,7 +211,7 @@ def _mode(mode: str, trials: Mapping[str, Trial]) -> Check:
 
 
 def _cookies_elsewhere() -> Check:
-    what, why = "cookies made elsewhere", "only cookies that TCP itself makes are seen"
+    what, why = "cookies made elsewhere", "the tool sees only cookies that TCP itself makes"
     if note := features.synproxy_note():
         return Check(what, NOTE, note, why, "look for rules with synproxy (nft, iptables-save)")
     return Check(what, OK, "SYNPROXY is not loaded", why)
@@ -222,8 +222,8 @@ def _ring_buffer() -> Check:
     return Check(
         "ring buffer",
         NO if refusal else OK,
-        refusal or "tried: one can be made",
-        "brings the events (Linux 5.8 and later)",
+        refusal or "tried: the kernel creates one",
+        "carries the events (Linux 5.8 and later)",
         "use a later kernel" if refusal else "",
     )
 
@@ -234,7 +234,8 @@ def _batch_lookup() -> Check:
         "batch lookup",
         NOTE if refusal else OK,
         refusal or "tried: a table can be read in batches",
-        "reads a full table in a fraction of the time; without it, and by kprobe, entry by entry",
+        "reads a full table in a fraction of the time; without it, and with kprobes, the tool "
+        "reads entry by entry",
     )
 
 
@@ -246,13 +247,13 @@ def _locked_memory() -> Check:
         "RLIMIT_MEMLOCK",
         OK if liftable else NOTE,
         f"{words[0]}, at most {words[1]}" + ("; raised while tracing" if liftable else ""),
-        "kernels before 5.11 count the tables' memory against it, later ones do not",
+        "kernels before 5.11 charge the tables' memory to it; later ones do not",
         "" if liftable else "before 5.11: ulimit -l unlimited",
     )
 
 
 def _counters() -> Check:
-    why = "tells why an ACK was dropped or rejected; without it that is a coverage gap"
+    why = "show why an ACK was dropped or rejected; without them that is a coverage gap"
     try:
         _, address = kallsyms.read_symbols((), PER_CPU_OFFSET_SYMBOL)
     except CannotTraceError as error:
@@ -261,13 +262,13 @@ def _counters() -> Check:
         state = f"/proc/kallsyms does not show the address of {PER_CPU_OFFSET_SYMBOL}"
         remedy = "CAP_SYSLOG, kernel.kptr_restrict below 2, CONFIG_KALLSYMS_ALL=y"
         return Check("kernel counters", NOTE, state, why, remedy)
-    return Check("kernel counters", OK, f"{PER_CPU_OFFSET_SYMBOL} is to be seen", why)
+    return Check("kernel counters", OK, f"{PER_CPU_OFFSET_SYMBOL} is visible", why)
 
 
 def _softirq_lock(types: KernelTypes | None) -> Check:
-    why = "keeps the packets of one CPU apart, as fentry and the counters need it; else a gap"
+    why = "keeps packets of one CPU from preempting each other; without it there is a coverage gap"
     if types is None:
-        return Check(SOFTIRQ_LOCK, NOTE, "not known without type information", why)
+        return Check(SOFTIRQ_LOCK, NOTE, "unknown without type information", why)
     gaps = softirq_gaps(types, features.kernel_option(BH_LOCK_OPTION))
     if gaps:
         remedy = (
@@ -279,8 +280,8 @@ def _softirq_lock(types: KernelTypes | None) -> Check:
 
 def _bcc(bcc_version: Callable[[], str]) -> Check:
     why = (
-        "compiles the programs; neither its embedded headers nor kernel headers matter, ours come "
-        "with the package"
+        "compiles the programs; neither BCC's embedded headers nor kernel headers matter, because "
+        "the package has its own"
     )
     try:
         return Check("BCC", OK, bcc_version(), why)
@@ -290,6 +291,6 @@ def _bcc(bcc_version: Callable[[], str]) -> Check:
 
 def _kept_programs() -> Check:
     usable, state = KeptFiles(cache_directory()).state()
-    why = "programs that were compiled once are there for the next start, which is faster so"
+    why = "the next start is faster if it finds the compiled programs"
     remedy = "" if usable else "make it ours alone (chown, chmod 0700), or remove it"
     return Check("kept programs", OK if usable else NOTE, state, why, remedy)

@@ -1,6 +1,6 @@
-"""What the doctor found, as tables for people or JSON Lines for programs.
+"""Renders the doctor's reports, as tables for people or JSON Lines for programs.
 
-The keys of the JSON are a public interface, like those of `export`.
+The JSON keys are a public interface, like those of `export`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from tcpstuck_bpf.terminal import printable
 NARROWEST_COLUMN = 10
 COLUMN_GAP = 2
 HEADER_PADDING = "  "
-"""By so much tabulate makes every column wider than its heading."""
+"""tabulate makes every column wider than its heading by this much."""
 
 
 def _fitted(
     headers: Sequence[str], rows: Sequence[Sequence[str]], width: int
 ) -> tuple[list[str], list[list[str]]]:
-    """Cells wrapped so that the table fits: the widest columns give way first.
+    """Wrap cells so that the table fits. The widest columns shrink first.
 
-    Words are broken only where there is no other way.
+    Words are broken only if the table does not fit otherwise.
     """
     padded = [f"{header}{HEADER_PADDING}" for header in headers]
     widths = [max(map(len, column)) for column in zip(padded, *rows)]
@@ -77,7 +77,7 @@ def _wrapped(text: str, width: int) -> Iterator[str]:
 
 
 def machine_lines(report: MachineReport, width: int, verbose: bool) -> Iterator[str]:
-    """The report on this machine; the answer comes last, where the eye is when it ends."""
+    """The report on this machine. The answer comes last, next to the prompt."""
     checks = [
         (check.what, f"{check.level}: {check.state}", check.why, check.remedy)
         for check in report.checks
@@ -137,14 +137,14 @@ def _need(probe: Probe) -> str:
 
 
 def kernel_lines(report: KernelReport, width: int, verbose: bool) -> Iterator[str]:
-    """The report on a kernel in a file."""
+    """The report on a kernel image."""
     yield from _wrapped(f"Linux {report.release}, types from {report.source}", width)
     yield ""
     yield from _kernel_tables(report, width, verbose)
     for gap in report.gaps:
         yield from _wrapped(f"gap: no {gap.probe} ({gap.why}): {gap.lost}", width)
     if report.trouble:
-        yield from _wrapped(f"NOT to be traced: {report.trouble}", width)
+        yield from _wrapped(f"this kernel can NOT be traced: {report.trouble}", width)
     else:
         yield "this kernel can be traced"
 
@@ -152,7 +152,7 @@ def kernel_lines(report: KernelReport, width: int, verbose: bool) -> Iterator[st
 def change_lines(
     before: KernelReport, after: KernelReport, changes: Sequence[Change], width: int
 ) -> Iterator[str]:
-    """What is not the same in two kernels."""
+    """The differences between two kernels."""
     yield printable(f"Linux {before.release} -> {after.release}")
     yield ""
     yield from _table(("what", before.release, after.release), changes, width)
@@ -204,7 +204,7 @@ def machine_json(report: MachineReport) -> Iterator[str]:
 
 
 def kernel_json(report: KernelReport) -> Iterator[str]:
-    """The report on a kernel in a file, the answer last."""
+    """The report on a kernel image, the answer last."""
     yield from _kernel_json(report)
     gaps = [gap.__dict__ for gap in report.gaps]
     able = not report.trouble
@@ -214,7 +214,7 @@ def kernel_json(report: KernelReport) -> Iterator[str]:
 def change_json(
     before: KernelReport, after: KernelReport, changes: Sequence[Change]
 ) -> Iterator[str]:
-    """What is not the same in two kernels."""
+    """The differences between two kernels."""
     for change in changes:
         yield _line("change", change._asdict())
     releases = {"before": before.release, "after": after.release}

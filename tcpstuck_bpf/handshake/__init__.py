@@ -1,1 +1,1 @@
-"""What happened to one handshake. Pure."""
+"""The story of one handshake, and of silent ones together. Pure."""

@@ -1,13 +1,12 @@
-"""Whether silent clients look like a SYN flood from spoofed addresses. Pure: no clock, no I/O.
+"""Detects silent clients that look like a SYN flood from spoofed addresses. Pure: no clock, no I/O.
 
-A rate alone does not tell a flood from a firewall that lets nobody's ACK through: then hundreds of
-real clients fall silent at once. So besides the rate something is asked for that real clients
-cannot have in common (`_Listener.sign`), and where there is nothing of the kind there is no flood.
-An address whose ACK was ever seen, that repeated a SYN, or that has more handshakes than chance
-gives to a spoofed one, is real.
+A rate alone does not distinguish a flood from a firewall that drops every ACK, which silences
+hundreds of real clients at once. So a flood must also show a pattern that real clients cannot have
+in common (`_Listener.sign`). An address counts as real if an ACK from it was ever seen, if it
+repeated a SYN, or if it has more handshakes than chance gives to a spoofed address.
 
-Rows of the table come in no order, so everything is counted by the second of its SYN. All of it is
-bounded: seconds, addresses and listeners are forgotten, the oldest first. Times are CLOCK_MONOTONIC
+Rows of the table come in no order, so everything is counted by the second of its SYN. Memory is
+bounded: the oldest seconds, addresses and listeners are forgotten first. Times are CLOCK_MONOTONIC
 nanoseconds.
 """
 
@@ -25,42 +24,42 @@ Value = TypeVar("Value")
 
 FLOOD_SILENT = 100
 FLOOD_WINDOW_S = 10
-"""More silent ones than that within so many seconds may be a SYN flood."""
+"""A SYN flood has more than FLOOD_SILENT silent addresses within FLOOD_WINDOW_S seconds."""
 MANY_SILENT = 1000
-"""So many addresses within the same time are a flood without a pattern too, where others answer."""
+"""So many silent addresses in that time are a flood even without a pattern, if others answer."""
 SILENT_PER_ACK = 10
-"""Beside a flood without a pattern at most one ACK comes for so many silent addresses: where one of
-several ways loses ACKs, the others do not."""
+"""Smallest number of silent addresses per ACK in a flood without a pattern. If only one of several
+paths loses ACKs, more ACKs come by the other paths."""
 
 MAX_SECONDS = 128
 MAX_ADDRESSES = 65_536
 MAX_LISTENERS = 1024
 MAX_REVISED = 4096
-"""Clients of one listener, told before the flood was seen, that may be told anew."""
+"""Handshakes of one listener, reported before a flood was detected, that may be reported again."""
 MAX_OF_ADDRESS = 32
-"""Clients of one address, told as a flood's, that may be told anew."""
+"""Handshakes of one address, reported as a flood's, that may be reported again."""
 _MARKS = 16
 _CHANCE_SIGMAS = 5
 _REAL_HANDSHAKES = 3
-"""One address with so many silent handshakes is no chance, where spoofed ones hardly ever recur."""
+"""So many silent handshakes of one address are no chance if spoofed addresses hardly recur."""
 _STEPS = 75
 _RISING_PERCENT = 85
-"""Half of the numbers drawn at random rise from one to the next. That so many of `_STEPS` do
-happens once in 10^10 times."""
+"""Of random numbers, half are larger than the one before. That this share of `_STEPS` is larger
+happens by chance once in 10^10 times."""
 
 _FEW = f"more than {FLOOD_SILENT} addresses fell silent at this listener within {FLOOD_WINDOW_S} s"
 _LIKE_A_FLOOD = "this looks like a SYN flood from spoofed addresses"
 _RISING_ISNS = (
-    f"{_FEW}, and the sequence numbers of their SYNs follow one another, as those of one sender do "
-    f"and those of real clients do not: {_LIKE_A_FLOOD}"
+    f"{_FEW}, and the ISNs of their SYNs increase from one to the next, as from a single sender "
+    f"and unlike those of real clients: {_LIKE_A_FLOOD}"
 )
 _RISING_PORTS = (
-    f"{_FEW}, and their source ports count up from one address to the next, as those of one sender "
-    f"do and those of real clients do not: {_LIKE_A_FLOOD}"
+    f"{_FEW}, and their source ports increase from one address to the next, as from a single "
+    f"sender and unlike those of real clients: {_LIKE_A_FLOOD}"
 )
 _MANY = (
     f"{MANY_SILENT} addresses or more fell silent at this listener within {FLOOD_WINDOW_S} s, "
-    f"while ACKs of other clients came, few beside them: {_LIKE_A_FLOOD}"
+    f"while a few other clients sent their ACKs: {_LIKE_A_FLOOD}"
 )
 
 _Address = tuple[int, bytes]
@@ -68,37 +67,37 @@ _ListenerKey = tuple[int, bytes, int]
 
 
 class _Second:
-    """The silent ones whose SYN came in one second."""
+    """The silent handshakes whose SYN came in one second."""
 
     __slots__ = ("number", "repeats", "rising_isns", "rising_ports", "steps")
 
     def __init__(self) -> None:
         self.number = self.steps = self.rising_isns = self.rising_ports = 0
         self.repeats = 0
-        """Those of addresses that others of the window are of: they do not count in `number`."""
+        """Handshakes of addresses already counted in the window, so not in `number`."""
 
 
 class SilenceRate:
-    """How many fell silent in each second, and how their SYNs followed one another."""
+    """Number of silent addresses in each second, and the order of their ISNs and ports."""
 
     def __init__(self) -> None:
         self._seconds: dict[int, _Second] = {}
         self._last: tuple[int, int, int] | None = None
 
     def note(self, time_ns: int, isn: int = 0, port: int = 0) -> None:
-        """One more, whose SYN came at `time_ns`."""
+        """Count an address whose SYN came at `time_ns`."""
         counts = self._at(time_ns // SECOND_NS)
         counts.number += 1
         if self._last is not None and time_ns >= self._last[0]:
             counts.steps += 1
-            # One number for all, which a sloppy sender has, is as unlike real ones as rising ones.
+            # An equal ISN counts as rising: a simple sender uses one ISN for all, real clients not.
             counts.rising_isns += (isn - self._last[1]) % 2**32 < 2**31
-            # One port for all proves nothing: clients of some protocols have a fixed one.
+            # An equal port does not count: clients of some protocols have a fixed port.
             counts.rising_ports += port > self._last[2]
         self._last = (time_ns, isn, port)
 
     def note_repeat(self, second: int) -> None:
-        """One more of an address that has been noted in these seconds."""
+        """Count one more handshake of an address that was counted in these seconds."""
         self._at(second).repeats += 1
 
     def _at(self, second: int) -> _Second:
@@ -110,7 +109,7 @@ class SilenceRate:
         return counts
 
     def within(self, last_second: int) -> _Second:
-        """The sums of the FLOOD_WINDOW_S seconds of which this is the last."""
+        """Sums over the FLOOD_WINDOW_S seconds up to `last_second`."""
         sums = _Second()
         for second in range(last_second - FLOOD_WINDOW_S + 1, last_second + 1):
             counts = self._seconds.get(second)
@@ -122,11 +121,11 @@ class SilenceRate:
         return sums
 
     def is_high(self, time_ns: int) -> bool:
-        """Whether more than FLOOD_SILENT fell silent in the seconds up to this time."""
+        """Whether more than FLOOD_SILENT addresses fell silent in the window up to `time_ns`."""
         return self.within(time_ns // SECOND_NS).number > FLOOD_SILENT
 
     def busy_seconds(self, last_second: int) -> Iterator[int]:
-        """Those of these seconds that have their part in a flood, and the ones beside them."""
+        """The seconds of the window with their share of a flood, and the seconds next to them."""
         for second in range(last_second - FLOOD_WINDOW_S + 1, last_second + 1):
             counts = self._seconds.get(second)
             if counts is None:
@@ -138,15 +137,15 @@ class SilenceRate:
 class _Source:
     """One address at one listener."""
 
-    __slots__ = ("counted", "handshakes", "real", "told")
+    __slots__ = ("counted", "handshakes", "real", "reported")
 
     def __init__(self) -> None:
         self.handshakes = 0
         self.counted: int | None = None
-        """The second in which it last counted for the rate."""
+        """Second in which the address was last counted for the rate."""
         self.real = False
-        self.told: tuple[HandshakeId, ...] = ()
-        """Its handshakes that were told as a flood's."""
+        self.reported: tuple[HandshakeId, ...] = ()
+        """Handshakes of the address that were reported as a flood's."""
 
 
 class _Listener:
@@ -158,12 +157,12 @@ class _Listener:
         self.floods: OrderedDict[int, str] = OrderedDict()
         """Why the SYNs of a second look like a flood's."""
         self.before: deque[HandshakeId] = deque(maxlen=MAX_REVISED)
-        """Told as stuck while no flood was seen."""
+        """Handshakes reported as stuck while no flood was detected."""
         self._rate = SilenceRate()
         self._touched: set[int] = set()
 
     def note(self, source: _Source, who: FourTuple, entry: Handshake) -> None:
-        """A silent handshake; in the same window each address counts once."""
+        """Count a silent handshake; each address counts once in a window."""
         second = entry.first_syn_ns // SECOND_NS
         self._touched.add(second)
         if source.counted is not None and abs(second - source.counted) < FLOOD_WINDOW_S:
@@ -173,9 +172,9 @@ class _Listener:
         self._rate.note(entry.first_syn_ns, entry.client_isn, who.client_port)
 
     def settle(self, ack_interval_ns: float) -> bool:
-        """Look for floods in what was noted; whether there is more of one.
+        """Look for floods in the noted handshakes. Returns whether a flood has grown.
 
-        `ack_interval_ns`: the mean time between two ACKs of others, 0 where none came.
+        `ack_interval_ns` is the mean time between two ACKs of other clients; 0 if none came.
         """
         before = len(self.floods)
         ends = {last for second in self._touched for last in range(second, second + FLOOD_WINDOW_S)}
@@ -192,10 +191,10 @@ class _Listener:
 
     @staticmethod
     def sign(counts: _Second, ack_interval_ns: float) -> str:
-        """What makes so many silent ones a flood, in words; empty where it may be something else.
+        """Why these counts are a flood's, as text; empty if they may have another cause.
 
-        ISNs of real stacks are a keyed hash of the 4-tuple (RFC 6528), and ports of different
-        hosts know nothing of each other.
+        ISNs of real stacks are a keyed hash of the 4-tuple (RFC 6528), and ports of different hosts
+        are independent.
         """
         if counts.number <= FLOOD_SILENT:
             return ""
@@ -210,14 +209,14 @@ class _Listener:
         return ""
 
     def why(self, handshake: HandshakeId) -> str:
-        """Why it looks like a flood's by its time; empty where it does not."""
+        """Why a handshake looks like a flood's by its time; empty if it does not."""
         return self.floods.get(handshake.first_syn_ns // SECOND_NS, "")
 
     def is_beyond_chance(self, handshakes: int) -> bool:
         """Whether an address has more handshakes than a spoofed one has by chance.
 
-        Of addresses drawn at random each has a number that is Poisson-distributed; few recur where
-        there are many to draw from, and the mean of those seen at all is then 1 + expected / 2.
+        The number of handshakes of a random address is Poisson-distributed. If there are many
+        possible addresses, few recur, and the mean over the seen ones is 1 + expected / 2.
         """
         mean = self.handshakes / max(1, self.addresses)
         expected = min(2 * (mean - 1), mean)
@@ -226,7 +225,7 @@ class _Listener:
 
 
 class _Acks:
-    """How often ACKs come in one network namespace, by the programs' own count."""
+    """The rate of ACKs in one network namespace, by the programs' own count."""
 
     def __init__(self) -> None:
         self._marks: deque[tuple[int, int]] = deque(maxlen=_MARKS)
@@ -239,7 +238,7 @@ class _Acks:
 
     @property
     def interval_ns(self) -> float:
-        """The mean time between two; 0 where none came."""
+        """Mean time between two ACKs; 0 if none came."""
         if len(self._marks) < 2:
             return 0
         number = self._marks[-1][1] - self._marks[0][1]
@@ -247,7 +246,7 @@ class _Acks:
 
 
 class FloodWatch:
-    """Takes in silent handshakes in the order of their SYNs, and says which look spoofed."""
+    """Takes in silent handshakes in the order of their SYNs, and decides which look spoofed."""
 
     def __init__(self) -> None:
         self._listeners: OrderedDict[_ListenerKey, _Listener] = OrderedDict()
@@ -258,11 +257,11 @@ class FloodWatch:
         self._revised: list[HandshakeId] = []
 
     def note_acks(self, netns: int, time_ns: int, total: int) -> None:
-        """How many ACKs for cookies came in a network namespace since the run began."""
+        """Take in the number of ACKs for cookies in a network namespace since the run began."""
         _kept(self._acks, netns, _Acks, MAX_LISTENERS).note(time_ns, total)
 
     def note_real(self, who: FourTuple) -> None:
-        """Something came from this client that no spoofed one sends."""
+        """Mark a client's address as real: it sent something that no spoofed client sends."""
         address = (who.netns, who.client_address)
         is_new = address not in self._real
         self._real[address] = None
@@ -274,11 +273,11 @@ class FloodWatch:
             self._revise(source)
 
     def _revise(self, source: _Source) -> None:
-        self._revised += source.told
-        source.told = ()
+        self._revised += source.reported
+        source.reported = ()
 
     def note(self, who: FourTuple, entry: Handshake) -> None:
-        """A client has fallen silent after one SYN."""
+        """Take in a client that fell silent after one SYN."""
         key = _listener_of(who)
         listener = _kept(self._listeners, key, _Listener, MAX_LISTENERS)
         source = self._sources.get((key, who.client_address))
@@ -304,9 +303,10 @@ class FloodWatch:
                 listener.handshakes = max(0, listener.handshakes - gone.handshakes)
 
     def why(self, handshake: HandshakeId) -> str:
-        """Why a silent handshake that was noted looks like a flood's; empty where it does not.
+        """Why a noted silent handshake looks like a flood's; empty if it does not.
 
-        It is remembered how it is told now, for `settle`.
+        The caller reports the handshake accordingly. The answer is remembered, so that `settle`
+        can revise it.
         """
         who = handshake.four_tuple
         key = _listener_of(who)
@@ -318,12 +318,12 @@ class FloodWatch:
         why = listener.why(handshake)
         if not why:
             listener.before.append(handshake)
-        elif len(source.told) < MAX_OF_ADDRESS:
-            source.told += (handshake,)
+        elif len(source.reported) < MAX_OF_ADDRESS:
+            source.reported += (handshake,)
         return why
 
     def settle(self) -> list[HandshakeId]:
-        """Look for floods in what was noted; the handshakes to be asked about anew."""
+        """Look for floods in the noted handshakes. Returns those for which `why` has changed."""
         for key in self._noted:
             listener = self._listeners.get(key)
             acks = self._acks.get(key[0])
@@ -341,7 +341,7 @@ def _listener_of(who: FourTuple) -> _ListenerKey:
 
 
 def _kept(kept: OrderedDict[Key, Value], key: Key, make: type[Value], most: int) -> Value:
-    """The value of a key, made where there is none; the one longest unused goes."""
+    """The value of a key, made if it is missing. The least recently used value is dropped."""
     if key not in kept:
         kept[key] = make()
         if len(kept) > most:

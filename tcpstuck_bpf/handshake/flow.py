@@ -1,10 +1,11 @@
-"""One handshake as user space knows it: its merged facts, and the state they put it in.
+"""One handshake in user space: its merged facts, and the state that they lead to.
 
-An entry of the awaiting-ACK table is seen many times, by events and by sweeps, in no order that
-may be relied on. So what is known of a handshake is the join of all that was seen of it
-(`merge`), and the state is a function of that join (`decide`).
+Events and sweeps show an entry of the awaiting-ACK table many times, in no reliable order. So the
+facts of a handshake are the join of all views (`merge`), and its state is a function of that join
+(`decide`).
 
-Times are CLOCK_MONOTONIC nanoseconds.
+Times are CLOCK_MONOTONIC nanoseconds. In names, `told` means that the correlator has reported the
+handshake.
 """
 
 from __future__ import annotations
@@ -26,38 +27,38 @@ TCP_FLAG_ACK = 0x10
 
 
 class State(enum.Enum):
-    """What became of a handshake, as far as the facts go."""
+    """The state of a handshake, as far as the facts show it."""
 
     COMPLETED = "completed"
-    """Its ACK was validated (cookie_vX_check made the child socket)."""
+    """The ACK was valid, and cookie_vX_check made the child socket."""
     RECOVERED = "recovered"
-    """Told as stuck once, and connected since."""
+    """The client was reported stuck, and has connected since."""
     DATA_LOST = "data lost"
-    """Its ACK was validated with a later sequence number: the first bytes are lost."""
+    """The ACK was valid but had a later sequence number, so the first bytes are lost."""
     REJECTED = "rejected"
-    """Its ACK was given back to the listener, which answers by RST."""
+    """cookie_vX_check returned the ACK to the listener, which answers with an RST."""
     RESET = "reset"
-    """The client's address answered by RST."""
+    """The client's address answered with an RST."""
     NO_LISTENER = "no listener"
-    """A segment of it met no listening socket any more, which is answered by RST."""
+    """A segment of the client found no listening socket any more, and drew an RST."""
     RESCUED = "rescued"
-    """Told as stuck once, and connected by the ACK that our repeated SYN-ACK drew."""
+    """The client was reported stuck, and then connected by the ACK to our repeated SYN-ACK."""
     TAKEN_OVER = "taken over"
     """A repeated SYN got a place in the SYN queue, and no ACK for a cookie's SYN-ACK was seen."""
     ACK_DROPPED = "ACK dropped"
-    """Its ACK was dropped (cookie_vX_check returned NULL) and no later one got through."""
+    """The ACK was dropped (cookie_vX_check returned NULL), and no later one got through."""
     ACK_FILTERED = "ACK filtered"
-    """Its ACK was dropped on this host before TCP, and no later one got through."""
+    """The ACK was dropped on this host before TCP, and no later one got through."""
     REPEATING = "repeating"
     """The client repeats its SYN and never sends an ACK."""
     SILENT = "silent"
     """Nothing came after the SYN-ACK."""
     UNANSWERED = "unanswered"
-    """Silent, and our repeated SYN-ACKs drew nothing either."""
+    """Nothing came after the SYN-ACK, nor after our repeated SYN-ACKs."""
     NAMESPACE_GONE = "namespace gone"
-    """Told as stuck once, and nothing leads to its network namespace any more."""
+    """The client was reported stuck, and its server's network namespace has been removed."""
     SUPERSEDED = "superseded"
-    """Given up by its client, which uses the 4-tuple for a new handshake."""
+    """The client has given up, and uses the 4-tuple for a new handshake."""
 
 
 SILENT_STATES = frozenset({State.SILENT, State.UNANSWERED})
@@ -85,9 +86,9 @@ _STATE_OF_ENDING: dict[int, State] = {
     Ending.REPLACED: State.SUPERSEDED,
     Ending.NO_LISTENER: State.NO_LISTENER,
 }
-# Where two endings are seen of one handshake the connection that exists has the last word: a
-# stray RST or a rejected keep-alive probe does not undo it. That the SYN queue took it over is the
-# only end that may turn out to be none, and any other was seen later.
+# If a handshake shows two endings, an existing connection wins: a stray RST or a rejected
+# keep-alive probe does not undo it. TAKEN_OVER loses against any other ending, because only it can
+# prove wrong, and the other was seen later.
 _RANK_OF_ENDING: dict[int, int] = {
     Ending.TAKEN_OVER: 1,
     Ending.RESET: 2,
@@ -99,14 +100,14 @@ _RANK_OF_ENDING: dict[int, int] = {
 
 
 class Segment(NamedTuple):
-    """The part of an event that is about its segment and not about the table's entry."""
+    """The part of an event that describes the segment, not the table's entry."""
 
     time_ns: int
     kind: int
     sequence: int
     acknowledgement: int
     payload_length: int
-    """Bytes."""
+    """Payload in bytes."""
     tcp_flags: int
     counters: int
     accept_queue: int
@@ -114,7 +115,7 @@ class Segment(NamedTuple):
 
 
 class FlowFlags(enum.IntFlag):
-    """What the segments of a flow showed of its client, lost events excepted."""
+    """What a flow's segments show of the client. A lost event may leave a flag unset."""
 
     NOTHING = 0
     CLIENT_SENT_DATA = 1 << 0
@@ -130,59 +131,59 @@ class TimelineEntry(NamedTuple):
 
 
 class FlowReport(NamedTuple):
-    """A flow that came into a state worth telling, with all that is known of it by then."""
+    """A flow in a new state that is worth reporting, with all facts known by then."""
 
     four_tuple: FourTuple
     state: State
     previous: State | None
-    """The state it was told in before; None where this is the first time."""
+    """State of the previous report; None in the first report."""
     previous_facts: tuple[Handshake, tuple[Segment, ...]] | None
-    """Its `handshake` and `segments` when it was told before."""
+    """`handshake` and `segments` of the previous report."""
     handshake: Handshake
     decided_ns: int
-    """When it came into the state: the time of the fact or of the deadline, not of its arrival."""
+    """Time of the fact or the deadline that led to the state, not of its arrival here."""
     delay_ns: int | None
-    """From the first SYN to the connection, where there is one."""
+    """Time from the first SYN to the connection; None if there is no connection."""
     segments: tuple[Segment, ...]
-    """What events told of the segments, oldest first; the middle of a long list is missing."""
+    """The segments that events showed, oldest first. The middle of a long list is missing."""
     timeline: tuple[TimelineEntry, ...]
     timeline_omitted: int
-    """How many entries of the timeline's middle were left out."""
+    """Number of entries left out of the timeline's middle."""
     flags: FlowFlags
     segments_omitted: int = 0
-    """How many segments of the middle are missing from `segments`; `flags` knows of them."""
+    """Number of segments missing from the middle of `segments`. `flags` includes them."""
     attempts: tuple[Attempt, ...] = ()
     """Our repeated SYN-ACKs, oldest first."""
     flood: str = ""
-    """Why a silent one looks like a SYN flood's, in words; empty where it does not."""
+    """Why a silent handshake looks like part of a SYN flood, as text; empty if it does not."""
 
     @property
     def age_ns(self) -> int:
-        """From the first SYN to the decision."""
+        """Time from the first SYN to the decision."""
         return self.decided_ns - self.handshake.first_syn_ns
 
 
 class Decision(NamedTuple):
-    """The state that the facts put a handshake in."""
+    """The state that follows from a handshake's facts."""
 
     state: State
     at_once: bool
-    """A fact decided it; otherwise it is not to be believed of a handshake last seen before
-    `due_ns`."""
+    """Whether a fact decided the state. If a deadline did, the handshake must have been seen open
+    at `due_ns` or later."""
     due_ns: int
     decided_ns: int
 
 
 @functools.lru_cache(maxsize=1024)
 def _shared(value: Shared) -> Shared:
-    """The same object for equal values, as far as they came lately."""
+    """One object for equal values, among the last 1024 values."""
     return value
 
 
 def sharing(who: FourTuple) -> FourTuple:
-    """An equal 4-tuple, which shares with others what they have in common.
+    """An equal 4-tuple that shares equal values with other 4-tuples, to save memory.
 
-    Decoded, each has numbers and addresses of its own, of which a flood makes many.
+    Each decoded 4-tuple has its own copies, and a flood makes many of them.
     """
     return who._replace(
         server_address=_shared(who.server_address),
@@ -192,7 +193,7 @@ def sharing(who: FourTuple) -> FourTuple:
 
 
 def _sharing(entry: Handshake) -> Handshake:
-    """The same of an entry."""
+    """An equal entry that shares equal values with other entries, to save memory."""
     first_ns, last_ns = entry.first_syn_ns, entry.last_syn_ns
     return entry._replace(
         last_syn_ns=first_ns if last_ns == first_ns else last_ns,
@@ -204,7 +205,7 @@ def _sharing(entry: Handshake) -> Handshake:
 
 
 class Flow:
-    """One handshake: (4-tuple, first_syn_ns). The 4-tuple is the key it is stored under."""
+    """One handshake, identified by (4-tuple, first_syn_ns). It is stored under its 4-tuple."""
 
     __slots__ = (
         "attempts",
@@ -230,7 +231,7 @@ class Flow:
         self.handshake = _sharing(handshake)
         self.open_as_of_ns = 0
         self.seen_ns = 0
-        # Tuples: of most flows, those of a flood, they stay empty.
+        # Tuples, because an empty one takes no memory, and most flows are a flood's.
         self.segments: tuple[Segment, ...] = ()
         self.segments_omitted = 0
         self.flags = FlowFlags.NOTHING
@@ -245,13 +246,13 @@ class Flow:
         self.attempts: tuple[Attempt, ...] = ()
         self.unanswered = False
         self.flood = ""
-        """Why it is told as a SYN flood's; empty where it is not."""
+        """Why the handshake is reported as part of a SYN flood; empty if it is not."""
 
     def note(self, handshake: Handshake, as_of_ns: int) -> bool:
-        """Take in what an event or a sweep showed of the entry at `as_of_ns`; whether it is news.
+        """Merge a view of the entry at `as_of_ns`. Returns whether it adds anything.
 
-        The time counts by itself: an entry seen open at its deadline is known to be silent, one
-        last seen before it may have ended since, its event lost.
+        The time matters too. An entry seen open at its deadline is silent. An entry last seen
+        before its deadline may have ended since, if the event was lost.
         """
         if as_of_ns > self.seen_ns:
             self.seen_ns = as_of_ns
@@ -265,9 +266,9 @@ class Flow:
         return news
 
     def note_segment(self, event: Event) -> bool:
-        """Keep what an event tells of its segment; whether it is new.
+        """Keep an event's segment. Returns whether it is new.
 
-        Of many segments the first and the last few are kept.
+        If there are many segments, the first few and the last few are kept.
         """
         segment = Segment(
             time_ns=event.time_ns,
@@ -297,14 +298,14 @@ class Flow:
 
     @property
     def told_facts(self) -> tuple[Handshake, tuple[Segment, ...]] | None:
-        """Its handshake and segments when it was told; None before."""
+        """Handshake and segments of the last report; None before the first."""
         return None if self.told_handshake is None else (self.told_handshake, self.told_segments)
 
     def drawn_by_attempt(self) -> bool:
-        """Whether what connected it is what a repeated SYN-ACK draws: a bare ACK, right after one.
+        """Whether the connecting segment is what a repeated SYN-ACK draws: a bare ACK after it.
 
-        tcp_send_challenge_ack (RFC 5961, 4): sequence number snd_nxt, which is ISN + 1 where the
-        client has sent nothing. A client that connects by itself does so by data or a FIN.
+        tcp_send_challenge_ack (RFC 5961, 4) sends the sequence number snd_nxt, which is ISN + 1 if
+        the client has sent nothing. A client that connects by itself does so with data or a FIN.
         """
         first_ns = min((a.time_ns for a in self.attempts if a.sent), default=None)
         return first_ns is not None and any(
@@ -351,10 +352,10 @@ def _end(entry: Handshake) -> tuple[int, ...]:
 
 
 def merge(one: Handshake, other: Handshake) -> Handshake:
-    """What two views of one handshake tell together.
+    """Merge two views of one handshake.
 
-    Commutative, associative and idempotent, so that neither the order of views nor a repeated one
-    matters. What belongs to the last SYN is taken from the view that knows the later SYN.
+    The merge is commutative, associative and idempotent, so neither the order of views nor a
+    repeated view matters. The last SYN's values come from the view with the later SYN.
     """
     syn = one if _last_syn(one) >= _last_syn(other) else other
     end = max(_end(one), _end(other))
@@ -385,24 +386,25 @@ def merge(one: Handshake, other: Handshake) -> Handshake:
 
 
 def bytes_missed(entry: Handshake) -> int:
-    """How many of the client's first bytes the server will never see.
+    """Number of the client's first bytes that the server will never see.
 
-    Below 0: it waits for so many before the first, which the client never sends.
+    A negative number counts bytes before the client's first one. The server waits for them, and
+    the client never sends them.
     """
     return (entry.bytes_missed + 2**31) % 2**32 - 2**31
 
 
 def ending_of(entry: Handshake) -> int:
-    """How a handshake ended; an ACK for a cookie's SYN-ACK undoes that the SYN queue took it over.
+    """How a handshake ended. An ACK for a cookie's SYN-ACK cancels TAKEN_OVER.
 
-    That client is established, and the request in the SYN queue is never completed (tcp_check_req).
+    Such a client is established, so the request in the SYN queue never completes (tcp_check_req).
     """
     answered = entry.acks_dropped > 0 or entry.acks_filtered > 0
     return Ending.NONE if entry.ending == Ending.TAKEN_OVER and answered else entry.ending
 
 
 def is_remarkable(entry: Handshake) -> bool:
-    """Whether there is more to an entry than one SYN and one cookie."""
+    """Whether an entry shows more than one SYN and one cookie."""
     return (
         entry.ending != Ending.NONE
         or entry.syn_count > 1
@@ -413,10 +415,10 @@ def is_remarkable(entry: Handshake) -> bool:
 
 
 def is_torn(entry: Handshake) -> bool:
-    """Whether a sweep read an entry in the midst of the kernel's writing to it.
+    """Whether a sweep read an entry while a program was writing it.
 
-    The BPF program changes entries in place while a sweep copies them: parts of two handshakes,
-    or a half-noted segment, come out as times that one handshake cannot have.
+    The programs change entries in place while a sweep copies them. A copy with parts of two
+    handshakes, or with half of an update, has times that are impossible in one handshake.
     """
     first_syn_ns = entry.first_syn_ns
     return (
@@ -431,7 +433,7 @@ def is_torn(entry: Handshake) -> bool:
 def _ack_lost_here(
     entry: Handshake, told: State | None, last_syn_ns: int, timeout_ns: int
 ) -> Decision:
-    """An ACK that got as far as TCP says more than one that did not."""
+    """The state of a handshake with lost ACKs. One dropped by TCP outweighs a filtered one."""
     if entry.acks_dropped > 0:
         state, first_ns = State.ACK_DROPPED, entry.first_ack_dropped_ns
     else:
@@ -443,11 +445,11 @@ def _ack_lost_here(
 
 
 def decide(entry: Handshake, told: State | None, timeout_ns: int) -> Decision:
-    """The state of a handshake last told in state `told`, and from when on it holds.
+    """The state of a handshake last reported in state `told`, and the time from which it holds.
 
-    A repeated SYN moves the deadline of silence: by RFC 6298 (5.5) the next repeat comes after at
-    most twice the last interval, so a client that is still without a SYN-ACK would have repeated
-    by then. (Linux from 6.5 repeats linearly first, see tcp_syn_linear_timeouts, i.e. earlier.)
+    A repeated SYN moves the deadline for silence. By RFC 6298 (5.5) the next SYN comes after at
+    most twice the last interval, so a client still without a SYN-ACK would have sent it by then.
+    (Linux from 6.5 repeats linearly first, so earlier; see tcp_syn_linear_timeouts.)
     """
     ended = _STATE_OF_ENDING.get(ending_of(entry))
     if ended is State.COMPLETED and entry.bytes_missed:

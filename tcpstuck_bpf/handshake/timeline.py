@@ -1,7 +1,7 @@
-"""The history of one flow in lines: what the events told, and what only the entry remembers.
+"""The history of one flow, in lines: its events, and what only its table entry shows.
 
-Times are CLOCK_MONOTONIC nanoseconds; sequence numbers are printed as on the wire and relative
-to the ISN, which is what a packet capture shows.
+Times are CLOCK_MONOTONIC nanoseconds. Sequence numbers are printed as on the wire and relative to
+the ISN, as in a packet capture.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tcpstuck_bpf.model import ATTEMPT_NOT_SENT, Attempt, Ending, EventKind, Han
 
 MAX_ENTRIES = 24
 
-# An entry's time and its event's are taken by one program run, but not by one reading of the clock.
+# The entry's time and the event's time come from one program run, but from two clock reads.
 _SAME_SEGMENT_NS = 1_000_000
 
 _KIND_TEXT: dict[int, str] = {
@@ -26,7 +26,7 @@ _KIND_TEXT: dict[int, str] = {
     EventKind.COMPLETED: "connected",
     EventKind.TAKEN_OVER: "SYN taken over",
     EventKind.REPLACED: "SYN of a new handshake",
-    EventKind.NO_LISTENER: "met no listener",
+    EventKind.NO_LISTENER: "found no listener",
 }
 _KIND_OF_ENDING: dict[int, EventKind] = {
     Ending.COMPLETED: EventKind.COMPLETED,
@@ -46,7 +46,7 @@ _COUNTER_NAMES = (
 
 
 def counters_text(counters: int) -> str:
-    """The kernel's names of the counters that moved, or that none did, or that none could be read.
+    """Names of the counters that moved; `none`, or that the counters are not readable.
 
     `counters` is an enum counter_moved of bpf/tcpstuck.h.
     """
@@ -56,12 +56,12 @@ def counters_text(counters: int) -> str:
 
 
 def mss_text(entry: Handshake) -> str:
-    """The MSS (bytes) that the cookie encodes, or that it could not be read."""
-    return f"MSS {entry.mss}" if entry.mss else "MSS not known"
+    """The MSS (bytes) that the cookie encodes, or that it is unknown."""
+    return f"MSS {entry.mss}" if entry.mss else "MSS unknown"
 
 
 def flags_text(tcp_flags: int) -> str:
-    """The names of the TCP flags that are set."""
+    """Names of the TCP flags that are set."""
     return ",".join(name for bit, name in _FLAG_NAMES if tcp_flags & bit) or "no flags"
 
 
@@ -71,12 +71,12 @@ def relative_sequence(sequence: int, initial: int) -> int:
 
 
 def isn_text(sequence: int, client_isn: int) -> str:
-    """A sequence number of the client's relative to its ISN: `ISN+1`."""
+    """A client's sequence number relative to its ISN: `ISN+1`."""
     return f"ISN{relative_sequence(sequence, client_isn):+d}"
 
 
 def attempt_text(attempt: Attempt) -> str:
-    """What was done for a stuck client: `SYN-ACK repeated by us, try 1`."""
+    """An attempt to rescue a stuck client, as text: `SYN-ACK repeated by us, try 1`."""
     if attempt.sent:
         return f"SYN-ACK repeated by us, try {attempt.number}"
     if attempt.outcome == ATTEMPT_NOT_SENT:
@@ -101,7 +101,7 @@ def _segment_detail(segment: Segment, entry: Handshake) -> str:
 
 
 def _remembered(entry: Handshake) -> Iterator[tuple[int, frozenset[EventKind], str, str]]:
-    """What the entry alone tells, each with the kinds of event that tell it better."""
+    """Facts that the entry shows, each with the kinds of event that show it in more detail."""
     cookie = f"cookie SYN-ACK {entry.cookie_isn:#010x}, {mss_text(entry)}"
     if entry.syn_count > 1:
         syns = frozenset({EventKind.SYN_REPEATED, EventKind.SYN_DROPPED})
@@ -124,7 +124,7 @@ def _remembered(entry: Handshake) -> Iterator[tuple[int, frozenset[EventKind], s
             yield entry.last_ack_filtered_ns, filters, what, detail
     kind = _KIND_OF_ENDING.get(entry.ending)
     if kind is not None:
-        yield entry.ended_ns, frozenset({kind}), _KIND_TEXT[kind], "the entry's end"
+        yield entry.ended_ns, frozenset({kind}), _KIND_TEXT[kind], "end of the table entry"
 
 
 def build_timeline(
@@ -133,9 +133,10 @@ def build_timeline(
     already_omitted: int,
     attempts: Sequence[Attempt] = (),
 ) -> tuple[tuple[TimelineEntry, ...], int]:
-    """A flow's history, oldest first, and how many entries are missing from its middle.
+    """A flow's history, oldest first, and the number of entries missing from its middle.
 
-    `already_omitted` segments were not kept; no more than MAX_ENTRIES entries are returned.
+    `already_omitted` is the number of segments that were not kept. At most MAX_ENTRIES entries are
+    returned.
     """
     detail = f"ISN {entry.client_isn:#010x}"
     if entry.syn_count <= 1:

@@ -1,1 +1,1 @@
-"""What the machine says beside the programs: namespaces, firewall rules, sockets, the log."""
+"""Facts from the machine itself: namespaces, firewall rules, sockets, symbols, the kernel log."""

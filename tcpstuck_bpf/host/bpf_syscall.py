@@ -1,10 +1,9 @@
-"""bpf(2) and perf_event_open(2): tables, programs, attachments, and what the kernel grants of them.
+"""bpf(2) and perf_event_open(2): tables, programs, attachments, and what the kernel allows.
 
-Own code because the functions for this in libbpf 0.x (Debian 11) and 1.x differ, the system calls
-do not. What the kernel grants is found out by asking it: what a version says may be wrong.
-Attributes follow union bpf_attr of include/uapi/linux/bpf.h. File descriptors that are returned
-close at exec and at the process's end, and with them everything that was made: nothing stays
-behind. Needs no BCC.
+The system calls are used directly, because libbpf's functions differ between 0.x (Debian 11) and
+1.x. The *_refusal functions try a feature instead of trusting a version number. Attributes follow
+union bpf_attr of include/uapi/linux/bpf.h. Returned file descriptors close at exec and when the
+process ends, and everything made goes with them. Needs no BCC.
 """
 
 from __future__ import annotations
@@ -30,16 +29,17 @@ _HELPER_PROBE_READ_KERNEL = 113
 _ATTRIBUTES_BYTES = 128
 _PROGRAM_INFO_BYTES = 256
 _RECURSION_MISSES_AT = 208
-"""In struct bpf_prog_info, since 5.12."""
+"""Offset of recursion_misses in struct bpf_prog_info, since 5.12."""
 _MAP_INFO = struct.Struct("=6I")
 """Members of struct bpf_map_info: type, id, key_size, value_size, max_entries, map_flags."""
 _INSTRUCTION_BYTES = 8
 _LONGEST_NAME = 15
 _LICENCE = b"GPL"
 _LOAD = struct.Struct("=IIQQIIQII16sIIIIQIIQII")
-"""As far as attach_btf_id, since 5.5."""
+"""The attributes of BPF_PROG_LOAD up to attach_btf_id (5.5)."""
 _LOG_BYTES = 1 << 20
-"""The verifier ends a log that does not fit with ENOSPC, before 6.4 in place of its own answer."""
+"""Size of the verifier's log. If it is too small the result is ENOSPC, before 6.4 instead of the
+verifier's own error."""
 _LOG_LINES = 3
 
 PROGRAM_KPROBE, PROGRAM_RAW_TRACEPOINT, PROGRAM_TRACING = 2, 17, 26
@@ -50,7 +50,7 @@ ATTACH_TYPED_TRACEPOINT, ATTACH_FENTRY, ATTACH_FEXIT = 23, 24, 25
 KPROBE_EVENTS = Path("/sys/bus/event_source/devices/kprobe")
 """The event type that attaches kprobes (sysfs-bus-event_source-devices of Documentation/ABI)."""
 _PERF_ATTRIBUTES = struct.Struct("=II5QIIQQ")
-"""struct perf_event_attr as far as config2 (PERF_ATTR_SIZE_VER1)."""
+"""struct perf_event_attr up to config2 (PERF_ATTR_SIZE_VER1)."""
 _PERF_FLAG_FD_CLOEXEC = 8
 _IOC_ENABLE, _IOC_SET_BPF = 0x2400, 0x40042408
 
@@ -71,7 +71,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class RefusedError(Exception):
-    """The kernel said no; the text is the error's name and meaning, and what the verifier said."""
+    """The kernel refused a call. The text has the error's name and meaning, and the verifier's."""
 
     def __init__(self, number: int, verifier: str = "") -> None:
         name = errno.errorcode.get(number, str(number))
@@ -91,12 +91,15 @@ def _system_call(numbers: dict[str, int], *arguments: object) -> int:
 
 
 def bpf(command: int, attributes: bytes) -> int:
-    """Raises RefusedError, with ENOSYS where the system call's number is not known."""
+    """Make the system call. Raises RefusedError, with ENOSYS if its number is unknown."""
     return _bpf(command, ctypes.create_string_buffer(attributes, _ATTRIBUTES_BYTES))
 
 
 def bpf_answering(command: int, attributes: bytes) -> tuple[bytes, RefusedError | None]:
-    """The attributes as the kernel left them, and what it refused, after which they still count."""
+    """Make the system call; return the attributes as the kernel left them, and its error or None.
+
+    The attributes are valid even after an error.
+    """
     union = ctypes.create_string_buffer(attributes, _ATTRIBUTES_BYTES)
     try:
         _bpf(command, union)
@@ -110,12 +113,15 @@ def _bpf(command: int, union: ctypes.Array[ctypes.c_char]) -> int:
 
 
 def create_map(kind: int, key_bytes: int, value_bytes: int, entries: int, flags: int = 0) -> int:
-    """A table's file descriptor; `kind` of enum bpf_map_type. Raises RefusedError."""
+    """Create a table and return its file descriptor; `kind` is of enum bpf_map_type.
+
+    Raises RefusedError.
+    """
     return bpf(_MAP_CREATE, struct.pack("=5I", kind, key_bytes, value_bytes, entries, flags))
 
 
 def map_shape(file: int) -> tuple[int, int, int, int, int]:
-    """Kind, bytes of a key and of a value, entries and flags. Raises RefusedError."""
+    """A table's kind, bytes of a key and of a value, entries and flags. Raises RefusedError."""
     info = ctypes.create_string_buffer(_MAP_INFO.size)
     bpf(_OBJ_GET_INFO_BY_FD, struct.pack("=IIQ", file, _MAP_INFO.size, ctypes.addressof(info)))
     kind, _, *rest = _MAP_INFO.unpack(info.raw)
@@ -126,11 +132,11 @@ def map_shape(file: int) -> tuple[int, int, int, int, int]:
 def load_program(
     kind: int, name: str, code: bytes, attach_type: int = 0, type_number: int = 0
 ) -> int:
-    """A program's file descriptor; `kind` of enum bpf_prog_type.
+    """Load a program and return its file descriptor; `kind` is of enum bpf_prog_type.
 
-    What PROGRAM_TRACING is attached to is part of it: `attach_type`, and the number of the
-    function's or the tracepoint's type in the running kernel's BTF. Raises RefusedError, with what
-    the verifier said last.
+    A PROGRAM_TRACING is loaded with its target: `attach_type`, and the number of the function's or
+    tracepoint's type in the running kernel's BTF. Raises RefusedError, with the last lines of the
+    verifier's log.
     """
     program = ctypes.create_string_buffer(code, len(code))
     licence = ctypes.create_string_buffer(_LICENCE)
@@ -155,7 +161,7 @@ def load_program(
         return attempt(None)
     except RefusedError as error:
         refused = error
-    # Once more for its reasons alone: keeping a log takes the verifier several times as long.
+    # Load again to get the log. Writing it takes the verifier several times as long.
     log = ctypes.create_string_buffer(_LOG_BYTES)
     with contextlib.suppress(RefusedError):
         return attempt(log)
@@ -163,7 +169,7 @@ def load_program(
 
 
 def last_lines(log: str) -> str:
-    """What a verifier's log says in the end, in one line: without its figures, which come last."""
+    """The last lines of a verifier's log, joined to one, without the closing statistics."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     while lines and lines[-1].startswith(("processed ", "verification time ", "stack depth ")):
         lines.pop()
@@ -171,23 +177,26 @@ def last_lines(log: str) -> str:
 
 
 def attach_tracing(program: int) -> int:
-    """The attachment of a PROGRAM_TRACING: closed, it is gone. Raises RefusedError."""
-    # Without a name: the program's type has it already.
+    """Attach a PROGRAM_TRACING; closing the descriptor detaches it. Raises RefusedError."""
+    # No name is needed, because the program was loaded with its target.
     return bpf(_RAW_TRACEPOINT_OPEN, struct.pack("=QI", 0, program))
 
 
 def attach_raw_tracepoint(program: int, tracepoint: str) -> int:
-    """The attachment of a PROGRAM_RAW_TRACEPOINT: closed, it is gone. Raises RefusedError."""
+    """Attach a PROGRAM_RAW_TRACEPOINT; closing the descriptor detaches it.
+
+    Raises RefusedError.
+    """
     name = ctypes.create_string_buffer(tracepoint.encode())
     return bpf(_RAW_TRACEPOINT_OPEN, struct.pack("=QI", ctypes.addressof(name), program))
 
 
 def attach_kprobe(program: int, function: str, *, at_return: bool) -> int:
-    """The attachment of a PROGRAM_KPROBE: closed, it is gone. Raises RefusedError.
+    """Attach a PROGRAM_KPROBE; closing the descriptor detaches it. Raises RefusedError.
 
-    As a perf event and not through tracefs, where what is made stays when the process is killed.
-    So there is no choice of maxactive; the kernel's own number is enough, since all probed
-    functions run with bottom halves off.
+    It is a perf event, because a probe made through tracefs stays when the process is killed. A
+    perf event cannot set maxactive. The kernel's default is enough, because all probed functions
+    run with bottom halves off.
     """
     try:
         event_type = int((KPROBE_EVENTS / "type").read_text("ascii"))
@@ -226,10 +235,10 @@ def attach_kprobe(program: int, function: str, *, at_return: bool) -> int:
 
 
 def missed_runs(program: int) -> int:
-    """How often the kernel did not run a program because another one was at work on that CPU.
+    """Number of times that the kernel skipped a program because another one ran on that CPU.
 
-    By its file descriptor. A kernel before 5.12 does not say (0); kprobes count since 6.7 only.
-    Raises RefusedError.
+    `program` is its file descriptor. Kernels before 5.12 report 0, and kprobes are counted only
+    since 6.7. Raises RefusedError.
     """
     info = ctypes.create_string_buffer(_PROGRAM_INFO_BYTES)
     request = struct.pack("=IIQ", program, _PROGRAM_INFO_BYTES, ctypes.addressof(info))
@@ -247,7 +256,7 @@ def _trial_map(kind: int, key_bytes: int, value_bytes: int, entries: int) -> Ite
 
 
 def ring_buffer_refusal() -> str | None:
-    """Why there can be no ring buffer (BPF_MAP_TYPE_RINGBUF), None where there can."""
+    """Why a ring buffer (BPF_MAP_TYPE_RINGBUF) cannot be created; None if it can."""
     try:
         with _trial_map(_MAP_TYPE_RINGBUF, 0, 0, os.sysconf("SC_PAGE_SIZE")):
             return None
@@ -256,12 +265,12 @@ def ring_buffer_refusal() -> str | None:
 
 
 def batch_lookup_refusal() -> str | None:
-    """Why a hash table cannot be read in batches (BPF_MAP_LOOKUP_BATCH), None where it can."""
+    """Why a hash table cannot be read in batches (BPF_MAP_LOOKUP_BATCH); None if it can."""
     buffers = [ctypes.create_string_buffer(8) for _ in range(4)]
     addresses = [ctypes.addressof(buffer) for buffer in buffers]
     try:
         with _trial_map(_MAP_TYPE_HASH, 8, 8, 1) as file:
-            # First batch (no cursor), an empty table: its end is the right answer.
+            # This is the first batch (no cursor) of an empty table, so ENOENT is the right answer.
             bpf(_MAP_LOOKUP_BATCH, struct.pack("=QQQQIIQQ", 0, *addresses[1:], 1, file, 0, 0))
     except RefusedError as error:
         return None if error.number == errno.ENOENT else str(error)
@@ -269,10 +278,10 @@ def batch_lookup_refusal() -> str | None:
 
 
 def tracing_refusal() -> str | None:
-    """Why no program may be loaded that reads the kernel's memory, None where one may.
+    """Why a program that reads kernel memory cannot be loaded; None if it can.
 
-    The program is of kprobe type and attached to nothing. Lockdown's confidentiality mode takes
-    the helper bpf_probe_read_kernel away (LOCKDOWN_BPF_READ_KERNEL).
+    The test program has the kprobe type and is not attached. Lockdown's confidentiality mode
+    removes the helper bpf_probe_read_kernel (LOCKDOWN_BPF_READ_KERNEL).
     """
     try:
         os.close(load_program(PROGRAM_KPROBE, "trial", _PROBE_READ_KERNEL))

@@ -1,4 +1,4 @@
-"""The kernel's symbols: /proc/kallsyms, read in this module only."""
+"""The kernel's symbols. Only this module reads /proc/kallsyms."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _SYMBOLS = Path("/proc/kallsyms")
 
 
 def function_symbols(functions: Collection[str]) -> frozenset[str]:
-    """Functions in /proc/kallsyms that are one of `functions`, or one with a compiler's suffix.
+    """The symbols in /proc/kallsyms that are in `functions`, also with a compiler's suffix.
 
-    Empty where it cannot be read.
+    Empty where the file cannot be read.
     """
     try:
         symbols = _SYMBOLS.read_bytes()
@@ -52,9 +52,9 @@ _FUNCTION_KINDS = frozenset(b"tTwW")
 
 
 def place_names(addresses: Iterable[int]) -> dict[int, str]:
-    """Kernel addresses as `symbol+0x1f`, those of modules too; one that is hidden in hexadecimal.
+    """Kernel and module addresses as `symbol+0x1f`, or in hexadecimal if symbols are hidden.
 
-    Source: /proc/kallsyms, read anew because modules come and go.
+    Source: /proc/kallsyms, read at each call because modules come and go.
     """
     try:
         lines = _SYMBOLS.read_bytes().splitlines()
@@ -73,7 +73,7 @@ def place_names(addresses: Iterable[int]) -> dict[int, str]:
 
 
 def _functions(lines: Iterable[bytes]) -> Iterator[tuple[int, str]]:
-    """Address and name of each; addresses read as 0 where they are hidden."""
+    """Address and name of each function; hidden addresses read as 0 and are left out."""
     for line in lines:
         address, kind, name = line.split(maxsplit=2)
         if kind[0] in _FUNCTION_KINDS and address.strip(b"0"):

@@ -1,8 +1,8 @@
-"""The kernel's own warnings of full SYN queues, from its log.
+"""Reads the kernel's own warnings of full SYN queues from its log.
 
 tcp_syn_flood_action (net/ipv4/tcp_input.c) writes "Possible SYN flooding on port 3311. Sending
-cookies." once for each listener, until that listens anew, and no more often than
-net.core.message_cost allows. It names no network namespace, and before 6.2 no address.
+cookies." once for each listener until it calls listen() again, and no more often than
+net.core.message_cost allows. The text has no network namespace, and before 6.2 no address.
 
 The log is /dev/kmsg (Documentation/ABI/testing/dev-kmsg); pyroute2 does not read it.
 """
@@ -18,11 +18,11 @@ from tcpstuck_bpf.model import SECOND_NS, CoverageGap, KernelWarning, address_by
 
 PATH = "/dev/kmsg"
 RECORD_BYTES = 8192
-"""A read of less than a record fails; CONSOLE_EXT_LOG_MAX of include/linux/printk.h."""
+"""Buffer size: CONSOLE_EXT_LOG_MAX of include/linux/printk.h. A read with less room fails."""
 RECORDS_AT_ONCE = 1000
-"""More than that wait for the next time: a kernel that does not stop talking holds nobody up."""
+"""Largest number of records per call, so that a flood of records does not block the run."""
 CLOCKS_AGREE_NS = SECOND_NS
-"""A record is read at once; where its stamp is further from that, its clock has drifted."""
+"""Records are read at once, so a stamp further away than this shows that its clock has drifted."""
 
 _RECORD = re.compile(
     rb"\d+,\d+,(?P<stamp>\d+),[^;]*;"
@@ -32,11 +32,11 @@ _RECORD = re.compile(
 
 
 class KernelLog:
-    """The warnings as they come. Raises OSError where the log may not be read."""
+    """The kernel log, from its current end on. Raises OSError where it may not be read."""
 
     def __init__(self, path: str = PATH) -> None:
         self.overruns = 0
-        """Times that records could not be read, mostly because they were overwritten before."""
+        """Number of failed reads, mostly because records were overwritten before."""
         self._log = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             os.lseek(self._log, 0, os.SEEK_END)
@@ -45,7 +45,7 @@ class KernelLog:
             raise
 
     def warnings(self, now_ns: int) -> tuple[KernelWarning, ...]:
-        """What has come since it was asked last; `now_ns` of CLOCK_MONOTONIC is when."""
+        """The warnings since the last call. `now_ns` is the current CLOCK_MONOTONIC."""
         found = []
         for _ in range(RECORDS_AT_ONCE):
             try:
@@ -63,12 +63,12 @@ class KernelLog:
         return tuple(found)
 
     def close(self) -> None:
-        """Nothing more is to be read."""
+        """Close the log."""
         os.close(self._log)
 
 
 def open_kernel_log(path: str = PATH) -> tuple[KernelLog | None, tuple[CoverageGap, ...]]:
-    """The log, or what is not known without it."""
+    """The log, or None and the coverage gap."""
     try:
         return KernelLog(path), ()
     except OSError as error:
@@ -77,9 +77,9 @@ def open_kernel_log(path: str = PATH) -> tuple[KernelLog | None, tuple[CoverageG
 
 
 def warning_of(record: bytes, now_ns: int) -> KernelWarning | None:
-    """A record of /dev/kmsg that is such a warning; None for any other.
+    """Parse a record of /dev/kmsg; None if it is not a warning of a full SYN queue.
 
-    The kernel stamps records by a clock of its own, in µs, which runs beside CLOCK_MONOTONIC.
+    The kernel stamps records in µs by a clock of its own, close to CLOCK_MONOTONIC.
     """
     match = _RECORD.match(record)
     if match is None:

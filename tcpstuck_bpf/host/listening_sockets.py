@@ -1,8 +1,8 @@
-"""Whose a listener is, and what bounds its backlog: what /proc says of it.
+"""Finds a listener's owner and the settings that limit its backlog, in /proc.
 
-/proc/net/tcp and tcp6 instead of sock_diag: the tool's runtime dependencies stay few, the queue's
-limit comes from the packets themselves, and these two files are read in the namespace in
-question, whoever owns the socket. The processes are found by the inode number of the socket.
+The source is /proc/net/tcp and tcp6, because sock_diag would need a further dependency. The
+programs already show the queue's limit. Both files list every socket of the namespace in which they
+are read. The socket's inode number leads to the processes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tcpstuck_bpf.model import (
 )
 
 TRIES = 3
-"""Times that an owner is looked for: a walk over every process's open files."""
+"""Number of searches for an owner; each one walks over all open files of all processes."""
 
 _LISTEN = "0A"
 
@@ -31,15 +31,15 @@ class ListeningSocket(NamedTuple):
     """A line of /proc/net/tcp or tcp6."""
 
     address: bytes
-    """16 bytes, IPv4 mapped."""
+    """Local address: 16 bytes, IPv4 mapped."""
     port: int
     inode: int
 
     def fit(self, address: bytes) -> int:
-        """How much it is meant for what comes for an address, as compute_score has it; 0: not.
+        """How well the socket matches a destination address, like compute_score; 0: no match.
 
-        Of any address, one of the packet's own family goes before an IPv6 one that takes IPv4 too:
-        whether it does (IPV6_V6ONLY) is not to be seen, and where both are there it does not.
+        A wildcard socket of the packet's own family beats an IPv6 one that may take IPv4 too. /proc
+        does not show whether it does (IPV6_V6ONLY); where both sockets exist, it does not.
         """
         if self.address == address:
             return 3
@@ -49,7 +49,7 @@ class ListeningSocket(NamedTuple):
 
 
 def parse_listeners(text: str) -> Iterator[ListeningSocket]:
-    """Listening sockets of a /proc/net/tcp or tcp6: addresses are 32-bit words of the host's."""
+    """Listening sockets in a /proc/net/tcp or tcp6. Addresses are 32-bit words in host order."""
     for line in text.splitlines()[1:]:
         words = line.split()
         if words[3] != _LISTEN:
@@ -74,10 +74,10 @@ def _own_listeners() -> tuple[ListeningSocket, ...]:
 def sockets_for(
     facts: ListenerFacts, listening: Iterable[ListeningSocket]
 ) -> tuple[ListeningSocket, ...]:
-    """The one that its segments came to, and all that share its address and port.
+    """The listening socket of these facts, and all that share its address and port.
 
-    None where it is gone. Where the programs did not see which it was, those that get the SYNs: of
-    the very address, else of any.
+    Empty if the socket is gone. If the programs did not see which socket it was, the sockets that
+    would get the SYNs: those bound to the address, else the wildcard ones.
     """
     listening = tuple(listening)
     for own in listening:
@@ -93,9 +93,9 @@ def sockets_for(
 
 
 def owners_of(inodes: Iterable[int]) -> dict[int, tuple[str, ...]]:
-    """`name (pid N)` of the processes that have sockets open, by inode number.
+    """`name (pid N)` of the processes that have these sockets open, by inode number.
 
-    What may not be looked into, and what ends meanwhile, is left out.
+    Processes that may not be examined, or that end meanwhile, are left out.
     """
     wanted = {f"socket:[{inode}]": inode for inode in inodes}
     found: dict[int, dict[str, None]] = {}
@@ -114,12 +114,12 @@ def owners_of(inodes: Iterable[int]) -> dict[int, tuple[str, ...]]:
 
 
 def _name(comm: bytes) -> str:
-    """A process's name, which it chooses itself (PR_SET_NAME): any bytes but NUL."""
+    """A process's name. The process chooses it (PR_SET_NAME): any bytes but NUL."""
     return comm[: -comm.endswith(b"\n") or None].decode("utf-8", "backslashreplace")
 
 
 class ListenerWatch:
-    """Says of each listener whose it is, once it is known; see `TRIES`."""
+    """Reports listeners that changed, with their owners once they are found; see `TRIES`."""
 
     def __init__(self) -> None:
         self._last: dict[ListenerFacts, None] = {}
@@ -127,7 +127,7 @@ class ListenerWatch:
         self._tries: dict[ListenerId, int] = {}
 
     def changed(self, facts: Iterable[ListenerFacts]) -> tuple[ListenerSeen, ...]:
-        """Those that have changed since the last call, with what is known of them."""
+        """The listeners that have changed since the last call, with their owners and settings."""
         now = dict.fromkeys(facts)
         news = [one for one in now if one not in self._last]
         self._last = now

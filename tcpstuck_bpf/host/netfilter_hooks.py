@@ -1,11 +1,11 @@
-"""What is at netfilter's hooks of the own network namespace besides rules, as far as it can drop.
+"""Finds what can drop packets at the netfilter hooks of our network namespace, apart from rules.
 
-Kernels since 5.14 list their hooks, if they were built to (CONFIG_NETFILTER_NETLINK_HOOK; Debian
-12's is not). Of others it is known what of the kernel's own code has hooks that drop: IPVS, BPF
-programs, SYNPROXY, flow tables and two security modules leave traces of their own. Modules from
-outside the kernel's tree leave none, and are told.
+Kernels since 5.14 list their hooks if built with CONFIG_NETFILTER_NETLINK_HOOK (Debian 12's is
+not). On other kernels this module looks for the traces of in-tree code that drops at hooks: IPVS,
+BPF programs, SYNPROXY, flow tables and two security modules. Out-of-tree modules leave no traces,
+so a problem names them.
 
-Own netlink code, because pyroute2 does not know this subsystem and would be one more dependency.
+The netlink code is our own, because pyroute2 does not support this subsystem.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _MODULES = Path("/proc/modules")
 _SECURITY_MODULES = Path("/sys/kernel/security/lsm")
 
 _FAMILIES = {"ip": 2, "ip6": 10, "netdev": 5}
-"""enum nf_inet_hooks' families (NFPROTO_...), of those that IP packets pass."""
+"""NFPROTO_* of the families that IP packets pass."""
 _NAME_OF_FAMILY = {1: "inet", 2: "ip", 5: "netdev", 10: "ip6"}
 _HOOKS = ("prerouting", "input", "forward", "output", "postrouting")
-"""enum nf_inet_hooks. A device's one hook of packets that come in is number 0."""
+"""enum nf_inet_hooks. A device's ingress hook has number 0."""
 _INGRESS = "ingress"
 
 _NETLINK_NETFILTER = 12
@@ -52,9 +52,9 @@ _OF_NFTABLES, _OF_BPF = 1, 2
 _ANSWER_BYTES = 1 << 16
 _LIMIT_S = 5.0
 _MOST_DEVICES = 256
-"""Whose ingress hooks are listed: each is a request of its own."""
+"""Largest number of devices whose ingress hooks are listed; each device is one request."""
 _MOST_LINKS = 4096
-"""BPF links of the whole machine that are looked at."""
+"""Largest number of BPF links examined; they are those of the whole machine."""
 
 _LINK_NEXT_ID, _LINK_BY_ID, _INFO_BY_FILE = 31, 30, 15
 _LINK_INFO_BYTES = 128
@@ -87,7 +87,7 @@ _INNOCENT_PREFIXES = (
     "ila_nf_input",
     "nf_hook_lwtunnel",
 )
-"""Functions that drop no whole segment, or only for want of memory, or count what they drop."""
+"""Functions that drop no whole segment, or only for lack of memory, or that count their drops."""
 
 
 class Hook(NamedTuple):
@@ -97,16 +97,16 @@ class Hook(NamedTuple):
     hook: str
     function: str
     module: str
-    """Empty where it is in the kernel itself."""
+    """Module of the function; empty if it is built into the kernel."""
     chain: tuple[str, str, str] | None
-    """Family, table and name, if it runs a chain of nftables'."""
+    """Family, table and name of the nftables chain that it runs, if any."""
     program: int | None
-    """The number of the BPF program, if it runs one."""
+    """ID of the BPF program that it runs, if any."""
     device: str
 
 
 class Others(NamedTuple):
-    """What is there besides rules that were read."""
+    """What can drop packets apart from the rules that were read."""
 
     rules: tuple[DropRule, ...]
     problems: tuple[str, ...]
@@ -122,13 +122,13 @@ def _attribute(kind: int, value: bytes) -> bytes:
 
 
 def _attributes(data: bytes) -> dict[int, bytes]:
-    """Raises struct.error or UnlistedError where it is damaged."""
+    """Parse netlink attributes. Raises struct.error or UnlistedError where they are damaged."""
     found = {}
     at = 0
     while at + _ATTRIBUTE.size <= len(data):
         length, kind = _ATTRIBUTE.unpack_from(data, at)
         if length < _ATTRIBUTE.size:
-            raise UnlistedError("an answer that is damaged")
+            raise UnlistedError("the answer is damaged")
         found[kind & _TYPE_BITS] = data[at + _ATTRIBUTE.size : at + length]
         at += (length + 3) & ~3
     return found
@@ -143,7 +143,7 @@ def _number(value: bytes) -> int:
 
 
 def parse_hook(family: str, hook: str, device: str, data: bytes) -> Hook:
-    """One NFNL_MSG_HOOK_GET message, after its headers (linux/netfilter/nfnetlink_hook.h)."""
+    """Parse an NFNL_MSG_HOOK_GET message after its headers (linux/netfilter/nfnetlink_hook.h)."""
     found = _attributes(data)
     info = _attributes(found.get(_CHAIN_INFO, b""))
     about = _attributes(info.get(_INFO_DESCRIPTION, b""))
@@ -158,7 +158,7 @@ def parse_hook(family: str, hook: str, device: str, data: bytes) -> Hook:
 
 
 def _listed(link: socket.socket, family: str, number: int, device: str) -> Iterator[bytes]:
-    """What the kernel says of one hook. Raises UnlistedError and OSError."""
+    """The kernel's messages for one hook. Raises UnlistedError and OSError."""
     body = _FAMILY.pack(_FAMILIES[family], 0, 0) + _attribute(_HOOKNUM, struct.pack(">I", number))
     if device:
         body += _attribute(_DEVICE, device.encode() + b"\0")
@@ -168,7 +168,7 @@ def _listed(link: socket.socket, family: str, number: int, device: str) -> Itera
         while len(answer) >= _HEADER.size:
             length, kind, flags, _, _ = _HEADER.unpack_from(answer)
             if length < _HEADER.size or flags & _DUMP_INTERRUPTED:
-                raise UnlistedError("hooks came and went meanwhile")
+                raise UnlistedError("the hooks changed during the dump")
             if kind == _ERROR:
                 (refused,) = struct.unpack_from("=i", answer, _HEADER.size)
                 raise OSError(-refused, os.strerror(-refused))
@@ -181,8 +181,8 @@ def _listed(link: socket.socket, family: str, number: int, device: str) -> Itera
 def list_hooks(devices: Iterable[str]) -> list[Hook]:
     """Every function at the hooks that IP packets of this namespace pass.
 
-    The kernel may load nfnetlink_hook for it, which lists and does nothing else. Raises
-    UnlistedError where this kernel does not list them.
+    The kernel may load the module nfnetlink_hook, which only lists hooks. Raises UnlistedError
+    where this kernel does not list them.
     """
     places = [
         (family, hook, number, "") for family in ("ip", "ip6") for number, hook in enumerate(_HOOKS)
@@ -224,10 +224,10 @@ def besides_rules(
     mentioned: Collection[str],
     devices: Iterable[str],
 ) -> Others:
-    """What may drop besides the rules that were read.
+    """What may drop packets apart from the rules that were read.
 
-    `chains` are nftables' that were read, `tables_read` the families whose legacy tables were,
-    `mentioned` statements of rules that have a hook of their own.
+    `chains` has the nftables chains that were read, `tables_read` the families whose legacy tables
+    were read, and `mentioned` the rules' statements that make a hook of their own.
     """
     try:
         hooks = list_hooks(devices)
@@ -241,23 +241,21 @@ def of_hooks(
     chains: Collection[tuple[str, str, str]],
     tables_read: Collection[str],
 ) -> Others:
-    """What of these functions may drop, and is no rule that was read."""
+    """Those of these functions that may drop packets and are not rules that were read."""
     rules: dict[DropRule, None] = {}
     problems: dict[str, None] = {}
     for hook in hooks:
         at_device = (("iifname", hook.device),) if hook.device else ()
         if hook.chain is not None:
             if hook.chain not in chains:
-                problems["there are chains of nftables that nft did not list"] = None
+                problems["there are nftables chains that nft did not list"] = None
         elif hook.program is not None:
             rules[DropRule(hook.family, "", "", hook.hook, "program", hook.program, at_device)] = (
                 None
             )
         elif hook.function in _XTABLES_FUNCTIONS:
             if hook.family not in tables_read:
-                problems[f"there are legacy tables of {hook.family}tables that were not read"] = (
-                    None
-                )
+                problems[f"{hook.family}tables has legacy tables that were not read"] = None
         elif not hook.function.startswith(_INNOCENT_PREFIXES):
             rules[_function(hook.family, hook.module, hook.function, hook.hook, at_device)] = None
     return Others(tuple(rules), tuple(problems))
@@ -266,7 +264,7 @@ def of_hooks(
 def _function(
     family: str, module: str, name: str, hook: str, conditions: tuple[tuple[str, str], ...] = ()
 ) -> DropRule:
-    """Code that nobody knows may answer by RST, too."""
+    """A function as a DropRule. An unknown function may also answer with an RST."""
     known = name.startswith(
         ("ip_vs_", "ipv4_synproxy", "ipv6_synproxy", "nf_flow_", "selinux_", "smack_")
     )
@@ -302,19 +300,19 @@ def _known_to_hook(mentioned: Collection[str]) -> Others:
     try:
         rules += _bpf_programs()
     except RefusedError as error:
-        problems.append(f"whether BPF programs are at netfilter's hooks is not known: {error}")
+        problems.append(f"it is unknown whether netfilter's hooks have BPF programs: {error}")
     foreign = _foreign_modules()
     if foreign:
         some = ", ".join(foreign[:3])
         problems.append(
-            "this kernel does not list netfilter's hooks, and modules from outside its tree may "
-            f"have one: {some}{' ...' if len(foreign) > 3 else ''}"
+            "this kernel does not list netfilter's hooks, and out-of-tree modules may use one: "
+            f"{some}{' ...' if len(foreign) > 3 else ''}"
         )
     return Others(tuple(rules), tuple(problems))
 
 
 def _has_ipvs_services() -> bool:
-    """Without any IPVS lets every packet pass (ip_vs_core.c)."""
+    """Whether IPVS has services. Without any it lets every packet pass (ip_vs_core.c)."""
     try:
         lines = (_OWN_NET / "ip_vs").read_text("ascii", "replace").splitlines()
     except FileNotFoundError:
@@ -343,7 +341,7 @@ def _foreign_modules() -> list[str]:
 
 
 def _bpf_programs() -> list[DropRule]:
-    """BPF programs of all network namespaces: the kernel does not say which one they are in.
+    """Netfilter BPF programs of all network namespaces; the kernel does not show whose they are.
 
     Raises RefusedError. A kernel before 6.4 has none (nf_bpf_link.c).
     """
@@ -380,7 +378,7 @@ def _bpf_link(link: int) -> DropRule | None:
 
 
 def _link_info(file: int) -> tuple[int, ...]:
-    """Type, id and prog_id of struct bpf_link_info, and pf and hooknum of its part of netfilter."""
+    """Type, id and prog_id of struct bpf_link_info, and pf and hooknum of its netfilter part."""
     info = ctypes.create_string_buffer(_LINK_INFO_BYTES)
     bpf(_INFO_BY_FILE, struct.pack("=IIQ", file, len(info), ctypes.addressof(info)))
     return struct.unpack_from("=III4xII", info.raw)

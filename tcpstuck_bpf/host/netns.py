@@ -1,7 +1,6 @@
 """Network namespaces of this machine, and the kernel's own TCP counters in each.
 
-Own code instead of pyroute2, because the tool's runtime dependencies stay few: all it needs is
-one setns(2) and /proc/net/netstat.
+This needs only setns(2) and /proc/net/netstat, so pyroute2 would not be worth a dependency.
 """
 
 from __future__ import annotations
@@ -23,24 +22,24 @@ from tcpstuck_bpf.model import NETNS_COOKIE, KernelCounters
 
 COUNTERS = ("SyncookiesSent", "SyncookiesRecv", "SyncookiesFailed", "ListenOverflows")
 QUEUE_SETTINGS = ("ipv4.tcp_syncookies", "ipv4.tcp_max_syn_backlog", "core.somaxconn")
-"""Below /proc/sys/net, each namespace has its own (ip-sysctl.rst)."""
+"""Settings below /proc/sys/net that each namespace has for itself (ip-sysctl.rst)."""
 
 Result = TypeVar("Result")
 
 _PROC = Path("/proc")
 _NAMED = Path("/run/netns")
 _MOUNTED = re.compile(r" net:\[(\d+)\] ")
-"""The root of a namespace's mount in /proc/PID/mountinfo: proc_pid_mountinfo(5), nsfs."""
+"""Root of a mounted namespace in /proc/PID/mountinfo: proc_pid_mountinfo(5), nsfs."""
 _CLONE_NEWNET = 0x40000000
 _NS_GET_NSTYPE = 0xB703
 """ioctl_ns(2)."""
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC
 """PROC_PID_INIT_INO of include/linux/proc_ns.h, since 3.8."""
 _INITIAL_NETWORK_NAMESPACE = 0xEFFFFFF9
-"""NET_NS_INIT_INO of include/uapi/linux/nsfs.h, of recent kernels.
+"""NET_NS_INIT_INO of include/uapi/linux/nsfs.h, in recent kernels.
 
-Earlier it had one of the numbers from 0xF0000000 on, which go to all namespaces
-(PROC_DYNAMIC_FIRST in fs/proc/generic.c): there no other namespace has this one.
+Older kernels give the initial namespace a number from 0xF0000000 on, like any other
+(PROC_DYNAMIC_FIRST in fs/proc/generic.c). There no namespace has the number above.
 """
 
 
@@ -50,10 +49,10 @@ def own_netns() -> int:
 
 
 def resolve(text: str) -> int | None:
-    """The inode number that `--netns` means: a path, a name of `ip netns`, or `all` (None).
+    """The inode number for `--netns`: a path, a name of `ip netns`, or `all` (None).
 
-    Raises UsageError where there is no such network namespace, CannotTraceError where it may not
-    be looked at.
+    Raises UsageError where there is no such network namespace, CannotTraceError where access is
+    denied.
     """
     if text == "all":
         return None
@@ -62,7 +61,7 @@ def resolve(text: str) -> int | None:
         inode, obstacle = path.stat().st_ino, _obstacle(path)
     except PermissionError as error:
         raise CannotTraceError(
-            f"the network namespace {text} cannot be looked at",
+            f"no access to the network namespace {text}",
             f"{path}: {error.strerror}",
             as_root_remedy(),
         ) from error
@@ -82,7 +81,7 @@ def resolve(text: str) -> int | None:
 
 
 def _obstacle(path: Path) -> str:
-    """What a path leads to instead of a network namespace; empty where it leads to one."""
+    """What a path leads to instead of a network namespace; empty if it leads to one."""
     if path.is_dir():
         return "a directory"
     if not _on_nsfs(path):
@@ -98,9 +97,9 @@ def _on_nsfs(path: Path) -> bool:
 
 
 def names() -> dict[int, str]:
-    """Names people know namespaces by: those of `ip netns`, `host`, `own`, and `pid 1's`.
+    """Names of namespaces: those of `ip netns`, `host`, `own`, and `pid 1's`.
 
-    In a PID namespace of its own a container's process 1 is not the host's.
+    `pid 1's` is for a container with its own PID namespace, whose process 1 is not the host's.
     """
     found = {inode: path.name for inode, path in _with_names().items()}
     own, init = own_netns(), _of_process_1()
@@ -117,9 +116,9 @@ def names() -> dict[int, str]:
 
 
 def _of_process_1() -> tuple[int, int] | None:
-    """Inode numbers of process 1's PID and network namespace; None where it may not be looked at.
+    """Inode numbers of process 1's PID and network namespace; None if access is denied.
 
-    It is the process 1 of the PID namespace that /proc was mounted in.
+    Process 1 is that of the PID namespace in which /proc was mounted.
     """
     try:
         return Path("/proc/1/ns/pid").stat().st_ino, Path("/proc/1/ns/net").stat().st_ino
@@ -128,7 +127,7 @@ def _of_process_1() -> tuple[int, int] | None:
 
 
 def _with_names() -> dict[int, Path]:
-    """The paths of the namespaces that `ip netns` knows, or a link beside them leads to."""
+    """Paths in /run/netns by namespace, including links that lead to one."""
     found: dict[int, Path] = {}
     with contextlib.suppress(OSError):
         for path in sorted(_NAMED.iterdir()):
@@ -139,7 +138,7 @@ def _with_names() -> dict[int, Path]:
 
 
 def _pids_by_namespace() -> dict[int, list[int]]:
-    """Processes through which each namespace can be read; a process may end at any moment."""
+    """All processes of each namespace. Any of them may end at any moment."""
     found: dict[int, list[int]] = {}
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
@@ -152,7 +151,7 @@ def _pids_by_namespace() -> dict[int, list[int]]:
 
 
 def parse_netstat(text: str) -> dict[str, int]:
-    """The TcpExt counters of a /proc/net/netstat: pairs of lines, names above values."""
+    """The TcpExt counters in a /proc/net/netstat, which has pairs of lines: names, then values."""
     found: dict[str, int] = {}
     lines = text.splitlines()
     for heading, values in zip(lines[::2], lines[1::2]):
@@ -168,7 +167,7 @@ def _own_counters() -> dict[str, int]:
 
 
 def _own_queue_settings() -> dict[str, int]:
-    """/proc/sys/net shows the reading thread's namespace. A setting it lacks is left out."""
+    """The calling thread's namespace's QUEUE_SETTINGS. A missing setting is left out."""
     found = {}
     for name in QUEUE_SETTINGS:
         path = Path("/proc/sys/net") / name.replace(".", "/")
@@ -178,15 +177,15 @@ def _own_queue_settings() -> dict[str, int]:
 
 
 def _inside(path: Path, function: Callable[[], Result], inode: int | None = None) -> Result:
-    """What a function returns in another namespace: a thread of ours enters it for a moment.
+    """Call a function in another namespace, from a temporary thread.
 
-    Raises OSError where it cannot be entered, or where the path leads to another one than that
-    with the number `inode`, and what the function raises.
+    Raises OSError where the namespace cannot be entered, or where the path leads to a namespace
+    other than `inode`. Raises what the function raises.
     """
 
     def enter(libc: ctypes.CDLL) -> int:
         with path.open("rb") as file:
-            # A process may have changed namespaces, or its number be another one's, by now.
+            # The process may have changed its namespace, or its PID may have been reused.
             if inode not in (None, os.fstat(file.fileno()).st_ino):
                 raise _gone()
             return int(libc.setns(file.fileno(), _CLONE_NEWNET))
@@ -195,15 +194,16 @@ def _inside(path: Path, function: Callable[[], Result], inode: int | None = None
 
 
 def in_new_namespace(function: Callable[[], Result]) -> Result:
-    """What a function returns in a namespace that is made for it, and is gone afterwards.
+    """Call a function in a new, temporary namespace.
 
-    Raises OSError where none can be made (that takes CAP_SYS_ADMIN), and what the function raises.
+    Raises OSError where the namespace cannot be made (that takes CAP_SYS_ADMIN), and what the
+    function raises.
     """
     return _in_thread(lambda libc: int(libc.unshare(_CLONE_NEWNET)), function)
 
 
 def _in_thread(enter: Callable[[ctypes.CDLL], int], function: Callable[[], Result]) -> Result:
-    """What a function returns in a thread that has entered another namespace before."""
+    """Call a function in a thread that first calls `enter`."""
     results: list[Result] = []
     errors: list[Exception] = []
 
@@ -214,7 +214,7 @@ def _in_thread(enter: Callable[[ctypes.CDLL], int], function: Callable[[], Resul
                 number = ctypes.get_errno()
                 raise OSError(number, os.strerror(number))
             results.append(function())
-        except Exception as error:  # handed to the caller, whose thread it is not
+        except Exception as error:  # raised again in the caller's thread
             errors.append(error)
 
     thread = threading.Thread(target=call)
@@ -229,7 +229,7 @@ def _in_thread(enter: Callable[[ctypes.CDLL], int], function: Callable[[], Resul
 
 
 def _read_inside(path: Path, read_own: Callable[[], dict[str, int]], inode: int) -> dict[str, int]:
-    """What `read_own` finds in another namespace; empty where it cannot be entered."""
+    """Call `read_own` in another namespace; empty if the namespace cannot be entered."""
     try:
         return _inside(path, read_own, inode)
     except (OSError, ValueError):
@@ -237,7 +237,7 @@ def _read_inside(path: Path, read_own: Callable[[], dict[str, int]], inode: int)
 
 
 def _ways_into(inode: int) -> Iterator[Path]:
-    """Paths that lead to a namespace, those with a name first: a process may end at any moment."""
+    """Paths that lead to a namespace, a name first because a process may end at any moment."""
     path = _with_names().get(inode)
     if path is not None:
         yield path
@@ -246,9 +246,9 @@ def _ways_into(inode: int) -> Iterator[Path]:
 
 
 def run_in(inode: int, function: Callable[[], Result]) -> Result:
-    """What a function returns in the namespace with that inode number.
+    """Call a function in the namespace with this inode number.
 
-    The calling thread stays where it is. Raises OSError where the namespace is gone or cannot be
+    The calling thread keeps its namespace. Raises OSError where the namespace is gone or cannot be
     entered (that takes CAP_SYS_ADMIN), and what the function raises.
     """
     if inode == own_netns():
@@ -269,9 +269,9 @@ def _gone() -> OSError:
 def gone(wanted: Collection[int]) -> frozenset[int]:
     """Those of these network namespaces to which no process, name or mount leads any more.
 
-    None of them where anything could not be looked at: what cannot be entered is not gone. One that
-    only an open file or a socket holds is among them: that cannot be told without looking at every
-    open file, and of a socket not even so.
+    Empty if anything was not accessible, because an inaccessible namespace is not gone. A namespace
+    that only an open file or a socket holds counts as gone. To find such a file would take a walk
+    over all open files, and even that would not show a socket's namespace.
     """
     init = _of_process_1()
     if init is None or init[0] != _INITIAL_PID_NAMESPACE:
@@ -286,16 +286,16 @@ def gone(wanted: Collection[int]) -> frozenset[int]:
 
 
 def _entries(directory: Path) -> Iterator[Path]:
-    """Those with a number for their name; none where the process has ended. Raises OSError."""
+    """Entries whose name is a number; none if the process has ended. Raises OSError."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         yield from (entry for entry in directory.iterdir() if entry.name.isdigit())
 
 
 def _number(link: Path) -> int | None:
-    """The inode number of a thread's namespace; None where the thread has ended.
+    """The inode number of a thread's namespace; None if the thread has ended.
 
-    Raises OSError where it may not be looked at, which the kernel says of one that ends just now
-    as well (proc_ns_get_link).
+    Raises OSError where access is denied. The kernel also denies access to a thread that is just
+    ending (proc_ns_get_link); that counts as ended.
     """
     try:
         return link.stat().st_ino
@@ -319,7 +319,7 @@ def _of_threads() -> Iterator[int]:
 
 
 def _of_mounts() -> Iterator[int]:
-    """The mounts of every mount namespace that a process is in, each read once."""
+    """Namespaces mounted in any process's mount namespace; each mount namespace is read once."""
     read: set[int | None] = {None}
     for process in _entries(_PROC):
         number = _number(process / "task" / process.name / "ns/mnt")
@@ -334,9 +334,9 @@ def _of_mounts() -> Iterator[int]:
 
 
 def read_queue_settings() -> dict[int, dict[str, int]]:
-    """QUEUE_SETTINGS of every namespace that can be found, by inode number.
+    """QUEUE_SETTINGS of every namespace found, by inode number.
 
-    Empty for one that cannot be entered (that takes CAP_SYS_ADMIN).
+    A namespace that cannot be entered (that takes CAP_SYS_ADMIN) has no settings.
     """
     paths = {
         inode: [Path(f"/proc/{pid}/ns/net") for pid in pids]
@@ -355,9 +355,9 @@ def read_queue_settings() -> dict[int, dict[str, int]]:
 
 
 def _counters_by_process(pid: int, inode: int) -> dict[str, int]:
-    """Empty where the process has ended, or lives in another namespace by now.
+    """Counters of a process's namespace; empty if it has ended or is no longer in `inode`.
 
-    Without the cookie where the namespace cannot be entered.
+    They lack the cookie if the namespace cannot be entered.
     """
     with contextlib.suppress(OSError, ValueError):
         return _inside(Path(f"/proc/{pid}/ns/net"), _own_counters, inode)
@@ -371,18 +371,18 @@ def _counters_by_process(pid: int, inode: int) -> dict[str, int]:
 class CounterReader:
     """Reads the kernel's TcpExt counters of network namespaces.
 
-    To find the namespaces means to look at every process. So the process through which each one
-    was read is kept, for those who want few of them, and often.
+    Finding all namespaces takes a look at every process. So the process through which a namespace
+    was read is remembered, to make frequent reads of a few namespaces cheap.
     """
 
     def __init__(self) -> None:
         self._processes: dict[int, int] = {}
 
     def read(self, wanted: Collection[int] | None = None) -> KernelCounters:
-        """Counters by inode number, of those namespaces or of every one that can be reached.
+        """Counters by inode number, of the `wanted` namespaces or of all that can be reached.
 
-        One that cannot be reached is left out; the reconciliation names it as unknown. Raises
-        CannotTraceError where not even our own can be read (no /proc).
+        A namespace that cannot be reached is left out; the reconciliation names it as unknown.
+        Raises CannotTraceError where not even our own can be read (no /proc).
         """
         if wanted is None:
             return self._read_all()

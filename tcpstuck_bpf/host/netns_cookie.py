@@ -1,4 +1,4 @@
-"""A network namespace's cookie, which no other one of this boot has or had."""
+"""A network namespace's cookie, unique within a boot."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import socket
 import sys
 
 _SO_NETNS_COOKIE, _COOKIE_BYTES = 71, 8
-"""asm-generic/socket.h; of the architectures with BPF tracing none has another number."""
+"""asm-generic/socket.h. No architecture with BPF tracing has another number."""
 
 
 def own_cookie() -> int:
-    """The calling thread's namespace's; 0 before 5.14, which has none (SO_NETNS_COOKIE)."""
+    """Cookie of the calling thread's namespace; 0 before 5.14, which lacks SO_NETNS_COOKIE."""
     try:
         with socket.socket() as inside:
             cookie = inside.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, _COOKIE_BYTES)

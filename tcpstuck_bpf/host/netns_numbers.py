@@ -1,7 +1,7 @@
-"""Whose the inode number of a network namespace is. Pure.
+"""Detects inode numbers that have passed to another network namespace. Pure.
 
-A new namespace gets the lowest number that is free, mostly that of the one that has just gone. Its
-cookie (NETNS_COOKIE) tells the two apart.
+A new namespace gets the lowest free number, often that of a namespace just removed. The cookie
+(NETNS_COOKIE) distinguishes the two.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ class _There(NamedTuple):
 
 
 class NetnsNumbers:
-    """Takes in what is read of namespaces. There are no more numbers than namespaces at a time."""
+    """The last cookie seen for each inode number. Memory is bounded by the namespaces at a time."""
 
     def __init__(self) -> None:
         self._there: dict[int, _There] = {}
         self._reused: dict[int, int] = {}
 
     def note(self, living: Mapping[int, int], time_ns: int) -> None:
-        """The cookies of namespaces by inode number, as they were at this time or after it."""
+        """Take in cookies by inode number, read at `time_ns` or later."""
         for netns, cookie in living.items():
             before = self._there.get(netns)
             if before is not None and before.cookie != cookie:
@@ -31,9 +31,9 @@ class NetnsNumbers:
             self._there[netns] = _There(cookie, time_ns)
 
     def take_reused(self, wanted: Collection[int]) -> dict[int, int]:
-        """Numbers that have become another namespace's, and the latest time they were not yet.
+        """The numbers in `wanted` that passed to another namespace, each reported only once.
 
-        Each is told once.
+        The value is the last time at which the old namespace was seen.
         """
         found = sorted(self._reused.keys() & set(wanted))
         return {netns: self._reused.pop(netns) for netns in found}

@@ -1,9 +1,8 @@
-"""Reads the firewall rules of one network namespace that drop packets, and changes none of them.
+"""Reads the firewall rules of one network namespace that can drop packets, and changes nothing.
 
-By the programs that people themselves use, `nft -j` and `iptables-save`, run inside the namespace.
-Neither is run where it would make the kernel load a module: only what is in use is read. Whoever
-may make rules there decides how many there are, so this is a process of its own, which
-`ruleset_reader` starts with limits of time and memory.
+It runs `nft -j` and `iptables-save` inside the namespace. Neither is run if it would make the
+kernel load a module, so only rules in use are read. A stranger may have made any number of rules,
+so `ruleset_reader` starts this as a child process with limits of time and memory.
 """
 
 from __future__ import annotations
@@ -36,32 +35,32 @@ from tcpstuck_bpf.host.ruleset_text import (
 from tcpstuck_bpf.model import DropRule, Ruleset
 
 CPU_LIMIT_S = 60
-"""Seconds of processor time, for this process and for each program it runs. How much work there can
-be is bounded by what is read; this ends what loops. In an emulated machine whose processors others
-use as well, a start of the tool itself has taken seven.
+"""Seconds of processor time for this process and for each program it runs. The size of the input
+already bounds the work; this limit ends an endless loop. A start of the tool itself has taken seven
+seconds in an emulated machine on shared processors.
 """
 MEMORY_LIMIT = 256 << 20
-"""Bytes of private memory, for each of them: 5 000 rules take 50 MiB."""
+"""Bytes of private memory for this process and each program it runs; 5 000 rules take 50 MiB."""
 MOST_TEXT = 32 << 20
-"""Bytes that one program may print: 60 000 rules. What is printed becomes six times that."""
+"""Largest output of one program in bytes: 60 000 rules. Parsed, it takes six times as much."""
 MOST_RULES = 20_000
-"""Rules and jumps that can matter, of one namespace. No more are handed over."""
+"""Largest number of relevant rules and jumps returned for one namespace."""
 
 _MODULE = Path("/sys/module/nf_tables")
 _BUILT_INTO_KERNEL = "nft_do_chain"
-"""A function of nf_tables that the kernel itself has where it is no module."""
+"""A function of nf_tables that kallsyms shows if nf_tables is built into the kernel."""
 _OWN_NET = Path("/proc/thread-self/net")
 _LEGACY = (("ip", "iptables", "ip_tables_names"), ("ip6", "ip6tables", "ip6_tables_names"))
 _CONNTRACK = (
     ("nf_conntrack_in", ("prerouting", "output"), ("drop",)),
     ("nf_confirm", ("input", "postrouting"), ("drop", "insert_failed", "chainlength")),
 )
-"""Functions of connection tracking, their hooks, and what counts the packets that they drop; the
-last column is not there before 5.15 (nf_conntrack_standalone.c)."""
+"""Functions of connection tracking, their hooks, and the columns that count the packets they drop.
+The last column is missing before 5.15 (nf_conntrack_standalone.c)."""
 _MOST_DEVICES = 4096
-"""Devices of one namespace whose names are handed over; where there are more, none are."""
+"""Largest number of device names returned; with more devices none are."""
 _MOST_ANSWER = 16 << 20
-"""Characters: the most rules come to a quarter of it, unless somebody has made up long names."""
+"""Largest answer in characters; MOST_RULES take a quarter of it, unless their names are long."""
 NICENESS = 10
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -73,11 +72,11 @@ def _end_with_parent() -> None:
 
 
 class _TooMuchError(Exception):
-    """A program printed more than is read."""
+    """A program printed more than MOST_TEXT bytes."""
 
 
 def _output(command: Sequence[str]) -> str:
-    """What a program prints. Raises OSError, SubprocessError and _TooMuchError."""
+    """Run a program and return its output. Raises OSError, SubprocessError and _TooMuchError."""
     program = find_program(command[0])
     if program is None:
         raise FileNotFoundError(2, "it is not installed", command[0])
@@ -100,9 +99,9 @@ def _output(command: Sequence[str]) -> str:
 
 
 def _legacy_command(program: str) -> Sequence[str] | None:
-    """What lists the legacy tables; None where nothing that is installed does.
+    """The command that lists the legacy tables; None if none is installed.
 
-    `iptables-save` may be the one of nf_tables, which has other tables of the same names.
+    `iptables-save` may be the nf_tables variant, which lists other tables with the same names.
     """
     if find_program(f"{program}-legacy-save"):
         return (f"{program}-legacy-save", "-c")
@@ -115,7 +114,7 @@ def _legacy_command(program: str) -> Sequence[str] | None:
 
 
 class _Reading:
-    """What has been read so far."""
+    """The rules and problems found so far."""
 
     def __init__(self) -> None:
         self.parts = no_parts()
@@ -126,14 +125,14 @@ class _Reading:
     def read(
         self, command: Sequence[str], parse: Callable[[str], Parts], problems: list[str]
     ) -> bool:
-        """Whether a program listed rules that could be understood."""
+        """Add the rules that a program lists; False if they cannot be read."""
         try:
             parts = reachable(parse(_output(command)))
         except _TooMuchError:
-            problems.append(f"there are too many rules of {command[0]} to be read")
+            problems.append(f"{command[0]} lists too many rules to be read")
             return False
         except MemoryError:
-            problems.append(f"the rules of {command[0]} take too much memory to be read")
+            problems.append(f"reading the rules of {command[0]} takes too much memory")
             return False
         except (OSError, subprocess.SubprocessError, *STRANGE) as error:
             why = getattr(error, "strerror", None) or type(error).__name__
@@ -142,9 +141,7 @@ class _Reading:
         problems.extend(parts.problems)
         room = max(0, MOST_RULES - len(self.parts.rules) - len(self.parts.jumps))
         if len(parts.rules) + len(parts.jumps) > room:
-            problems.append(
-                f"there are more than {MOST_RULES} rules: not all of them are looked at"
-            )
+            problems.append(f"there are more than {MOST_RULES} rules: not all of them are checked")
         self.parts.rules.extend(parts.rules[:room])
         self.parts.packets.extend(parts.packets[:room])
         self.parts.jumps.extend(parts.jumps[: max(0, room - len(parts.rules))])
@@ -153,12 +150,12 @@ class _Reading:
         return True
 
     def read_nftables(self) -> None:
-        """If nf_tables is in use."""
+        """Read the rules of nf_tables, if it is in use."""
         if _MODULE.exists() or kallsyms.function_symbols([_BUILT_INTO_KERNEL]):
             self.read(("nft", "-j", "list", "ruleset"), nftables_rules, self.problems)
 
     def read_legacy(self) -> None:
-        """The tables of ip_tables and ip6_tables, if there are any."""
+        """Read the tables of ip_tables and ip6_tables, if there are any."""
         for family, program, names in _LEGACY:
             try:
                 tables = (_OWN_NET / names).read_text("ascii").split()
@@ -166,7 +163,7 @@ class _Reading:
                 continue
             except OSError as error:
                 self.elsewhere.append(
-                    f"whether {program} has legacy tables is not known: {error.strerror}"
+                    f"it is unknown whether {program} has legacy tables: {error.strerror}"
                 )
                 continue
             if not tables:
@@ -174,14 +171,14 @@ class _Reading:
             command = _legacy_command(program)
             if command is None:
                 self.elsewhere.append(
-                    f"{program} has legacy tables ({', '.join(tables)}), and nothing that lists "
-                    f"them is installed: {program}-legacy-save"
+                    f"{program} has legacy tables ({', '.join(tables)}), but "
+                    f"{program}-legacy-save, which lists them, is not installed"
                 )
             elif self.read(command, partial(xtables_rules, family=family), self.elsewhere):
                 self.tables_read.add(family)
 
     def read_others(self, devices: Sequence[tuple[int, str]]) -> None:
-        """What is at the hooks besides."""
+        """Add what else at the hooks can drop packets."""
         others = netfilter_hooks.besides_rules(
             self.parts.chains,
             self.tables_read,
@@ -200,9 +197,9 @@ class _Reading:
 
 
 def _conntrack_drops(statistics: Path, columns: Sequence[str]) -> int | None:
-    """Packets that connection tracking dropped in this namespace; None where it is not there.
+    """Packets that connection tracking dropped in this namespace; None if it is not in use.
 
-    A line of names, then one of hexadecimal numbers for each CPU.
+    The file has a line of names, then a line of hexadecimal numbers for each CPU.
     """
     try:
         names, *cpus = (line.split() for line in statistics.read_text("ascii").splitlines())
@@ -213,7 +210,7 @@ def _conntrack_drops(statistics: Path, columns: Sequence[str]) -> int | None:
 
 
 def read_own() -> Ruleset:
-    """What can drop in the network namespace of the calling thread, as it is now."""
+    """The current rules that can drop packets in the calling thread's network namespace."""
     reading = _Reading()
     devices = socket.if_nameindex()
     reading.read_nftables()
@@ -233,9 +230,9 @@ def read_own() -> Ruleset:
 
 
 def main(inode: int) -> int:
-    """Print the Ruleset of the network namespace with that inode number, as JSON."""
+    """Print the Ruleset of the network namespace with this inode number, as JSON."""
     _end_with_parent()
-    # Whatever else runs on this machine comes first; the verdict does not wait.
+    # Other processes of this machine go first; no verdict waits for this one.
     os.nice(NICENESS)
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT_S, CPU_LIMIT_S + 1))
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))

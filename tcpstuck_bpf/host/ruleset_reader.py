@@ -1,7 +1,7 @@
-"""Has the firewall rules of a network namespace read by a process of its own (`ruleset_child`).
+"""Reads the firewall rules of a network namespace in a child process (`ruleset_child`).
 
-How many rules there are is up to whoever made the namespace, and any user may make one. What takes
-too long, or too much memory, ends that process, not this one.
+Any user may make a namespace, and fill it with any number of rules. A ruleset that takes too much
+time or memory ends the child, not this process.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from tcpstuck_bpf.model import Ruleset
 from tcpstuck_bpf.recording.values import ruleset_of
 
 LIMIT_S = 300.0
-"""For one reading. It ends a wait for one that hangs; nobody else waits for it."""
+"""Seconds for one read. This ends a child that hangs; nothing else waits for it."""
 _CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from tcpstuck_bpf.host import ruleset_child; sys.exit(ruleset_child.main(int(sys.argv[2])))"
 )
-"""With our own search path and no other: what lies in the current directory is not to be run."""
+"""The child uses exactly our search path, so it runs nothing from the current directory."""
 _PACKAGE_PLACE = str(Path(__file__).resolve().parents[2])
-"""The child begins without `site`, a third faster, and so without an editable install's finder."""
+"""Directory of the package. The child starts without `site`, which is a third faster, and so
+without an editable install's finder."""
 
 
 def read_ruleset(inode: int) -> Ruleset:
-    """The rules that can drop, of the namespace with that inode number, as they are now."""
+    """The current rules that can drop packets in the namespace with this inode number."""
     try:
         answer = _answer(inode)
         return ruleset_of(json.loads(answer))
@@ -43,24 +44,24 @@ def read_ruleset(inode: int) -> Ruleset:
 
 
 class _EndedError(Exception):
-    """The process ended without an answer; the text says why."""
+    """The child ended without an answer; the text says why."""
 
 
 def _answer(inode: int) -> bytes:
-    """Raises OSError, TimeoutExpired and _EndedError."""
+    """The child's output. Raises OSError, TimeoutExpired and _EndedError."""
     path = [*sys.path, _PACKAGE_PLACE]
     child = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", _CHILD, json.dumps(path), str(inode)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        # Ctrl-C at our terminal is meant for us: what is being read still tells something.
+        # Ctrl-C at our terminal must not end the child: the run can still use its answer.
         start_new_session=True,
     )
     try:
         answer, _ = child.communicate(timeout=LIMIT_S)
     finally:
-        # What it has started ends with it.
+        # The child's own children end with it.
         child.kill()
         child.wait()
     if child.returncode == -signal.SIGXCPU:

@@ -1,9 +1,9 @@
-"""What can drop a packet, from what `nft -j` and `iptables-save` print. Pure.
+"""Finds the rules that can drop a packet in the output of `nft -j` and `iptables-save`. Pure.
 
-A rule is a suspect unless all it does is known never to end a packet: what nobody knows may drop.
-Known are the statements of nftables and the targets of iptables whose code returns nothing but
-NFT_CONTINUE, NFT_BREAK, XT_CONTINUE or an accepting verdict (net/netfilter of 5.10 to 7.1, and
-xtables-addons). Those that drop only for want of memory are taken for innocent (DSCP, TTL, NAT).
+A rule is a suspect unless everything it does is known never to drop a packet. Known to be innocent
+are the nftables statements and iptables targets whose code returns only NFT_CONTINUE, NFT_BREAK,
+XT_CONTINUE or an accepting verdict (net/netfilter of 5.10 to 7.1, and xtables-addons). Those that
+drop only for lack of memory count as innocent too (DSCP, TTL, NAT).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from tcpstuck_bpf.model import Conditions, DropRule, Jump
 
 STRANGE = (ValueError, KeyError, TypeError, AttributeError)
-"""What comes of a ruleset in a shape that nobody has seen yet."""
+"""Exceptions that a ruleset of an unknown format causes."""
 _BUILT_IN = ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING")
 _NEVER_DROPS = frozenset(
     {
@@ -26,9 +26,9 @@ _NEVER_DROPS = frozenset(
         "set", "map", "meter", "last", "secmark", "comment", "snat", "dnat", "tproxy",
     }
 )  # fmt: skip
-"""Statements of libnftables-json(5). Not: drop, reject, queue, synproxy, fwd (NF_STOLEN), `ct
-count` (nft_connlimit.c), reset of a TCP option (nft_exthdr.c), masquerade and redirect (no
-address), and whatever a later version brings."""
+"""Innocent statements of libnftables-json(5). These are suspects: drop, reject, queue, synproxy,
+fwd (NF_STOLEN), `ct count` (nft_connlimit.c), reset of a TCP option (nft_exthdr.c), masquerade and
+redirect (no address), and any statement of a later version."""
 _INNOCENT_TARGETS = frozenset(
     {
         "ACCEPT", "RETURN", "ACCOUNT", "AUDIT", "CHECKSUM", "CLASSIFY", "CONNMARK", "CONNSECMARK",
@@ -37,27 +37,28 @@ _INNOCENT_TARGETS = frozenset(
         "TCPMSS", "TEE", "TOS", "TRACE", "TTL", "ULOG",
     }
 )  # fmt: skip
-"""Not: DROP, REJECT, QUEUE, NFQUEUE, SYNPROXY, TPROXY, CLUSTERIP, MASQUERADE, REDIRECT, SNPT, DNPT,
-TCPOPTSTRIP, and of xtables-addons TARPIT, CHAOS, DELUDE, ECHO, STEAL, SYSRQ, DHCPMAC, RAWNAT."""
+"""Innocent targets. These are suspects: DROP, REJECT, QUEUE, NFQUEUE, SYNPROXY, TPROXY, CLUSTERIP,
+MASQUERADE, REDIRECT, SNPT, DNPT, TCPOPTSTRIP, and of xtables-addons TARPIT, CHAOS, DELUDE, ECHO,
+STEAL, SYSRQ, DHCPMAC, RAWNAT."""
 _SILENT_TARGETS = frozenset(
     {
         "DROP", "CLUSTERIP", "DHCPMAC", "DNPT", "ECHO", "MASQUERADE", "RAWDNAT", "RAWSNAT",
         "REDIRECT", "SNPT", "STEAL", "SYNPROXY", "SYSRQ", "TCPOPTSTRIP", "TPROXY",
     }
 )  # fmt: skip
-"""Suspects that surely do not answer by RST."""
+"""Suspects that never answer with an RST."""
 _NO_QUEUE = _SILENT_TARGETS | {"REJECT", "TARPIT", "DELUDE", "CHAOS"}
-"""Suspects that surely hand nothing to a queue."""
+"""Suspects that never hand a packet to a queue."""
 _SILENT_STATEMENTS = frozenset(
     {"drop", "synproxy", "fwd", "ct count", "reset", "redirect", "masquerade"}
 )
 _MATCHES_THAT_DROP = frozenset({"connlimit", "hashlimit"})
-"""What iptables drops by itself: by `hotdrop`, where there is no room for another entry."""
+"""iptables matches that drop by themselves: `hotdrop`, if there is no room for an entry."""
 _VERDICTS = frozenset({"accept", "drop", "jump", "goto", "return", "continue", "queue"})
 _TABLE_FLAGS = frozenset({"dormant", "owner", "persist"})
 _WORD = re.compile(r'"(?:[^"\\]|\\.)*"|\S+')
-"""As xtables_save_string() writes them. shlex takes ten times as long:
-seconds for a large ruleset."""
+"""A word as xtables_save_string() writes it. shlex would take ten times as long, which is seconds
+for a large ruleset."""
 _COUNTED = re.compile(r"\[(\d+):\d+\]")
 _OPTIONS = {
     "-p": "protocol",
@@ -73,27 +74,27 @@ ChainName = tuple[str, str, str]
 
 
 class Parts(NamedTuple):
-    """What there is of a ruleset, in the order it was listed."""
+    """The relevant parts of a ruleset, in the order of the listing."""
 
     rules: list[DropRule]
     packets: list[int | None]
-    """What each rule has counted; as long as `rules`."""
+    """Each rule's packet counter; as long as `rules`."""
     jumps: list[Jump]
     chains: set[ChainName]
-    """Chains that a hook calls, of those that were listed."""
+    """Listed chains that a hook calls."""
     mentioned: set[str]
     """Statements and targets that make a hook of their own (`synproxy`, `flowtable`)."""
     problems: list[str]
-    """Complete sentences: what the listing does not tell."""
+    """What the listing leaves unknown, in complete sentences."""
 
     def add(self, rule: DropRule, packets: int | None) -> None:
-        """One more rule."""
+        """Add a rule and its packet counter."""
         self.rules.append(rule)
         self.packets.append(packets)
 
 
 def no_parts() -> Parts:
-    """Nothing yet."""
+    """Empty parts."""
     return Parts([], [], [], set(), set(), [])
 
 
@@ -110,7 +111,7 @@ _NOTHING = _Verdict(False, False)
 
 
 class _Listing:
-    """The items of `nft -j list ruleset`, those that rules refer to by their names."""
+    """The items of `nft -j list ruleset` that rules refer to by name."""
 
     def __init__(self, items: Sequence[Mapping[str, Any]]) -> None:
         self.asleep: set[tuple[str, str]] = set()
@@ -135,11 +136,11 @@ class _Listing:
         if "dormant" in names:
             self.asleep.add((table["family"], table["name"]))
         elif names - _TABLE_FLAGS:
-            # nft 1.0.6 prints the table's own name there.
+            # nft 1.0.6 prints the table's own name as a flag.
             self.has_unclear_flags = True
 
     def verdict_of(self, map_: ChainName) -> _Verdict:
-        """What the verdicts of a map with a name may do; of one that is not listed anything."""
+        """What the verdicts of a named map may do. A map that is not listed may do anything."""
         if map_ not in self._verdicts:
             elements = self.maps.get(map_)
             if elements is None:
@@ -150,20 +151,20 @@ class _Listing:
         return self._verdicts[map_]
 
     def map_jumps(self) -> Iterator[Jump]:
-        """From each map that was asked for, as if it was a chain of the name `@map`.
+        """The jumps in each map used so far, as if the map was a chain named `@map`.
 
-        Many rules may use one map of many elements: no rule has a copy of them.
+        Many rules may use one large map, so no rule has a copy of its elements.
         """
         for (family, table, name), verdict in self._verdicts.items():
             for target in dict.fromkeys(verdict.leads_to):
                 yield Jump(family, table, f"@{name}", "", target, ())
 
     def hook_of(self, chain_name: ChainName) -> str:
-        """The hook that calls a chain; empty where none does."""
+        """The hook that calls a chain; empty if none does."""
         return str(self.chains.get(chain_name, {}).get("hook", ""))
 
     def at_device(self, chain_name: ChainName) -> Conditions:
-        """What a chain at one device's ingress asks of a packet."""
+        """The condition on the device of a chain at a device's ingress hook."""
         device = self.chains.get(chain_name, {}).get("dev")
         return (("iifname", device),) if isinstance(device, str) else ()
 
@@ -173,15 +174,15 @@ def _name_of(item: Mapping[str, Any]) -> ChainName:
 
 
 def nftables_rules(text: str) -> Parts:
-    """From `nft -j list ruleset` (libnftables-json(5)). A dormant table's chains are left out.
+    """Parse `nft -j list ruleset` (libnftables-json(5)). A dormant table's chains are left out.
 
-    Raises ValueError, KeyError, TypeError or AttributeError where it is none.
+    Raises ValueError, KeyError, TypeError or AttributeError where the text is not a ruleset.
     """
     items = json.loads(text)["nftables"]
     listing = _Listing(items)
     parts = no_parts()
     if listing.has_unclear_flags:
-        parts.problems.append("this nft does not tell whether tables with flags are dormant")
+        parts.problems.append("this nft does not show whether tables with flags are dormant")
     for item in items:
         if "flowtable" in item:
             parts.mentioned.add("flowtable")
@@ -227,7 +228,7 @@ def _is_synproxy(statement: Any) -> bool:
 def _rule_verdict(
     statements: Sequence[Any], listing: _Listing, table: tuple[str, str]
 ) -> tuple[_Verdict, int | None]:
-    """What a rule may do, and how many packets have come to the first statement that may drop."""
+    """What a rule may do, and how many packets reached the first statement that may drop."""
     drops = may_reset = queues = False
     leads_to: list[str] = []
     packets: int | None = None
@@ -258,8 +259,8 @@ def _of_statement(
     statement: Any, has_verdict: bool, listing: _Listing, table: tuple[str, str]
 ) -> _Verdict:
     if not isinstance(statement, dict) or statement == {"xt": None}:
-        # Older nft has null or mere text for any match or target of iptables'. A target is last,
-        # and where there is one there is no verdict of nftables'.
+        # Older nft prints null or plain text for any iptables match or target. A target comes
+        # last, and a rule with a target has no nftables verdict.
         return _NOTHING if has_verdict else _Verdict(True, True, queues=True)
     if "xt" in statement:
         return _of_xtables(statement["xt"])
@@ -294,12 +295,12 @@ def _of_map(data: Any, listing: _Listing, table: tuple[str, str]) -> _Verdict:
         verdict = listing.verdict_of((*table, name))
         return verdict._replace(leads_to=(f"@{name}",))
     if not isinstance(data, dict):
-        raise TypeError("a map that is none")
+        raise TypeError("not a map")
     return _of_verdicts(data)
 
 
 def _of_verdicts(elements: Any) -> _Verdict:
-    """What the verdicts anywhere in the elements of a map may do."""
+    """What the verdicts in a map's elements may do."""
     drops = queues = False
     leads_to: dict[str, None] = {}
     waiting = [elements]
@@ -318,7 +319,7 @@ def _of_verdicts(elements: Any) -> _Verdict:
 
 
 def _conditions(expressions: Sequence[Any]) -> Iterator[tuple[str, str]]:
-    """Matches for equality with one value that every packet of a rule has to pass."""
+    """The rule's conditions that compare a field with one value for equality."""
     for expression in expressions:
         match = expression.get("match") if isinstance(expression, dict) else None
         if not isinstance(match, dict) or match.get("op") != "==":
@@ -340,7 +341,7 @@ def _conditions(expressions: Sequence[Any]) -> Iterator[tuple[str, str]]:
         elif meta.get("key") == "nfproto":
             yield "nfproto", value
         elif meta.get("key") in ("iif", "iifname") and not value.isdecimal():
-            # A number is what nft prints of a device that is gone.
+            # nft prints a number for a device that is gone.
             yield "iifname", value
 
 
@@ -353,7 +354,7 @@ def _value(right: Any) -> str | None:
 
 
 def xtables_rules(text: str, family: str) -> Parts:
-    """From `iptables-save -c` of the legacy back end. Raises ValueError, KeyError."""
+    """Parse `iptables-save -c` of the legacy back end. Raises ValueError and KeyError."""
     parts = no_parts()
     table = ""
     policies: dict[str, tuple[str, int | None]] = {}
@@ -384,13 +385,13 @@ def xtables_rules(text: str, family: str) -> Parts:
 
 
 def _number(counted: str) -> int | None:
-    """The packets in `[packets:bytes]`."""
+    """The number of packets in `[packets:bytes]`."""
     found = _COUNTED.fullmatch(counted)
     return int(found.group(1)) if found else None
 
 
 class _Standing(NamedTuple):
-    """Where a rule of iptables stands."""
+    """Position and packet counter of an iptables rule."""
 
     chain: ChainName
     number: int
@@ -408,11 +409,11 @@ def _add_xtables_rule(
     drops_in_match = False
     for before, word, after in zip(["", *words], words, [*words[1:], ""]):
         if not after or after.startswith("-") or before in ("!", "--comment"):
-            # Negated, or a text that only looks like an option.
+            # The word is negated, or a comment that only looks like an option.
             continue
         if word in _OPTIONS:
             value = after.strip('"')
-            # A wildcard of iptables' ends in +, here as nftables' in *.
+            # An iptables wildcard ends in +. DropRule uses nftables' form, which ends in *.
             value = value[:-1] + "*" if word == "-i" and value.endswith("+") else value
             conditions.append((_OPTIONS[word], value))
         elif word in ("-j", "-g"):
@@ -434,12 +435,12 @@ def _add_xtables_rule(
         may_reset = not is_innocent and target not in _SILENT_TARGETS
     rule = DropRule(family, table, chain, hook, "number", at.number, tuple(conditions), may_reset)
     rule = rule._replace(queues=not is_innocent and target not in _NO_QUEUE)
-    # Only whom all matches let pass is counted.
+    # The counter counts only packets that pass all matches, not those that a match drops.
     parts.add(rule, None if drops_in_match else at.packets)
 
 
 def reachable(parts: Parts) -> Parts:
-    """The same without chains that no hook leads to, and jumps that lead to no rule that drops."""
+    """`parts` without chains that no hook reaches, and jumps that reach no rule that drops."""
     ways: dict[ChainName, list[Jump]] = {}
     back: dict[ChainName, list[ChainName]] = {}
     starts: dict[ChainName, None] = {}

@@ -1,7 +1,7 @@
-"""Reads the firewall's rules beside the loop that takes in events, as often as that may cost.
+"""Reads firewall rules in parallel to the event loop, at a limited cost.
 
-To run `nft` takes milliseconds on an idle machine and seconds on a busy one. No event waits for it:
-a thread reads, and what it found is fetched when it is there.
+Running `nft` takes milliseconds on an idle machine and seconds on a busy one. Events must not wait
+for it, so a thread reads the rules and the loop fetches the result later.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import NamedTuple
 from tcpstuck_bpf.model import Ruleset
 
 INTERVAL_NS = 1_000_000_000
-"""A namespace's rules are not read more often than that: a flood must not be paid for."""
+"""Shortest time between two reads of a namespace's rules, so that a flood of drops costs little."""
 MAX_NAMESPACES = 1024
-"""Whose readings are remembered, and so many may wait for one: where there are more, the ones read
-longest ago may be read again sooner, and a drop may stay without the rules that were there."""
+"""Largest number of namespaces whose last read is remembered, and of waiting namespaces. Beyond it,
+a namespace may be read again too early, and a drop may get no rules."""
 SHARE = 1
-"""To each reading belongs a pause of so many times the processor time it took, whichever namespace
-is next: all of them together take half of one processor at the most, at a low priority. It is not
-the time that passed, because a busy machine would then wait the longer the busier it is."""
+"""Pause after a read, as a multiple of its processor time, whichever namespace is next. So all
+reads together take at most half of one processor, at low priority. Elapsed time is not used,
+because it would lengthen the pauses on a busy machine."""
 AT_ONCE_NS = 10_000_000_000
-"""Readings of so much processor time together follow one another, and their pauses come later."""
+"""Processor time that reads may take in a row before their pauses are made up for."""
 
 
 class _Done(NamedTuple):
@@ -33,7 +33,7 @@ class _Done(NamedTuple):
 
 
 def _in_a_thread(job: Callable[[], None]) -> None:
-    """Run a job beside the caller. A daemon: the end of the process does not wait for it.
+    """Run a job in a daemon thread, so the end of the process does not wait for it.
 
     Raises RuntimeError where no thread can be made.
     """
@@ -41,16 +41,16 @@ def _in_a_thread(job: Callable[[], None]) -> None:
 
 
 def _spent_by_children_ns() -> int:
-    """Processor time of all children that have ended: hardly any but those that read rules."""
+    """Processor time of all ended children, which are almost only those that read rules."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return int((used.ru_utime + used.ru_stime) * 1_000_000_000)
 
 
 class RulesetWatch:
-    """Reads the rules of each network namespace after the latest drop there; one at a time.
+    """Reads the rules of a network namespace after the latest drop there, one namespace at a time.
 
-    `read` gives a namespace's rules, and may take long; `run_beside` runs it elsewhere; `spent_ns`
-    says how much processor time readings have taken so far. Every method returns at once.
+    `read` returns a namespace's rules and may be slow. `run_beside` runs it in parallel. `spent_ns`
+    returns the processor time of all reads so far. Every method returns at once.
     """
 
     def __init__(
@@ -66,23 +66,23 @@ class RulesetWatch:
         self._spent_ns = spent_ns
         self._spent_before_ns = 0
         self._wanted: dict[int, None] = {}
-        """Namespaces to be read, those that wait longest first."""
+        """Namespaces to read, the longest waiting first."""
         self._read_ns: dict[int, int] = {}
-        """By namespace, when the latest reading began; the one read longest ago first."""
+        """Start of the latest read by namespace, the oldest first."""
         self._rests_until_ns: dict[int, int] = {}
         self._paid_until_ns = 0
-        """When all readings so far and their pauses would be over, had each had its own at once."""
+        """Time at which all reads so far would be over if each had its pause right after it."""
         self._under_way = False
         self._hurried = False
         self._done: queue.SimpleQueue[_Done] = queue.SimpleQueue()
 
     def want(self, netns: int, dropped_ns: int) -> None:
-        """Have a namespace's rules read after a drop, unless they have been, or are being read."""
+        """Request a namespace's rules after a drop, unless a later read has begun already."""
         if dropped_ns > self._read_ns.get(netns, 0) and len(self._wanted) < MAX_NAMESPACES:
             self._wanted[netns] = None
 
     def taken(self) -> dict[int, Ruleset]:
-        """What has been read since it was asked last, by namespace; begins what is due."""
+        """The rules read since the last call, by namespace. Also starts the next due read."""
         found: dict[int, Ruleset] = {}
         while not self._done.empty():
             self._take(self._done.get(), found)
@@ -99,7 +99,7 @@ class RulesetWatch:
         return self._hurried or (has_rested and not is_paused)
 
     def hurry(self) -> None:
-        """The run ends: what is wanted is read without a pause from now on."""
+        """Read without pauses from now on, because the run ends."""
         self._hurried = True
 
     def _take(self, done: _Done, found: dict[int, Ruleset]) -> None:
@@ -124,7 +124,7 @@ class RulesetWatch:
         def read() -> None:
             try:
                 ruleset = self._read(netns)
-            except Exception as error:  # a thread has nobody else to tell it to
+            except Exception as error:  # nobody else would catch it in this thread
                 ruleset = _unread(error)
             self._done.put(_Done(netns, ruleset._replace(read_ns=begun_ns)))
 

@@ -1,10 +1,9 @@
-"""The pair of clocks by which a run prints its times, and what has become of it at the end.
+"""The pair of clock readings that converts a run's times to wall-clock time, and its drift.
 
-One pair for a whole run. The kernel's programs stamp by CLOCK_MONOTONIC (bpf_ktime_get_ns), which
-neither stops for a step of the wall clock nor goes on in a suspend. With a second pair the times
-before and after such a moment would have other distances than the ages beside them, and a replay
-would need every pair. So all times go by the wall clock as it was at the start, and where that is
-not what a clock on the wall shows any more, a note says by how much.
+A run uses one pair. The programs stamp with CLOCK_MONOTONIC (bpf_ktime_get_ns), which ignores steps
+of the wall clock and stands still in a suspend. With a second pair, printed times would no longer
+match the printed ages, and a replay would need every pair. So all times follow the wall clock as it
+was at the start. If the wall clock has moved since, a note says by how much.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ from datetime import timedelta
 from tcpstuck_bpf.steps import WallClock
 
 TRIES = 5
-"""Pairs read, of which the one whose readings are closest together counts."""
+"""Number of pairs read; the pair with the shortest reading counts."""
 TOLERATED_NS = 1_000_000_000
-"""The table's times have whole seconds. The slewing of ntpd moves both clocks alike."""
+"""Tolerated drift: printed times have whole seconds. ntpd's slewing moves both clocks alike."""
 
 Clock = Callable[[], int]
 
 
 def _boottime_ns() -> int:
-    """CLOCK_BOOTTIME: CLOCK_MONOTONIC and the time suspended (clock_gettime(2))."""
+    """CLOCK_BOOTTIME: CLOCK_MONOTONIC plus the time suspended (clock_gettime(2))."""
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
@@ -33,7 +32,7 @@ def _hours(nanoseconds: int) -> str:
 
 
 class RunClock:
-    """The pair of a run, read when it is made. The clocks are in ns."""
+    """A run's pair of clock readings in ns, taken by the constructor."""
 
     def __init__(
         self,
@@ -46,7 +45,7 @@ class RunClock:
         self._asleep_ns = self._ahead(boottime)
 
     def _pair(self, other: Clock) -> WallClock:
-        """A reading of another clock beside the middle of two of CLOCK_MONOTONIC."""
+        """A reading of another clock, paired with the mean of CLOCK_MONOTONIC before and after."""
         readings = []
         for _ in range(TRIES):
             before, read, after = self._monotonic(), other(), self._monotonic()
@@ -59,7 +58,7 @@ class RunClock:
         return pair.realtime_ns - pair.monotonic_ns
 
     def note(self) -> str:
-        """What has moved the wall clock against the run's times since; empty where nothing did."""
+        """A note on what moved the wall clock since the start; empty if it did not move."""
         moved_ns = self._ahead(self._realtime) - (self.clock.realtime_ns - self.clock.monotonic_ns)
         if abs(moved_ns) < TOLERATED_NS:
             return ""
@@ -73,7 +72,7 @@ class RunClock:
             why.append(f"its clock was set {way} by {_hours(abs(set_ns))}")
         cause = " and ".join(why) or "the clock was moved"
         return (
-            f"{cause} during this run: all its times go by the clock as it was at the start, and "
-            f"those since then are {_hours(abs(moved_ns))} "
-            f"{'behind' if moved_ns > 0 else 'ahead of'} the clock of now"
+            f"{cause} during this run: all printed times follow the clock as it was at the start, "
+            f"so later times are {_hours(abs(moved_ns))} "
+            f"{'behind' if moved_ns > 0 else 'ahead of'} the current clock"
         )

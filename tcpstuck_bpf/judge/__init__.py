@@ -1,1 +1,1 @@
-"""What follows from it, and how surely. Pure."""
+"""Verdicts, causes of drops, backlog advice, and the comparison with kernel counters. Pure."""

@@ -1,9 +1,9 @@
-"""What a listener's queues went through, and the backlog that would have been enough for it.
+"""A listener's queue figures, and the backlog that would have been enough for it.
 
-Pure. The backlog bounds both queues. The accept queue is full when it holds more than the backlog
-(sk_acceptq_is_full), so a backlog of N holds N + 1. Of the SYN queue that depends on the kernel, in
-one major version even (inet_csk_reqsk_queue_is_full, 3479c7549fb1): the shortest SYN queue at
-which a cookie was sent tells which.
+Pure. The backlog limits both queues. The accept queue is full when it holds more than the backlog
+(sk_acceptq_is_full), so a backlog of N allows N + 1 connections. The SYN queue's limit is N or
+N + 1, even within one major version (inet_csk_reqsk_queue_is_full, 3479c7549fb1). The shortest SYN
+queue at which a cookie was sent shows which.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ QUEUE_FULL = "SYN queue full"
 _FIGURES_NEED = frozenset(
     {"cookie_v6_init_sequence", "cookie_v6_check", "tcp_check_req", "kernel counters"}
 )
-"""What may be missing that counts who needed a place."""
+"""Probes and counters without which some clients' need is not counted."""
 
 
 class SynNeed(NamedTuple):
-    """How much SYN queue was needed at one moment, in entries."""
+    """The need of SYN queue at one moment, in entries."""
 
     in_queue: int
     owed: int
-    """Handshakes under cookies whose clients answered later: each would have had a place."""
+    """Cookie handshakes whose clients answered later; each would have taken an entry."""
     silent: int
-    """More of them, whose clients had not answered when the run ended; not part of the need."""
+    """Cookie handshakes whose clients had not answered by the end; not part of the need."""
 
     @property
     def together(self) -> int:
-        """Entries that a SYN queue would have held at that moment."""
+        """Entries that a long enough SYN queue would have held at that moment."""
         return self.in_queue + self.owed
 
 
@@ -56,42 +56,42 @@ class ListenerReport(NamedTuple):
     port: int
     owners: tuple[str, ...]
     socket: int
-    """Its inode number; 0 where it is not known."""
+    """Inode number of the socket; 0 if unknown."""
     sockets: int
-    """Those that share its address and port, itself among them; 0 where that is not known."""
+    """Number of sockets that share the address and port, this one included; 0 if unknown."""
     settings: Mapping[str, int]
     facts: ListenerFacts
-    """The figures of all its addresses."""
+    """Figures of all addresses of the listener."""
     cookie_reason: str | None
-    """QUEUE_FULL, FORCED (by tcp_syncookies=2), None without a cookie."""
+    """QUEUE_FULL, FORCED (by tcp_syncookies=2), or None if no cookie was sent."""
     accept_queue_needed: int
     syn_queue_needed: int
     silent: int
     advised_backlog: int | None
-    """None where what was seen asks for no longer one."""
+    """Backlog that would have been enough; None if the current one was."""
     working: tuple[str, ...]
-    """Complete sentences."""
+    """How the figures were computed, in complete sentences."""
     advice: tuple[str, ...]
-    """Complete sentences."""
+    """What to set, in complete sentences."""
 
     @property
     def is_capped(self) -> bool | None:
-        """Whether the limit is net.core.somaxconn; None where that is unknown."""
+        """Whether the limit equals net.core.somaxconn; None if unknown."""
         somaxconn = self.settings.get(SOMAXCONN)
         return None if somaxconn is None else self.facts.limit == somaxconn
 
     @property
     def suffered(self) -> bool:
-        """Whether there is something to tell of it."""
+        """Whether the listener sent a cookie or dropped something, so that it is printed."""
         return self.facts.suffered
 
 
 def merged(several: Sequence[ListenerFacts]) -> ListenerFacts:
-    """The facts of a listener that serves several addresses, where the socket is not known.
+    """Merge the facts of a listener that serves several addresses, if its socket is unknown.
 
-    It has one pair of queues: lengths are the longest seen. Counts and clients add up, those of a
-    need as if they had been there at the same time: it may come out too high, never too low. The
-    need of SYN queue is not among them: it takes knowing who stayed silent (`SynNeed`).
+    The listener has one pair of queues, so lengths are the longest seen. Counts add up. So do the
+    clients of a need, as if all had come at the same time; the sum may be too high, but never too
+    low. The need of SYN queue is left out, because it depends on who stayed silent (`SynNeed`).
     """
     cookies = [facts.lowest_cookie_syn_queue for facts in several if facts.cookies_sent]
     return several[0]._replace(
@@ -110,10 +110,10 @@ def merged(several: Sequence[ListenerFacts]) -> ListenerFacts:
 
 
 def cookie_reason(facts: ListenerFacts, settings: Mapping[str, int]) -> str | None:
-    """Why cookies were sent, by the sysctl; where that is unknown, by the queue.
+    """Why cookies were sent, by the sysctl; if that is unknown, by the SYN queue's length.
 
-    A SYN queue shorter than its limit was not full. That alone proves less: between a look at the
-    queue and the kernel's own another CPU may add to it, and a restarted server has another limit.
+    A SYN queue shorter than its limit was not full. The length is weaker evidence: another CPU may
+    add to the queue between our read and the kernel's, and a restarted server has another limit.
     """
     if not facts.cookies_sent:
         return None
@@ -123,7 +123,7 @@ def cookie_reason(facts: ListenerFacts, settings: Mapping[str, int]) -> str | No
 
 
 def _unseen(seen: Iterable[ListenerSeen], gaps: Iterable[CoverageGap]) -> Iterable[str]:
-    """What the figures lack for want of probes."""
+    """What the figures lack because probes are missing."""
     addresses = (one.bound or one.facts.server_address for one in seen)
     ipv4_only = all(address.startswith(IPV4_MAPPED_PREFIX) for address in addresses)
     for gap in gaps:
@@ -134,7 +134,7 @@ def _unseen(seen: Iterable[ListenerSeen], gaps: Iterable[CoverageGap]) -> Iterab
 def report(
     seen: Sequence[ListenerSeen], need: SynNeed, gaps: Sequence[CoverageGap] = ()
 ) -> ListenerReport:
-    """Judge a listener by what was seen of each of its addresses (one at least)."""
+    """Judge a listener by the facts of each of its addresses (at least one)."""
     facts = merged([one.facts for one in seen])
     owners = tuple(sorted({owner for one in seen for owner in one.owners}))
     settings = seen[0].settings
@@ -147,20 +147,20 @@ def report(
     if accept_queue > facts.limit + 1:
         wanted.append(accept_queue - 1)
         working.append(_accept_working(facts, accept_queue))
-    # Sent at its limit or one beyond: which of the two, this kernel's arithmetic says.
+    # Whether this kernel sends a cookie at the limit of the SYN queue or one entry beyond.
     beyond = 1 if facts.lowest_cookie_syn_queue > facts.limit else 0
     if reason == QUEUE_FULL and need.together > facts.limit + beyond:
         wanted.append(need.together - beyond)
         working.append(_syn_working(need, beyond))
     if reason is not None and need.silent:
         working.append(
-            f"Not counted: {need.silent} under cookies that never answered. "
-            "A flood is not cured by a backlog."
+            f"Not counted: {need.silent} cookie handshakes without an answer. "
+            "A longer backlog does not help against a flood."
         )
     if facts.syns_refused:
         working.append(
-            f"Not counted: who sent the {facts.syns_refused} SYNs that were dropped for a full "
-            "accept queue (a client tries again after 1, 3, 7 s): treat the need as a minimum."
+            f"Not counted: the clients of {facts.syns_refused} SYNs dropped for a full accept "
+            "queue (a client tries again after 1, 3, 7 s): treat the need as a minimum."
         )
     working += _unseen(seen, gaps)
     advised = max(wanted, default=None)
@@ -213,19 +213,19 @@ def _advice(
     somaxconn = settings.get(SOMAXCONN)
     if reason == FORCED:
         yield (
-            "Cookies are sent whatever the backlog while net.ipv4.tcp_syncookies is 2; with 1 only "
-            "when the SYN queue is full."
+            "While net.ipv4.tcp_syncookies is 2, every SYN gets a cookie, whatever the backlog; "
+            "with 1, only when the SYN queue is full."
         )
     if advised is None:
         return
     yield from steps(owners, advised, facts.limit, somaxconn)
     if somaxconn is not None and somaxconn == facts.limit:
         yield (
-            f"The limit of now, {facts.limit}, is net.core.somaxconn: perhaps listen() was given "
-            "more, which cannot be known afterwards."
+            f"The current limit, {facts.limit}, equals net.core.somaxconn: the server may have "
+            "passed more to listen(); the kernel does not keep that."
         )
     if settings.get(SYNCOOKIES) == 0:
         yield (
             f"While net.ipv4.tcp_syncookies is 0, net.ipv4.tcp_max_syn_backlog "
-            f"(now {settings.get(MAX_SYN_BACKLOG, 'unknown')}) bounds the SYN queue as well."
+            f"(now {settings.get(MAX_SYN_BACKLOG, 'unknown')}) limits the SYN queue as well."
         )

@@ -1,9 +1,9 @@
-"""From readings of the listeners and of the awaiting-ACK table to a report of each listener.
+"""Turns readings of the listeners and of the awaiting-ACK table into a report of each listener.
 
-Pure. A handshake under a cookie that is never answered looks, in the programs' count of what is
-owed, like one that is answered soon. Which of them stayed silent the table tells, later: so every
-new height of the need is kept with its time, and at the end those are taken off who were there at
-that time and have not answered since.
+Pure. The programs count every cookie handshake as owed an entry, whether it is answered later or
+never. Only later does the awaiting-ACK table show who stayed silent. So every new peak of the need
+is kept with its time, and at the end the clients that had begun by then and are still silent are
+subtracted.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ from tcpstuck_bpf.model import (
 )
 
 Destination = tuple[int, bytes, int]
-"""Network namespace, server address, server port, as a client's packets have them."""
+"""Network namespace, server address and server port in a client's packets."""
 
 _Silent = dict[ListenerId, dict[Destination, "array[int]"]]
-"""When each client that never answered first sent a SYN, in no order. Arrays: a flood has many."""
+"""First SYN times of clients that never answered, unordered. Arrays, since a flood has many."""
 
 KEPT_HEIGHTS = 256
 MAX_LISTENERS = 8192
-"""Whose figures are remembered."""
+"""Largest number of listeners whose figures are remembered."""
 MAX_ENDED = 1024
-"""Listeners whose figures began anew and that are told with those they had before."""
+"""Largest number of earlier figures kept, of listeners whose figures began again from zero."""
 
 
 class ListenerHistory:
-    """Takes in what a run saw, in order; `reports` may be asked for at any time."""
+    """Takes in a run's observations in order; `reports` may be called at any time."""
 
     def __init__(self) -> None:
         self.forgotten = 0
-        """Listeners whose figures were given up for want of room."""
+        """Number of listeners whose figures were dropped for lack of room."""
         self._seen: dict[ListenerId, ListenerSeen] = {}
-        """The one that changed longest ago first."""
+        """The last reading of each listener, the least recently changed first."""
         self._ended: deque[tuple[ListenerSeen, SynNeed]] = deque()
-        """What listeners suffered before their figures began anew; the oldest first."""
+        """Figures of listeners before they began again from zero, the oldest first."""
         self._heights: dict[ListenerId, list[ListenerFacts]] = {}
         self._silent: _Silent = {}
         self._silent_in_sweep: _Silent = {}
         self._gone: dict[ListenerId, Counter[int]] = {}
 
     def take_listeners(self, seen: Iterable[ListenerSeen]) -> None:
-        """Later readings of listeners, of those alone that changed."""
+        """Take in new readings of the listeners that changed."""
         for one in seen:
             facts = one.facts
             listener = facts.listener
@@ -73,7 +73,10 @@ class ListenerHistory:
         self._forget()
 
     def _end(self, listener: ListenerId, before: ListenerSeen) -> None:
-        """Figures never go back: these are another listener's, or the entry was made room of."""
+        """Keep a listener's old figures when new ones begin from zero.
+
+        Figures never decrease, so the new ones belong to another listener, or the entry was freed.
+        """
         if before.facts.suffered:
             self._ended.append((before, self._highest([listener])))
         if len(self._ended) > MAX_ENDED:
@@ -83,7 +86,7 @@ class ListenerHistory:
         self._gone.pop(listener, None)
 
     def _forget(self) -> None:
-        """Where there are too many, those go first that suffered nothing, the idle ones before."""
+        """Drop listeners beyond the limit: first those that suffered nothing, then idle ones."""
         excess = len(self._seen) - MAX_LISTENERS
         if excess <= 0:
             return
@@ -95,7 +98,7 @@ class ListenerHistory:
         self.forgotten += excess
 
     def _keep_few(self, listener: ListenerId, heights: list[ListenerFacts]) -> None:
-        """A flood raises the need at every reading: of the older half every other one goes."""
+        """Drop every other peak of the older half; a flood makes a new peak at every reading."""
         if len(heights) > KEPT_HEIGHTS:
             silent = self._silent_times(listener)
             best = max(heights, key=lambda facts: self._need(listener, silent, facts).together)
@@ -105,7 +108,7 @@ class ListenerHistory:
             self._move_gone(listener, heights)
 
     def _move_gone(self, listener: ListenerId, heights: Sequence[ListenerFacts]) -> None:
-        """Count those who left at heights that are not kept at the next one that is."""
+        """Move counts of departed clients from dropped peaks to the next kept peak."""
         moved: Counter[int] = Counter()
         for since, number in self._gone.get(listener, Counter()).items():
             moved[_first_height_from(heights, since)] += number
@@ -113,7 +116,7 @@ class ListenerHistory:
             self._gone[listener] = moved
 
     def take_sweep(self, sweep: Sweep) -> None:
-        """A batch of the table's rows; who is in a whole sweep has not answered yet."""
+        """Take in a batch of the table's rows. A client with a silent row has not answered yet."""
         if sweep.part is SweepPart.CHOSEN:
             return
         for row in sweep.rows:
@@ -129,11 +132,11 @@ class ListenerHistory:
             self._silent, self._silent_in_sweep = self._silent_in_sweep, {}
 
     def take_leaving(self, leaving: Iterable[HandshakeId]) -> None:
-        """Entries that are removed from the table: silent ones are so for good."""
+        """Take in entries that leave the table. Silent ones among them stay silent for good."""
         times: dict[Destination, list[int]] = {}
         for four_tuple, first_syn_ns in leaving:
             times.setdefault(_destination(four_tuple), []).append(first_syn_ns)
-        # Which of the sockets of a port it was is not told again.
+        # A leaving entry does not name its socket, so all listeners of the destination are tried.
         for listener, destinations in self._silent.items():
             for destination in destinations.keys() & times.keys():
                 silent = set(destinations[destination])
@@ -142,9 +145,9 @@ class ListenerHistory:
                 destinations[destination] = array("Q", silent - gone)
 
     def _note_gone(self, listener: ListenerId, times: Iterable[int]) -> None:
-        """What the programs count as owed they stay part of, at every later height.
+        """Count departed silent clients. The programs still count them as owed at later peaks.
 
-        By height and not by time, for a flood's would be too many to be kept for ever.
+        They are counted by peak, not kept by time, because a flood has too many of them.
         """
         if listener not in self._seen:
             return
@@ -154,7 +157,7 @@ class ListenerHistory:
             self._gone.setdefault(listener, Counter())[counted_ns] += 1
 
     def _silent_times(self, listener: ListenerId) -> list[int]:
-        """When those of the table who never answered sent their SYN, in order."""
+        """SYN times of clients in the table that never answered, in order."""
         destinations = self._silent.get(listener, {})
         return sorted({syn_ns for times in destinations.values() for syn_ns in times})
 
@@ -168,7 +171,7 @@ class ListenerHistory:
         return SynNeed(facts.syn_need_syn_queue, facts.syn_need_owed - silent, silent)
 
     def _highest(self, listeners: Iterable[ListenerId]) -> SynNeed:
-        """The need of one listener: its addresses have one SYN queue, and their clients add up."""
+        """The highest need of a listener. Its addresses share a SYN queue; their clients add up."""
         needs = []
         for listener in listeners:
             silent = self._silent_times(listener)
@@ -181,10 +184,10 @@ class ListenerHistory:
         )
 
     def endpoint(self, who: FourTuple, socket: int) -> tuple[bytes, int]:
-        """Address and port that a client's listener listens at.
+        """Address and port of a client's listener.
 
-        As far as they are not known, those that the client's packets are for: a proxy may have them
-        come to a socket of other ones (TPROXY).
+        They may differ from the destination of the client's packets (TPROXY). Where they are
+        unknown, that destination is returned.
         """
         seen = self._seen.get(listener_id(who.netns, socket, *who.server))
         if seen is None:
@@ -192,15 +195,15 @@ class ListenerHistory:
         return seen.bound or who.server_address, seen.facts.server_port
 
     def reports(self, gaps: Sequence[CoverageGap] = ()) -> tuple[ListenerReport, ...]:
-        """Every listener that a SYN or an ACK came to, by namespace, port, address and socket.
+        """Reports of all listeners with a SYN or an ACK, by namespace, port, address and socket.
 
-        `gaps` are the run's: what they hide is said where it makes a figure too low.
+        `gaps` has the run's coverage gaps. A report names those that make a figure too low.
         """
         together: dict[tuple[object, ...], list[ListenerId]] = {}
         for one in sorted(self._seen.values(), key=_in_order):
             facts, listener = one.facts, one.facts.listener
-            # Where the programs do not tell the socket: of a server that listens at several
-            # addresses each has queues of its own.
+            # If the socket is unknown and a server listens at several addresses, each address has
+            # queues of its own.
             known: object = one.sockets if len(one.sockets) == 1 else listener
             whose = (facts.netns, facts.server_port, facts.limit, known)
             together.setdefault(listener if listener.socket else whose, []).append(listener)
@@ -219,7 +222,7 @@ def _in_order(one: ListenerSeen) -> tuple[object, ...]:
 
 
 def _first_height_from(heights: Sequence[ListenerFacts], time_ns: int) -> int:
-    """The time of the first height at or after a time; of those yet to come, a time before any."""
+    """Time of the first peak at or after `time_ns`; if there is none, one after the last peak."""
     low, high = 0, len(heights)
     while low < high:
         middle = (low + high) // 2

@@ -1,8 +1,7 @@
-"""What sets the backlog that each server gives to listen(), by the name of its process.
+"""The setting for the backlog that each server passes to listen(), by the name of its process.
 
-Pure. The servers whose clients wait for a greeting come first (SMTP, IMAP, POP3, FTP, SSH, MySQL):
-theirs are the clients that stay stuck. Each row names the place in the server's own source or
-manual that says so.
+Pure. The servers whose clients wait for a greeting come first (SMTP, IMAP, POP3, FTP, SSH, MySQL),
+because their clients stay stuck. Each row refers to the server's own source or manual.
 """
 
 from __future__ import annotations
@@ -12,30 +11,30 @@ from typing import NamedTuple
 
 
 class Knob(NamedTuple):
-    """What sets the backlog of one server."""
+    """The setting for the backlog of one server."""
 
     names: tuple[str, ...]
-    """Names of the processes that hold its socket: /proc/PID/comm, 15 characters at most."""
+    """Names of the processes that hold the socket: /proc/PID/comm, at most 15 characters."""
     setting: str
-    """What to set; of a server without a setting, the program."""
+    """Name of the setting; name of the program if it has no setting."""
     constant: int | None = None
-    """What a program without a setting gives to listen()."""
+    """Backlog that a program without a setting passes to listen()."""
     note: str = ""
-    """What is to be known besides: a complete sentence."""
+    """Additional advice, a complete sentence."""
     clients_per_place: int = 1
     places_besides: int = 0
-    """The setting is a number of clients: that many give one place, besides these."""
+    """backlog = setting / clients_per_place + places_besides, if the setting counts clients."""
 
     def value(self, backlog: int) -> int:
-        """What the setting needs so that listen() gets that backlog."""
+        """Value of the setting for which listen() gets this backlog."""
         return self.clients_per_place * max(1, backlog - self.places_besides)
 
 
 KNOBS = (
-    # systemd.socket(5). It made the socket: what the service it hands it to would ask for is moot.
+    # systemd.socket(5). systemd made the socket, so the service's own setting has no effect.
     Knob(("systemd",), "Backlog= of its systemd socket unit"),
-    # master/master.c: listen_queue_backlog, 32; master(8). Before Postfix, whose name it shares:
-    # its services hold the socket as well.
+    # master/master.c: listen_queue_backlog, 32; master(8). This row comes before Postfix, whose
+    # process has the same name; Cyrus's services hold the socket too.
     Knob(
         ("cyrus-master", "cyrmaster", "imapd", "pop3d", "lmtpd", "nntpd", "timsieved"),
         "-l of Cyrus's master",
@@ -45,10 +44,10 @@ KNOBS = (
         ("master", "postscreen"),
         "default_process_limit in Postfix's main.cf, or maxproc of the service in master.cf (the "
         "greater of the two is the backlog),",
-        note="It bounds the number of processes as well. Where this master is that of Cyrus, the "
-        "setting is its option -l.",
+        note="This setting also limits the number of processes. If this master belongs to Cyrus, "
+        "use its option -l instead.",
     ),
-    # usr.sbin/smtpd/smtpd.h: SMTPD_BACKLOG. After Postfix: its smtpd comes with a master.
+    # usr.sbin/smtpd/smtpd.h: SMTPD_BACKLOG. This row comes after Postfix, whose smtpd has a master.
     Knob(("smtpd",), "OpenSMTPD", constant=5),
     # src/daemon.c: smtp_connect_backlog, 20; the manual's chapter 14.
     Knob(("exim", "exim4"), "smtp_connect_backlog of Exim"),
@@ -65,7 +64,7 @@ KNOBS = (
             "lmtp",
         ),
         "client_limit x process_limit of Dovecot's service (their product is the backlog)",
-        note="Older releases of Dovecot take 511 at most.",
+        note="Older releases of Dovecot allow at most 511.",
     ),
     Knob(("mariadbd",), "back_log of MariaDB"),
     Knob(("mysqld",), "back_log of MySQL"),
@@ -88,25 +87,25 @@ KNOBS = (
     Knob(("sshd",), "OpenSSH", constant=128),
     # src/sysoptions.h: DROPBEAR_LISTEN_BACKLOG is MAX_CHANNELS.
     Knob(("dropbear",), "Dropbear", constant=1000),
-    # From here on it is the client that speaks first.
+    # In the remaining protocols the client speaks first.
     Knob(("nginx",), "`backlog=` of nginx's listen directive"),
     Knob(("redis-server",), "tcp-backlog of Redis"),
     Knob(("valkey-server",), "tcp-backlog of Valkey"),
     Knob(("haproxy",), "`backlog` of HAProxy's frontend"),
     Knob(("apache2", "httpd"), "ListenBacklog of Apache"),
 )
-"""The first row with a name among the owners of a socket is the one that counts."""
+"""The first row with a name among a socket's owners applies."""
 
-_UNKNOWN = Knob((), "the backlog that the application gives to listen()")
+_UNKNOWN = Knob((), "the backlog that the application passes to listen()")
 _RESTART = "then restart the server: both take effect when it calls listen()."
-_RESTART_FOR_IT = "then restart the server: it counts when the server calls listen()."
+_RESTART_FOR_IT = "then restart the server: it takes effect when the server calls listen()."
 
 
 def steps(owners: Iterable[str], advised: int, limit: int, somaxconn: int | None) -> Iterable[str]:
-    """What is to be done so that a listener gets the backlog `advised`: complete sentences.
+    """How to give a listener the backlog `advised`, in complete sentences.
 
-    `owners` are `name (pid N)`; `limit` is what bounds its accept queue now, and `somaxconn` is
-    net.core.somaxconn of its namespace, None where that could not be read.
+    `owners` are `name (pid N)`, `limit` is the current limit of its accept queue, and `somaxconn`
+    is net.core.somaxconn of its namespace, None if it could not be read.
     """
     names = {owner.rpartition(" (pid ")[0] or owner for owner in owners}
     knob = next((one for one in KNOBS if names.intersection(one.names)), _UNKNOWN)
@@ -118,25 +117,25 @@ def steps(owners: Iterable[str], advised: int, limit: int, somaxconn: int | None
         more = "" if knob.value(advised) == advised else f" to {advised} or more"
         step += f" and net.core.somaxconn (now {somaxconn}){more} as well"
     elif somaxconn is None:
-        step += f" and see that net.core.somaxconn is no less than {advised}"
+        step += f" and make sure that net.core.somaxconn is {advised} or more"
     yield " ".join(filter(None, (f"{step}, {_RESTART}", knob.note)))
 
 
 def _of_constant(
     program: str, constant: int, advised: int, limit: int, somaxconn: int | None
 ) -> Iterable[str]:
-    # The kernel keeps the lesser of the two: below net.core.somaxconn it is what listen() got,
-    # whatever the source says that this program was built from.
+    # The kernel keeps the smaller of the backlog and net.core.somaxconn. A limit below
+    # net.core.somaxconn is what listen() got, whatever the program's source says.
     given = limit if somaxconn is not None and limit < somaxconn else constant
     within = min(advised, given)
     is_bounded = somaxconn is not None and somaxconn < within
     if advised > given:
         helps = "" if is_bounded or somaxconn is None else ": net.core.somaxconn does not help"
         yield (
-            f"{program} gives {given} to listen(), a constant in the program. A backlog of "
-            f"{advised} needs another build of it{helps}."
+            f"{program} passes {given} to listen(), a constant in the program. A backlog of "
+            f"{advised} takes another build of it{helps}."
         )
     if is_bounded:
         yield f"Set net.core.somaxconn (now {somaxconn}) to {within} or more, {_RESTART_FOR_IT}"
     elif somaxconn is None:
-        yield f"See that net.core.somaxconn is {within} or more, {_RESTART_FOR_IT}"
+        yield f"Make sure that net.core.somaxconn is {within} or more, {_RESTART_FOR_IT}"

@@ -1,7 +1,7 @@
-"""What the kernel's own reason and place of a drop mean, in an operator's words. Pure.
+"""Explains the kernel's drop reason and drop site in an operator's words. Pure.
 
-The reason says most (enum skb_drop_reason, since 5.17). Where there is none the place does:
-the function that called kfree_skb, by its symbol.
+The reason says most (enum skb_drop_reason, since 5.17). Without a reason the drop site decides:
+the symbol of the function that called kfree_skb.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ NO_NAMES = KernelNames({}, {}, {}, {})
 
 
 class Cause(NamedTuple):
-    """What may drop an ACK before TCP has judged it."""
+    """A cause for the drop of an ACK."""
 
     what: str
-    """A stable word for it, in JSON."""
+    """Stable name of the cause, for JSON."""
     words: str
-    """The same in words."""
+    """Text of the cause."""
     advice: str
 
 
@@ -34,26 +34,26 @@ NETFILTER = Cause(
     "netfilter",
     "netfilter (an nftables or iptables rule, or a chain's policy)",
     "look at the rule, or the chain's policy, with nft list ruleset and iptables-save -c in the "
-    "listener's network namespace; a state match such as `ct state invalid` drops ACKs of "
-    "handshakes that conntrack has not seen whole",
+    "listener's network namespace; a state match such as `ct state invalid` drops an ACK if "
+    "conntrack missed part of its handshake",
 )
 QUEUE_WITHOUT_ROOM = Cause(
     "nfqueue",
     "netfilter's queue (a rule's NFQUEUE or queue): no program reads it, or it is full",
-    "start the program that reads the queue (an IPS, for instance) or make its queue longer; the "
-    "option --queue-bypass, or bypass, lets packets pass while nobody reads; see the columns of "
-    "dropped packets in /proc/net/netfilter/nfnetlink_queue",
+    "start the program that reads the queue (for example an IPS) or make its queue longer; the "
+    "option --queue-bypass, or bypass, lets packets pass while no program reads; see the columns "
+    "of dropped packets in /proc/net/netfilter/nfnetlink_queue",
 )
 QUEUE_VERDICT = Cause(
     "nfqueue",
-    "the program that reads netfilter's queue (NFQUEUE), or a rule behind the one that queued it",
+    "the program that reads netfilter's queue (NFQUEUE), or a later rule than the one that queued",
     "look at the log of the program that reads the queue (its port number is the second column of "
     "/proc/net/netfilter/nfnetlink_queue), and at the rules of lower priority",
 )
 RP_FILTER = Cause(
     "rp_filter",
-    "reverse path filter: the route back to the client goes out another interface",
-    "compare `ip route get CLIENT` with the interface the packet came in by; for asymmetric "
+    "reverse path filter: the route back to the client leaves by another interface",
+    "compare `ip route get CLIENT` with the interface by which the packet came; for asymmetric "
     "routes set net.ipv4.conf.*.rp_filter to 2 (loose)",
 )
 TC = Cause(
@@ -73,22 +73,22 @@ XDP_VETH = Cause(
 )
 QDISC = Cause(
     "qdisc",
-    "a queueing discipline (a shaper of what comes in through an ifb device, for instance)",
+    "a queueing discipline (for example an ingress shaper on an ifb device)",
     "look at `tc -s qdisc show`: the counter `dropped` of each device",
 )
 DEVICE = Cause(
     "device",
     "a virtual device (tun, tap, a tunnel, GSO): not ready, no room, or its own filter",
-    "look at `ip -s -s link show` and at what the program behind the device does",
+    "look at `ip -s -s link show` and at the program behind the device",
 )
 BRIDGE_PORT = Cause(
     "bridge",
     "a bridge, or a check of the link layer's source address",
-    "look at `bridge -d link show` (STP state, learning) and at what sends with that address",
+    "look at `bridge -d link show` (STP state, learning) and find out who sends with that address",
 )
 TUNNEL = Cause(
     "tunnel",
-    "the tunnel that it came in by",
+    "the tunnel by which it came",
     "compare the tunnel's configuration at both ends (`ip -d link show`)",
 )
 MEMORY = Cause(
@@ -98,8 +98,8 @@ MEMORY = Cause(
 )
 FRAGMENTS = Cause(
     "fragments",
-    "it came in fragments, which were not put together",
-    "look for what splits small packets on the way, and at nstat for IpReasmFails",
+    "it came in fragments that were not reassembled",
+    "find out what fragments small packets on the way; see IpReasmFails in nstat",
 )
 BACKLOG = Cause(
     "backlog",
@@ -110,8 +110,8 @@ BACKLOG = Cause(
 CHECKSUM = Cause(
     "checksum",
     "a wrong checksum",
-    "look for a device or driver that damages packets (ethtool -K DEV rx off tells), and for what "
-    "rewrites them on the way",
+    "look for a device or driver that damages packets (test with ethtool -K DEV rx off), and for "
+    "what rewrites them on the way",
 )
 MALFORMED = Cause(
     "malformed",
@@ -120,8 +120,8 @@ MALFORMED = Cause(
 )
 OTHER_HOST = Cause(
     "other-host",
-    "its link-layer address: it was meant for another host",
-    "look for a wrong ARP or neighbour entry, at the client or its router",
+    "its link-layer address: it was addressed to another host",
+    "look for a wrong ARP or neighbour entry at the client or its router",
 )
 SOCKET_FILTER = Cause(
     "socket-filter",
@@ -144,7 +144,7 @@ LSM = Cause(
 )
 PSP = Cause(
     "psp",
-    "PSP: the listener or the connection wants packets encrypted, or otherwise encrypted",
+    "PSP: the listener or the connection requires encryption, or another encryption",
     "compare the PSP associations of both ends",
 )
 XFRM = Cause(
@@ -155,17 +155,17 @@ XFRM = Cause(
 MIN_TTL = Cause(
     "min-ttl",
     "a TTL below what the listener accepts (IP_MINTTL, IPV6_MINHOPCOUNT)",
-    "look for more routers on the way than the server program allows (BGP: ttl-security)",
+    "check whether the path has more routers than the server program allows (BGP: ttl-security)",
 )
 ROUTE = Cause(
     "route",
     "its addresses or route (martian, no route, source address not allowed)",
-    "look at `ip route get CLIENT` and switch net.ipv4.conf.all.log_martians on",
+    "look at `ip route get CLIENT` and set net.ipv4.conf.all.log_martians to 1",
 )
 ROUTE_OR_RP_FILTER = ROUTE._replace(
     words="its route (reverse path filter, martian, no route; this kernel does not say which)",
-    advice=f"see whether TcpExtIPReversePathFilter rises (nstat); if so {RP_FILTER.advice}; if not "
-    f"{ROUTE.advice}",
+    advice=f"see whether TcpExtIPReversePathFilter rises (nstat); if so, {RP_FILTER.advice}; if "
+    f"not, {ROUTE.advice}",
 )
 BLACKHOLE = ROUTE._replace(
     words="a route that discards packets (blackhole, or dead)",
@@ -173,7 +173,7 @@ BLACKHOLE = ROUTE._replace(
 )
 TTL = ROUTE._replace(
     words="its TTL or hop limit has run out",
-    advice="look for a loop of routes, or for a hop limit of the client's that is too low",
+    advice="look for a routing loop, or a hop limit at the client that is too low",
 )
 EXTENSION_HEADERS = MALFORMED._replace(
     words="an IPv6 extension header that is damaged, unknown, or one too many",
@@ -181,15 +181,15 @@ EXTENSION_HEADERS = MALFORMED._replace(
 )
 IPV6_DISABLED = Cause(
     "ipv6-disabled",
-    "IPv6 is disabled on the device it came in by",
+    "IPv6 is disabled on the device by which it came",
     "look at net.ipv6.conf.*.disable_ipv6 in the listener's network namespace",
 )
 OTHER_SOCKET = Cause(
     "other-socket",
-    "another socket of the same 4-tuple (a connection, a request in the SYN queue, TIME_WAIT) had "
-    "it, and did not take it",
-    "look at `ss -tan` for that 4-tuple: the client's port was used again, or its SYN got a place "
-    "in the SYN queue meanwhile",
+    "another socket of the same 4-tuple (a connection, a request in the SYN queue, TIME_WAIT) got "
+    "it, and dropped it",
+    "look at `ss -tan` for that 4-tuple: the client reused its port, or its SYN got a place in the "
+    "SYN queue meanwhile",
 )
 REQUEST_QUEUE_FULL = Cause(
     "accept-queue",
@@ -198,19 +198,19 @@ REQUEST_QUEUE_FULL = Cause(
 )
 NO_SOCKET = Cause(
     "no-socket",
-    "no socket: no listener was left at its address",
+    "no socket: the listener was gone",
     "check whether the server was restarted at that moment",
 )
 TCP = Cause(
     "tcp",
-    "TCP's own checks before the listener looks at it (checksum, signature, TTL, socket filter, "
-    "IPsec), or no listener was left; this kernel does not say which",
+    "TCP's own checks before the listener gets it (checksum, signature, TTL, socket filter, "
+    "IPsec), or the listener was gone; this kernel does not say which",
     "look at nstat for TcpInCsumErrors and TcpExtTCPMD5*, and at the listener's socket filter",
 )
 OTHER = Cause(
     "other",
-    "something that only the kernel's own words describe",
-    "search the kernel's source for that reason or place",
+    "a cause that the tool does not know; see the kernel's reason and drop site",
+    "search the kernel's source for that reason or drop site",
 )
 
 ACCEPT_QUEUE = Cause(
@@ -230,8 +230,8 @@ CHILD = Cause(
 )
 REQUEST = Cause(
     "request",
-    "the cookie was valid and the accept queue had room; memory for the request was refused, or "
-    "another ACK of it came first (MPTCP: the join was not known)",
+    "the cookie was valid and the accept queue had room; there was no memory for the request, or "
+    "another ACK of this client came first (MPTCP: the join was not known)",
     "look at dmesg for memory pressure (net.ipv4.tcp_mem, cgroup limits)",
 )
 
@@ -270,11 +270,11 @@ _BY_PLACE_FIRST: tuple[tuple[str, Cause], ...] = (
     (r"nf_queue", QUEUE_WITHOUT_ROOM),
     (r"nf_reinject|nfqnl_\w+", QUEUE_VERDICT),
 )
-"""Where the place says more than the reason, which is netfilter's or none.
+"""Drop sites that say more than the reason, which is netfilter's or missing.
 
-nf_queue() frees what it cannot hand over (net/netfilter/nf_queue.c); nf_reinject() what its reader,
-or a hook behind, says no to. Since 6.10 that is static in nfnetlink_queue.c, and may be a part of
-any function there.
+nf_queue() frees a packet that it cannot queue (net/netfilter/nf_queue.c). nf_reinject() frees a
+packet that the queue's reader or a later hook dropped. Since 6.10 nf_reinject() is static in
+nfnetlink_queue.c, and may be inlined into any function there.
 """
 _BY_FUNCTION: tuple[tuple[str, Cause], ...] = (
     (r"nf_hook_slow|nft_do_chain|ipt_do_table|ip6t_do_table", NETFILTER),
@@ -304,7 +304,7 @@ _HOOK_OF_CALLER: Mapping[str, str] = MappingProxyType(
         "ip6_output": "postrouting",
     }
 )
-"""NF_HOOK() in each of them runs the hook's chains by nf_hook_slow."""
+"""Netfilter hook by function. NF_HOOK() in the function runs the hook through nf_hook_slow."""
 
 
 NOT_NETFILTER = Suspicion((), ())
@@ -312,35 +312,36 @@ NOT_NETFILTER = Suspicion((), ())
 
 @dataclass(frozen=True)
 class Drop:
-    """Where and why an ACK was dropped, as far as it is known."""
+    """Where and why an ACK was dropped, as far as known."""
 
     reason: str | None
-    """The kernel's word; None where it has none."""
+    """The kernel's drop reason; None if the kernel has none."""
     place: str | None
+    """Drop site, `symbol+0x1f`."""
     cause: Cause | None
-    """What dropped an ACK that did not come as far as the cookie's check."""
+    """Why an ACK was dropped before the cookie check; None if it reached the check."""
     hook: str | None = None
-    """Netfilter's hook."""
+    """Netfilter hook."""
     counter: str | None = None
-    """The kernel's counter that stands for it."""
+    """The kernel's counter for this drop."""
     refusal: Cause | None = None
-    """Why the cookie's check itself dropped an ACK; None where nobody says."""
+    """Why the cookie check dropped an ACK; None if unknown."""
     netfilter: Suspicion = NOT_NETFILTER
-    """Which rule it can have been."""
+    """The rules that can have dropped the ACK."""
 
     @property
     def sure(self) -> bool:
-        """Whether the cause rests on the kernel's reason, not on the place alone."""
+        """Whether the cause rests on the kernel's reason, not on the drop site alone."""
         return self.reason not in (None, "NOT_SPECIFIED")
 
     @property
     def maybe_answered(self) -> bool:
-        """Whether an RST may have gone out: the kernel does not tell that from silence."""
+        """Whether an RST may have gone out. The drop alone does not show that."""
         return self.cause is TCP or self.netfilter.may_reset
 
 
 def function_of(place: str) -> str:
-    """The function in `symbol+0x1f`, without a suffix that a compiler gave it."""
+    """The function in `symbol+0x1f`, without a compiler's suffix."""
     return place.partition("+")[0].partition(".")[0]
 
 
@@ -358,21 +359,21 @@ def _cause(reason: str | None, place: str) -> Cause:
     if reason in (None, "NOT_SPECIFIED"):
         for pattern, cause in _BY_FUNCTION:
             if re.fullmatch(pattern, function_of(place)):
-                # A kernel that has reasons has one for the reverse path filter.
+                # Kernels with drop reasons have one for the reverse path filter.
                 return ROUTE_OR_RP_FILTER if cause is ROUTE and reason is None else cause
     return OTHER
 
 
 @functools.lru_cache(maxsize=1024)
 def is_by_netfilter(reason: str | None, place: str) -> bool:
-    """Whether a rule of the firewall's can have dropped it, by the kernel's reason and place."""
+    """Whether a firewall rule can have dropped a packet, by the kernel's reason and drop site."""
     return _cause(reason, place) in _BY_NETFILTER
 
 
 def _hook(stack: tuple[str, ...]) -> str | None:
-    """The hook that the nearest caller with hooks of its own runs.
+    """The hook run by the innermost caller that runs one; None if there is no such caller.
 
-    A bridge has its own, and runs those of IP too (br_netfilter): all are BRIDGE here.
+    A bridge has its own hooks, and also runs those of IP (br_netfilter): all are BRIDGE here.
     """
     for frame in stack:
         function = function_of(frame)
@@ -383,7 +384,7 @@ def _hook(stack: tuple[str, ...]) -> str | None:
 
 
 def counter_of(counters: int) -> str | None:
-    """The most telling of the kernel's counters that moved for an ACK that was dropped."""
+    """The most specific of the kernel's counters that moved for a dropped ACK."""
     for bit, name in (
         (Moved.UNKNOWN, None),
         (Moved.LISTEN_OVERFLOWS, "ListenOverflows"),
@@ -396,7 +397,7 @@ def counter_of(counters: int) -> str | None:
 
 
 def _refusal(reason: str | None, counters: int) -> Cause | None:
-    """What made cookie_vX_check drop an ACK: by the counters, and from 6.9 on by its reason."""
+    """Why cookie_vX_check dropped an ACK, by the counters and, from 6.9 on, the drop reason."""
     if counters & Moved.UNKNOWN:
         return None
     if counters & Moved.LISTEN_OVERFLOWS:
@@ -409,7 +410,7 @@ def _refusal(reason: str | None, counters: int) -> Cause | None:
 
 
 def drop_of(report: FlowReport, names: KernelNames) -> Drop | None:
-    """What is known of the last ACK that this host dropped; None where none is at issue."""
+    """Facts of the last ACK that this host dropped; None if the state is not about a drop."""
     if report.state is State.ACK_FILTERED:
         return _before_tcp(report, names)
     return _by_check(report.handshake, names) if report.state is State.ACK_DROPPED else None

@@ -1,6 +1,6 @@
-"""The sentences that say what a verdict rests on: facts with figures, in the order they came.
+"""The evidence of a verdict: sentences with facts and figures, in the order of the events.
 
-Times in sentences are relative to the first SYN. No sentence concludes more than its fact does.
+Times in sentences are relative to the first SYN. No sentence concludes more than its fact shows.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from tcpstuck_bpf.model import SECOND_NS, Ending, EventKind, Handshake, Moved
 MILLISECOND_NS = 1_000_000
 _SUSPECTS_NAMED = 4
 
-# A cookie holds the minute it was made in, and is valid in that minute and the next:
-# MAX_SYNCOOKIE_AGE in the kernel's include/net/tcp.h.
+# A cookie encodes the minute in which it was made, and is valid in that minute and the next
+# (MAX_SYNCOOKIE_AGE in the kernel's include/net/tcp.h).
 COOKIE_SURELY_VALID_NS = 60 * SECOND_NS
 
 
@@ -67,8 +67,8 @@ def _syn_sentences(report: FlowReport) -> Iterator[str]:
     cookie = f"cookie SYN-ACK {entry.cookie_isn:#010x}"
     if not entry.syn_count:
         yield (
-            f"its SYN was not seen: it came before tracing began, the table had no room, or its "
-            f"cookie was made elsewhere; its ACK is for {cookie}"
+            f"the SYN was not seen: it came before tracing began, the table had no room, or the "
+            f"cookie was made elsewhere; the ACK is for {cookie}"
         )
     elif entry.syn_count == 1:
         yield f"1 SYN, {cookie} sent at +0.0 ms ({mss_text(entry)})"
@@ -83,11 +83,11 @@ def _syn_sentences(report: FlowReport) -> Iterator[str]:
 
 def _sent_data_sentence(report: FlowReport) -> Iterator[str]:
     if report.flags & FlowFlags.CLIENT_SENT_FIN:
-        yield "a segment carried FIN: the client has closed its side meanwhile"
+        yield "a segment carried a FIN: the client has closed its side meanwhile"
     elif report.flags & FlowFlags.CLIENT_SENT_DATA:
         yield (
-            "a segment carried data: the client keeps retransmitting it, and is connected as soon "
-            "as one copy gets through"
+            "a segment carried data: the client keeps retransmitting it, and the first copy that "
+            "gets through connects it"
         )
 
 
@@ -99,7 +99,7 @@ def _drop_sentences(report: FlowReport) -> Iterator[str]:
     if entry.acks_dropped > 1:
         last = _offset(report, entry.last_ack_dropped_ns)
         when = f"{entry.acks_dropped} times, first at {first}, last at {last}"
-    queue = _queue_text(drops[-1]) if drops else f"{_queue_text(entry)} at its SYN"
+    queue = _queue_text(drops[-1]) if drops else f"{_queue_text(entry)} when the SYN came"
     yield f"ACK dropped {when}: {queue}"
     if entry.drop_counters & Moved.UNKNOWN:
         yield "the kernel's counters could not be read: judged by the accept queue's length"
@@ -123,7 +123,7 @@ def _refusal_sentences(drop: Drop) -> Iterator[str]:
     elif drop.counter is not None:
         yield (
             "the cookie was valid and the accept queue had room; memory for the request, a "
-            "security module, the route back, MPTCP or a request of its own in the SYN queue "
+            "security module, the route back, MPTCP or the client's own request in the SYN queue "
             "refused it, and this kernel does not say which"
         )
 
@@ -158,12 +158,12 @@ def _filter_sentences(report: FlowReport, drop: Drop) -> Iterator[str]:
     if drop.netfilter.may_reset:
         yield (
             f"{'that rule' if rule is not None else 'a rule named here'} may have answered with an "
-            "RST (reject with tcp reset): a client that gets it knows, and does not wait"
+            "RST (reject with tcp reset); a client that gets the RST is not stuck"
         )
     elif drop.netfilter.may_be_unseen:
-        yield "whether a rule answered with an RST is unknown, too"
+        yield "it is unknown, too, whether a rule answered with an RST"
     if not drop.sure:
-        yield "this kernel gives no reason: judged by the place alone"
+        yield "this kernel gives no reason: judged by the drop site alone"
 
 
 def _kernel_words(drop: Drop) -> str:
@@ -210,7 +210,7 @@ def _repeats(report: FlowReport) -> Iterator[str]:
     age = duration_text(report.age_ns)
     yield f"no ACK and no RST seen in answer to {answered} SYN-ACKs in {age}"
     if report.previous in STUCK_STATES:
-        yield "it still repeats its SYN: it knows that it is not connected"
+        yield "the client still repeats its SYN, so it knows that it is not connected"
 
 
 def _connection(report: FlowReport) -> Iterator[str]:
@@ -231,14 +231,14 @@ def _connection(report: FlowReport) -> Iterator[str]:
     missed = bytes_missed(entry)
     if missed > 0:
         yield (
-            f"that segment has seq ISN{missed + 1:+d}: the server's socket begins there, and will "
-            f"never see {_bytes_text(missed)} before it"
+            f"that segment has seq ISN{missed + 1:+d}: the server's socket begins there, and never "
+            f"sees {_bytes_text(missed)} before it"
         )
     elif missed < 0:
         yield (
-            f"that segment has seq ISN{missed + 1:+d}, as a keep-alive probe has: the server's "
+            f"that segment has seq ISN{missed + 1:+d}, like a keep-alive probe: the server's "
             f"socket waits for {_bytes_text(-missed)} before ISN+1, which the client never sends, "
-            "and will not read what it does send"
+            "and does not deliver what the client does send"
         )
 
 
@@ -252,8 +252,8 @@ def _rejected_segment(report: FlowReport, segment: Segment) -> Iterator[str]:
         f"ack {segment.acknowledgement:#010x}, {segment.payload_length} bytes of data"
     )
     if segment.acknowledgement != wanted:
-        earlier = "; it may be an earlier SYN-ACK's" if entry.syn_count > 1 else ""
-        yield f"it acknowledges another number than the cookie's {wanted:#010x}{earlier}"
+        earlier = "; it may be for an earlier SYN-ACK" if entry.syn_count > 1 else ""
+        yield f"its acknowledgement is not the cookie's {wanted:#010x}{earlier}"
     elif sequence == 0:
         yield (
             "it acknowledges the cookie with seq ISN+0: a keep-alive probe of a client that "
@@ -277,8 +277,8 @@ def _rejection_cause(counters: int) -> str:
             "window scaling, timestamps) that this host has switched off since"
         )
     return (
-        f"{moved}; the cookie was not looked at: this listener sent none in the last 120 s, or "
-        "net.ipv4.tcp_syncookies is 0"
+        f"{moved}; the kernel did not check the cookie: this listener sent none in the last 120 s, "
+        "or net.ipv4.tcp_syncookies is 0"
     )
 
 
@@ -286,7 +286,7 @@ def _rejection(report: FlowReport) -> Iterator[str]:
     entry = report.handshake
     yield from _syn_sentences(report)
     when = _offset(report, entry.ended_ns)
-    yield f"ACK given back to the listener at {when}; the listener answers with an RST"
+    yield f"ACK returned to the listener at {when}; the listener answers with an RST"
     yield _rejection_cause(entry.end_counters)
     segments = _segments(report, EventKind.ACK_REJECTED)
     if segments:
@@ -317,8 +317,8 @@ def _namespace_gone(report: FlowReport) -> Iterator[str]:
     if report.handshake.acks_dropped:
         yield from _drop_sentences(report)
     yield (
-        f"no process, no name and no mount leads to network namespace {report.four_tuple.netns} "
-        f"at {_offset(report, report.decided_ns)}, or its number is another one's by then"
+        f"at {_offset(report, report.decided_ns)} no process, name or mount led to network "
+        f"namespace {report.four_tuple.netns}, or another namespace had its number"
     )
 
 
@@ -340,9 +340,9 @@ _SENTENCES: Mapping[State, Callable[[FlowReport], Iterator[str]]] = {
 
 
 def evidence(report: FlowReport, drop: Drop | None = None) -> tuple[str, ...]:
-    """What is known of a flow that has a verdict, one complete sentence each.
+    """The facts behind a flow's verdict, as complete sentences.
 
-    Raises KeyError for a state that has none (taken over, superseded).
+    Raises KeyError for a state without a verdict (taken over, superseded).
     """
     sentences = [*_SENTENCES[report.state](report)]
     if drop is not None and drop.cause is not None:

@@ -1,4 +1,4 @@
-"""The kernel's warnings of full SYN queues, and whose handshakes they explain. Pure."""
+"""The kernel's warnings of full SYN queues, and the handshakes that they explain. Pure."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from tcpstuck_bpf.handshake.flow import TimelineEntry
 from tcpstuck_bpf.model import SECOND_NS, KernelWarning, address_bytes
 
 CONCERNED_NS = 60 * SECOND_NS
-"""How long after the warning a handshake may begin that it still explains."""
+"""Longest time from a warning to the begin of a handshake that it explains."""
 
 
 MAX_WARNINGS = 256
 
 
 class WarningHistory:
-    """The warnings of a run, as many of the latest as may still concern somebody. Pure."""
+    """The latest warnings of a run. Pure."""
 
     def __init__(self) -> None:
         self._warnings: deque[KernelWarning] = deque(maxlen=MAX_WARNINGS)
 
     def take(self, warnings: Sequence[KernelWarning]) -> None:
-        """More of them."""
+        """Take in more warnings."""
         self._warnings += warnings
 
     def added_to(
@@ -32,9 +32,9 @@ class WarningHistory:
         first_syn_ns: int,
         until_ns: int,
     ) -> tuple[TimelineEntry, ...]:
-        """A handshake's timeline with those that concern its listener, at their time.
+        """Add the warnings about a handshake's listener to its timeline.
 
-        `endpoint` is the address and port that it listens at.
+        `endpoint` is the listener's address and port.
         """
         address, port = endpoint
         lines = [
@@ -48,5 +48,5 @@ class WarningHistory:
 
 
 def _reaches(listening: bytes | None, address: bytes) -> bool:
-    """Whether what listens at one address may be reached at another; None and :: mean any."""
+    """Whether a listener at one address can be reached at another; None and :: mean any."""
     return listening in (None, address, address_bytes("0.0.0.0"), address_bytes("::"))

@@ -1,9 +1,9 @@
-"""Which rule of a ruleset can have dropped a client's ACK. Pure.
+"""Finds the rules that can have dropped a client's ACK. Pure.
 
-A ruleset is read after the fact, and no packet is run through it: a rule is ruled out only by a
-match that the packet surely fails (another protocol, port, address or device; `rule_index`), or by
-its own counter, where that has not counted the packet. What is left are suspects; only where there
-is one of them the rule is named.
+A ruleset is read after the drop, and no packet is run through it. A rule is ruled out only by a
+condition that the packet cannot meet (another protocol, port, address or device; `rule_index`), or
+by its own counter, if that has not counted the packet. The remaining rules are suspects. Only a
+single suspect is named as the rule.
 """
 
 from __future__ import annotations
@@ -16,50 +16,50 @@ from tcpstuck_bpf.model import KEPT_READINGS, DropRule, FourTuple, Ruleset
 from tcpstuck_bpf.terminal import printable
 
 BRIDGE = "bridge"
-"""For a hook: any of those that a bridge runs."""
+"""Stands for any hook that a bridge runs."""
 _NFTABLES_KINDS = frozenset({"handle", "policy"})
 _CONNTRACK = "nf_conntrack"
 OTHER_CODE = ("function", "program")
 _RACE_NS = 10_000_000
-"""A packet is counted before it is dropped, microseconds as a rule. A reading that ended less than
-that before a drop may have the packet in its counters already."""
+"""A packet is counted before it is dropped, usually by microseconds. So the counters of a reading
+that ended less than this before a drop may already include the packet."""
 NOT_THE_RULE = "the program that reads the queue or a later rule dropped it; which one is unknown"
 NOTHING_QUEUES = "no rule loaded after the drop queues it; rule unknown"
-MORE_SUSPECTS = "there are more rules that match: not all of them are looked at"
+MORE_SUSPECTS = "more rules match: not all of them were checked"
 
 
 class Suspicion(NamedTuple):
-    """What a ruleset says of one drop."""
+    """What a ruleset shows about one drop."""
 
     suspects: tuple[DropRule, ...]
-    """Every rule, or chain's policy, that can have dropped it."""
+    """All rules and chain policies that can have dropped the packet."""
     notes: tuple[str, ...]
-    """Complete sentences: what is not known, and why."""
+    """What is unknown, and why, in complete sentences."""
     read_after_ns: int | None = None
-    """How long after the drop the rules were read; None where they were not."""
+    """Time from the drop to the reading of the rules; None if they were not read after it."""
     needs_reading: bool = False
-    """Whether the rules have not been read since the drop, and would tell more."""
+    """Whether the rules have not been read since the drop, so that a reading may show more."""
 
     @property
     def rule(self) -> DropRule | None:
-        """The one rule that can have done it; None where others may be there, or may be unread."""
+        """The only rule that can have dropped the packet; None if there may be another."""
         return self.suspects[0] if len(self.suspects) == 1 and not self.notes else None
 
     @property
     def may_reset(self) -> bool:
-        """Whether it can have been a rule here that answers by RST."""
+        """Whether a suspect may have answered with an RST."""
         return any(suspect.may_reset for suspect in self.suspects)
 
     def of_full_queue(self) -> Suspicion:
-        """The suspects of a packet that no program could be handed: the rules that queue.
+        """The suspects of a packet dropped at a full or unread queue: the rules that queue.
 
-        Nobody has seen it, so nobody has answered it.
+        No program got the packet, so none can have answered it with an RST.
         """
         queueing = (rule._replace(may_reset=False) for rule in self.suspects if rule.queues)
         return self._among(queueing)
 
     def of_queue_verdict(self) -> Suspicion:
-        """The suspects of a packet that came back from a queue: what can have put it there."""
+        """The suspects of a packet that came back from a queue: the rules that queue."""
         found = self._among(rule for rule in self.suspects if rule.queues)
         return found._replace(notes=(*found.notes, NOT_THE_RULE))
 
@@ -72,15 +72,14 @@ class Suspicion(NamedTuple):
 
     @property
     def may_be_unseen(self) -> bool:
-        """Whether it can have been a rule that is not here, of which nothing is known."""
+        """Whether a rule that was not read can have dropped the packet."""
         return bool(self.notes)
 
 
 def rule_text(rule: DropRule) -> str:
-    """A rule in words: `ip filter INPUT, rule handle 4`.
+    """A rule as text: `ip filter INPUT, rule handle 4`.
 
-    Whoever may make rules in a namespace chooses the names: they are no terminal's control
-    characters here.
+    A stranger may have chosen the names, so control characters are escaped.
     """
     if rule.kind == "program":
         return f"{rule.family}, the BPF program {rule.number}"
@@ -99,18 +98,18 @@ def rule_text(rule: DropRule) -> str:
 
 
 class Read(NamedTuple):
-    """The reading of a namespace's rules that tells most of a drop."""
+    """The reading of a namespace's rules that shows most about a drop."""
 
     ruleset: Ruleset
     after_ns: int | None
-    """How long after the drop it began; None: before the drop."""
+    """Time from the drop to the begin of the reading; None if it began before the drop."""
     before: Ruleset | None = None
-    """The same rules as they were read before the drop, for their counters."""
+    """The same rules read before the drop, for their counters; None if there is no such reading."""
 
     def counted(self, rule: int) -> bool:
-        """Whether the rule with that index can have counted the packet; True where nothing tells.
+        """Whether the rule with this index may have counted the packet; True if unknown.
 
-        A counter that has gone down was reset since, and tells nothing.
+        A counter that has decreased was reset, and shows nothing.
         """
         if self.after_ns is None or rule >= len(self.ruleset.packets):
             return True
@@ -124,9 +123,9 @@ class Read(NamedTuple):
 
 
 def rules_after(readings: Sequence[Ruleset], dropped_ns: int) -> Read | None:
-    """The rules as they were read first after a drop; None where they never were.
+    """The first reading of the rules after a drop; None if there is no reading at all.
 
-    Others are no proof of who did it, and say so: rules come and go.
+    If there is only another reading, it gets a problem that says so, because rules come and go.
     """
     if not readings:
         return None
@@ -143,9 +142,9 @@ def rules_after(readings: Sequence[Ruleset], dropped_ns: int) -> Read | None:
         return Read(first, first.read_ns - dropped_ns, alike[-1] if alike else None)
     nearest = after[0] if after else readings[-1]
     when = "long after" if after else "before"
-    problem = f"the rules were read {when} that drop, and may have been others then"
-    told = nearest._replace(problems=(*nearest.problems, problem))
-    return Read(told, nearest.read_ns - dropped_ns if after else None)
+    problem = f"the rules were read {when} that drop, and may have changed in between"
+    doubted = nearest._replace(problems=(*nearest.problems, problem))
+    return Read(doubted, nearest.read_ns - dropped_ns if after else None)
 
 
 def suspicion(
@@ -157,11 +156,11 @@ def suspicion(
 ) -> Suspicion:
     """The rules that can have dropped a packet from this client at a hook (None: any hook).
 
-    `by_nftables`: the packet was dropped within nf_tables, so nothing else did it. `device`: the
-    index of the device it came by, None where that is not known.
+    `by_nftables` means that nf_tables dropped the packet, so only its rules are suspects. `device`
+    is the index of the device by which it came; None if unknown.
     """
     if hook == BRIDGE:
-        return Suspicion((), ("the rules of a bridge are not read; rule unknown",))
+        return Suspicion((), ("the tool does not read the rules of a bridge; rule unknown",))
     if read is None:
         return Suspicion(
             (),

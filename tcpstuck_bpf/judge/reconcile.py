@@ -1,7 +1,7 @@
-"""The referee: the kernel's own counters beside what was traced, per namespace.
+"""The referee: compares what was traced with the kernel's own counters, per namespace.
 
-Pure. What the filters left out was counted too (COUNT_*_OUTSIDE), so that the sum can be compared
-exactly with a kernel that knows no filters.
+Pure. The programs also count what the filters exclude (COUNT_*_OUTSIDE), because the kernel's
+counters cover everything.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from tcpstuck_bpf.model import (
 
 
 class Reconciled(NamedTuple):
-    """One kernel counter of one namespace beside what was traced of it, in the traced period."""
+    """One kernel counter of one namespace and the programs' count of it, in the traced period."""
 
     netns: int
     counter: str
     """TcpExt name, for example SyncookiesSent."""
     traced: int
-    """Inside the filters."""
+    """The programs' count inside the filters."""
     outside: int
-    """Seen by the probes, left out by the filters."""
+    """The programs' count of what the filters exclude."""
     kernel: tuple[int, int] | None
-    """Lowest and highest figure the kernel's counter allows; None where it is unknown."""
+    """Lowest and highest possible increase of the kernel's counter; None if unknown."""
     agrees: bool | None
-    """None where it cannot be told."""
+    """Whether both agree; None if unknown."""
     note: str
-    """Why it is unknown, differs, or is a lower bound; empty where there is nothing to say."""
+    """Why the row is unknown, differs, or is a lower bound; else empty."""
 
 
 _PAIRS: tuple[tuple[str, NetnsCount, NetnsCount, tuple[str, ...]], ...] = (
@@ -67,12 +67,12 @@ _PAIRS: tuple[tuple[str, NetnsCount, NetnsCount, tuple[str, ...]], ...] = (
 )
 
 
-_GONE_NOTE = "the kernel's counters of namespaces that are gone went with them"
-_CROWDED_NOTE = "counted in namespaces that had no place of their own: there was no room"
+_GONE_NOTE = "the kernel's counters of removed namespaces are gone"
+_CROWDED_NOTE = "counts of namespaces without an entry of their own: the table was full"
 
 
 def total_counted(start: NetnsCounts, end: NetnsCounts) -> Counter[NetnsCount]:
-    """What was counted between two readings in all network namespaces together."""
+    """Counts between two readings, over all network namespaces."""
     counted: Counter[NetnsCount] = Counter()
     for counts in end.values():
         counted.update(counts)
@@ -82,17 +82,17 @@ def total_counted(start: NetnsCounts, end: NetnsCounts) -> Counter[NetnsCount]:
 
 
 def _is_another(start: Tally, end: Tally, netns: int) -> bool:
-    """Whether an inode number is known to be another namespace's than it was at the start."""
+    """Whether an inode number has passed to another namespace since the start, if known."""
     before = start.kernel_after.get(netns, {}).get(NETNS_COOKIE, 0)
     now = end.kernel_before.get(netns, {}).get(NETNS_COOKIE, 0)
     return bool(before and now) and before != now
 
 
 def _traced_between(start: Tally, end: Tally) -> dict[int, Counter[NetnsCount]]:
-    """What was counted between two readings, by namespace.
+    """Counts between two readings, by namespace.
 
-    What was counted before the first one in a namespace that has gone since is among the figures of
-    those that are gone at the second.
+    If a namespace has been removed since the first reading, its first counts are subtracted from
+    those of GONE_NETNS, which include them at the second.
     """
     found = {netns: Counter(counts) for netns, counts in end.traced.items()}
     for netns, counts in start.traced.items():
@@ -108,8 +108,8 @@ def _kernel_interval(
 ) -> tuple[tuple[int, int] | None, str]:
     """Lowest and highest increase that the readings around the traced period allow.
 
-    A namespace that was not there at the start began at zero. Where its cookie is not known and the
-    increase would be negative, the inode number was used again for another namespace.
+    A namespace that did not exist at the start began at zero. If the cookie is unknown and the
+    increase would be negative, another namespace has reused the inode number.
     """
     if netns in (GONE_NETNS, CROWDED_NETNS):
         return None, _GONE_NOTE if netns == GONE_NETNS else _CROWDED_NOTE
@@ -119,7 +119,7 @@ def _kernel_interval(
         return None, "this kernel has no such counter"
     cookies = [one[netns].get(NETNS_COOKIE, 0) for one in (end.kernel_before, end.kernel_after)]
     if cookies[0] != cookies[1]:
-        return None, "another namespace has its number by now"
+        return None, "another namespace has this number by now"
     known_before = netns in start.kernel_before and not _is_another(start, end, netns)
     first = start.kernel_before[netns].get(counter, 0) if known_before else 0
     later = start.kernel_after.get(netns, {}).get(counter, first) if known_before else 0
@@ -131,11 +131,12 @@ def _kernel_interval(
 
 
 def unseen_acks(start: Tally, end: Tally, coverage: Coverage) -> dict[int, int]:
-    """By namespace: valid ACKs of cookies that the kernel counted and no program saw, at the least.
+    """Valid cookie ACKs that the kernel counted and no program saw, at least, by namespace.
 
-    The kernel runs no kprobe program on a CPU where another one, or a system call of bpf(2), is at
-    work (trace_call_bpf in kernel/trace/bpf_trace.c), and counts that from 6.7 on only; its own
-    counter of the ACKs shows it everywhere. Where a probe is missing the difference says nothing.
+    The kernel skips a kprobe program while another one, or a bpf(2) system call, runs on the same
+    CPU (trace_call_bpf in kernel/trace/bpf_trace.c). It counts the skips only from 6.7 on, but its
+    counter of ACKs shows the difference on every kernel. If a probe is missing, the difference
+    means nothing.
     """
     return {
         row.netns: row.kernel[0] - row.traced - row.outside
@@ -148,7 +149,7 @@ def unseen_acks(start: Tally, end: Tally, coverage: Coverage) -> dict[int, int]:
 
 
 def reconcile(start: Tally, end: Tally, coverage: Coverage) -> tuple[Reconciled, ...]:
-    """Every counter of every namespace in which either side saw anything."""
+    """Compare every counter of every namespace in which either side counted anything."""
     rows = []
     missing = {gap.probe for gap in coverage.gaps}
     traced_by_netns = _traced_between(start, end)
@@ -173,14 +174,14 @@ def reconcile(start: Tally, end: Tally, coverage: Coverage) -> tuple[Reconciled,
 
 
 def _lacking(row: Reconciled) -> int:
-    """By how much less was traced than the kernel counted, at the least."""
+    """Smallest number of events that the kernel counted and the programs did not."""
     if row.agrees is not False or row.kernel is None:
         return 0
     return max(0, row.kernel[0] - row.traced - row.outside)
 
 
 def _made_up_for(rows: list[Reconciled]) -> Iterator[Reconciled]:
-    """The rows, where what namespaces lack may be what was counted for no namespace of its own."""
+    """The rows, with missing counts explained by counts of namespaces without an entry."""
     spare: Counter[str] = Counter()
     for row in rows:
         spare[row.counter] += row.traced + row.outside if row.netns == CROWDED_NETNS else 0
@@ -188,28 +189,28 @@ def _made_up_for(rows: list[Reconciled]) -> Iterator[Reconciled]:
     crowded = {row.counter for row in rows if row.netns == CROWDED_NETNS}
     for row in rows:
         if _lacking(row) and row.counter in crowded and spare[row.counter] >= 0:
-            note = "this namespace had no place of its own: its part may be counted elsewhere"
+            note = "this namespace had no entry in the full table: its counts may be in that row"
             yield row._replace(agrees=None, note=note)
         else:
             yield row
 
 
 def missed_runs_note(number: int, rows: Iterable[Reconciled]) -> str:
-    """What it means that the kernel skipped a program so many times; empty where it never did.
+    """What it means that the kernel skipped our programs `number` times; empty for 0.
 
-    Its own counters tell of cookies, their ACKs and full accept queues only. What else the program
-    would have seen has no counter: a repeated SYN, an RST, the place where an ACK was dropped.
+    The kernel counts only cookies, their ACKs and full accept queues. Other facts that a program
+    would have seen have no counter: a repeated SYN, an RST, the drop site of an ACK.
     """
     if not number:
         return ""
     times = "once" if number == 1 else f"{number} times"
-    did_not_run = f"{times} the kernel did not run a program of ours, another one being at work"
+    skipped = f"the kernel skipped our programs {times}, because another one ran on that CPU"
     bounds = [(row, row.kernel and row.kernel[1] - row.traced - row.outside) for row in rows]
     if any(row.agrees is False and ahead is not None and ahead > 0 for row, ahead in bounds):
-        return f"{did_not_run} on that CPU: that may be why the kernel counted more than was traced"
+        return f"{skipped}: that may be why the kernel counted more than was traced"
     if all(row.agrees and ahead == 0 for row, ahead in bounds):
         return (
-            f"{did_not_run} on that CPU: it cost no cookie and no ACK, the kernel's counters agree "
-            "exactly; a repeated SYN, an RST or the place of a drop may be missing"
+            f"{skipped}: no cookie and no ACK was missed, because the kernel's counters agree "
+            "exactly; a repeated SYN, an RST or a drop site may be missing"
         )
-    return f"{did_not_run} on that CPU: the counters do not show what it cost"
+    return f"{skipped}: the counters do not show what was missed"

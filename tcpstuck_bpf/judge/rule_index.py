@@ -1,7 +1,7 @@
-"""Which rules of a ruleset a packet may match, found without a look at every rule. Pure.
+"""Finds the rules that a packet may match without checking every rule. Pure.
 
-Rules are sorted once by what they ask of the server's side, and there by the network of the
-client's address. A chain is looked at once for each packet, however many jumps lead to it.
+Rules are sorted once by their conditions on the server's side, and then by the network of the
+client's address. For each packet a chain is checked once, however many jumps lead to it.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ _NFPROTO = {4: "ipv4", 6: "ipv6"}
 _ADDRESS_BITS = {4: 32, 6: 128}
 
 MOST_SUSPECTS = 32
-"""How many one packet may have. More help nobody, and each verdict names them all."""
+"""Largest number of suspects of one packet. Each verdict lists them all; more would not help."""
 MOST_STEPS = 2_000_000
-"""Looks at a rule or a chain, for all packets that are held against one reading: about a second.
-A ruleset of 20 000 rules with 50 listeners needs half of it once, and then a few for each packet.
+"""Checks of a rule or a chain, for all packets compared with one reading; about a second.
+A ruleset of 20 000 rules with 50 listeners takes half of it once, and then a few for each packet.
 """
 _KEPT_INDEXES = 32
-"""How many readings have one. One for each namespace whose drops are told at a time is enough."""
+"""Number of indexes kept. One for each namespace with recent drops is enough."""
 _INDEXED_RULES = 50_000
-"""The rules in all of them together, at some 500 bytes each."""
+"""Largest number of rules in all indexes together, at about 500 bytes each."""
 _VIEWED_RULES = 20_000
-"""The rules in all views of one index, which share its entries: each takes room in lists only."""
+"""Largest number of rules in all views of an index. Views share entries and only add lists."""
 
 _Chain = tuple[str, str, str]
 """Family, table and name."""
 
 
 class Packet(NamedTuple):
-    """What is known of a packet that was dropped."""
+    """The known facts of a dropped packet."""
 
     who: FourTuple
     hook: str | None
-    """None: any."""
+    """Netfilter hook; None means any."""
     device: int | None
-    """The index of the device it came by; None: any."""
+    """Index of the device by which it came; None means any."""
 
 
 class Matching(NamedTuple):
     """The rules that a packet may have matched."""
 
     rules: tuple[int, ...]
-    """By their index in the ruleset, in its order."""
+    """Indices in the ruleset, in order."""
     incomplete: bool
-    """Whether there may be more."""
+    """Whether more rules may match."""
 
 
 class _Source(NamedTuple):
@@ -59,7 +59,7 @@ class _Source(NamedTuple):
 
     family: int
     shift: int
-    """By how many bits an address is longer than the network's prefix."""
+    """Number of address bits after the network's prefix."""
     prefix: int
 
     def has(self, address: int) -> bool:
@@ -67,10 +67,10 @@ class _Source(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """A rule or a jump, with what it asks of the client's side."""
+    """A rule or a jump, with its conditions on the client's side."""
 
     rule: int
-    """The rule's index; of a jump -1."""
+    """Index of the rule; -1 for a jump."""
     target: _Chain | None
     sources: tuple[_Source, ...]
     ports: tuple[tuple[int, int], ...]
@@ -83,14 +83,14 @@ class _Entry(NamedTuple):
 
 @dataclass
 class _ChainView:
-    """What is left of a chain for packets to one server address and port."""
+    """The part of a chain that can match packets to one server address and port."""
 
     by_source: dict[int, dict[int, list[_Entry]]] = field(default_factory=dict)
-    """By how much longer an address is than the network's prefix, and by that prefix."""
+    """Entries by `_Source.shift`, then by `_Source.prefix`."""
     of_any_source: list[_Entry] = field(default_factory=list)
 
     def add(self, entry: _Entry) -> None:
-        """One more rule or jump."""
+        """Add a rule or a jump."""
         if entry.sources:
             source = entry.sources[0]
             self.by_source.setdefault(source.shift, {}).setdefault(source.prefix, []).append(entry)
@@ -99,15 +99,15 @@ class _ChainView:
 
 
 class _View(NamedTuple):
-    """A ruleset as packets to one server address and port meet it."""
+    """The part of a ruleset that can match packets to one server address and port."""
 
     chains: dict[_Chain, _ChainView]
     bases: tuple[_Chain, ...]
-    """Where packets come in."""
+    """Chains that a hook calls."""
 
 
 class _Parsed(NamedTuple):
-    """A rule's or a jump's conditions, parsed; those that nobody understands are left out."""
+    """The parsed conditions of a rule or jump; unknown ones are left out."""
 
     place: DropRule | Jump
     entry: _Entry
@@ -161,7 +161,7 @@ def _names_device(pattern: str, names: Sequence[str]) -> bool:
 
 
 class RuleIndex:
-    """The rules and jumps of one reading, sorted so that few of them have to be looked at."""
+    """The rules and jumps of one reading, sorted so that few of them have to be checked."""
 
     def __init__(self, ruleset: Ruleset) -> None:
         self.ruleset = ruleset
@@ -170,7 +170,7 @@ class RuleIndex:
         self._views: OrderedDict[tuple[object, ...], _View] = OrderedDict()
 
     def matching(self, packet: Packet) -> Matching:
-        """The rules that a packet may have matched, by all that is known of it."""
+        """The rules that a packet may have matched."""
         view = self._view(packet)
         if view is None:
             return Matching((), incomplete=True)
@@ -206,7 +206,7 @@ class RuleIndex:
         return Matching(tuple(sorted(found[:MOST_SUSPECTS])), len(found) > MOST_SUSPECTS)
 
     def _view(self, packet: Packet) -> _View | None:
-        """None where that would take more work than this ruleset may make."""
+        """The view for a packet; None if making it would exceed this ruleset's steps."""
         who = packet.who
         key = (who.family, who.server_address, who.server_port, packet.hook, packet.device)
         view = self._views.get(key)
@@ -248,7 +248,7 @@ class RuleIndex:
 
 
 def _fails(parsed: _Parsed, who: FourTuple, devices: Sequence[str] | None) -> bool:
-    """Whether a match cannot hold for a TCP segment to this server, whoever the client is."""
+    """Whether a condition cannot hold for a TCP segment to this server from any client."""
     family = who.family
     if any(source.family != family for source in (*parsed.entry.sources, *parsed.destinations)):
         return True
@@ -277,11 +277,11 @@ def _is_too_much() -> bool:
 
 
 def index_of(ruleset: Ruleset) -> RuleIndex:
-    """The index of these rules: the same one for every reading that shares them."""
+    """The index of these rules; readings that share their rules share the index."""
     identity = (id(ruleset.rules), id(ruleset.jumps), id(ruleset.devices))
     index = _indexes.get(identity)
     if index is None:
-        # It keeps the rules, so that their identity is nobody else's meanwhile.
+        # The index keeps the rules alive, so no other object can get their id() meanwhile.
         index = _indexes[identity] = RuleIndex(ruleset)
         while len(_indexes) > 1 and _is_too_much():
             _indexes.popitem(last=False)

@@ -1,8 +1,7 @@
 """Verdicts are data: a table of conditions, and what each verdict means, proves and advises.
 
-`judge` finds the one rule that a flow meets and writes its finding. What a rule says is about
-the kernel's behaviour as in the functions it needs probes on; a probe that is not attached makes
-a fact unknown, never absent, and the finding says so.
+`judge` finds the one rule that matches a flow and writes its finding. A missing probe makes a fact
+unknown, never absent, and the finding says so.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ Certainty = Literal["certain", "likely", "possible"]
 
 KFREE_SKB = "kfree_skb"
 COOKIE_CHECKS = frozenset({"cookie_v4_check", "cookie_v6_check"})
-# ACKs and RSTs that reach a listener go through cookie_vX_check, repeated SYNs that are dropped
-# end in tcp_conn_request: silence is known only where both are watched.
+# ACKs and RSTs that reach a listener go through cookie_vX_check, and dropped repeated SYNs end in
+# tcp_conn_request. So silence is known only if both are probed.
 _SILENCE_PROBES = COOKIE_CHECKS | {"tcp_conn_request"}
 
 RAISE_BACKLOG = (
@@ -43,7 +42,7 @@ class Rule(NamedTuple):
 
     name: str
     stuck: bool
-    """Whether the client believes in a connection that the server does not know."""
+    """Whether the client thinks it is connected and the server has no record of it."""
     certainty: Certainty
     condition: Callable[[FlowReport], bool]
     meaning: str
@@ -51,11 +50,11 @@ class Rule(NamedTuple):
     cannot_prove: str
     advice: str
     needs: frozenset[str] = frozenset()
-    """Probes (kernel functions) without which what the verdict denies is not known."""
+    """Probes (kernel functions) without which the absence of a packet is not known."""
 
 
 class Finding(NamedTuple):
-    """A verdict on one flow, ready to be printed. Times are CLOCK_MONOTONIC nanoseconds."""
+    """A verdict on one flow, ready to print. Times are CLOCK_MONOTONIC nanoseconds."""
 
     verdict: str
     stuck: bool
@@ -67,39 +66,40 @@ class Finding(NamedTuple):
     first_syn_ns: int
     verdict_ns: int
     age_ns: int
-    """From the first SYN to the verdict."""
+    """Time from the first SYN to the verdict."""
     delay_ns: int | None
-    """From the first SYN to the connection, where there is one."""
+    """Time from the first SYN to the connection; None if there is no connection."""
     meaning: str
     evidence: tuple[str, ...]
     cannot_prove: str
     advice: str
     timeline: tuple[TimelineEntry, ...]
     timeline_omitted: int
-    """How many entries of the timeline's middle were left out."""
+    """Number of entries left out of the timeline's middle."""
     updates: str | None
-    """The verdict on the same flow that this one replaces; the same one where only what it says of
-    the drop is another."""
+    """Name of the verdict on this flow that this one replaces; the same name if only the facts
+    about the drop are new."""
     to_be_updated: bool = False
-    """Whether the firewall's rules are still to be read, and another verdict tells their part."""
+    """Whether the firewall's rules are still to be read, so that another verdict follows."""
     bytes_missed: int = 0
-    """The client's bytes that the server's application will never see."""
+    """Number of the client's bytes that the server's application will never see."""
     rescue_tries: int = 0
-    """How often the SYN-ACK was repeated for it."""
+    """Number of SYN-ACKs repeated for this handshake."""
     drop: Drop | None = None
-    """Where and why this host dropped its ACK."""
+    """Where and why this host dropped the ACK."""
     flood_suspected: bool = False
-    """Whether it is silent amid what looks like a SYN flood: then it is not told as stuck."""
+    """Whether the client looks like part of a SYN flood; it then does not count as stuck."""
     listener_socket: int = 0
-    """Inode number of the listening socket that it is stuck at; 0 where it is not known."""
+    """Inode number of the listening socket; 0 if unknown."""
     cause: str = ""
-    """What dropped its ACK, in words; empty where the verdict says all that is known."""
+    """What dropped the ACK, in words; empty if the verdict says all that is known."""
 
 
 def _accept_queue_was_full(report: FlowReport) -> bool:
-    """By the kernel's counters; where they could not be read, by its length before and after.
+    """Whether the accept queue was full, by the kernel's counters, else by the queue's length.
 
-    sk_acceptq_is_full() of include/net/sock.h: full is more entries than the limit.
+    The queue is full if it has more entries than the limit (sk_acceptq_is_full() of
+    include/net/sock.h).
     """
     entry = report.handshake
     if not entry.drop_counters & Moved.UNKNOWN:
@@ -127,7 +127,7 @@ RULES: tuple[Rule, ...] = (
         certainty="certain",
         condition=_is(State.COMPLETED),
         meaning="connected",
-        proves="the cookie was validated and the server's socket made (cookie_vX_check)",
+        proves="the cookie was valid, and the kernel made the server's socket (cookie_vX_check)",
         cannot_prove="whether the server has accepted it, or will answer",
         advice="nothing to do",
     ),
@@ -202,7 +202,7 @@ RULES: tuple[Rule, ...] = (
         meaning="ACK came, dropped by this host for another reason",
         proves="an ACK arrived and cookie_vX_check dropped it without an answer",
         cannot_prove=(
-            "which of memory, route, security module, bind or a request of its own in the SYN "
+            "which of memory, route, security module, bind or the client's own request in the SYN "
             "queue refused it"
         ),
         advice=(
@@ -217,11 +217,11 @@ RULES: tuple[Rule, ...] = (
         certainty="certain",
         condition=_is(State.REJECTED),
         meaning="cookie refused, RST sent: the client gets an error",
-        proves="an ACK arrived that the listener answers by RST",
+        proves="an ACK arrived, and the listener answers it with an RST",
         cannot_prove="that the RST reaches the client",
         advice=(
-            "if it is late: look for delay between client and server, a cookie lives 60 to 120 s; "
-            "if net.ipv4.tcp_syncookies was changed, set it back to 1"
+            "if the ACK is late, look for delay between client and server: a cookie lives 60 to "
+            "120 s; if net.ipv4.tcp_syncookies was changed, set it back to 1"
         ),
     ),
     Rule(
@@ -230,7 +230,7 @@ RULES: tuple[Rule, ...] = (
         certainty="certain",
         condition=_is(State.NO_LISTENER),
         meaning="the listener is gone, RST sent: the client gets an error",
-        proves="a segment of the client found no socket, which the kernel answers by RST",
+        proves="a segment of the client found no socket, and the kernel answers it with an RST",
         cannot_prove="that the RST reaches the client",
         advice=(
             "the server closed its listening socket between the SYN-ACK and this segment (a "
@@ -244,12 +244,12 @@ RULES: tuple[Rule, ...] = (
         condition=_is(State.NAMESPACE_GONE),
         meaning="was stuck; its server's network namespace is gone",
         proves=(
-            "no process, no name and no mount leads to that network namespace any more, or its "
-            "number is another one's by now"
+            "no process, name or mount leads to that network namespace any more, or another "
+            "namespace has its number by now"
         ),
         cannot_prove=(
-            "whether an open file or socket still holds it (a segment that comes there takes this "
-            "verdict back), nor whether the client has noticed"
+            "that no open file or socket still holds it (a segment that arrives there revokes this "
+            "verdict), nor whether the client has noticed"
         ),
         advice=(
             "no action needed here: the container or namespace of this server was removed. A "
@@ -261,7 +261,7 @@ RULES: tuple[Rule, ...] = (
         stuck=False,
         certainty="certain",
         condition=_is(State.RESET),
-        meaning="the client's address sent an RST: it wants none",
+        meaning="the client's address sent an RST: no connection wanted",
         proves="an RST came from the client's address and port",
         cannot_prove="whether the client closed, or never sent the SYN (spoofed source)",
         advice="a few: nothing to do; many: look for spoofed SYNs or impatient health checks",
@@ -272,10 +272,10 @@ RULES: tuple[Rule, ...] = (
         certainty="certain",
         condition=_is(State.REPEATING),
         meaning="client repeats its SYN: it sees no SYN-ACK, and knows",
-        proves="the client repeats its SYN, and no ACK of it reached TCP on this host",
+        proves="the client repeats its SYN, and none of its ACKs reached TCP on this host",
         cannot_prove="where the SYN-ACKs are lost, nor whether the last of them got through",
         advice=(
-            "look at the way back to the client: outgoing iptables/nft rules, route, rp_filter at "
+            "look at the path back to the client: outgoing iptables/nft rules, route, rp_filter at "
             f"its end. If SYNs were dropped here: {RAISE_BACKLOG}"
         ),
         needs=COOKIE_CHECKS,
@@ -287,24 +287,24 @@ RULES: tuple[Rule, ...] = (
         condition=_is(State.DATA_LOST),
         meaning="connected, but the server missed the first bytes",
         proves=(
-            "the cookie was validated by a segment that is not the client's first: the server's "
-            "socket begins elsewhere in its stream, and neither end gets an error"
+            "the segment that validated the cookie was not the client's first: the server's "
+            "socket starts at the wrong byte of the stream, and neither end gets an error"
         ),
         cannot_prove="what the bytes were; the last of them may have been a FIN and no data",
         advice=(
-            "close that connection on the server: what the server reads lacks its beginning, and "
-            "neither end gets an error. Then find out what drops the client's first segments: ACKs "
-            "before TCP, or a full accept queue"
+            "close that connection on the server: the server misses the beginning of the stream, "
+            "and neither end gets an error. Then find out what drops the client's first segments: "
+            "rules that drop ACKs before TCP, or a full accept queue"
         ),
     ),
 )
 
 VERDICT_NAMES: tuple[str, ...] = tuple(rule.name for rule in RULES)
-"""Every name that may stand where a verdict is asked for."""
+"""All verdict names, for options that take one."""
 
 
 def rule_for(report: FlowReport) -> Rule | None:
-    """The rule a flow meets; None for a state without a verdict (taken over, superseded)."""
+    """The rule that matches a flow; None for a state without a verdict (taken over, superseded)."""
     return next((rule for rule in RULES if rule.condition(report)), None)
 
 
@@ -317,7 +317,7 @@ def _replaced(report: FlowReport) -> str | None:
 
 
 def missing_probes(rule: Rule, family: int, coverage: Coverage) -> tuple[str, ...]:
-    """The probes a rule needs for this address family (4 or 6) and does not have, sorted."""
+    """The missing probes that a rule needs for this address family (4 or 6), sorted."""
     other = "_v6_" if family == 4 else "_v4_"
     return tuple(sorted(p for p in rule.needs - coverage.probes if other not in p))
 
@@ -337,7 +337,7 @@ class _Words(NamedTuple):
 
 
 def _words(rule: Rule, drop: Drop | None, *, in_flood: bool) -> _Words:
-    """Meaning and advice: those of the drop's cause where that is known."""
+    """Meaning and advice: those of the drop's cause if it is known, else the rule's."""
     if in_flood:
         return _Words(FLOOD_MEANING, "", FLOOD_ADVICE)
     if drop is not None and drop.cause is not None:
@@ -351,7 +351,7 @@ def _words(rule: Rule, drop: Drop | None, *, in_flood: bool) -> _Words:
 
 
 def _sight_of_drops(rule: Rule, coverage: Coverage) -> Iterator[str]:
-    """What silence does not say of this host's own drops, where nobody looks at them."""
+    """Why this host's own drops are not seen, if the probe for them is missing."""
     if rule.name != "ack-missing" or KFREE_SKB in coverage.probes:
         return
     gap = next((gap for gap in coverage.gaps if gap.probe == KFREE_SKB), None)
@@ -365,19 +365,19 @@ def _certainty(
     rule: Rule, report: FlowReport, missing: tuple[str, ...], drop: Drop | None
 ) -> Certainty:
     if not report.handshake.syn_count:
-        # Its first ACK may have been good, and this one have been under way on another CPU then.
+        # The first ACK may have been good, while this one was in progress on another CPU.
         return "possible" if missing else "likely"
     gave_up_maybe = report.state is State.SILENT and report.handshake.syn_count > 1
     if missing or gave_up_maybe or report.flood or report.state is State.UNANSWERED:
         return "possible"
     if ending_of(report.handshake) == Ending.TAKEN_OVER:
-        # Nobody has seen the end of the ordinary handshake that took over.
+        # No program sees the end of the ordinary handshake that took over.
         return "likely"
     if drop is not None and drop.maybe_answered:
-        # The one rule that can have dropped it says that it answers.
+        # A matching rule may have answered with an RST, the more so if it is the only match.
         return "likely" if drop.netfilter.rule is None else "possible"
     if drop is not None and drop.netfilter.may_be_unseen:
-        # Some rules answer by RST.
+        # An unread rule may have answered with an RST.
         return "likely"
     cause_unsure = report.handshake.drop_counters & Moved.UNKNOWN
     return "likely" if report.state is State.ACK_DROPPED and cause_unsure else rule.certainty
@@ -385,25 +385,24 @@ def _certainty(
 
 FLOOD_MEANING = "no ACK got here; looks like a SYN flood's spoofed source"
 FLOOD_ADVICE = (
-    "no action needed: a spoofed source waits for nothing, and SYN cookies, the remedy for a "
-    "flood, are at work. If these addresses are your clients', look for what drops ACKs on the "
-    "way to this host"
+    "no action needed: a spoofed source waits for nothing, and SYN cookies already protect this "
+    "host. If these addresses are your clients', look for what drops ACKs on the way to this host"
 )
 
 UPDATE_FOLLOWS = "the rules are being read; another verdict will say what they show"
-NO_ROOM_FOR_UPDATE = "too many verdicts wait for the rules already: no update will follow"
+NO_ROOM_FOR_UPDATE = "too many verdicts already wait for the rules: no update will follow"
 
 
 def with_evidence(finding: Finding, sentence: str) -> Finding:
-    """A finding with one more sentence."""
+    """A finding with one more sentence of evidence."""
     return finding._replace(evidence=(*finding.evidence, sentence))
 
 
 def _unseen_sentences(unseen_acks: int) -> Iterator[str]:
     if unseen_acks:
         yield (
-            f"the kernel counted {unseen_acks} valid ACK{'s' * (unseen_acks > 1)} of cookies in "
-            "this network namespace that no program saw; one of them may be this client's"
+            f"the kernel counted {unseen_acks} valid cookie ACK{'s' * (unseen_acks > 1)} in "
+            "this network namespace that no program saw; one may be this client's"
         )
 
 
@@ -413,10 +412,10 @@ def judge(
     names: KernelNames = NO_NAMES,
     unseen_acks: int = 0,
 ) -> Finding | None:
-    """The verdict on a flow, weakened by what missing probes or mixed-up packets leave unknown.
+    """The verdict on a flow; None if its state has none.
 
-    `unseen_acks`: how many valid ACKs passed unseen that may be of this flow. None where the flow's
-    state has no verdict.
+    Missing probes, mixed-up packets and unseen ACKs lower its certainty. `unseen_acks` is the
+    number of valid ACKs that no program saw and that may belong to this flow.
     """
     rule = rule_for(report)
     if rule is None:

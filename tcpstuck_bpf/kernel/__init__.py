@@ -1,1 +1,1 @@
-"""The kernel's side of a run: compiling, loading and attaching the programs, and their tables."""
+"""The kernel's side of a run: compiles, loads and attaches the programs, and reads their tables."""

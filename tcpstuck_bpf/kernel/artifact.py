@@ -1,11 +1,11 @@
 """An artifact: the compiled programs and the shapes of their tables, as bytes. Pure.
 
-What BCC's child process hands over, and what is kept in a directory. Layout: a magic number that
-includes the format's version, the head's length, the head in JSON, the programs' bytecode one after
-the other, and a SHA-256 of all that. Whoever reads one need not trust it: every length, name and
-number is checked here, and what the bytecode does is the kernel's verifier to judge.
+BCC's child process writes an artifact, and the cache keeps it. Layout: a magic number that includes
+the format's version, the head's length, the head in JSON, the programs' bytecode in sequence, and a
+SHA-256 of all that. A reader need not trust it: this module checks every length, name and number,
+and the kernel's verifier checks the bytecode.
 
-In the bytecode the places of tables' file descriptors hold the table's number in the head.
+In the bytecode, the table's number in the head stands where the loader puts its file descriptor.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KINDS = (FENTRY, FEXIT, KPROBE, RAW_TRACEPOINT, TYPED_TRACEPOINT)
 
 MAGIC = b"tcpstuck programs 1\n"
 MOST_BYTES = 4 << 20
-"""Bytes of a whole artifact; ours have some 100 KiB."""
+"""Largest size of an artifact, in bytes; ours have about 100 KiB."""
 _MOST_OF_A_KIND = 64
 _MOST_INSTRUCTIONS = 1 << 17
 _LENGTH = struct.Struct("<I")
@@ -39,12 +39,12 @@ _PSEUDO_MAP = 1
 
 
 class DamagedError(Exception):
-    """The bytes are no artifact, or not a whole one; the text says what is wrong."""
+    """The bytes are not a whole artifact; the text says what is wrong."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """One program: for FENTRY and FEXIT by the kernel's function, else by its name in the text."""
+    """One program. An FENTRY or FEXIT program has its function's name, others that in the text."""
 
     kind: str
     name: str
@@ -68,9 +68,9 @@ class Artifact:
     """Programs of one mode, and their tables in the order in which the bytecode numbers them."""
 
     identity: str
-    """What it was made from, without the compiler; see `compilation.identity`."""
+    """Hash of the inputs, without the compiler; see `Compilation.identity`."""
     made_for: str
-    """The kernel, in words for a person."""
+    """The target kernel, as text for a person."""
     compiler: str
     mode: str
     architecture: str
@@ -78,13 +78,13 @@ class Artifact:
     maps: tuple[MapShape, ...]
 
     def program(self, kind: str, name: str) -> Program | None:
-        """That program, None where there is none."""
+        """The program of this kind and name; None if there is none."""
         wanted = (one for one in self.programs if (one.kind, one.name) == (kind, name))
         return next(wanted, None)
 
 
 def encode(artifact: Artifact) -> bytes:
-    """The artifact as bytes, always the same ones."""
+    """The artifact as bytes; equal artifacts give equal bytes."""
     head = {
         "identity": artifact.identity,
         "made_for": artifact.made_for,
@@ -104,9 +104,9 @@ def encode(artifact: Artifact) -> bytes:
 
 
 def decode(data: bytes) -> Artifact:
-    """Raises DamagedError for whatever `encode` does not make."""
+    """Decode what `encode` made. Raises DamagedError for anything else."""
     if not data.startswith(MAGIC):
-        raise DamagedError("it does not begin as one of this version does")
+        raise DamagedError("it does not begin with this version's magic number")
     if len(data) > MOST_BYTES:
         raise DamagedError(f"it has {len(data)} bytes, more than {MOST_BYTES}")
     start = len(MAGIC) + _LENGTH.size
@@ -119,21 +119,21 @@ def decode(data: bytes) -> Artifact:
     try:
         head = json.loads(body[start : start + length].decode("ascii"))
     except (ValueError, RecursionError) as error:
-        raise DamagedError("its head is no JSON") from error
+        raise DamagedError("its head is not JSON") from error
     return _artifact(head, body[start + length :])
 
 
 def _artifact(head: Any, code: bytes) -> Artifact:
     if not isinstance(head, dict):
-        raise DamagedError("its head is no JSON object")
+        raise DamagedError("its head is not a JSON object")
     maps = tuple(map(_map_shape, _listed(head, "maps", 6)))
     if len({one.name for one in maps}) != len(maps):
-        raise DamagedError("two tables have one name")
+        raise DamagedError("two tables have the same name")
     programs: list[Program] = []
     at = 0
     for kind, name, length in _listed(head, "programs", 3):
         if kind not in KINDS:
-            raise DamagedError("a program is of no kind that is known")
+            raise DamagedError("a program is of an unknown kind")
         end = at + _number(length, _MOST_INSTRUCTIONS * _INSTRUCTION.size)
         programs.append(Program(kind, _name(name), code[at:end]))
         at = end
@@ -142,7 +142,7 @@ def _artifact(head: Any, code: bytes) -> Artifact:
     for one in programs:
         for place in map_places(one.code):
             if _INSTRUCTION.unpack_from(one.code, place)[3] not in range(len(maps)):
-                raise DamagedError(f"{one.name} uses a table that is not there")
+                raise DamagedError(f"{one.name} uses a table that does not exist")
     return Artifact(
         identity=_text(head, "identity"),
         made_for=_text(head, "made_for"),
@@ -157,26 +157,26 @@ def _artifact(head: Any, code: bytes) -> Artifact:
 def _text(head: Mapping[str, Any], key: str) -> str:
     value = head.get(key)
     if not isinstance(value, str) or not _WORDS.fullmatch(value):
-        raise DamagedError(f"{key} is no short text")
+        raise DamagedError(f"{key} is not a short text")
     return value
 
 
 def _name(value: Any) -> str:
     if not isinstance(value, str) or not _NAME.fullmatch(value):
-        raise DamagedError("a name is none")
+        raise DamagedError("a name is invalid")
     return value
 
 
 def _number(value: Any, most: int) -> int:
     if type(value) is not int or not 0 <= value <= most:
-        raise DamagedError("a number is out of its range")
+        raise DamagedError("a number is out of range")
     return value
 
 
 def _listed(head: Mapping[str, Any], key: str, width: int) -> Sequence[Any]:
     rows = head.get(key)
     if not isinstance(rows, list) or len(rows) > _MOST_OF_A_KIND:
-        raise DamagedError(f"{key} is no short list")
+        raise DamagedError(f"{key} is not a short list")
     if not all(isinstance(row, list) and len(row) == width for row in rows):
         raise DamagedError(f"a row of {key} does not have {width} values")
     return rows
@@ -188,25 +188,24 @@ def _map_shape(row: Sequence[Any]) -> MapShape:
 
 
 def map_places(code: bytes) -> list[int]:
-    """Bytes from the start of a program to each instruction that holds a table's number.
+    """Offset in bytes of each instruction that holds a table's number.
 
-    Raises DamagedError where the bytes are no bytecode, or refer to anything else that a loader has
-    to put in: there is nothing else.
+    Raises DamagedError where the bytes are not bytecode, or need anything but tables from a loader.
     """
     if not code or len(code) % _INSTRUCTION.size:
-        raise DamagedError("a program is no whole number of instructions")
+        raise DamagedError("a program is not a whole number of instructions")
     places = []
     at = 0
     while at < len(code):
         operation, registers, _, _ = _INSTRUCTION.unpack_from(code, at)
         source = registers >> 4
         if operation == _CALL and source:
-            raise DamagedError("a program calls what a loader has to find")
+            raise DamagedError("a program calls a function that a loader would have to find")
         if operation == _LOAD_64:
             if source == _PSEUDO_MAP:
                 places.append(at)
             elif source:
-                raise DamagedError("a program loads what a loader has to find")
+                raise DamagedError("a program loads a value that a loader would have to find")
             at += _INSTRUCTION.size
         at += _INSTRUCTION.size
     if at != len(code):
@@ -215,7 +214,7 @@ def map_places(code: bytes) -> list[int]:
 
 
 def with_map_values(code: bytes, values: Mapping[int, int]) -> bytes:
-    """The bytecode with other numbers in the places of tables, by those that stand there now.
+    """The bytecode with each table's number replaced according to `values`.
 
     Raises DamagedError as `map_places` does, and for a number that `values` does not have.
     """
@@ -223,6 +222,6 @@ def with_map_values(code: bytes, values: Mapping[int, int]) -> bytes:
     for at in map_places(code):
         operation, registers, offset, number = _INSTRUCTION.unpack_from(code, at)
         if number not in values:
-            raise DamagedError("a program uses a table that is not there")
+            raise DamagedError("a program uses a table that does not exist")
         _INSTRUCTION.pack_into(changed, at, operation, registers, offset, values[number])
     return bytes(changed)

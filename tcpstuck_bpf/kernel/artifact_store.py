@@ -1,4 +1,4 @@
-"""Artifacts in directories: those that were kept, and those that were built for other machines."""
+"""Artifacts in directories: kept for the next start, or built for other machines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tcpstuck_bpf.kernel.kept_files import (
 )
 
 MOST_BUILT = 256
-"""How many files of a directory are looked at: both modes of a hundred kernels."""
+"""Largest number of files read in a directory: both modes of a hundred kernels."""
 
 
 def _name(wanted: Compilation) -> str:
@@ -30,7 +30,7 @@ def _name(wanted: Compilation) -> str:
 
 
 def find_kept(files: KeptFiles, wanted: Compilation) -> Artifact | None:
-    """What was kept of exactly this; None where nothing was, or nothing that can be used."""
+    """The kept artifact of exactly this compilation; None if there is no usable one."""
     return files.find(_name(wanted), lambda data: compilation.decoded(data, wanted))
 
 
@@ -42,7 +42,8 @@ def keep(files: KeptFiles, wanted: Compilation, data: bytes) -> None:
 class BuiltPrograms:
     """A directory of artifacts that were built elsewhere (`--build`), for a machine without BCC.
 
-    Raises CannotTraceError where it cannot be read, or others than root or we could write to it.
+    Raises CannotTraceError where the directory cannot be read, or where anybody but root and our
+    own user could write to it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,7 +61,7 @@ class BuiltPrograms:
             for name in found[:MOST_BUILT]:
                 self._take(directory, name)
             if len(found) > MOST_BUILT:
-                self._unusable.append(f"{len(found) - MOST_BUILT} more were not looked at")
+                self._unusable.append(f"{len(found) - MOST_BUILT} more were not read")
         finally:
             os.close(directory)
 
@@ -77,11 +78,11 @@ class BuiltPrograms:
         return CannotTraceError(
             "the built programs cannot be used",
             why,
-            "name a directory that --build has filled, owned by root and written by nobody else",
+            "name a directory that --build has filled, owned by root and writable by nobody else",
         )
 
     def find(self, wanted: Compilation) -> Artifact:
-        """Those that fit this kernel. Raises CannotTraceError, with what is there instead."""
+        """The artifact that fits this kernel. Raises CannotTraceError, listing what is there."""
         identity = wanted.identity()
         for one in self._artifacts:
             if one.identity == identity:

@@ -1,7 +1,7 @@
-"""`--build`: programs for this kernel or for kernels in files, for machines without a compiler.
+"""`--build`: programs for this kernel or for kernel images, for machines without a compiler.
 
-Which probes a kernel has, and so what has to be compiled, is decided as it is on the machine that
-traces; the only difference is where the kernel's functions and options are looked up.
+The builder decides what to compile as a tracing machine does. The only difference is where it looks
+up the kernel's functions and options.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from tcpstuck_bpf.typeinfo.vmlinux import KernelImage, read_image
 
 MODES = ("fentry", "kprobe")
 _COMPILERS_NAMES = {"x86_64": "x86", "aarch64": "arm64"}
-"""BCC's name of an architecture, by that of uname(2)."""
+"""BCC's name of an architecture, by uname(2)'s."""
 
 
 def build(directory: Path, images: Sequence[str], request: AttachRequest) -> Iterator[str]:
-    """Write programs for each kernel, the running one where no file is named; a line for each.
+    """Write programs for each image, or for the running kernel; yield a line for each file.
 
-    Raises UsageError for a file that is no kernel or a directory that cannot be written, and
+    Raises UsageError for a file that is not a kernel or a directory that cannot be written, and
     CannotTraceError where a kernel cannot be traced or there is no compiler.
     """
     features.require_privileges()
@@ -64,13 +64,13 @@ def _make(directory: Path) -> None:
 
 
 def _symbols(image: KernelImage) -> frozenset[str]:
-    """The functions that can be probed, as far as the file tells."""
+    """The functions that can be probed, as far as the image shows."""
     report = describe(image.release, image.path, image.types, image.symbols)
     return frozenset(fact.probe.symbol for fact in report.functions if fact.there)
 
 
 def _variants(image: KernelImage) -> list[KernelDescription]:
-    """The kernel in a file, and once more where an option of it decides that no file tells."""
+    """The kernel in an image, twice where an option matters that the image does not show."""
     if image.architecture not in _COMPILERS_NAMES:
         raise CannotTraceError(
             f"nothing can be built for {image.path}",
@@ -81,7 +81,7 @@ def _variants(image: KernelImage) -> list[KernelDescription]:
     foreign = image.architecture != platform.machine()
     compile_for = _COMPILERS_NAMES[image.architecture] if foreign else ""
     layout = find_layout(image.types, None)
-    # Where the option is not known, and where it is set.
+    # BH_LOCK_OPTION unknown, and set.
     kinds = dict.fromkeys(softirq_gaps(image.types, option) for option in (None, "y"))
     return [
         KernelDescription(image.release, image.types, layout, gaps, compile_for) for gaps in kinds
@@ -100,7 +100,7 @@ def _build(
         if mode == "fentry":
             obstacle = probes.fentry_obstacle(variants[0].types, wanted)
             if obstacle is not None:
-                yield f"{release}: nothing for fentry: {obstacle}"
+                yield f"{release}: no fentry programs: {obstacle}"
                 continue
         for number, variant in enumerate(variants):
             words = [release, mode]
@@ -115,7 +115,7 @@ def _build(
 def _planned(
     kernel: KernelDescription, symbols: Collection[str], request: AttachRequest
 ) -> tuple[Probe, ...]:
-    """What the machine that traces will ask for. Raises CannotTraceError."""
+    """The probes that the tracing machine will request. Raises CannotTraceError."""
     refused = probes.misread(kernel.types, request.probes)
     if kernel.layout.drop_obstacle is not None:
         refused.setdefault(probes.KFREE_SKB, kernel.layout.drop_obstacle)

@@ -1,7 +1,7 @@
-"""What is to be compiled, and having it compiled in a child process.
+"""Describes a compilation, and runs it in a child process.
 
-The child gets one JSON object on standard input and answers by an artifact (`artifact`) on standard
-output, or with a status that is not 0 by words. Needs no BCC itself.
+The child gets one JSON object on standard input. It writes an artifact (`artifact`) to standard
+output, or exits with a non-zero status and an error text. This module itself needs no BCC.
 """
 
 from __future__ import annotations
@@ -35,70 +35,70 @@ PROGRAM_TEXTS = (
     "dropped.bpf.c",
     "entries.bpf.c",
 )
-"""One file for each subject, in the order in which they become one text. BCC translates accesses to
-tables only in the text that it is given, not in what that includes."""
+"""One file for each subject, in the order in which they are joined to one text. They are joined
+because BCC translates table accesses only in its main text, not in included files."""
 COMPILE_LIMIT_S = 600.0
-"""It takes a quarter of a second, and in an emulated machine that has other work a minute."""
+"""A compilation takes a quarter of a second, or a minute in a busy emulated machine."""
 NO_BCC = "no BCC"
 _DISTRIBUTION_S_PREFIX = "/usr"
 REFUSED_STATUS = 3
-"""The child's exit status when an error's three lines come instead of an artifact."""
+"""The child's exit status when it writes an error's three lines instead of an artifact."""
 _CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from tcpstuck_bpf.kernel import compiler; sys.exit(compiler.main())"
 )
-"""With our own search path and no other: what lies in the current directory is not to be run."""
+"""The child uses exactly our search path, so it runs nothing from the current directory."""
 _VERSION = re.compile(r"__version__\s*=\s*['\"]([^'\"]+)['\"]")
 _KERNEL_S_NAMES = {"x86": "x86_64", "arm64": "aarch64"}
-"""What uname(2) calls an architecture, by BCC's name for it."""
+"""uname(2)'s name of an architecture, by BCC's name."""
 
 
 class CompilerError(Exception):
-    """The compiler said no, or the kernel did while it compiled; the text is one line."""
+    """The compiler failed, or the kernel refused a table meanwhile. The text is one line."""
 
 
 @dataclass(frozen=True)
 class Compilation:
-    """Everything that goes into an artifact."""
+    """All inputs of an artifact."""
 
     header: str
-    """kernel_layout.h: what is known of the kernel that the programs are for."""
+    """kernel_layout.h: the target kernel's layout, as C."""
     flags: Sequence[str]
     mode: str
     kinds: Mapping[str, str]
-    """The kinds of programs that are not attached to functions, by their names in the text."""
+    """Kinds of the programs that are not attached to functions, by their names in the text."""
     made_for: str
-    """The kernel in words."""
+    """The target kernel, in words."""
     compile_for: str = ""
-    """BCC's name, such as `arm64`, of another architecture than this machine's."""
+    """BCC's name of the target architecture, such as `arm64`; empty for this machine's."""
 
     @property
     def architecture(self) -> str:
-        """What uname(2) calls the machine that the programs are for."""
+        """uname(2)'s name of the target architecture."""
         own = platform.machine()
         return _KERNEL_S_NAMES.get(self.compile_for, self.compile_for) or own
 
     @property
     def all_flags(self) -> list[str]:
-        """Flags of the compiler."""
+        """All flags for the compiler."""
         return [*self.flags, *(["-DTCPSTUCK_FENTRY"] if self.mode == "fentry" else [])]
 
     def identity(self) -> str:
-        """A hash of all this and of the text: programs that have the same one are the same.
+        """A hash of all inputs and of the text. Equal hashes mean equal programs.
 
-        The compiler is not in it, so that a machine without one can tell what fits.
+        The compiler is left out, so that a machine without one can check what fits.
         """
-        told = json.dumps(
+        inputs = json.dumps(
             [self.header, self.all_flags, self.mode, dict(self.kinds), self.architecture],
             sort_keys=True,
         )
-        parts = (artifact.MAGIC, text_digest(), told.encode())
+        parts = (artifact.MAGIC, text_digest(), inputs.encode())
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 @functools.cache
 def program_directory() -> Path:
-    """Where the BPF text is: inside the installed package, or beside it in a source tree."""
+    """Directory of the BPF text: inside the installed package, or beside it in a source tree."""
     package = Path(__file__).resolve().parents[1]
     for candidate in (package / "bpf", package.parent / "bpf"):
         if (candidate / PROGRAM_TEXTS[0]).is_file():
@@ -111,13 +111,13 @@ def program_directory() -> Path:
 
 
 def program_text(directory: Path) -> bytes:
-    """The whole text, from a directory as `program_directory` finds it. Raises OSError."""
+    """The whole BPF text, from `program_directory`. Raises OSError."""
     return b"\n".join((directory / name).read_bytes() for name in PROGRAM_TEXTS)
 
 
 @functools.cache
 def text_digest() -> bytes:
-    """A hash of the program text and all that it includes."""
+    """A hash of the BPF text and all that it includes."""
     directory = program_directory()
     digest = hashlib.sha256()
     for path in sorted((*directory.glob("*.[ch]"), *directory.glob("stub/**/*.h"))):
@@ -129,9 +129,9 @@ def text_digest() -> bytes:
 
 @functools.cache
 def _find_bcc() -> tuple[str, str] | None:
-    """The version and the place of the BCC that the child will import; None where there is none.
+    """Version and directory of the BCC that the child will import; None if there is none.
 
-    Found without importing it, which would bring LLVM into this process.
+    This does not import BCC, which would load LLVM into this process.
     """
     try:
         spec = importlib.util.find_spec("bcc")
@@ -148,7 +148,7 @@ def _find_bcc() -> tuple[str, str] | None:
 
 
 def bcc_version() -> str:
-    """The version of the BCC that the child will import, NO_BCC where there is none."""
+    """Version of the BCC that the child will import; NO_BCC if there is none."""
     found = _find_bcc()
     return NO_BCC if found is None else found[0]
 
@@ -169,12 +169,12 @@ def _bcc_remedy() -> str:
 
 
 def require_bcc() -> str:
-    """BCC's version and place, in words. Raises CannotTraceError where there is none."""
+    """BCC's version and directory, as text. Raises CannotTraceError if there is no BCC."""
     found = _find_bcc()
     if found is None:
         raise CannotTraceError(
             "BCC's Python module is not installed",
-            "it compiles the programs, and no `bcc` is on Python's search path",
+            "BCC compiles the programs, and no `bcc` is on Python's search path",
             f"install it from the distribution (`bcc` on PyPI is something else): {_bcc_remedy()}; "
             "or trace with programs that --build made elsewhere: --programs DIR",
         )
@@ -182,17 +182,17 @@ def require_bcc() -> str:
 
 
 def _telling(messages: str) -> str:
-    """The most telling line of what the compiler, libbcc and Python printed."""
+    """The most useful lines that the compiler, libbcc and Python printed."""
     lines = [line.strip() for line in messages.splitlines() if line.strip()]
     telling = [line for line in lines if "error" in line.lower() or "not permitted" in line]
     last = lines[-1:] if lines else []
-    return ": ".join(dict.fromkeys([*telling[:1], *last])) or "it said nothing"
+    return ": ".join(dict.fromkeys([*telling[:1], *last])) or "it printed nothing"
 
 
 def compile_in_child(wanted: Compilation) -> bytes:
-    """The artifact, as bytes that have been looked through.
+    """Compile, and return the artifact as bytes that have passed `artifact.decode`.
 
-    Raises CannotTraceError where there is no BCC, and CompilerError where it refuses.
+    Raises CannotTraceError where there is no BCC, and CompilerError where it fails.
     """
     require_bcc()
     request: dict[str, Any] = {
@@ -228,13 +228,13 @@ def compile_in_child(wanted: Compilation) -> bytes:
     try:
         artifact.decode(child.stdout)
     except DamagedError as error:
-        raise CompilerError(f"what the compiler handed over is damaged: {error}") from error
+        raise CompilerError(f"the compiler's output is damaged: {error}") from error
     return child.stdout
 
 
 def decoded(data: bytes, wanted: Compilation) -> Artifact:
-    """The artifact in these bytes. Raises DamagedError where it is none, or of something else."""
+    """The artifact in these bytes. Raises DamagedError if they are not the one that is wanted."""
     found = artifact.decode(data)
     if found.identity != wanted.identity():
-        raise DamagedError("it was made from something else")
+        raise DamagedError("it was made from other inputs")
     return found

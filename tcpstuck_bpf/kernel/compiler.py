@@ -1,7 +1,7 @@
-"""The compiler: BCC, in a child process that ends with its work. The only module that imports bcc.
+"""The compiler: BCC, in a short-lived child process. The only module that imports bcc.
 
-LLVM stays in the memory of whatever process has used it, so the process that traces never does.
-What comes in on standard input and goes out is described in `compilation`, which starts this.
+LLVM stays in the memory of a process that has used it, so the tracing process never does.
+`compilation` starts this module, and describes its standard input and output.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from tcpstuck_bpf.kernel import artifact
 from tcpstuck_bpf.kernel.artifact import Artifact, MapShape, Program
 from tcpstuck_bpf.kernel.compilation import REFUSED_STATUS, program_text
 
-# BCC optimizes what clang hands it, so clang need not do the same before; and nobody debugs the
-# programs by their debugging information. A third of the compilation's time, the same code.
+# BCC optimizes clang's output, so clang need not optimize first; and nobody uses the programs'
+# debug information. This saves a third of the compile time and gives the same code.
 _FASTER_COMPILATION = ("-Xclang", "-disable-llvm-passes", "-g0")
 _PR_SET_PDEATHSIG = 1
-# What BCC's KFUNC_PROBE and KRETFUNC_PROBE name a program; since 0.27 with the module's name.
+# Prefixes that BCC's KFUNC_PROBE and KRETFUNC_PROBE give a name; since 0.27 with the module's.
 _TRACING_PREFIXES = (
     ("kfunc__vmlinux__", artifact.FENTRY),
     ("kretfunc__vmlinux__", artifact.FEXIT),
@@ -59,22 +59,22 @@ def _compile(directory: Path, header: str, flags: Iterable[str], architecture: s
     bcc = _import_bcc()
     # BCC looks for kernel headers here instead of in /lib/modules.
     os.environ["BCC_KERNEL_SOURCE"] = str(directory / "stub")
-    # Who builds kernels may have ARCH set for make; BCC would read arguments from the registers
-    # of that architecture, and none of the programs would notice.
+    # ARCH may be set for kernel builds. BCC would then read arguments from the registers of that
+    # architecture, without any error.
     os.environ.pop("ARCH", None)
     words = [*_FASTER_COMPILATION, f"-I{directory}", *flags]
     if architecture:
         os.environ["ARCH"] = architecture
-        # Since 0.37 BCC asks for what only the machine that it was itself built for has.
+        # Since 0.37 BCC passes a flag that only its own architecture supports.
         words.append("-fcf-protection=none")
 
     class Bpf(bcc.BPF):  # type: ignore[misc,name-defined]
-        """BCC's class, which would load and attach kfunc programs while constructing."""
+        """BCC's class, without loading and attaching kfunc programs in the constructor."""
 
         def _trace_autoload(self) -> None:
-            """Load nothing: that is not the compiler's business."""
+            """Load nothing; the compiler only compiles."""
 
-    # A file without a name leaves nothing behind, however the process ends.
+    # A memfd leaves no file behind, however the process ends.
     with os.fdopen(os.memfd_create("kernel_layout.h"), "w", encoding="ascii") as file:
         file.write(header)
         file.flush()
@@ -96,10 +96,10 @@ def _programs(bpf: Any, library: Any, numbers: Mapping[int, int], kinds: Mapping
 
 
 def compile_artifact(request: Mapping[str, Any]) -> bytes:
-    """The artifact that was asked for.
+    """Compile the requested artifact.
 
-    Raises CannotTraceError without BCC, and whatever BCC raises where the compiler refuses, or the
-    kernel the tables, which BCC makes while it compiles.
+    Raises CannotTraceError without BCC. Raises BCC's exceptions where the compiler fails, or where
+    the kernel refuses the tables that BCC makes while it compiles.
     """
     bpf = _compile(
         Path(request["directory"]), request["header"], request["flags"], request["compile_for"]
@@ -129,18 +129,18 @@ def compile_artifact(request: Mapping[str, Any]) -> bytes:
 
 
 def _allow_locked_memory() -> None:
-    """Kernels before 5.11 charge maps to RLIMIT_MEMLOCK (commit 5d9d6e7a9b61's series)."""
+    """Lift RLIMIT_MEMLOCK: kernels before 5.11 charge maps to it (5d9d6e7a9b61's series)."""
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY,) * 2)
 
 
 def main() -> int:
-    """Compile what standard input asks for; the artifact, or three lines, on standard output."""
-    # Whoever started this ends it; it must not outlive them, nor speak of an interrupt.
+    """Compile standard input's request; write the artifact or an error's three lines."""
+    # The parent ends this process. It must not outlive the parent, nor report an interrupt.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     request = json.load(sys.stdin)
-    # Libraries that print something to standard output must not print into the artifact.
+    # Output of libraries must not get into the artifact, so descriptor 1 becomes standard error.
     with os.fdopen(os.dup(1), "wb") as result:
         os.dup2(2, 1)
         _allow_locked_memory()

@@ -1,4 +1,4 @@
-"""What is known of a kernel, running or in a file, as far as the programs' text depends on it."""
+"""The facts about a kernel, running or in an image, that the programs' text depends on."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from tcpstuck_bpf.typeinfo.graph import KernelTypes
 
 @dataclass(frozen=True)
 class KernelDescription:
-    """Its types, and what was found in them."""
+    """A kernel's types, and what was found in them."""
 
     release: str
     types: KernelTypes
     layout: Layout
     softirq_gaps: tuple[CoverageGap, ...]
     compile_for: str = ""
-    """BCC's name of its architecture, where that is not this machine's."""
+    """BCC's name of the kernel's architecture; empty if it is this machine's."""
 
     @property
     def drop_reasons(self) -> Mapping[int, str]:
-        """Names of enum skb_drop_reason, where skb:kfree_skb has one."""
+        """Names of enum skb_drop_reason; empty if skb:kfree_skb has no reason."""
         arguments = self.types.tracepoint_arguments(probes.KFREE_SKB) or 0
         return drop_names.reason_names(self.types) if arguments > probes.REASON_ARGUMENT else {}
 
     def compilation(self, wanted: Collection[Probe], mode: str) -> Compilation:
-        """What has to be compiled to attach these probes in a mode."""
+        """The compilation that these probes need in a mode."""
         header = header_text(self.layout)
         if self.softirq_gaps:
             header += "#define SOFTIRQS_INTERLEAVE\n"
@@ -49,12 +49,12 @@ class KernelDescription:
 
 
 def describe_running(types: KernelTypes, per_cpu_offset_table: int | None) -> KernelDescription:
-    """The running kernel, by these types.
+    """Describe the running kernel by these types.
 
-    `per_cpu_offset_table` is the address of __per_cpu_offset, None where it is not to be used.
+    `per_cpu_offset_table` is the address of __per_cpu_offset; None means it is not used.
     Raises CannotTraceError.
     """
-    # A start waits for this; its configuration is read where it decides anything.
+    # Reading the kernel's configuration delays the start, so it is read only where it matters.
     option = features.kernel_option(BH_LOCK_OPTION) if tasks_have_softirqs(types) else None
     return KernelDescription(
         os.uname().release,

@@ -1,7 +1,7 @@
-"""The kernel's own words for where and why it dropped a packet: symbols, and enum skb_drop_reason.
+"""The kernel's names for drop sites and drop reasons: symbols, and enum skb_drop_reason.
 
-They are looked up on the machine that traces, once for each number, and travel as text with what
-was observed: a recording has to name them on another machine too.
+The names are looked up on the tracing machine, once for each number, and recorded as text, because
+a recording is also replayed on other machines.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tcpstuck_bpf.typeinfo.graph import KernelTypes
 
 _REASON_PREFIX = "SKB_DROP_REASON_"
 _NO_REASONS = ("SUBSYS_", "MAX")
-"""What other enums with that prefix have (include/net/dropreason.h), and what is no reason."""
+"""Prefixes of names that are not reasons: other enums' (include/net/dropreason.h), and MAX."""
 _SUBSYSTEM_SHIFT = 16
 _REASONS_OF_THE_PROGRAMS = ("NO_SOCKET", "PACKET_SOCK_ERROR")
 
@@ -31,10 +31,10 @@ def reason_names(types: KernelTypes) -> Mapping[int, str]:
 
 
 def reason_text(number: int, names: Mapping[int, str]) -> str | None:
-    """A drop reason in words; None where this kernel has no reasons.
+    """The text of a drop reason; None where this kernel has no reasons.
 
-    Beyond 65535 it is another subsystem's (SKB_DROP_REASON_SUBSYS_SHIFT), whose names vmlinux
-    does not always describe.
+    A number beyond 65535 belongs to a subsystem (SKB_DROP_REASON_SUBSYS_SHIFT), and vmlinux does
+    not always have its name.
     """
     if not names:
         return None
@@ -54,22 +54,22 @@ def reason_defines(names: Mapping[int, str]) -> str:
 
 
 class Rules(Protocol):
-    """What reads firewall rules; `ruleset_watch.RulesetWatch` does it beside the loop."""
+    """Reads firewall rules. `ruleset_watch.RulesetWatch` does so in parallel to the main loop."""
 
     def want(self, netns: int, dropped_ns: int) -> None:
-        """Have the rules of a namespace read after a drop."""
+        """Request the rules of a namespace, after a drop at `dropped_ns`."""
 
     def taken(self) -> Mapping[int, Ruleset]:
-        """What has been read since it was asked last, by namespace."""
+        """The rules read since the last call, by namespace."""
 
     def hurry(self) -> None:
-        """The run ends: make no pause between two readings."""
+        """Stop pausing between two readings, because the run ends."""
 
 
 class Namer:
-    """Says what the numbers in entries mean, each once, and has rules read when netfilter dropped.
+    """Names the numbers in entries, each once, and requests rules when netfilter dropped a packet.
 
-    `read_stack` gives the addresses of a stack by its number, the innermost first.
+    `read_stack` returns the addresses of a stack by its number, the innermost first.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Namer:
         self._known_stacks: set[int] = {0}
 
     def __call__(self, rows: Iterable[Row]) -> KernelNames | None:
-        """Names of what is new in these entries, and rules that have been read; None: nothing."""
+        """Names for new numbers in these entries, and newly read rules; None if there are none."""
         dropped = [row for row in rows if row.handshake.filter_place or row.handshake.drop_place]
         names = self._names([row.handshake for row in dropped]) if dropped else NO_NAMES
         for four_tuple, entry in dropped:
@@ -97,7 +97,7 @@ class Namer:
         return names if any(names) else None
 
     def hurry(self) -> None:
-        """The run ends: what rules are still to be read is read without a pause."""
+        """Read the outstanding rules without a pause, because the run ends."""
         self._rules.hurry()
 
     def _names(self, entries: Sequence[Handshake]) -> KernelNames:
@@ -128,5 +128,5 @@ class Namer:
 
 
 def _callers(stack: tuple[int, ...], place: int) -> tuple[int, ...]:
-    """The stack from that place on: what comes before it is the tracing's own."""
+    """The stack from the drop site on; the frames inside it belong to the tracing."""
     return stack[stack.index(place) :] if place in stack else stack

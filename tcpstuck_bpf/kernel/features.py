@@ -1,7 +1,7 @@
-"""Can this machine trace, and if not, what stands in the way and what would remove it.
+"""Checks whether this machine can trace; if not, names the obstacle and the remedy.
 
-Preconditions that can be read are read before anything is loaded; a refusal that only the
-attempt shows is explained afterwards by `refusal`.
+Most preconditions are checked before anything is loaded. `refusal` explains those that only an
+attempt shows.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ RELEVANT_CAPABILITIES = {
     "CAP_PERFMON": CAP_PERFMON,
     "CAP_BPF": CAP_BPF,
 }
-"""Those of capabilities(7) that the tool uses where it has them."""
+"""The capabilities(7) that the tool can use."""
 
 _KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe/type")
 _LOCKDOWN = Path("/sys/kernel/security/lockdown")
 _MODULES = Path("/proc/modules")
 _SYNPROXY = "nf_synproxy_core"
-"""What every rule with the target SYNPROXY, and nftables' synproxy, needs."""
+"""The module that iptables' SYNPROXY and nftables' synproxy need."""
 
 
 def _effective_capabilities() -> int:
@@ -42,7 +42,7 @@ def _effective_capabilities() -> int:
 
 
 def has_tracing_capabilities() -> bool:
-    """CAP_SYS_ADMIN, or CAP_BPF with CAP_PERFMON (capabilities(7))."""
+    """Whether we have CAP_SYS_ADMIN, or CAP_BPF with CAP_PERFMON (capabilities(7))."""
     held = _effective_capabilities()
     if held >> CAP_SYS_ADMIN & 1:
         return True
@@ -50,13 +50,13 @@ def has_tracing_capabilities() -> bool:
 
 
 def held_capabilities() -> list[str]:
-    """Names of the relevant capabilities in this process's effective set."""
+    """Names of the relevant capabilities in our effective set."""
     held = _effective_capabilities()
     return [name for name, bit in RELEVANT_CAPABILITIES.items() if held >> bit & 1]
 
 
 def lockdown_mode() -> str | None:
-    """The active lockdown mode, None where securityfs does not tell (kernel_lockdown(7))."""
+    """The active lockdown mode; None if securityfs does not show it (kernel_lockdown(7))."""
     try:
         found = re.search(r"\[(\w+)\]", _LOCKDOWN.read_text(encoding="ascii"))
     except OSError:
@@ -65,7 +65,7 @@ def lockdown_mode() -> str | None:
 
 
 def lockdown_text() -> str:
-    """The lockdown state in words, or why it cannot be told."""
+    """The lockdown state as text, or why it is unknown."""
     mode = lockdown_mode()
     if mode is not None:
         return f"lockdown is [{mode}]"
@@ -75,9 +75,9 @@ def lockdown_text() -> str:
 
 
 def synproxy_note() -> str:
-    """A sentence if netfilter makes cookies of its own on this host; empty if that is not known.
+    """A note if netfilter may send its own cookies on this host; empty if it is not known to.
 
-    Source: /proc/modules. In a kernel that has SYNPROXY built in there is no telling.
+    Source: /proc/modules, which does not show a SYNPROXY that is built into the kernel.
     """
     try:
         modules = _MODULES.read_text("ascii", "replace")
@@ -86,8 +86,8 @@ def synproxy_note() -> str:
     if not any(line.startswith(f"{_SYNPROXY} ") for line in modules.splitlines()):
         return ""
     return (
-        f"SYNPROXY may be in use (the module {_SYNPROXY} is loaded): the tool does not see "
-        "handshakes that SYNPROXY answers, nor clients that get stuck under its cookies"
+        f"SYNPROXY may be in use (module {_SYNPROXY} is loaded): the tool does not see "
+        "handshakes that SYNPROXY answers, nor clients stuck under its cookies"
     )
 
 
@@ -97,7 +97,7 @@ def has_kprobes() -> bool:
 
 
 def kprobes_text() -> str:
-    """Whether there are kprobes, in words, with what the kernel's configuration says of it."""
+    """Whether there are kprobes, as text, with the kernel's configuration."""
     if has_kprobes():
         return "the kernel has the kprobe event type"
     option = kernel_option("CONFIG_KPROBES")
@@ -111,7 +111,7 @@ def _configurations() -> list[str]:
 
 
 def kernel_option(name: str) -> str | None:
-    """`y`, `m` or `n` by the running kernel's configuration; None where it cannot be read."""
+    """An option of the running kernel, `y`, `m` or `n`; None if its config cannot be read."""
     for path in _configurations():
         try:
             data = Path(path).read_bytes()
@@ -149,18 +149,18 @@ def require_privileges() -> None:
 def refusal(problem: str, wished: str) -> CannotTraceError:
     """The error for a kernel that refused to load or attach.
 
-    `problem` is what it said, `wished` the probe mode that was asked for.
+    `problem` is the kernel's error, `wished` the requested probe mode.
     """
     said = problem
     not_permitted = "not permitted" in problem or "EPERM" in problem
     if not_permitted:
         problem = (
-            "EPERM in spite of the capabilities held, by lockdown or another security module "
+            "EPERM despite sufficient capabilities: lockdown or another security module refused "
             f"({lockdown_text()})"
         )
     if not has_kprobes() and wished == "kprobe":
         return CannotTraceError(
-            "this kernel can attach no kprobes",
+            "this kernel cannot attach kprobes",
             kprobes_text(),
             "use --probe-mode fentry, or a kernel with CONFIG_KPROBES",
         )
@@ -168,16 +168,16 @@ def refusal(problem: str, wished: str) -> CannotTraceError:
         return CannotTraceError(
             "this kernel can attach neither kprobes nor fentry programs",
             f"kprobes: {kprobes_text()}; fentry: {problem}",
-            "use a kernel with CONFIG_KPROBES and CONFIG_DEBUG_INFO_BTF, unlocked (not lockdown); "
+            "use a kernel with CONFIG_KPROBES and CONFIG_DEBUG_INFO_BTF and without lockdown; "
             "tcpstuck-trace --doctor says more",
         )
     limit, _ = locked_memory_limits()
     if not_permitted and "map" in said and limit is not None:
         return CannotTraceError(
-            "the kernel refused to make the programs' tables",
-            f"{problem}; or, before Linux 5.11, by RLIMIT_MEMLOCK: it is {limit} bytes and could "
-            "not be raised without CAP_SYS_RESOURCE",
-            "run it as root, or after `ulimit -l unlimited`",
+            "the kernel refused to create the programs' tables",
+            f"{problem}; or, before Linux 5.11, RLIMIT_MEMLOCK: it is {limit} bytes, and raising "
+            "it needs CAP_SYS_RESOURCE",
+            "run tcpstuck-trace as root, or after `ulimit -l unlimited`",
         )
     if not_permitted:
         return CannotTraceError(
@@ -188,12 +188,12 @@ def refusal(problem: str, wished: str) -> CannotTraceError:
     return CannotTraceError(
         "the kernel refused the BPF programs",
         problem,
-        "try --probe-mode kprobe or fentry; if both fail report it, with the kernel's version",
+        "try --probe-mode kprobe or fentry; if both fail, report it with the kernel's version",
     )
 
 
 def fentry_obstacle() -> str | None:
-    """Why BCC cannot attach fentry programs here, whatever the types were read from."""
+    """Why fentry programs cannot be attached here, even if a file provides the types."""
     if Path(RUNNING_KERNEL).is_file():
         return None
-    return f"BCC finds the functions in {RUNNING_KERNEL}, which this kernel does not have"
+    return f"fentry needs {RUNNING_KERNEL}, which this kernel does not have"

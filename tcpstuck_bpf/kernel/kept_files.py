@@ -1,8 +1,7 @@
 """A directory of files that one start keeps for the next.
 
-What is found there decides what root loads into the kernel, so a directory or a file that anybody
-else could have written is not used. Everything is opened relative to the directory that was looked
-at.
+Its files decide what root loads into the kernel, so a directory or file that anybody else could
+have written is not used. Every file is opened relative to the checked directory.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Content = TypeVar("Content")
 ROOT_S_CACHE = Path("/var/cache/tcpstuck-trace")
 MOST_KEPT = 64
 MOST_KEPT_BYTES = 16 << 20
-"""Where more are kept, those that were used least recently are removed."""
+"""Limits of the cache; beyond them the least recently used files are removed."""
 PROGRAMS = ".programs"
 FACTS = ".kernel"
 _UNFINISHED = ".unfinished"
@@ -30,11 +29,11 @@ OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class UnsafeError(Exception):
-    """Others than we could have written it; the text says how."""
+    """Another user could have written the file or directory; the text says how."""
 
 
 def cache_directory() -> Path:
-    """Where files are kept: root's own directory, of others the one that XDG names."""
+    """Directory of the kept files: root's own, or the XDG cache directory of another user."""
     if os.geteuid() == 0:
         return ROOT_S_CACHE
     base = os.environ.get("XDG_CACHE_HOME", "")
@@ -42,7 +41,7 @@ def cache_directory() -> Path:
 
 
 def _trusted(state: os.stat_result, forbidden: int) -> None:
-    """Raises UnsafeError for what belongs to somebody else, or has a mode bit that is forbidden."""
+    """Raises UnsafeError if the owner is not us or root, or a forbidden mode bit is set."""
     if state.st_uid not in (os.geteuid(), 0):
         raise UnsafeError(f"it belongs to user {state.st_uid}")
     if state.st_mode & forbidden:
@@ -50,7 +49,7 @@ def _trusted(state: os.stat_result, forbidden: int) -> None:
 
 
 def open_directory(path: Path, forbidden: int) -> int:
-    """Raises OSError, and UnsafeError."""
+    """Open a directory that nobody else could have written. Raises OSError and UnsafeError."""
     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         _trusted(os.fstat(directory), forbidden)
@@ -61,18 +60,18 @@ def open_directory(path: Path, forbidden: int) -> int:
 
 
 def read_file(directory: int, name: str) -> bytes:
-    """A file of the directory. Raises OSError, UnsafeError, and DamagedError where it is none."""
+    """Read a file. Raises OSError, UnsafeError, and DamagedError if it is not a regular file."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with os.fdopen(os.open(name, flags, dir_fd=directory), "rb") as file:
         state = os.fstat(file.fileno())
         if not stat.S_ISREG(state.st_mode):
-            raise DamagedError("it is no file")
+            raise DamagedError("it is not a regular file")
         _trusted(state, OTHERS_MAY_WRITE)
         return file.read(artifact.MOST_BYTES + 1)
 
 
 class KeptFiles:
-    """The directory. Whatever is wrong with it is a note, and no obstacle."""
+    """The cache directory. A problem with it becomes a note and stops nothing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -87,20 +86,20 @@ class KeptFiles:
             os.close(directory)
 
     def find(self, name: str, decode: Callable[[bytes], Content]) -> Content | None:
-        """What was kept under a name; None where nothing was, or nothing that can be used.
+        """The content kept under a name; None if there is no usable one.
 
-        `decode` raises DamagedError where the bytes are not what they should be.
+        `decode` raises DamagedError for invalid bytes.
         """
         try:
             with self._opened() as directory:
                 found = decode(read_file(directory, name))
-                # The time says when it was used last.
+                # The modification time is the time of the last use.
                 os.utime(name, dir_fd=directory, follow_symlinks=False)
                 return found
         except FileNotFoundError:
             return None
         except DamagedError as error:
-            self.notes.append(f"{self.path / name} is not used, and made anew: {error}")
+            self.notes.append(f"{self.path / name} is not used, but made again: {error}")
         except (OSError, UnsafeError) as error:
             self._note(error)
         return None
@@ -130,12 +129,12 @@ class KeptFiles:
         why = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
         note = f"nothing is kept for the next start: {self.path}: {why}"
         if isinstance(error, UnsafeError):
-            note += "; it must be ours alone (chmod 0700), or removed"
+            note += "; make it ours alone (chmod 0700), or remove it"
         if note not in self.notes:
             self.notes.append(note)
 
     def state(self) -> tuple[bool, str]:
-        """Whether it can be used, and what it holds, in words."""
+        """Whether the cache can be used, and its state as text."""
         try:
             with self._opened() as directory:
                 sizes = [size for _, size, _ in _kept(directory)]
@@ -144,17 +143,17 @@ class KeptFiles:
         except (OSError, UnsafeError) as error:
             why = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
             return False, f"{self.path}: {why}"
-        return True, f"{self.path} holds {len(sizes)}, {sum(sizes) >> 10} KiB"
+        return True, f"{self.path} holds {len(sizes)} files, {sum(sizes) >> 10} KiB"
 
 
 def names(directory: int) -> list[str]:
-    """All names in a directory that is open."""
+    """All names in an open directory."""
     with os.scandir(directory) as entries:
         return [entry.name for entry in entries]
 
 
 def _kept(directory: int) -> list[tuple[float, int, str]]:
-    """Time of the last use, bytes and name of each file there; the oldest first."""
+    """Time of the last use, size in bytes and name of each file; the oldest first."""
     found = []
     for name in names(directory):
         with contextlib.suppress(OSError):
@@ -165,7 +164,7 @@ def _kept(directory: int) -> list[tuple[float, int, str]]:
 
 
 def _make_room(directory: int, size: int) -> None:
-    """Remove what was used least recently, and what writers that are dead have left."""
+    """Remove the least recently used files, and unfinished files of dead writers."""
     kept = []
     for time, length, name in _kept(directory):
         if name.endswith(_UNFINISHED) and not _writer_lives(name):
@@ -181,7 +180,7 @@ def _make_room(directory: int, size: int) -> None:
 
 
 def _remove(directory: int, name: str) -> None:
-    """Another process may have done so."""
+    """Remove a file; another process may have done so."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(name, dir_fd=directory)
 

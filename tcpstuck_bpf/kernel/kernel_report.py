@@ -1,6 +1,6 @@
-"""What a kernel is to the tool: its functions, members, counters; and what two of them differ in.
+"""The functions, members and counters that the tool needs of a kernel, and how two kernels differ.
 
-Pure: the kernel may run here, or only be a file.
+Pure: the kernel may run here, or only be an image.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ from tcpstuck_bpf.model import SOFTIRQ_LOCK, CoverageGap
 from tcpstuck_bpf.typeinfo.graph import KernelTypes, MemberPlace, Prototype
 
 ANY_ADDRESS = 1
-"""The per-CPU offsets: where they are is known of a running kernel only."""
+"""Stands for the per-CPU offset table, whose address only a running kernel shows."""
 COUNTER_PREFIX = "LINUX_MIB_"
 DROP_REASON_PREFIX = "SKB_DROP_REASON_"
 SUBSYSTEM_PREFIX = "SKB_DROP_REASON_SUBSYS_"
-"""Names of other enums and of a mask: whose reason a number beyond 65535 is."""
+"""Prefix of other enums and a mask, for the subsystem in a reason beyond 65535."""
 
 
 class FunctionFact(NamedTuple):
-    """A function, or tracepoint, that is to be probed."""
+    """A function or tracepoint to probe."""
 
     probe: Probe
     prototype: Prototype | None
     """None where the type information has no such function."""
     symbol: str
-    """`there`, `missing`, `unknown`, or the names with a compiler's suffix that are there."""
+    """`there`, `missing`, `unknown`, or the names found with a compiler's suffix."""
     arguments: int | None = None
-    """How many a tracepoint has; None for a function, or where its type is not described."""
+    """Number of a tracepoint's arguments; None for a function, or if unknown."""
 
     @property
     def there(self) -> bool:
-        """Whether it can be probed by its name, as far as that can be told."""
+        """Whether it can be probed by its name, as far as known."""
         if self.symbol == "unknown":
             return self.prototype is not None or self.arguments is not None
         return self.symbol == "there"
 
     @property
     def declaration(self) -> str:
-        """Its prototype as C writes it, `-` where it is not known."""
+        """The prototype in C; `-` if unknown."""
         if self.probe.raw_tracepoint is not None:
             count = "-" if self.arguments is None else str(self.arguments)
             return f"tracepoint {self.probe.function}, arguments: {count}"
@@ -61,16 +61,16 @@ class FunctionFact(NamedTuple):
 
     @property
     def trouble(self) -> str:
-        """What is in the way of probing it; empty where nothing is."""
+        """Why it cannot be probed, or not fully; empty if it can."""
         if self.symbol not in ("there", "missing", "unknown"):
             return f"the compiler changed it, there is only {self.symbol}: {self.probe.lost}"
         if not self.there:
             return f"inlined, or not built in: {self.probe.lost}"
         if self.probe.raw_tracepoint is not None:
             has_reason = (self.arguments or 0) > probes.REASON_ARGUMENT
-            return "" if has_reason else "it tells no reason, only the place"
+            return "" if has_reason else "it has no drop reason, only the drop site"
         if self.prototype is None:
-            return "its type is not described: kprobes only"
+            return "no type information: kprobes only"
         misread = probes.misread_argument(self.probe, self.prototype)
         if misread is not None:
             return f"{misread}: {self.probe.lost}"
@@ -88,31 +88,31 @@ class MemberFact(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Struct and path."""
+        """Name of the struct, and path of the member."""
         return f"{self.member.kernel_struct}.{self.member.path}"
 
     @property
     def trouble(self) -> str:
-        """Why the programs cannot read it; empty where they can."""
+        """Why the programs cannot read the member; empty if they can."""
         return obstacle(self.member, self.place) or ""
 
 
 @dataclass(frozen=True)
 class KernelReport:
-    """Everything about one kernel that decides whether, and how, it can be traced."""
+    """The facts that decide whether and how a kernel can be traced."""
 
     release: str
     source: str
-    """Where its types were read, and in which form."""
+    """Where the types were read, and in which form."""
     functions: tuple[FunctionFact, ...]
     members: tuple[MemberFact, ...]
     counters: Mapping[str, int]
     """Index of each LINUX_MIB_* that the programs read."""
     drop_reasons: Mapping[str, int]
-    """enum skb_drop_reason, empty before 5.17."""
+    """enum skb_drop_reason; empty before 5.17."""
     gaps: tuple[CoverageGap, ...]
     trouble: str
-    """Why it cannot be traced at all; empty where nothing is known to be in the way."""
+    """Why the kernel cannot be traced at all; empty if no obstacle is known."""
 
 
 def _symbol(function: str, names: frozenset[str] | None) -> str:
@@ -140,8 +140,8 @@ def describe(
 ) -> KernelReport:
     """Look everything up.
 
-    `names` are the kernel's function symbols, None where they are not known; `types` is None
-    where the kernel does not describe its types. Raises CannotTraceError where they are damaged.
+    `names` has the kernel's function symbols; None if unknown. `types` is None if the kernel has
+    no type information. Raises CannotTraceError where the types are damaged.
     """
     functions = tuple(
         FunctionFact(
@@ -153,7 +153,7 @@ def describe(
         for probe in EVERY_PROBE
     )
     gaps: tuple[CoverageGap, ...] = ()
-    trouble = "" if types is not None else "it does not describe its types"
+    trouble = "" if types is not None else "it has no type information"
     try:
         there = {fact.probe.symbol for fact in functions if fact.there}
         layout = None if types is None else find_layout(types, ANY_ADDRESS)
@@ -162,7 +162,7 @@ def describe(
             refused[probes.KFREE_SKB] = layout.drop_obstacle
         _, gaps = probes.plan(there, refused, ATTACH_ALL.probes)
         if layout is not None and not layout.has_counters:
-            gaps = (*gaps, probes.counter_gap("the kernel's types do not show where they are"))
+            gaps = (*gaps, probes.counter_gap("the kernel's types do not contain them"))
         if types is not None:
             gaps = (*gaps, *softirq_gaps(types, None))
     except CannotTraceError as error:
@@ -191,7 +191,7 @@ def describe(
 
 
 class Change(NamedTuple):
-    """Something that is not the same in two kernels; `-` where one has it not."""
+    """A difference between two kernels; `-` if one of them lacks the item."""
 
     what: str
     before: str
@@ -199,7 +199,7 @@ class Change(NamedTuple):
 
 
 def place_text(place: MemberPlace | None) -> str:
-    """A member's place in words."""
+    """A member's offset and size, as text."""
     if place is None:
         return "-"
     bits = f", {place.bits} bits" if place.bits else ""
@@ -219,7 +219,7 @@ def _facts(report: KernelReport) -> Iterator[tuple[str, str]]:
 
 
 def changes(before: KernelReport, after: KernelReport) -> list[Change]:
-    """What differs, in the order of the report. What only one of them knows of symbols does not."""
+    """The differences, in the order of the report; only symbols that both know are compared."""
     first, second = dict(_facts(before)), dict(_facts(after))
     found = []
     for what in {**first, **second}:

@@ -1,8 +1,8 @@
-"""Where the members that the programs read are in this kernel's structs.
+"""Finds the offsets of the struct members that the programs read.
 
 The result is `kernel_layout.h`, a generated header that declares the structs with only those
-members, each at its true offset, so that the C reads like kernel code without kernel headers.
-What is found decides what is compiled; no version number is looked at.
+members, each at its true offset. So the C reads like kernel code without kernel headers. The
+members found decide what is compiled; the kernel's version does not matter.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tcpstuck_bpf.typeinfo.graph import POINTER_BYTES, KernelTypes, MemberPlace
 
 
 class Member(NamedTuple):
-    """A member as the C names it, its C type, and its path in the kernel's struct."""
+    """A member: its name and type in our C, and its path in the kernel's struct."""
 
     struct: str
     name: str
@@ -26,7 +26,7 @@ class Member(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Bytes that the programs read of it."""
+        """Bytes of the member, as the programs read it."""
         return POINTER_BYTES if self.c_type.endswith("*") else C_TYPES[self.c_type]
 
 
@@ -56,18 +56,18 @@ SOCKET_MEMBERS = (
     Member("sock", "sk_socket", "struct socket *", "sock", "sk_socket"),
     Member("socket_alloc", "i_ino", "u64", "socket_alloc", "vfs_inode.i_ino"),
 )
-"""Members that tell listening sockets of one port apart; without them their figures are mixed.
+"""Members that identify a listening socket. Without them, sockets of one port share their figures.
 
-The inode number is SOCK_INODE's (include/net/sock.h), which /proc/net/tcp and sock_diag show. Not
-the socket's cookie: the kernel gives it one only when somebody asks (__sock_gen_cookie).
+The inode number is SOCK_INODE's (include/net/sock.h), as in /proc/net/tcp and sock_diag. The socket
+cookie is no alternative: the kernel creates it only on request (__sock_gen_cookie).
 """
 COUNTER_MEMBER = Member("net", "net_statistics", "void *", "net", "mib.net_statistics")
 
 COOKIE_MEMBER = Member("net", "net_cookie", "u64", "net", "net_cookie")
-"""What no other network namespace ever has (SO_NETNS_COOKIE)."""
+"""The namespace's cookie (SO_NETNS_COOKIE), which is never used again."""
 
 PACKET_SPAN = "packet_span"
-"""The C struct that one read of struct sk_buff gets: every member of it that is looked at first."""
+"""C struct for one read of struct sk_buff, with all members that are needed first."""
 SPAN_MEMBERS = (
     Member(PACKET_SPAN, "protocol", "u16", "sk_buff", "protocol"),
     Member(PACKET_SPAN, "network_header", "u16", "sk_buff", "network_header"),
@@ -83,28 +83,28 @@ DROP_MEMBERS = (
     Member("net_device", "ifindex", "u32", "net_device", "ifindex"),
     Member("net_device", "nd_net", "struct net *", "net_device", "nd_net.net"),
 )
-"""Members of packets that are dropped before TCP; without them only those drops are not seen."""
+"""Members needed for drops before TCP; without them only those drops are not seen."""
 LONGEST_SPAN = 64
-"""Bytes; more of them on a program's stack leave too little room for the rest."""
+"""Largest span in bytes; a longer one leaves too little room on a program's stack."""
 
 COUNTERS = ("SYNCOOKIESRECV", "SYNCOOKIESFAILED", "LISTENOVERFLOWS", "LISTENDROPS")
-"""Names in enum LINUX_MIB_*. The programs read the first two at once, and the last two."""
+"""Names in enum LINUX_MIB_*. The programs read the first two in one access, and the last two."""
 PER_CPU_OFFSET_SYMBOL = "__per_cpu_offset"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What was found: offsets in bytes, counter indices, address of the per-CPU offset table."""
+    """Offsets in bytes, counter indices, and the address of the per-CPU offset table."""
 
     offsets: Mapping[Member, int]
     counters: Mapping[str, int]
     per_cpu_offset_table: int | None
     drop_obstacle: str | None = None
-    """Why dropped packets cannot be read, None where they can."""
+    """Why dropped packets cannot be read; None if they can."""
 
     @property
     def span(self) -> tuple[int, int]:
-        """Where in struct sk_buff struct packet_span begins, a multiple of 8, and its bytes."""
+        """Offset of struct packet_span in struct sk_buff, a multiple of 8, and its bytes."""
         places = {member: self.offsets[member] for member in SPAN_MEMBERS if member in self.offsets}
         begin = min(places.values(), default=0) // POINTER_BYTES * POINTER_BYTES
         end = max((offset + member.size for member, offset in places.items()), default=0)
@@ -112,7 +112,7 @@ class Layout:
 
     @property
     def has_sockets(self) -> bool:
-        """Whether the programs can tell listening sockets of one port apart."""
+        """Whether the programs can distinguish listening sockets of one port."""
         return SOCKET_MEMBERS[0] in self.offsets
 
     @property
@@ -122,10 +122,10 @@ class Layout:
 
 
 def obstacle(member: Member, place: MemberPlace | None) -> str | None:
-    """Why the programs cannot read a member that is there, None where they can.
+    """Why the programs cannot read a member; None if they can.
 
-    What moved is no obstacle. A bit-field has no address, and of a member that grew or shrank
-    the programs would read something else.
+    Another offset is no obstacle. A bit-field has no address, and a member of another size would be
+    misread.
     """
     if place is None:
         return f"struct {member.kernel_struct} has no member {member.path}"
@@ -140,21 +140,21 @@ def obstacle(member: Member, place: MemberPlace | None) -> str | None:
 
 
 def cookie_obstacle(types: KernelTypes) -> str | None:
-    """Why a namespace's cookie cannot be read, None where it can.
+    """Why a namespace's cookie cannot be read; None if it can.
 
-    Before 5.12 it is an atomic64_t, made when somebody asks: 0 until then
+    Before 5.12 the cookie is an atomic64_t that stays 0 until somebody asks for it
     (commit 3d368ab87cf6, "net: initialize net->net_cookie at netns setup").
     """
     if types.place(COOKIE_MEMBER.kernel_struct, f"{COOKIE_MEMBER.path}.counter") is not None:
-        return "struct net's member net_cookie is made when somebody asks for it"
+        return "struct net's member net_cookie is set only on request"
     return obstacle(COOKIE_MEMBER, types.place(COOKIE_MEMBER.kernel_struct, COOKIE_MEMBER.path))
 
 
 def find_layout(types: KernelTypes, per_cpu_offset_table: int | None) -> Layout:
     """Look every member up.
 
-    `per_cpu_offset_table` is the address of the kernel's __per_cpu_offset, None where it is not
-    known. Raises CannotTraceError where a struct member that nothing can replace is missing.
+    `per_cpu_offset_table` is the address of the kernel's __per_cpu_offset; None if unknown. Raises
+    CannotTraceError where a required member is missing.
     """
     offsets: dict[Member, int] = {}
     for member in REQUIRED_MEMBERS:
@@ -162,8 +162,8 @@ def find_layout(types: KernelTypes, per_cpu_offset_table: int | None) -> Layout:
         why = obstacle(member, place)
         if why is not None or place is None:
             raise CannotTraceError(
-                f"this kernel's structs are not as the programs need them: {why}",
-                "its type information differs from every kernel this version was made for",
+                f"the programs cannot read this kernel's structs: {why}",
+                "its types differ from those of every kernel that this version supports",
                 "report it, with the kernel's version; a newer tcpstuck-trace may know it",
             )
         offsets[member] = place.offset
@@ -190,9 +190,9 @@ def find_layout(types: KernelTypes, per_cpu_offset_table: int | None) -> Layout:
 
 
 def find_socket_members(types: KernelTypes, offsets: dict[Member, int]) -> None:
-    """Add the offsets of SOCKET_MEMBERS, all or none of them.
+    """Add the offsets of SOCKET_MEMBERS, all or none.
 
-    A struct socket is looked for at the start of its struct socket_alloc.
+    The programs need struct socket at the start of struct socket_alloc.
     """
     places = {m: types.place(m.kernel_struct, m.path) for m in SOCKET_MEMBERS}
     first = types.place("socket_alloc", "socket")
@@ -208,7 +208,7 @@ def find_socket_members(types: KernelTypes, offsets: dict[Member, int]) -> None:
 
 
 def find_drop_members(types: KernelTypes, offsets: dict[Member, int]) -> str | None:
-    """Add the offsets of DROP_MEMBERS, all or none of them; why none."""
+    """Add the offsets of DROP_MEMBERS, all or none. Returns why none; None if all were added."""
     found: dict[Member, int] = {}
     for member in DROP_MEMBERS:
         place = types.place(member.kernel_struct, member.path)
@@ -233,7 +233,7 @@ def _readable_in_pairs(counters: Mapping[str, int]) -> bool:
 def header_text(layout: Layout) -> str:
     """The generated header, KERNEL_LAYOUT_H of the program text.
 
-    It is the same at each boot: what changes then, an address, the programs are told by their
+    It is the same at each boot. The address that changes with a boot is in the programs'
     configuration.
     """
     structs: dict[str, list[str]] = {}

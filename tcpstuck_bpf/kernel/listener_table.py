@@ -1,4 +1,4 @@
-"""The programs' table of listeners, and room in it for those that are yet to come."""
+"""The programs' table of listeners, and room in it for new ones."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from tcpstuck_bpf.model import ListenerFacts
 
 
 class ListenerTable:
-    """The table `listeners` of bpf/tcpstuck.bpf.c. Who gives its place up was read before."""
+    """The table `listeners` of bpf/tcpstuck.bpf.c. An entry is freed only after it was read."""
 
     def __init__(self, table: BpfMap) -> None:
         self.let_go = 0
-        """Listeners that gave their places up although they may still be there."""
+        """Number of freed entries whose listeners may still exist."""
         self._table = table
         self._values: dict[bytes, bytes] = {}
-        """As they were read last, by packed key; the one that changed longest ago first."""
+        """Values of the last read, by packed key; the least recently changed first."""
 
     def _keys(self) -> list[bytes]:
         return list(dict.fromkeys(self._table.keys(2 * self._table.shape.entries)))
 
     def read(self) -> tuple[ListenerFacts, ...]:
-        """What is known of the queues of each address and port that SYNs came for, in order."""
+        """Queue figures of every listener that SYNs came for, in order."""
         found = {}
         for key in self._keys():
             value = self._table.lookup(key)
@@ -34,17 +34,17 @@ class ListenerTable:
         return tuple(sorted(wire.decode_listener(*item) for item in found.items()))
 
     def crowd(self) -> frozenset[int]:
-        """The network namespaces of the listeners, where more than half of the places are taken."""
+        """The listeners' network namespaces if more than half of the table is used, else none."""
         if 2 * len(self._values) <= self._table.shape.entries:
             return frozenset()
         return frozenset(wire.decode_listener(*item).netns for item in self._values.items())
 
     def free(self, gone: Collection[int]) -> None:
-        """Have those of namespaces that are gone give their places up, and others where need be.
+        """Free the entries of removed namespaces, and further ones if the table stays too full.
 
-        Where they leave more than three quarters taken, half of the places are made free: by those
-        that turned nobody away and sent no cookie, the ones that changed longest ago first. Of such
-        a listener its peaks are lost, and it is counted.
+        If more than three quarters stay used, entries are freed until half of the table is free.
+        Only listeners that turned nobody away and sent no cookie are chosen, the least recently
+        changed first. Such a listener loses its peaks, and is counted.
         """
         facts = {key: wire.decode_listener(key, value) for key, value in self._values.items()}
         self._remove([key for key, one in facts.items() if one.netns in gone])

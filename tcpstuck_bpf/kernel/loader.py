@@ -1,4 +1,4 @@
-"""An artifact into the kernel: tables made, programs loaded and attached, all of it by bpf(2)."""
+"""Brings an artifact into the kernel: makes its tables, loads and attaches programs, by bpf(2)."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _ATTACH_TYPES = {
 
 
 class LoadError(Exception):
-    """The kernel refused a step; the text says which, and what the kernel said."""
+    """The kernel refused a step; the text names the step and the kernel's error."""
 
 
 class LoadedPrograms:
-    """The tables of an artifact, and those of its programs that were asked for.
+    """The tables of an artifact, and the programs loaded from it.
 
-    `entries` are the sizes of tables that differ from the text's. Raises LoadError where the
-    kernel refuses a table; nothing is left then.
+    `entries` has the sizes of tables that differ from the text's. Raises LoadError where the
+    kernel refuses a table, and leaves nothing behind then.
     """
 
     def __init__(self, made: Artifact, entries: Mapping[str, int]) -> None:
@@ -59,20 +59,20 @@ class LoadedPrograms:
         self._files = {number: self.maps[one.name].file for number, one in enumerate(made.maps)}
 
     def has(self, kind: str, name: str) -> bool:
-        """Whether that program is loaded."""
+        """Whether the program of this kind and name is loaded."""
         return (kind, name) in self._programs
 
     def load(self, kind: str, name: str, type_number: int = 0) -> None:
-        """Load a program, unless it is. Raises LoadError, also where the artifact has no such.
+        """Load a program, unless it is loaded. Raises LoadError, also if the artifact lacks it.
 
-        What tracing programs are attached to is part of them: the number of the function's or the
-        tracepoint's type in the running kernel's BTF.
+        A tracing program is loaded with its target: `type_number`, the function's or tracepoint's
+        type in the running kernel's BTF.
         """
         if self.has(kind, name):
             return
         program = self._made.program(kind, name)
         if program is None:
-            raise LoadError(f"there is no program {name} ({kind}) in what was compiled")
+            raise LoadError(f"the compiled programs have no {name} ({kind})")
         code = artifact.with_map_values(program.code, self._files)
         try:
             self._programs[kind, name] = bpf_syscall.load_program(
@@ -82,9 +82,9 @@ class LoadedPrograms:
             raise LoadError(f"loading {_words(program)}: {error}") from error
 
     def attach(self, kind: str, name: str, target: str = "", *, at_return: bool = False) -> None:
-        """Attach a loaded program; `target` is the function or tracepoint where it is not its own.
+        """Attach a loaded program. Raises LoadError.
 
-        Raises LoadError.
+        `target` is the function or tracepoint; a tracing program has it already.
         """
         file = self._programs[kind, name]
         try:
@@ -104,7 +104,7 @@ class LoadedPrograms:
         return frozenset(name for _, name in self._programs)
 
     def missed_runs(self) -> int:
-        """How often the kernel did not run a program, all of them together."""
+        """Number of times that the kernel skipped a program, over all programs."""
         missed = 0
         for file in self._programs.values():
             with contextlib.suppress(RefusedError):
@@ -114,7 +114,7 @@ class LoadedPrograms:
     def close(self) -> None:
         """Detach, unload, and free the tables. The kernel does the same when the process dies.
 
-        Raises OSError where any of that failed, after all of it.
+        Every step is tried; then OSError is raised if one failed.
         """
         files = [*self._links, *self._programs.values()]
         tables = [*self.maps.values()]

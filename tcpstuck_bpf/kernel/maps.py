@@ -1,7 +1,7 @@
 """One table of the programs, read and changed by bpf(2).
 
-Keys and values are packed bytes; `wire` knows what they mean. Every method raises RefusedError
-where the kernel refuses for any reason but that an entry is not there.
+Keys and values are packed bytes; `wire` decodes them. Every method raises RefusedError where the
+kernel refuses, except for a missing entry.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ELEMENT = struct.Struct("=I4xQQQ")
 _BATCH = struct.Struct("=QQQQIIQQ")
 _BATCH_COUNT_AT = 32
 _PER_CPU_KINDS = frozenset({5, 6, 10})
-"""BPF_MAP_TYPE_PERCPU_HASH, PERCPU_ARRAY, LRU_PERCPU_HASH: each lookup gives every CPU's value."""
+"""BPF_MAP_TYPE_PERCPU_HASH, PERCPU_ARRAY and LRU_PERCPU_HASH. A lookup returns all CPUs' values."""
 ANY, NOEXIST = 0, 1
 """Flags of `update`."""
 
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 
 def possible_cpus() -> int:
-    """CPUs that a per-CPU value has places for: the kernel's possible ones, not those online."""
-    # `0-7`, or `0` for one alone; other gaps do not come (kernel/cpu.c, cpu_possible_mask).
+    """Number of CPUs in a per-CPU value: the kernel's possible CPUs, not the online ones."""
+    # The text is `0-7`, or `0` for one CPU. It has no gaps (kernel/cpu.c, cpu_possible_mask).
     text = Path("/sys/devices/system/cpu/possible").read_text("ascii")
     return int(text.strip().split("-")[-1]) + 1
 
 
 class BpfMap:
-    """A table of the kernel's, by its file descriptor, which belongs to it from now on."""
+    """A table in the kernel. This object owns the table's file descriptor."""
 
     def __init__(self, file: int, shape: MapShape) -> None:
         self.file = file
@@ -49,7 +49,7 @@ class BpfMap:
         self._value_bytes = self._copies * each
 
     def close(self) -> None:
-        """The kernel frees the table once no program uses it any more."""
+        """Close the descriptor. The kernel frees the table once no program uses it any more."""
         os.close(self.file)
 
     def _element(
@@ -60,13 +60,13 @@ class BpfMap:
         bpf(command, _ELEMENT.pack(self.file, *addresses, flags))
 
     def lookup(self, key: bytes) -> bytes | None:
-        """The value of a key, all CPUs' one after the other where it has several; None without."""
+        """The value of a key; None if there is none. A per-CPU value is all CPUs' in a row."""
         return self._found(_LOOKUP, key)
 
     def take(self, key: bytes) -> bytes | None:
-        """Remove an entry and return its value in one step; None where there is none.
+        """Remove an entry and return its value in one step; None if there is none.
 
-        A hash can do so from 5.14 on (commit 3e87f192b405).
+        Hash tables support this from 5.14 on (commit 3e87f192b405).
         """
         return self._found(_LOOKUP_AND_DELETE, key)
 
@@ -81,13 +81,13 @@ class BpfMap:
         return value.raw
 
     def per_cpu(self, key: bytes) -> list[bytes]:
-        """Each CPU's value of a key; empty where there is none."""
+        """Each CPU's value of a key; empty if the key is missing."""
         values = self.lookup(key) or b""
         each = self._value_bytes // self._copies
         return [values[at : at + self.shape.value_bytes] for at in range(0, len(values), each)]
 
     def update(self, key: bytes, value: bytes, flags: int = ANY) -> bool:
-        """Set the value of a key; False where flags is NOEXIST and it has one."""
+        """Set the value of a key; False if flags is NOEXIST and the key exists."""
         packed = ctypes.create_string_buffer(value, self._value_bytes)
         try:
             self._element(_UPDATE, key, packed, flags)
@@ -98,7 +98,7 @@ class BpfMap:
         return True
 
     def delete(self, key: bytes) -> bool:
-        """Remove an entry; False where there is none."""
+        """Remove an entry; False if there is none."""
         try:
             self._element(_DELETE, key)
         except RefusedError as error:
@@ -108,9 +108,10 @@ class BpfMap:
         return True
 
     def keys(self, most: int) -> Iterator[bytes]:
-        """Keys, found one after the other; behind one that has gone the kernel begins anew.
+        """The table's keys, at most `most`, found one after the other.
 
-        That may give a key twice. `most` ends what could go on for ever so.
+        If the last key was deleted meanwhile, the kernel starts over. A key may then come twice,
+        and without `most` the walk might never end.
         """
         found = ctypes.create_string_buffer(self.shape.key_bytes)
         key: bytes | None = None
@@ -125,9 +126,9 @@ class BpfMap:
             yield key
 
     def batches(self, most: int) -> Iterator[tuple[bytes, bytes]]:
-        """The whole table: keys and values of up to `most` entries at a time, each packed.
+        """The whole table: packed keys and packed values of up to `most` entries at a time.
 
-        `most` has to be room enough for the fullest bucket.
+        `most` must be at least the size of the fullest bucket.
         """
         keys = ctypes.create_string_buffer(most * self.shape.key_bytes)
         values = ctypes.create_string_buffer(most * self.shape.value_bytes)
@@ -145,7 +146,7 @@ class BpfMap:
                 *(0, 0),  # flags
             )
             count, ended = self._batch(packed)
-            # Not all of a buffer: most sweeps find a few entries.
+            # Most sweeps find a few entries, so only the used part of a buffer is copied.
             yield (
                 ctypes.string_at(keys, count * self.shape.key_bytes),
                 ctypes.string_at(values, count * self.shape.value_bytes),
@@ -157,7 +158,7 @@ class BpfMap:
 
     @staticmethod
     def _batch(packed: bytes) -> tuple[int, bool]:
-        """How many entries one call brought, and whether they are the last."""
+        """Number of entries that one call returned, and whether they are the last."""
         answer, refused = bpf_answering(_LOOKUP_BATCH, packed)
         if refused is not None and refused.number != errno.ENOENT:
             raise refused

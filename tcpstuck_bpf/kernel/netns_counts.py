@@ -1,8 +1,8 @@
-"""What the programs counted in each network namespace, and room for those that are yet to come.
+"""The programs' counts for each network namespace, and room for new namespaces.
 
-The table of the counts has a place for so many namespaces. Those that are gone give theirs up, and
-what was counted in them stays in one figure. A namespace that finds no place is traced like any
-other; what is counted in it belongs to no namespace then.
+The table of counts has a limited number of entries. Entries of removed namespaces are freed, and
+their counts stay in one total. A namespace without an entry is traced like any other, but its
+counts go to no namespace.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tcpstuck_bpf.model import (
 )
 
 KEPT_APART = 4096
-"""Namespaces that gave their place up whose figures are remembered one by one."""
+"""Number of freed entries whose counts are still kept one by one."""
 
 _ONLY = struct.pack("=I", 0)
 """The key of a table with one entry."""
@@ -32,7 +32,7 @@ _ONLY = struct.pack("=I", 0)
 class _Entry(NamedTuple):
     netns: int
     cookie: int
-    """0 where the programs do not know it."""
+    """The namespace's cookie; 0 where the programs do not know it."""
     counts: Counter[NetnsCount]
 
 
@@ -43,16 +43,16 @@ class CountsTable:
         self._counts = counts
         self._crowded_out = crowded_out
         self._apart: dict[bytes, Counter[NetnsCount]] = {}
-        """What was counted in namespaces that gave their place up, the oldest first."""
+        """Counts of freed entries, the oldest first."""
         self._gone: Counter[NetnsCount] = Counter()
-        """The same of all that are not in `_apart`."""
+        """Total counts of the freed entries that are not in `_apart`."""
 
     def read(self, living: Mapping[int, int]) -> NetnsCounts:
-        """What was counted, by inode number, where one is known; all of it in any case.
+        """All counts, by the namespace's inode number where it is known.
 
-        `living` has the cookies of the namespaces that are there, as far as they are known. What
-        was counted in another one with such a number is counted as gone, and what gave its place
-        up without being gone gets its figures back.
+        `living` has the cookies of existing namespaces, as far as they are known. Counts of an
+        earlier namespace with the same inode number go to GONE_NETNS. A namespace whose entry was
+        freed although it still exists gets its counts back.
         """
         found: dict[int, Counter[NetnsCount]] = {}
         for one in self._entries():
@@ -73,29 +73,30 @@ class CountsTable:
             yield _entry(key, _sum(self._counts.per_cpu(key)))
 
     def take_all(self) -> NetnsCounts:
-        """What was counted until now, which begins anew from nothing."""
+        """Return all counts and set them to zero."""
         counted = self.read({})
         for key in self._keys():
             self._counts.delete(key)
         self._apart.clear()
         self._gone.clear()
-        # What is not given is zero (`BpfMap.update`): every CPU's.
+        # `BpfMap.update` pads with zeros, so this resets every CPU's value.
         self._crowded_out.update(_ONLY, bytes(wire.COUNTS.size))
         return counted
 
     def crowd(self) -> frozenset[int]:
-        """The namespaces that have a place, where more than half of the places are taken."""
+        """The namespaces with an entry if more than half of the table is used, else none."""
         keys = self._keys()
         if 2 * len(keys) <= self._counts.shape.entries:
             return frozenset()
         return frozenset(_entry(key, Counter()).netns for key in keys)
 
     def free(self, gone: Collection[int], living: Mapping[int, int] = NOT_KNOWN) -> None:
-        """Have the namespaces with these inode numbers give their places up.
+        """Free the entries of the removed namespaces `gone`.
 
-        So do those whose number is another one's by now, as far as `living` (see `read`) tells.
-        Nothing is counted in one that is gone, so that nothing comes between the reading and the
-        removal. Of one that a socket alone holds, which cannot be told from it, a segment may.
+        Also free the entries whose inode number belongs to another namespace by now, according to
+        `living` (see `read`). A removed namespace counts nothing more, so no count is lost between
+        reading and deleting an entry. One count can be lost if only a socket holds the namespace,
+        which looks the same from here.
         """
         for key in self._keys():
             one = _entry(key, Counter())
@@ -105,7 +106,11 @@ class CountsTable:
                 self._keep(key, one.cookie, counts)
 
     def _keep(self, key: bytes, cookie: int, counts: Counter[NetnsCount]) -> None:
-        """Without a cookie a number that comes again is taken for another namespace's."""
+        """Keep the counts of a freed entry.
+
+        Without a cookie they go to the total: the same inode number may come again for another
+        namespace.
+        """
         if not cookie:
             self._gone += counts
             return
@@ -115,7 +120,7 @@ class CountsTable:
 
 
 def _is_there(one: _Entry, living: Mapping[int, int]) -> bool | None:
-    """Whether it is the namespace that has its inode number now; None where that is not known."""
+    """Whether the entry's namespace still has its inode number; None if unknown."""
     cookie = living.get(one.netns)
     return one.cookie == cookie if one.cookie and cookie else None
 

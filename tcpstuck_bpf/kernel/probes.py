@@ -1,4 +1,4 @@
-"""The attach plan: which kernel functions are probed, why, and what is lost without each."""
+"""The attach plan: the probed kernel functions, and what is lost without each."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from tcpstuck_bpf.typeinfo.graph import KernelTypes, Prototype
 class Probe:
     """One probed kernel function.
 
-    `parameters` is the number the fexit program was written for: its return value comes after
-    them. None where no return value is read, so that extra parameters do no harm.
-    `arguments` are those that the programs read, by position from 0: what they point to.
+    `parameters` is the number of parameters that the fexit program expects, because the return
+    value follows them. None means that the program does not read the return value, so extra
+    parameters do no harm.
+    `arguments` has the arguments that the programs read: position from 0, and pointed-to type.
     """
 
     function: str
@@ -31,21 +32,21 @@ class Probe:
     required: bool
     lost: str
     raw_tracepoint: str | None = None
-    """The program where it is no function but a tracepoint; the same in every mode."""
+    """The program for a tracepoint, the same in every mode; None for a function."""
     typed_tracepoint: str | None = None
-    """The same program for kernels that say in BTF what a tracepoint's arguments are: cheaper."""
+    """The cheaper tp_btf program, for kernels whose BTF describes the tracepoint's arguments."""
 
     @property
     def symbol(self) -> str:
-        """The function that /proc/kallsyms has where the kernel has it.
+        """The symbol in /proc/kallsyms that shows that the kernel has this probe.
 
-        Of a tracepoint that is the one that calls its programs; `__tracepoint_NAME` is data, which
-        a kernel without CONFIG_KALLSYMS_ALL does not list.
+        For a tracepoint it is the function that calls the programs. `__tracepoint_NAME` is data,
+        which a kernel without CONFIG_KALLSYMS_ALL does not list.
         """
         return f"__traceiter_{self.function}" if self.raw_tracepoint else self.function
 
     def serves(self, mode: str) -> bool:
-        """Whether it has a program in a mode, `fentry` or `kprobe`."""
+        """Whether the probe has a program in a mode, `fentry` or `kprobe`."""
         if self.raw_tracepoint is not None:
             return True
         return self.fexit if mode == "fentry" else self.kprobe_return is not None
@@ -54,7 +55,7 @@ class Probe:
 _SOCKET_AND_PACKET = MappingProxyType({0: "struct sock", 1: "struct sk_buff"})
 _NONE_READ: Mapping[int, str] = MappingProxyType({})
 _PACKET_AND_MSS = MappingProxyType({0: "struct sk_buff", 1: ""})
-"""The second points to a number, whose type's name may change without harm."""
+"""Argument 1 points to a number, whose type's name may change without harm."""
 
 PROBES = (
     Probe(
@@ -88,7 +89,7 @@ PROBES = (
         parameters=2,
         arguments=_SOCKET_AND_PACKET,
         required=True,
-        lost="what became of an ACK over IPv4 is not seen",
+        lost="the fate of ACKs over IPv4 is not seen",
     ),
     Probe(
         "cookie_v6_init_sequence",
@@ -110,7 +111,7 @@ PROBES = (
         parameters=2,
         arguments=_SOCKET_AND_PACKET,
         required=False,
-        lost="what became of an ACK over IPv6 is not seen",
+        lost="the fate of ACKs over IPv6 is not seen",
     ),
     Probe(
         "tcp_check_req",
@@ -134,8 +135,8 @@ PROBES = (
         required=False,
         lost="whether a new child socket reached ESTABLISHED is not counted by fentry",
     ),
-    # tcp_rcv_state_process also runs in process context; see the program text why that is no
-    # place for a kprobe. This is its caller for new children alone, with bottom halves off.
+    # tcp_rcv_state_process also runs in process context, where a kprobe does not work (see the
+    # program text). tcp_child_process calls it for new children only, with bottom halves off.
     Probe(
         "tcp_child_process",
         "tcp_child_process_entry",
@@ -159,7 +160,7 @@ RESCUE_PROBES = (
         parameters=6,
         arguments=_NONE_READ,
         required=True,
-        lost="no SYN-ACK can be repeated as it was",
+        lost="SYN-ACKs cannot be repeated",
     ),
     Probe(
         "inet_csk_complete_hashdance",
@@ -170,10 +171,10 @@ RESCUE_PROBES = (
         parameters=4,
         arguments=_NONE_READ,
         required=False,
-        lost="clients whose only handshakes were ordinary ones do not count as known",
+        lost="clients that only completed handshakes without a cookie do not count as known",
     ),
 )
-"""What --rescue needs besides."""
+"""Additional probes for --rescue."""
 
 KFREE_SKB = "kfree_skb"
 WHY_PROBES = (
@@ -186,12 +187,12 @@ WHY_PROBES = (
         parameters=None,
         arguments=_NONE_READ,
         required=False,
-        lost="whether this host drops an ACK before TCP, and where, is not seen",
+        lost="ACKs that this host drops before TCP are not seen",
         raw_tracepoint="packet_freed",
         typed_tracepoint="packet_freed_typed",
     ),
 )
-"""What tells where an ACK died; not with --no-why."""
+"""Probes that show where an ACK was dropped; left out with --no-why."""
 REASON_ARGUMENT = 2
 """Index of `reason` in skb:kfree_skb (5.17+)."""
 EVERY_PROBE = (*PROBES, *RESCUE_PROBES, *WHY_PROBES)
@@ -201,41 +202,41 @@ _MAKING_ENTRIES = frozenset({"cookie_v4_init_sequence", "cookie_v6_init_sequence
 
 
 KERNEL_COUNTERS = "kernel counters"
-"""Not a probe, but as optional as one: the programs' sight of LINUX_MIB_*."""
+"""Name of the programs' access to LINUX_MIB_*. It is no probe, but optional like one."""
 OPTIONAL = (
     *(probe.function for probe in (*PROBES, *WHY_PROBES) if not probe.required),
     KERNEL_COUNTERS,
 )
 WITHOUT_VARIABLE = "TCPSTUCK_WITHOUT_PROBE"
-"""A test switch: optional probes to leave out, to see that only a declared gap comes of it."""
+"""A test switch: optional probes to leave out, to test that only a declared gap results."""
 
 _NO_REFUSALS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class AttachRequest:
-    """How to attach; nothing of it changes what a recording means."""
+    """How to attach. No setting here changes the meaning of a recording."""
 
     types: KernelTypes | None = None
-    """Describes struct members and prototypes; None means the running kernel's own BTF."""
+    """Source of struct members and prototypes; None means the running kernel's own BTF."""
     strict: bool = False
     """Whether a coverage gap is fatal."""
     left_out: Mapping[str, str] = field(default_factory=dict)
-    """Optional probes that are not to be attached, and why."""
+    """Optional probes to leave out, and why."""
     rescue: bool = False
-    """Whether SYN-ACKs are to be repeated, for which more has to be seen."""
+    """Whether SYN-ACKs are to be repeated, which needs more probes."""
 
     why: bool = True
-    """Whether packets that are dropped before TCP are looked at."""
+    """Whether to look for packets dropped before TCP."""
 
     keep: bool = True
-    """Whether compiled programs are kept for the next start, and those that were are used."""
+    """Whether to keep compiled programs for the next start, and use the kept ones."""
     programs: str | None = None
-    """A directory of programs that were built elsewhere, to be used instead of the compiler."""
+    """Directory of programs built elsewhere, to use instead of the compiler."""
 
     @property
     def probes(self) -> tuple[Probe, ...]:
-        """What is to be attached."""
+        """The probes to attach."""
         rescue = RESCUE_PROBES if self.rescue else ()
         return (*PROBES, *rescue, *(WHY_PROBES if self.why else ()))
 
@@ -244,7 +245,7 @@ ATTACH_ALL = AttachRequest()
 
 
 class ProbeRefusedError(CannotTraceError):
-    """The kernel has the function, and would not let a program onto it."""
+    """The kernel has the function, but refused to attach a program to it."""
 
     def __init__(self, function: str, refusal: CannotTraceError) -> None:
         super().__init__(f"{refusal.what}: {function}", refusal.why, refusal.remedy)
@@ -252,9 +253,9 @@ class ProbeRefusedError(CannotTraceError):
 
 
 def left_out(text: str) -> dict[str, str]:
-    """What WITHOUT_VARIABLE holds, names separated by commas, as AttachRequest wants it.
+    """Parse WITHOUT_VARIABLE, names separated by commas, into AttachRequest.left_out.
 
-    Raises UsageError for a name that is no optional probe's.
+    Raises UsageError for a name that is not an optional probe's.
     """
     names = [name for name in text.split(",") if name]
     for name in names:
@@ -272,11 +273,11 @@ def plan(
     refused: Mapping[str, str] = _NO_REFUSALS,
     wanted: Sequence[Probe] = PROBES,
 ) -> tuple[tuple[Probe, ...], tuple[CoverageGap, ...]]:
-    """The probes this kernel has functions for, and the gaps that the others leave.
+    """The probes whose functions this kernel has, and the gaps that the others leave.
 
-    `refused` are functions that cannot or shall not be probed, and why. Raises CannotTraceError
-    where a required function is missing or refused. IPv6 is all or nothing: a cookie seen without
-    the fate of its ACK would only accuse healthy clients.
+    `refused` has functions that cannot or must not be probed, and why. Raises CannotTraceError
+    where a required function is missing or refused. IPv6 is all or nothing: if cookies are seen
+    but ACKs are not, healthy clients would look stuck.
     """
     why = {
         probe.function: refused.get(probe.function, "the kernel has no such function")
@@ -286,7 +287,7 @@ def plan(
     for probe in wanted:
         if probe.required and probe.function in symbols and probe.function in refused:
             raise CannotTraceError(
-                f"this kernel's {probe.function} is not as the programs need it",
+                f"the programs cannot use this kernel's {probe.function}",
                 f"{refused[probe.function]}; without it {probe.lost}",
                 "report it, with the kernel's version; a newer tcpstuck-trace may know it",
             )
@@ -304,7 +305,7 @@ def plan(
             )
     for function in sorted(_IPV6_PROBES & why.keys()):
         for other in _IPV6_PROBES - why.keys():
-            why[other] = f"of no use without {function}"
+            why[other] = f"useless without {function}"
     gaps = tuple(
         CoverageGap(probe.function, why[probe.function], probe.lost)
         for probe in wanted
@@ -314,8 +315,8 @@ def plan(
 
 
 def counter_gap(why: str) -> CoverageGap:
-    """What is lost where the programs cannot read LINUX_MIB_*."""
-    return CoverageGap(KERNEL_COUNTERS, why, "why an ACK was dropped or rejected is not known")
+    """The gap of programs that cannot read LINUX_MIB_*."""
+    return CoverageGap(KERNEL_COUNTERS, why, "it is unknown why an ACK was dropped or rejected")
 
 
 def attach(
@@ -325,16 +326,16 @@ def attach(
     start: Callable[[tuple[Probe, ...]], str],
     besides: tuple[CoverageGap, ...] = (),
 ) -> tuple[str, tuple[Probe, ...], tuple[CoverageGap, ...]]:
-    """Attach every probe that can be: the mode, the probes, and the gaps that are left.
+    """Attach every possible probe. Returns the mode, the attached probes, and the gaps.
 
-    `start` attaches all it is given and returns the mode. An optional probe that it cannot
-    attach (ProbeRefusedError) becomes a gap, and the rest is tried again. `besides` are gaps that
-    are no probe's. Raises what `plan` and `start` raise, and CannotTraceError for any gap where the
-    request is strict.
+    `start` attaches all given probes and returns the mode. An optional probe that it cannot attach
+    (ProbeRefusedError) becomes a gap, and `start` is called again with the rest. `besides` has
+    gaps that belong to no probe. Raises what `plan` and `start` raise, and CannotTraceError for
+    any gap if the request is strict.
     """
     refused = {**misread(request.types, request.probes), **request.left_out}
     required = {probe.function for probe in request.probes if probe.required}
-    unseen = refused.get(KERNEL_COUNTERS, "__per_cpu_offset or LINUX_MIB_* is not to be seen")
+    unseen = refused.get(KERNEL_COUNTERS, "__per_cpu_offset or LINUX_MIB_* was not found")
     while True:
         probes, gaps = plan(symbols, refused, request.probes)
         if not has_counters:
@@ -342,9 +343,9 @@ def attach(
         gaps = (*gaps, *besides)
         if request.strict and gaps:
             raise CannotTraceError(
-                "not everything can be seen here, and --strict allows no gap",
+                "some probes are missing here, and --strict allows no gap",
                 "; ".join(f"no {gap.probe} ({gap.why}): {gap.lost}" for gap in gaps),
-                "leave out --strict, and the verdicts will say what they do not know",
+                "leave out --strict; the verdicts then say what is unknown",
             )
         try:
             mode = start(probes)
@@ -359,39 +360,39 @@ def attach(
 
 
 def of_mode(wanted: Sequence[Probe], mode: str) -> tuple[Probe, ...]:
-    """Those that have a program in a mode, `fentry` or `kprobe`."""
+    """The probes that have a program in a mode, `fentry` or `kprobe`."""
     return tuple(probe for probe in wanted if probe.serves(mode))
 
 
 def attach_order(wanted: Sequence[Probe], mode: str) -> tuple[Probe, ...]:
-    """Those that have a program in a mode, the ones that make entries of the table at the end.
+    """The probes that have a program in a mode; the ones that make table entries come last.
 
-    While another one is still to be attached, what ends an entry would pass unseen: a client that
-    gets connected meanwhile would look stuck for ever.
+    Otherwise an entry could be made before the probe that ends it is attached. A client that
+    connects meanwhile would look stuck for ever.
     """
     return tuple(sorted(of_mode(wanted, mode), key=lambda probe: probe.function in _MAKING_ENTRIES))
 
 
 def misread_argument(probe: Probe, prototype: Prototype) -> str | None:
-    """Which argument is not where the programs read it, None where all are.
+    """Which argument is not at the position where the programs read it; None if all are.
 
-    Programs attached in either mode know arguments by position alone: of one that moved they would
-    read something else and take it for a socket.
+    In both modes the programs find arguments only by position. If an argument moved, they would
+    take something else for a socket.
     """
     for position, kind in probe.arguments.items():
         if position >= len(prototype.parameters):
-            return f"it has {len(prototype.parameters)} parameters, none at place {position + 1}"
+            return f"it has {len(prototype.parameters)} parameters, no parameter {position + 1}"
         found = prototype.parameters[position]
         if not re.match(rf"(?:const |volatile )*{kind or '[^*(]+'} \*(?!\*)", found):
-            return f"parameter {position + 1} is `{found}`, no pointer to {kind or 'a number'}"
+            return f"parameter {position + 1} is `{found}`, not a pointer to {kind or 'a number'}"
     return None
 
 
 def misread(types: KernelTypes | None, wanted: Sequence[Probe] = PROBES) -> dict[str, str]:
     """Functions whose arguments the programs would misread, and why.
 
-    One whose prototype is not described is believed to be as ever. Raises CannotTraceError where
-    the types are damaged.
+    A function without a described prototype counts as unchanged. Raises CannotTraceError where the
+    types are damaged.
     """
     found: dict[str, str] = {}
     for probe in wanted:
@@ -404,9 +405,9 @@ def misread(types: KernelTypes | None, wanted: Sequence[Probe] = PROBES) -> dict
 
 
 def fentry_obstacle(types: KernelTypes, probes: Collection[Probe]) -> str | None:
-    """Why fentry/fexit cannot be used for these probes, None where nothing speaks against it.
+    """Why fentry/fexit cannot be used for these probes; None if they can.
 
-    The described prototype counts, not the version: a parameter more shifts fexit's return value.
+    The prototype decides, not the version: an extra parameter shifts fexit's return value.
     """
     for probe in of_mode(tuple(probes), "fentry"):
         if probe.raw_tracepoint is not None:
@@ -420,5 +421,5 @@ def fentry_obstacle(types: KernelTypes, probes: Collection[Probe]) -> str | None
 
 
 def compiler_flags(probes: Collection[Probe]) -> list[str]:
-    """-D flags that leave out of the program text what this kernel cannot attach."""
+    """-D flags for the attachable probes; the text leaves out the programs of all others."""
     return [f"-DPROBE_{probe.function}" for probe in probes]

@@ -1,8 +1,8 @@
-"""Reads the events' ring buffer by libbpf, through ctypes.
+"""Reads the events' ring buffer with libbpf, through ctypes.
 
-libbpf because a reader in pure Python has no memory barrier, which arm64 needs between the
-kernel's position and the record. It is there wherever the distribution has BCC; its functions used
-here are the same from 0.0.9 on.
+A pure Python reader has no memory barrier, and arm64 needs one between the kernel's position and
+the record. Every distribution with BCC has libbpf; the functions used here have not changed since
+0.0.9.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tcpstuck_bpf.errors import CannotTraceError
 _LIBRARIES = ("libbpf.so.1", "libbpf.so.0")
 _RECORD = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 _ENOUGH = -errno.EOVERFLOW
-"""What the callback answers to end a poll; libbpf has counted the record as read by then."""
+"""Return value of the callback that ends a poll; libbpf has consumed the record by then."""
 
 
 def _library() -> ctypes.CDLL:
@@ -31,8 +31,8 @@ def _library() -> ctypes.CDLL:
             library.ring_buffer__free.restype = None
             return library
     raise CannotTraceError(
-        "libbpf is missing, which reads the events",
-        f"neither {' nor '.join(_LIBRARIES)} can be loaded",
+        "libbpf is missing",
+        f"it reads the events, and neither {' nor '.join(_LIBRARIES)} can be loaded",
         "install it from the distribution (apt install libbpf1, or libbpf0 on Debian 11)",
     )
 
@@ -43,7 +43,7 @@ def require_libbpf() -> None:
 
 
 class RingBuffer:
-    """Reads records of the ring buffer with that file descriptor.
+    """Reads records of the ring buffer whose file descriptor is `file`.
 
     Raises CannotTraceError where libbpf is missing or refuses.
     """
@@ -52,7 +52,7 @@ class RingBuffer:
         self._library = _library()
         self._records: list[bytes] = []
         self._most = 0
-        # Kept, because libbpf does not.
+        # libbpf does not keep the callback alive.
         self._callback = _RECORD(self._take)
         self._ring = self._library.ring_buffer__new(file, self._callback, None, None)
         if not self._ring:
@@ -69,8 +69,8 @@ class RingBuffer:
     def poll(self, timeout_ms: int, most: int) -> list[bytes]:
         """At most `most` records, waiting up to `timeout_ms` for the first.
 
-        libbpf by itself reads until there are none left, which in a flood is never. A signal ends
-        the waiting.
+        libbpf alone would read until no record is left, which never happens in a flood. A signal
+        ends the wait.
         """
         self._most = most
         self._library.ring_buffer__poll(self._ring, timeout_ms)
@@ -78,7 +78,7 @@ class RingBuffer:
         return records
 
     def close(self) -> None:
-        """The table itself stays."""
+        """Free libbpf's reader; the table itself stays."""
         ring, self._ring = self._ring, None
         if ring:
             self._library.ring_buffer__free(ring)

@@ -1,8 +1,8 @@
-"""What a start asks of the running kernel, and keeps so that the next one need not ask.
+"""The running kernel's types and symbols, with the answers kept for the next start.
 
-To find a dozen offsets, a start reads five megabytes of BTF and all of /proc/kallsyms: nearly half
-of its time where the programs are kept. The answers are as constant as the kernel. Kept are the
-answers, not what was made of them, so that another version of this tool asks its own questions.
+To find a dozen offsets, a start reads five megabytes of BTF and all of /proc/kallsyms. That is
+nearly half of its time when the programs are already compiled. The answers change only with the
+kernel. The cache keeps the raw answers, so another version of the tool can ask its own questions.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ _AS_IT_WAS: dict[str, Callable[[Any], Any]] = {
     "function": int,
     "tracepoint_type": int,
 }
-"""An answer from its JSON, by the question: a method of `Btf`."""
+"""Decoder of a kept answer's JSON, by the question's name, a method of `Btf`."""
 
 _Question = tuple[str, ...]
-"""The question and its arguments."""
+"""The question's name and its arguments."""
 
 
 @dataclass
 class _Answers:
-    """What is kept. Types belong to the kernel's build, symbols to the boot: addresses change."""
+    """The kept answers. Types are valid for a kernel build, symbols (addresses) for one boot."""
 
     boot: str
     types: dict[_Question, Any] = field(default_factory=dict)
@@ -55,37 +55,37 @@ class _Answers:
     addresses: dict[str, int] = field(default_factory=dict)
 
     def encode(self) -> bytes:
-        told = {
+        kept = {
             "boot": self.boot,
             "types": [[*question, answer] for question, answer in self.types.items()],
             "functions": sorted(self.functions),
             "addresses": self.addresses,
         }
-        body = json.dumps(told).encode()
+        body = json.dumps(kept).encode()
         return b"\n".join((_FORMAT, hashlib.sha256(body).hexdigest().encode(), body))
 
     @classmethod
     def decode(cls, data: bytes) -> _Answers:
-        """Raises DamagedError for anything that `encode` did not write."""
+        """Decode what `encode` wrote. Raises DamagedError for anything else."""
         head, _, rest = data.partition(b"\n")
         digest, _, body = rest.partition(b"\n")
         if head != _FORMAT or digest != hashlib.sha256(body).hexdigest().encode():
-            raise DamagedError("it is not as it was written")
+            raise DamagedError("its checksum does not match")
         try:
-            told = json.loads(body)
+            kept = json.loads(body)
             types = {}
-            for *question, answer in told["types"]:
+            for *question, answer in kept["types"]:
                 decode = _AS_IT_WAS[question[0]]
                 types[tuple(question)] = None if answer is None else decode(answer)
-            return cls(told["boot"], types, set(told["functions"]), dict(told["addresses"]))
+            return cls(kept["boot"], types, set(kept["functions"]), dict(kept["addresses"]))
         except (LookupError, TypeError, ValueError) as error:
-            raise DamagedError(f"it says nothing that is understood: {error}") from error
+            raise DamagedError(f"its content is not understood: {error}") from error
 
 
 class RunningKernel:
     """The running kernel's own types (`graph.KernelTypes`) and symbols.
 
-    Every question raises CannotTraceError where the kernel cannot answer it.
+    Every method that asks the kernel raises CannotTraceError where the kernel cannot answer.
     """
 
     form = Btf.form
@@ -104,7 +104,7 @@ class RunningKernel:
         if not boot or self._answers.boot != boot:
             self._answers = _Answers(boot, self._answers.types)
         if not Path(btf.RUNNING_KERNEL).is_file():
-            # A kernel that shows no types is refused, whether or not it has shown them before.
+            # A kernel that no longer shows its types is refused, even if answers were kept.
             self._answers.types.clear()
 
     def _answer(self, *question: str) -> Any:
@@ -156,8 +156,8 @@ class RunningKernel:
     ) -> tuple[frozenset[str], int | None]:
         """See `kallsyms.read_symbols`.
 
-        What was missing is looked for anew: a module may have brought it, or the address may have
-        been hidden from the one who asked before.
+        Symbols that were missing are looked up again: a module may have been loaded since, or the
+        address may have been hidden from the user who asked before.
         """
         known = self._answers
         if not known.functions.issuperset(functions) or data_symbol not in known.addresses:
@@ -170,7 +170,7 @@ class RunningKernel:
         return frozenset(known.functions.intersection(functions)), known.addresses.get(data_symbol)
 
     def keep(self) -> None:
-        """Keep what was learnt since the last time, and let go of the types."""
+        """Keep the new answers, and free the types."""
         self._types = None
         if self._files is not None and self._name is not None and self._learnt:
             self._files.keep(self._name, self._answers.encode())
@@ -178,7 +178,10 @@ class RunningKernel:
 
 
 def _file_name() -> str | None:
-    """By the kernel's build and by the readers' text; None where one is not known."""
+    """Name of the kept file, from the kernel's build ID and the readers' source text.
+
+    None where either is unknown.
+    """
     build = _build_id()
     if build is None:
         return None
@@ -192,9 +195,9 @@ def _file_name() -> str | None:
 
 
 def _build_id() -> bytes | None:
-    """The running kernel's, a hash that the linker makes of all of it, BTF too.
+    """The running kernel's build ID, the linker's hash of the whole kernel with its BTF.
 
-    Source: the ELF notes in /sys/kernel/notes (kernel/ksysfs.c).
+    Source: the ELF notes in /sys/kernel/notes (kernel/ksysfs.c). None where there is none.
     """
     try:
         notes = _NOTES.read_bytes()
@@ -212,7 +215,7 @@ def _build_id() -> bytes | None:
 
 
 def _boot() -> str:
-    """A name of this boot; empty where it has none."""
+    """The ID of this boot; empty if unknown."""
     try:
         return _BOOT.read_text(encoding="ascii").strip()
     except OSError:

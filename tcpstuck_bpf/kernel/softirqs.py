@@ -1,4 +1,4 @@
-"""Whether the packets of one CPU are handled one after the other, and what follows. Pure."""
+"""Whether softirqs of one CPU can preempt each other, and what follows. Pure."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def tasks_have_softirqs(types: KernelTypes) -> bool:
 
 
 def softirq_gaps(types: KernelTypes, option: str | None) -> tuple[CoverageGap, ...]:
-    """The gap where packets of one CPU may preempt each other.
+    """The coverage gap on a kernel where packets of one CPU may preempt each other.
 
-    PREEMPT_RT counts a task's own softirqs, because it may be preempted in one. A lock per CPU in
-    __local_bh_disable_ip keeps them apart, since 3253cb49cbad ("softirq: Allow to drop the
-    softirq-BKL lock on PREEMPT_RT") only where `option`, that of BH_LOCK_OPTION, is y; softirq_ctrl
-    has the lock in either case. struct tasklet_sync_callback, of the commit before, tells: it is
-    what tasklets need without that lock.
+    PREEMPT_RT counts each task's own softirqs, because a task may be preempted in one. A per-CPU
+    lock in __local_bh_disable_ip keeps the softirqs of one CPU apart. Since 3253cb49cbad ("softirq:
+    Allow to drop the softirq-BKL lock on PREEMPT_RT") that holds only where `option`, the value of
+    BH_LOCK_OPTION, is y. softirq_ctrl has the lock in either case. struct tasklet_sync_callback, of
+    the commit before, shows which kernel it is: tasklets need it without that lock.
 
-    The programs keep what belongs to a packet apart by its task then. But an fentry program is not
-    run for a packet that preempts it in its midst: what keeps it from recursion counts per CPU
+    On such a kernel the programs keep each packet's data by task. But the kernel skips an fentry
+    program for a packet that preempts that program: the recursion guard counts per CPU
     (__bpf_prog_enter_recur). A kprobe's program is not preempted.
     """
     if not tasks_have_softirqs(types) or option == "y":
@@ -37,12 +37,13 @@ def softirq_gaps(types: KernelTypes, option: str | None) -> tuple[CoverageGap, .
         CoverageGap(
             SOFTIRQ_LOCK,
             f"PREEMPT_RT, and {BH_LOCK_OPTION} is not known to be set",
-            "by fentry a packet that preempts a program passes unseen, so that a stuck client is "
-            "missed or a healthy one accused; the kernel's counters may move for another packet",
+            "with fentry, a packet that preempts a program is not seen: a stuck client may be "
+            "missed, or a healthy one reported as stuck; a kernel counter that moved may belong to "
+            "another packet",
         ),
     )
 
 
 def mode_to_try(wished: str, softirq_gaps: Collection[CoverageGap], has_kprobes: bool) -> str:
-    """The probe mode to begin with: instead of `auto` the one that no packet preempts."""
+    """The probe mode to try first: for `auto` with a softirq gap kprobe, if kprobes exist."""
     return "kprobe" if wished == "auto" and softirq_gaps and has_kprobes else wished

@@ -1,4 +1,4 @@
-"""The running kernel as a source of observations: what is compiled, loaded, attached and read."""
+"""The running kernel as a source of observations: compiles, loads and attaches the programs."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ from tcpstuck_bpf.model import (
 
 EVENT_PAGES = 256
 EVENTS_AT_ONCE = 512
-"""Events that one poll takes: in a flood of them everything else has its turn as well."""
+"""Largest number of events per poll, so that a flood of events does not block everything else."""
 MAX_NAMESPACES = 1024
 MAX_KNOWN_CLIENTS = 65_536
 MAX_LISTENERS = 4096
 MAX_CHOSEN = 4096
 MAX_STACKS = 1024
 MAX_TASKS = 4096
-"""Whose softirqs are kept apart, where they may preempt each other."""
+"""Tasks whose softirqs are kept apart, on kernels where softirqs preempt each other."""
 LOSSES = (
     "namespaces_uncounted",
     "cookies_unmatched",
@@ -59,7 +59,7 @@ LOSSES = (
 
 
 def table_entries(capacity: int, *, softirqs_interleave: bool) -> dict[str, int]:
-    """How many entries each table has that the text leaves open; of the ring buffer, bytes."""
+    """Entries of each table whose size the text leaves open; bytes for the ring buffer."""
     entries = {
         "awaiting_ack": capacity,
         "synacks": capacity,
@@ -74,7 +74,7 @@ def table_entries(capacity: int, *, softirqs_interleave: bool) -> dict[str, int]
 
 
 class KernelSource:
-    """Our programs in the running kernel; see `app.Source` for what each method promises."""
+    """Our programs in the running kernel; `app.Source` describes each method."""
 
     def __init__(self, settings: TraceSettings, request: AttachRequest = ATTACH_ALL) -> None:
         self.timings: dict[str, float] = {}
@@ -120,7 +120,7 @@ class KernelSource:
         self._running.keep()
         if self._kept is not None:
             self.notes += self._kept.notes
-        # Its types are 20 MB, and what they say is in the kernel by now; so is what was built.
+        # The types take 20 MB. They and the built programs are not needed any more.
         del self._kernel, self._running, self._built
         _give_memory_back()
 
@@ -131,7 +131,7 @@ class KernelSource:
         self.timings[what] = time.monotonic() - begun
 
     def _start(self, wanted: tuple[Probe, ...]) -> str:
-        """Compile, load and attach in the wished mode; `auto` falls back to kprobes."""
+        """Compile, load and attach in the requested mode; `auto` falls back to kprobes."""
         gaps = self._kernel.softirq_gaps
         wished = mode_to_try(self._settings.probe_mode, gaps, features.has_kprobes())
         obstacle = None
@@ -189,16 +189,19 @@ class KernelSource:
                 self._at_work_on = probe
                 _attach(programs, probe, mode)
         self._at_work_on = None
-        # While it looks a batch up, which takes a walk over all empty buckets, the kernel runs no
-        # kprobe program on that CPU (bpf_disable_instrumentation): packets that an interrupt
-        # brings meanwhile would pass unseen. To find the next key it does not.
+        # A batch lookup walks over all empty buckets. Meanwhile the kernel runs no kprobe program
+        # on that CPU (bpf_disable_instrumentation), so packets that an interrupt brings would not
+        # be seen. Finding the next key does not disable programs.
         self.tables = Tables(
             programs.maps, self.table_capacity, in_batches=mode == "fentry", rescue=self._rescue
         )
         self._ring = RingBuffer(programs.maps["events"].file)
 
     def _artifact(self, wanted: Compilation) -> Artifact:
-        """Built, kept, or compiled now and kept. Raises CompilerError, and CannotTraceError."""
+        """The built artifact, the kept one, or one compiled now and kept.
+
+        Raises CompilerError and CannotTraceError.
+        """
         if self._built is not None:
             return self._built.find(wanted)
         found = None if self._kept is None else artifact_store.find_kept(self._kept, wanted)
@@ -214,7 +217,7 @@ class KernelSource:
             if not self._load_typed(programs, probe):
                 programs.load(artifact.RAW_TRACEPOINT, probe.raw_tracepoint)
         elif mode == "fentry":
-            # By the kernel's own types, whatever file describes its structs.
+            # The number comes from the kernel's own BTF, even if a file describes its structs.
             number = self._running.function(probe.function)
             if number is None:
                 raise LoadError(f"{probe.function} is not in the running kernel's BTF")
@@ -227,7 +230,7 @@ class KernelSource:
                     programs.load(artifact.KPROBE, name)
 
     def _load_typed(self, programs: LoadedPrograms, probe: Probe) -> bool:
-        """Load the variant that knows its arguments' types; False where the kernel has no such."""
+        """Load the tp_btf variant of a tracepoint's program; False where the kernel has none."""
         if probe.typed_tracepoint is None:
             return False
         try:
@@ -236,12 +239,12 @@ class KernelSource:
                 return False
             programs.load(artifact.TYPED_TRACEPOINT, probe.typed_tracepoint, number)
         except (CannotTraceError, LoadError):
-            # The kernel has no BTF (a file describes its structs), or no such programs.
+            # The kernel has no BTF (a file describes its structs), or no tp_btf programs.
             return False
         return True
 
     def _configure(self, programs: LoadedPrograms) -> None:
-        """Everything is left out, until `_begin`; but it is counted."""
+        """Set the ports, and a filter that excludes every packet until `_begin`. They count."""
         self._set_filter(programs, trial.NOBODYS_NETNS)
         for index, bits in wire.port_bits(self._settings.trace_filter.ports).items():
             programs.maps["wanted_ports"].update(_index(index), struct.pack("=Q", bits))
@@ -253,30 +256,31 @@ class KernelSource:
         programs.maps["config"].update(_index(0), config)
 
     def _begin(self) -> None:
-        """Try whether the programs are run, and begin to trace what was asked for.
+        """Check that the kernel runs the programs, then set the requested filter.
 
-        Raises CannotTraceError where they are not.
+        Raises CannotTraceError where it does not run them.
         """
         assert self._programs is not None
         try:
             netns = trial.cookie_handshake()
         except OSError as error:
             self.notes.append(
-                f"whether the programs run was not tried: no handshake of our own: {error}"
+                f"could not check that the programs run: no handshake of our own: {error}"
             )
         else:
-            # Of everything else, too: others may have tried their programs meanwhile.
+            # The counts of other namespaces are dropped too: another instance may have made its
+            # own handshake meanwhile.
             counted = self.tables.take_counts().get(netns, {})
             trial.require_seen(counted, has_counters=self._kernel.layout.has_counters)
         self._set_filter(self._programs, self._settings.trace_filter.netns)
 
     @property
     def most_waiting(self) -> int:
-        """How many events the ring buffer has room for."""
+        """Number of events that the ring buffer has room for."""
         return EVENT_PAGES * resource.getpagesize() // wire.EVENT.size
 
     def poll(self, timeout_ns: int) -> list[Event]:
-        """Up to EVENTS_AT_ONCE events that came, waiting at most `timeout_ns` for the first."""
+        """Up to EVENTS_AT_ONCE events, waiting at most `timeout_ns` for the first."""
         events = []
         for record in self._ring.poll(max(0, timeout_ns) // 1_000_000, EVENTS_AT_ONCE):
             try:
@@ -286,35 +290,35 @@ class KernelSource:
         return events
 
     def sweep(self) -> Iterator[Sweep]:
-        """The whole awaiting-ACK table in batches; all have the time of the sweep's begin."""
+        """The whole awaiting-ACK table in batches; all have the time at which the sweep began."""
         return self.tables.sweep()
 
     def chosen(self) -> Sweep:
-        """The entries that the rescue may be for; see `Tables.chosen`."""
+        """The handshakes that a rescue may be for; see `Tables.chosen`."""
         return self.tables.chosen()
 
     def forget(self, handshakes: Iterable[HandshakeId]) -> None:
-        """Remove entries, where they are still of that handshake; one that is gone is no error."""
+        """Remove the entries of these handshakes; a missing entry is no error."""
         self.tables.forget(handshakes)
 
     def stack(self, number: int) -> tuple[int, ...]:
-        """The addresses of an entry's `filter_stack`, the innermost first; empty if unknown."""
+        """Addresses of an entry's `filter_stack`, the innermost first; empty if unknown."""
         return self.tables.stack(number)
 
     def counts(self, living: Mapping[int, int] = NOT_KNOWN) -> NetnsCounts:
-        """What the programs counted since they were attached; see `app.Source`."""
+        """The programs' counts since they were attached; see `app.Source`."""
         return self.tables.counts(living)
 
     def netns_in_full_tables(self) -> frozenset[int]:
-        """The network namespaces that have entries in tables that are more than half full."""
+        """Network namespaces with entries in tables that are more than half full."""
         return self.tables.netns_in_full_tables()
 
     def free(self, gone: Collection[int], living: Mapping[int, int]) -> None:
-        """Make room in those tables; see `app.Source`."""
+        """Free the entries of removed network namespaces; see `app.Source`."""
         self.tables.free(gone, living)
 
     def listeners(self) -> tuple[ListenerFacts, ...]:
-        """How the queues of each listener fared since the programs were attached."""
+        """Queue figures of each listener since the programs were attached."""
         return self.tables.listeners()
 
     def losses(self) -> Mapping[str, int]:
@@ -333,26 +337,26 @@ class KernelSource:
         }
 
     def loaded_programs(self) -> frozenset[str]:
-        """The programs' names: of fentry and fexit those of their functions."""
+        """Names of the loaded programs; an fentry or fexit program has its function's name."""
         return frozenset() if self._programs is None else self._programs.names
 
     def close(self) -> None:
         """Detach and unload. The kernel does the same when the process dies.
 
-        Raises what failed first, after all that can be let go of is.
+        Every step is tried; then the first error is raised.
         """
         ring = self.__dict__.pop("_ring", None)
         programs, self._programs = self._programs, None
         close_all(one.close for one in (ring, programs) if one is not None)
 
     def _give_up(self) -> None:
-        """Close after an attempt that failed: why it did is what is to be told."""
+        """Close after a failed attempt. An error here becomes a note, so the first one is shown."""
         with Ending(self.notes.append) as ending:
-            ending.add("the programs were not detached in order", self.close)
+            ending.add("the programs were not detached cleanly", self.close)
 
 
 def _index(number: int) -> bytes:
-    """The key of an array."""
+    """The key of an array map."""
     return struct.pack("=I", number)
 
 
@@ -363,7 +367,8 @@ def _attach(programs: LoadedPrograms, probe: Probe, mode: str) -> None:
     elif raw is not None:
         programs.attach(artifact.RAW_TRACEPOINT, raw, function)
     elif mode == "fentry":
-        # The return first: until its entry runs, it finds an empty scratch and does nothing.
+        # The fexit program first: until the fentry program runs it finds an empty scratch and does
+        # nothing.
         programs.attach(artifact.FEXIT, function)
         if probe.fentry:
             programs.attach(artifact.FENTRY, function)
@@ -388,32 +393,32 @@ _SIZES = {
 
 
 def check_sizes(made: Artifact) -> None:
-    """Raises CannotTraceError where the tables' keys and values are not as `wire` has them."""
+    """Raises CannotTraceError where key and value sizes of the tables differ from `wire`'s."""
     sizes = {one.name: (one.key_bytes, one.value_bytes) for one in made.maps}
     differing = {
         name: (sizes[name], ours) for name, ours in _SIZES.items() if sizes.get(name, ours) != ours
     }
     if differing:
         raise CannotTraceError(
-            "the BPF text and the Python code do not belong together",
+            "the BPF text and the Python code are of different versions",
             f"sizes of their structs differ: {differing}",
             "install tcpstuck-trace again",
         )
 
 
 def _give_memory_back() -> None:
-    """Have the C library return what was freed, where it can: it would keep 6 MB of the types."""
+    """Return freed memory to the kernel, where the C library can: 6 MB of the types."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(ctypes.c_size_t(0))
 
 
 def allow_locked_memory() -> None:
-    """Kernels before 5.11 charge maps to RLIMIT_MEMLOCK (commit 5d9d6e7a9b61's series)."""
+    """Lift RLIMIT_MEMLOCK: kernels before 5.11 charge maps to it (5d9d6e7a9b61's series)."""
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY,) * 2)
 
 
 def open_source(settings: TraceSettings, request: AttachRequest = ATTACH_ALL) -> KernelSource:
-    """Trace the running kernel. Raises CannotTraceError where it cannot be done."""
+    """Trace the running kernel. Raises CannotTraceError where it cannot be traced."""
     return KernelSource(settings, request)

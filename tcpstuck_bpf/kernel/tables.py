@@ -1,7 +1,6 @@
-"""What the programs keep in the kernel, read from user space: the tables, not the events.
+"""Reads the programs' tables (not their events) from user space.
 
-Each reading is of a table that the programs go on changing: an entry that is gone meanwhile is no
-error.
+The programs change the tables during every read, so a missing entry is no error.
 """
 
 from __future__ import annotations
@@ -30,21 +29,21 @@ from tcpstuck_bpf.model import (
 from tcpstuck_bpf.synack import is_synack_of
 
 READ_AT_ONCE = 1024
-"""Entries per bpf_map_lookup_batch; it needs room for the fullest bucket of the table.
+"""Entries per bpf_map_lookup_batch; at least the size of the fullest bucket.
 
-Four times as many cost 1 MiB more, which the C library keeps.
+Four times as many would cost 1 MiB more, which the C library keeps.
 """
 JUDGED_AT_ONCE = 512
-"""Rows of one batch of a sweep: what comes between two batches waits for that long."""
+"""Rows of one batch of a sweep. Everything else waits until a batch is judged."""
 CHOSEN_FOR_NS = 180_000_000_000
-"""How long after its last SYN a handshake stays chosen; its cookie lives for 120 s at the most."""
+"""Time after its last SYN that a handshake stays chosen; a cookie lives at most 120 s."""
 
 
 class Tables:
     """The maps of one run, by their names in bpf/tcpstuck.bpf.c.
 
-    `in_batches` is whether they may be read in batches, where the kernel can; `capacity` the
-    entries of the awaiting-ACK table; `rescue` whether the rescue's maps are there.
+    `in_batches` says whether the awaiting-ACK table may be read in batches, `capacity` is its
+    number of entries, and `rescue` says whether the maps of --rescue exist.
     """
 
     def __init__(
@@ -59,10 +58,10 @@ class Tables:
         self._rescue = rescue
 
     def sweep(self) -> Iterator[Sweep]:
-        """The whole awaiting-ACK table in batches, the last of which says so.
+        """The whole awaiting-ACK table in batches; the last one is marked.
 
-        The time of all of them is from before the first entry was read. Raises CannotTraceError
-        where the kernel does not let it be read.
+        All batches have the time before the first entry was read. Raises CannotTraceError where
+        the kernel refuses the read.
         """
         begun = time.monotonic_ns()
         self._note_room()
@@ -75,7 +74,7 @@ class Tables:
         yield Sweep(begun, tuple(batch), SweepPart.LAST)
 
     def _note_room(self) -> None:
-        """Have the programs try again whether their tables have room (`is_full` in C)."""
+        """Clear the programs' table-is-full flags (`is_full` in C), so that they insert again."""
         flags = self._maps["table_is_full"]
         for table in range(flags.shape.entries):
             flags.update(struct.pack("=I", table), struct.pack("=I", 0))
@@ -96,20 +95,20 @@ class Tables:
             ) from error
 
     def _keys(self, table: BpfMap) -> list[bytes]:
-        """The packed keys of a table of handshakes, each once."""
+        """Packed keys of a table of handshakes, each once."""
         return list(dict.fromkeys(table.keys(2 * self._capacity)))
 
     def _row(self, packed_key: bytes) -> Iterator[Row]:
-        """The row of a packed key, where there still is one."""
+        """The row of a packed key, if the entry still exists."""
         entry = self._handshakes.lookup(packed_key)
         if entry is not None:
             yield from wire.decode_rows(packed_key, entry)
 
     def chosen(self) -> Sweep:
-        """The handshakes of clients that may be written to: few, however many SYNs are spoofed.
+        """The handshakes that a rescue may be for. They are few, even in a flood of spoofed SYNs.
 
-        The programs choose them (`choose` in the BPF text); here those are let go whose handshake
-        has ended, or is so old that its cookie has.
+        The programs choose them (`choose` in the BPF text). This method drops those whose handshake
+        has ended or whose cookie has expired.
         """
         begun = time.monotonic_ns()
         choice = self._maps["chosen"]
@@ -127,11 +126,11 @@ class Tables:
         return Sweep(begun, tuple(rows), SweepPart.CHOSEN)
 
     def forget(self, handshakes: Iterable[HandshakeId]) -> None:
-        """Remove entries, where they are still of that handshake; one that is gone is no error.
+        """Remove the entries of these handshakes; a missing entry is no error.
 
-        The client may begin anew between the look at an entry and its removal: what was removed is
-        looked at again, and put back where it is of the newer handshake. Where the kernel cannot
-        remove and return in one step, an entry made in those microseconds is lost.
+        A client may begin a new handshake between the read of its entry and the removal. So the
+        removed value is checked, and put back if it belongs to the newer handshake. If the kernel
+        cannot remove and return in one step, an entry made in those microseconds is lost.
         """
         table = self._handshakes
         for four_tuple, first_syn_ns in handshakes:
@@ -141,14 +140,14 @@ class Tables:
                 continue
             gone, taken = _take(table, key)
             if taken is not None and wire.decode_handshake(taken).first_syn_ns != first_syn_ns:
-                # Unless a program has made one meanwhile.
+                # NOEXIST keeps an entry that a program has made meanwhile.
                 table.update(key, taken, NOEXIST)
             elif gone and self._rescue:
                 self._forget_synack(key, taken)
         self._note_room()
 
     def _forget_synack(self, key: bytes, entry: bytes | None) -> None:
-        """Remove the SYN-ACK of a removed entry (None: not known), not that of a newer one."""
+        """Remove the SYN-ACK of a removed entry (None if unknown), but not a newer handshake's."""
         table = self._maps["synacks"]
         _, synack = _take(table, key)
         if entry is None or synack is None:
@@ -158,56 +157,56 @@ class Tables:
             table.update(key, synack, NOEXIST)
 
     def handshake(self, four_tuple: FourTuple) -> Handshake | None:
-        """The entry of one 4-tuple in the awaiting-ACK table, as it is now."""
+        """The current entry of a 4-tuple in the awaiting-ACK table; None if there is none."""
         return next((row.handshake for row in self._row(wire.encode_key(four_tuple))), None)
 
     def synack(self, four_tuple: FourTuple) -> bytes | None:
-        """The TCP segment of the last SYN-ACK with a cookie; see struct synack of the header."""
+        """The TCP segment of the last SYN-ACK with a cookie; see struct synack in tcpstuck.h."""
         return self._maps["synacks"].lookup(wire.encode_key(four_tuple))
 
     def last_completion_ns(self, four_tuple: FourTuple) -> int | None:
-        """When a client of that address last completed a handshake with that listener, if ever."""
+        """Time when the client's address last completed a handshake with the listener, if ever."""
         found = self._maps["known_clients"].lookup(wire.encode_known_client(four_tuple))
         return None if found is None else int(struct.unpack("=Q", found)[0])
 
     def stack(self, number: int) -> tuple[int, ...]:
-        """The addresses of an entry's `filter_stack`, the innermost first; empty if unknown."""
+        """Addresses of an entry's `filter_stack`, the innermost first; empty if unknown."""
         data = self._maps["stacks"].lookup(struct.pack("=I", number - 1)) or b""
         return tuple(address for (address,) in struct.iter_unpack("=Q", data) if address)
 
     def counts(self, living: Mapping[int, int]) -> NetnsCounts:
-        """What was counted since the programs were attached; see `CountsTable.read`."""
+        """Counts since the programs were attached; see `CountsTable.read`."""
         return self._counts.read(living)
 
     def take_counts(self) -> NetnsCounts:
-        """What was counted until now, which begins anew from nothing."""
+        """Return all counts and set them to zero."""
         return self._counts.take_all()
 
     def netns_in_full_tables(self) -> frozenset[int]:
-        """The network namespaces that have entries in tables that are more than half full."""
+        """Network namespaces with entries in tables that are more than half full."""
         return self._counts.crowd() | self._listeners.crowd()
 
     def free(self, gone: Collection[int], living: Mapping[int, int]) -> None:
-        """Make room: these network namespaces are gone, see `CountsTable` and `ListenerTable`."""
+        """Free the entries of removed network namespaces; see `CountsTable`, `ListenerTable`."""
         self._counts.free(gone, living)
         self._listeners.free(gone)
         self._note_room()
 
     @property
     def listeners_let_go(self) -> int:
-        """Listeners that gave their entries up for others."""
+        """Number of listeners whose entries were freed for others."""
         return self._listeners.let_go
 
     def listeners(self) -> tuple[ListenerFacts, ...]:
-        """What is known of the queues of each address and port that SYNs came for, in order."""
+        """Queue figures of every listener that SYNs came for, in order."""
         return self._listeners.read()
 
 
 def _take(table: BpfMap, key: bytes) -> tuple[bool, bytes | None]:
-    """Remove an entry: whether there was one, and what it held.
+    """Remove an entry. Returns whether there was one, and its value.
 
-    None where the kernel cannot do both in one step: for a hash it can from 5.14 on
-    (bpf_map_lookup_and_delete_elem; commit 3e87f192b405).
+    The value is None where the kernel cannot remove and return in one step. For a hash it can
+    from 5.14 on (bpf_map_lookup_and_delete_elem; commit 3e87f192b405).
     """
     try:
         taken = table.take(key)

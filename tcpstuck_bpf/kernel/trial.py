@@ -1,7 +1,7 @@
-"""A handshake of our own under a SYN cookie: whether the programs that are attached are run.
+"""Makes a handshake of our own under a SYN cookie, to check that the kernel runs the programs.
 
-They need not be. With kernel.ftrace_enabled=0, or with kprobes switched off, the kernel attaches
-what it is given and never calls it: not one cookie would be seen, and nothing would look stuck.
+With kernel.ftrace_enabled=0, or with kprobes switched off, the kernel attaches programs but never
+runs them. Then no cookie is seen and nothing looks stuck.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from tcpstuck_bpf.host import netns
 from tcpstuck_bpf.model import NetnsCount
 
 NOBODYS_NETNS = 0xFFFF_FFFF
-"""No namespace has this inode number: a filter for it leaves everything out."""
+"""No namespace has this inode number, so a filter for it excludes everything."""
 ADDRESS = "127.83.89.78"
-"""The address of both ends. The programs of other instances pass it over."""
+"""Address of both ends. The programs of other instances ignore it."""
 PATIENCE_S = 60.0
-"""On the loopback interface it takes no time; an emulated machine with other work may take some."""
+"""Seconds to wait. Loopback takes almost no time, but a busy emulated machine takes longer."""
 
 _COOKIES = Path("/proc/sys/net/ipv4/tcp_syncookies")
 _ALWAYS = "2"
@@ -35,10 +35,10 @@ _SWITCHES = (
 
 
 def cookie_handshake() -> int:
-    """Complete a handshake under a cookie in a network namespace of its own, gone afterwards.
+    """Complete a handshake under a cookie in a temporary network namespace.
 
-    Returns the namespace's inode number. When it returns, all of the handshake's segments have
-    been handled. Raises OSError where there can be no such namespace or handshake.
+    Returns the namespace's inode number, after all segments of the handshake have been processed.
+    Raises OSError where the namespace or the handshake fails.
     """
     return netns.in_new_namespace(_handshake)
 
@@ -53,8 +53,8 @@ def _handshake() -> int:
         with socket.create_connection(
             listener.getsockname(), PATIENCE_S, source_address=(ADDRESS, 0)
         ) as client:
-            # The server's socket can be accepted before the program at the end of cookie_v4_check
-            # has run. What comes after the ACK is handled after it.
+            # accept() can return before the fexit program of cookie_v4_check has run. A segment
+            # after the ACK is processed only after the ACK, so wait for one.
             client.sendall(b"\n")
             served, _ = listener.accept()
             with served:
@@ -64,10 +64,10 @@ def _handshake() -> int:
 
 
 def require_seen(counted: Mapping[NetnsCount, int], *, has_counters: bool) -> None:
-    """What the programs counted of that handshake, while their filter left everything out.
+    """Check the programs' counts of our handshake, made while their filter excluded everything.
 
-    Raises CannotTraceError where they did not run. An ACK is counted only where they can read the
-    kernel's counters.
+    Raises CannotTraceError where the programs did not run. They count the ACK only if they can
+    read the kernel's counters.
     """
     unseen = [] if counted.get(NetnsCount.COOKIES_SENT_OUTSIDE) else ["SYN"]
     if has_counters and not counted.get(NetnsCount.COOKIES_RECEIVED_OUTSIDE):
@@ -76,13 +76,13 @@ def require_seen(counted: Mapping[NetnsCount, int], *, has_counters: bool) -> No
         why, remedy = _switched_off()
         raise CannotTraceError(
             "the programs are attached, but the kernel does not run them",
-            f"the {' and the '.join(unseen)} of a handshake of our own passed unseen; {why}",
+            f"they did not see the {' and the '.join(unseen)} of a handshake of our own; {why}",
             remedy,
         )
 
 
 def _switched_off() -> tuple[str, str]:
-    """Which switch keeps the programs from being run, as far as it can be found, and the remedy."""
+    """The switch that keeps the programs from running, if one is found, and the remedy."""
     for path, name, kind in _SWITCHES:
         try:
             off = path.read_text(encoding="ascii").strip() == "0"
@@ -92,6 +92,6 @@ def _switched_off() -> tuple[str, str]:
             remedy = f"sysctl {name}=1" if kind == "sysctl" else f"echo 1 > {name}"
             return f"{name} is 0", remedy
     return (
-        "no switch was found that is off (kernel.ftrace_enabled, kprobes)",
-        "look at the kernel log, and report it with the kernel's version",
+        "the known switches (kernel.ftrace_enabled, kprobes) are not off",
+        "look at the kernel log, and report it, with the kernel's version",
     )

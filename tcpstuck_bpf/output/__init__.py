@@ -1,1 +1,1 @@
-"""What is printed."""
+"""Prints findings and the summary, as text or JSON."""

@@ -1,7 +1,7 @@
-"""What a verdict means and what to do about it, for the terminal: a section of docs/verdicts.md.
+"""`--explain`: prints a verdict's section of docs/verdicts.md on the terminal.
 
-That file is the only text there is. It ships with the package, and what is printed is its section
-with the Markdown taken off. Needs no root, no BCC and no kernel.
+That file is the only source of the text. It ships with the package, and its section is printed
+without the Markdown. Needs no root, no BCC and no kernel.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tcpstuck_bpf.judge.verdict import RULES, VERDICT_NAMES
 
 FILE_NAME = "verdicts.md"
 WIDEST = 100
-"""Columns; longer lines are hard to read, however wide the terminal is."""
+"""Largest width in columns; longer lines are hard to read."""
 NARROWEST = 40
 
 _FENCE = "```"
@@ -27,9 +27,9 @@ _STRONG = re.compile(r"\*\*(.+?)\*\*", re.DOTALL)
 
 
 def verdicts_text() -> str:
-    """All of docs/verdicts.md, from inside the installed package or beside it in a source tree.
+    """The text of docs/verdicts.md, from the installed package or from beside it in a source tree.
 
-    Raises TcpstuckError where it is in neither place.
+    Raises TcpstuckError if the file is in neither place.
     """
     package = Path(__file__).resolve().parents[1]
     for candidate in (package / "docs" / FILE_NAME, package.parent / "docs" / FILE_NAME):
@@ -43,7 +43,7 @@ def verdicts_text() -> str:
 
 
 def sections(text: str) -> Mapping[str, str]:
-    """The Markdown of each verdict's section by the verdict's name, without the heading."""
+    """Each verdict's section in Markdown without the heading, by the verdict's name."""
     _, *parts = _HEADING.split(text)
     return dict(zip(parts[::2], parts[1::2]))
 
@@ -53,7 +53,7 @@ def _plain(markdown: str) -> str:
 
 
 def _wrapped(text: str, width: int, following: str = "") -> list[str]:
-    """Whole words only: a name that is broken cannot be copied."""
+    """Wrap text at whole words, because a broken name could not be copied."""
     return textwrap.wrap(
         text,
         width,
@@ -64,7 +64,7 @@ def _wrapped(text: str, width: int, following: str = "") -> list[str]:
 
 
 def _blocks(markdown: str) -> Iterator[list[str]]:
-    """Runs of lines between blank ones; a fenced block stays whole, with its fences."""
+    """Blocks of lines between blank lines; a fenced block stays whole and keeps its fences."""
     block: list[str] = []
     fenced = False
     for line in markdown.splitlines():
@@ -79,7 +79,7 @@ def _blocks(markdown: str) -> Iterator[list[str]]:
 
 
 def _items(block: list[str]) -> Iterator[str]:
-    """The items of a list, each in one line."""
+    """The items of a list, each joined to one line."""
     item: list[str] = []
     for line in block:
         if line.startswith(_ITEM) and item:
@@ -91,7 +91,7 @@ def _items(block: list[str]) -> Iterator[str]:
 
 def _block_lines(block: list[str], width: int) -> Iterator[str]:
     if block[0].startswith(_FENCE):
-        # Never wrapped: these are commands to be copied.
+        # Commands are never wrapped, so that they can be copied.
         yield from (f"{_INDENT}{line}" for line in block[1:-1])
     elif block[0].startswith(_ITEM):
         for item in _items(block):
@@ -105,9 +105,9 @@ def _readable(width: int) -> int:
 
 
 def explanation(verdict: str, width: int) -> Iterator[str]:
-    """The verdict's section as plain text, in lines for a terminal of `width` columns.
+    """A verdict's section as plain text, in lines for a terminal of `width` columns.
 
-    Raises KeyError where there is no such section, TcpstuckError where the file is missing.
+    Raises KeyError if there is no such section, TcpstuckError if the file is missing.
     """
     section = sections(verdicts_text())[verdict]
     yield verdict
@@ -117,7 +117,7 @@ def explanation(verdict: str, width: int) -> Iterator[str]:
 
 
 def verdict_list(width: int) -> Iterator[str]:
-    """Every verdict's name and what it means, one line each where `width` allows."""
+    """Every verdict's name and meaning, one line each if `width` allows."""
     column = 1 + max(map(len, VERDICT_NAMES)) + len(_INDENT)
     meanings = {f"{'!' if rule.stuck else ' '}{rule.name}": rule.meaning for rule in RULES}
     for name, meaning in meanings.items():

@@ -1,6 +1,6 @@
-"""Findings and summaries as JSON Lines: a public interface, its keys are stable.
+"""Encodes findings and summaries as JSON Lines, a public interface with stable keys.
 
-`format` is the version of this shape; it changes when a key changes its meaning or goes away.
+`format` is the version of the interface; it changes if a key changes its meaning or disappears.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def _suspicion(netfilter: Suspicion) -> dict[str, Any]:
 
 
 def _chain(rule: DropRule) -> dict[str, str | None]:
-    """Where a rule is; what is no rule is in no table and no chain."""
+    """Family, table and chain of a rule. A function or BPF program has no table and no chain."""
     if rule.kind in OTHER_CODE:
         return {"family": rule.family, "table": None, "chain": None}
     return {"family": rule.family, "table": rule.table, "chain": rule.chain}
 
 
 def _rule(rule: DropRule) -> dict[str, Any]:
-    """What names a rule within its chain."""
+    """The key that identifies a rule within its chain."""
     if rule.kind == "policy":
         return {"policy": True}
     return {rule.kind: rule.chain if rule.kind == "function" else rule.number}

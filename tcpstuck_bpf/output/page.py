@@ -1,6 +1,6 @@
 """What lines of text have in common: width, colour, times, numbers, names. Prints nothing.
 
-What strangers wrote becomes part of a line here, so here it is made harmless (`terminal`).
+Foreign strings become part of a line here, so they are escaped here (`terminal`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ NARROWEST = 40
 _GROUP = re.compile(r"(?<=\d) (?=\d{3}(?!\d))")
 """The space inside a number that `grouped` wrote."""
 _UNBREAKABLE = "\xa0"
-_NO_NAMESPACE = {GONE_NETNS: "(gone)", CROWDED_NETNS: "(no place)"}
-"""What is printed for figures that belong to no namespace that is there."""
+_NO_NAMESPACE = {GONE_NETNS: "(gone)", CROWDED_NETNS: "(no entry)"}
+"""Names for the figures of removed namespaces, and of those without an entry in the table."""
 
 
 def endpoint(ip: str, port: int) -> str:

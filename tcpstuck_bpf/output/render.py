@@ -18,11 +18,11 @@ from tcpstuck_bpf.summary import Status, Summary
 from tcpstuck_bpf.terminal import printable
 
 SHOWN_AT_ONCE = 1000
-"""Rows of one verdict and server in one batch; more are folded into one line."""
+"""Largest number of rows of one verdict and server in one batch; one line stands for the rest."""
 
 
 def watching(watched: str, mode: str) -> str:
-    """What is said once, where there is no terminal for a status line."""
+    """The line that is printed once if there is no terminal for a status line."""
     return f"watching {watched} by {mode}; Ctrl-C ends with a summary"
 
 
@@ -81,7 +81,7 @@ class TableRenderer:
         yield from self._groups(self._folding.rest())
 
     def attempts(self, attempts: Sequence[Attempt]) -> Iterator[str]:
-        """Those that did not send; with -v all, elsewhere verdicts and summary say enough."""
+        """Lines for attempts that sent nothing, or with -v for all attempts."""
         for attempt in attempts:
             if attempt.sent and not self._verbose:
                 continue
@@ -92,7 +92,7 @@ class TableRenderer:
             )
 
     def status(self, status: Status) -> str:
-        """One line, cut to the width: what matters most comes first."""
+        """The status line, cut to the width; the most important figures come first."""
         stuck = f"{grouped(status.still_stuck)} STUCK" if status.still_stuck else "nothing stuck"
         if status.flood_suspected:
             stuck += f", {silent_syns(status.flood_suspected)}"

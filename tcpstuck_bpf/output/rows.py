@@ -18,7 +18,7 @@ from tcpstuck_bpf.output.page import INDENT, Page, counted, endpoint, grouped
 
 ENDPOINT_WIDTH = len("255.255.255.255:65535")
 NARROW = 100
-"""Columns; below this the age, the SYNs and the meaning go under each row."""
+"""Width in columns below which age, SYNs and meaning go below each row."""
 VERDICT_WIDTH = max(len(rule.name) for rule in RULES)
 MEANING_WIDTH = 45
 _BELOW = " " * 10
@@ -187,7 +187,7 @@ class Rows:
         return line
 
     def _laid_out(self, cells: Sequence[str], text: str = "") -> str:
-        """One row. Not by tabulate, which would forget the widths from batch to batch."""
+        """Lay out a row. tabulate would choose new widths for each batch."""
         assert len(cells) == len(self._columns), cells
         row = "".join(
             cell.ljust(column.width or self._endpoint_width) + column.gap
@@ -211,9 +211,9 @@ class Rows:
                 f"{entry.what}  {entry.detail}".rstrip(), f"{INDENT}{offset:+11.1f} ms  "
             )
         if finding.timeline_omitted:
-            yield f"{INDENT}({finding.timeline_omitted} entries of the middle left out)"
+            yield f"{INDENT}({finding.timeline_omitted} entries left out in the middle)"
         for sentence in finding.evidence:
             yield from self._page.wrapped(sentence, f"{INDENT}seen: ")
-        yield from self._page.wrapped(finding.cannot_prove, f"{INDENT}cannot tell: ")
+        yield from self._page.wrapped(finding.cannot_prove, f"{INDENT}cannot prove: ")
         yield from self._page.wrapped(finding.advice, f"{INDENT}advice: ")
         yield ""

@@ -25,7 +25,7 @@ _LOSSES = {
     "listeners_forgotten": "listeners whose figures were dropped to make room",
     "stacks_unknown": "dropped ACKs without a call stack (stack table full): their hook is unknown",
     "tasks_unknown": "segments in softirqs of tasks without room in the table: not traced",
-    "programs_not_run": "times a program did not run because another one ran on that CPU",
+    "programs_not_run": "times the kernel skipped a program because another one ran on that CPU",
     "kernel_log_overruns": "times lines of the kernel's log were overwritten before they were read",
     "undecodable_events": "events that could not be decoded",
     "flows_evicted": "flows dropped to make room",
@@ -51,7 +51,7 @@ class SummaryText:
 
     def lines(self, summary: Summary) -> Iterator[str]:
         """The answer first, then what supports it."""
-        # Imported where it is used: it would delay every start, and JSON has no tables.
+        # Imported only where it is used: it would delay every start, and JSON needs no tables.
         from tabulate import tabulate
 
         yield ""
@@ -92,7 +92,7 @@ class SummaryText:
         if summary.recovered:
             yield f"{grouped(summary.recovered)} recovered"
         if summary.namespace_gone:
-            yield f"{grouped(summary.namespace_gone)} in a network namespace that is gone"
+            yield f"{grouped(summary.namespace_gone)} in a removed network namespace"
         if summary.data_lost:
             yield f"{grouped(summary.data_lost)} connected with data lost"
 
@@ -118,7 +118,7 @@ class SummaryText:
             yield from self._unwatched(summary)
         if summary.cut_off_ns is not None:
             until = self._page.time(summary.cut_off_ns)
-            yield f"The recording breaks off at {until}: this is what it holds until then."
+            yield f"The recording ends early, at {until}: this summary covers the time until then."
         yield from self._page.wrapped(seen, "")
 
     def _unwatched(self, summary: Summary) -> Iterator[str]:
@@ -126,7 +126,7 @@ class SummaryText:
         plural = "handshake" if number == 1 else "handshakes"
         nothing = "" if summary.ever_stuck or summary.data_lost else "nothing was seen stuck, but "
         flood = summary.flood_suspected if nothing else 0
-        line = f"{nothing}{grouped(number)} {plural} passed untraced: some may be stuck"
+        line = f"{nothing}{grouped(number)} {plural} went untraced: some may be stuck"
         line += f"; {silent_syns(flood)}" if flood else ""
         for wrapped in self._page.wrapped(line, ""):
             yield self._page.red(wrapped)
@@ -144,7 +144,7 @@ class SummaryText:
         yield ""
 
     def _listeners(self, summary: Summary) -> Iterator[str]:
-        """Only those whose queues were too short for anyone, or that sent cookies."""
+        """Lines for listeners that sent cookies or dropped something for a full queue."""
         for listener in summary.listeners:
             if not listener.suffered:
                 continue
@@ -178,7 +178,7 @@ class SummaryText:
             yield ""
 
     def _losses(self, summary: Summary) -> Iterator[str]:
-        told = [
+        lost = [
             (summary.pending, "handshakes too young for a verdict at the end"),
             (summary.superseded, "stuck clients that gave up and reused their port"),
             (
@@ -197,7 +197,7 @@ class SummaryText:
         yield f"lost events: {grouped(summary.lost_events)}, untracked handshakes: " + grouped(
             summary.untracked
         )
-        for number, what in told:
+        for number, what in lost:
             if number:
                 yield from self._page.wrapped(f"{grouped(number)} {what}", "")
         for gap in summary.gaps:
@@ -228,7 +228,7 @@ class SummaryText:
             headers.insert(0, "netns")
         else:
             yield from self._page.wrapped(f"counters{self._page.in_netns(places.pop())}:", "")
-        from tabulate import tabulate  # where it is used, see `summary`
+        from tabulate import tabulate  # imported here for the reason in `lines`
 
         table = tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
         yield from (line.rstrip() for line in table.splitlines())

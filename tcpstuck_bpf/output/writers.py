@@ -1,4 +1,4 @@
-"""Where findings go: a table for people, or JSON Lines for programs."""
+"""Writes findings: a table for people, or JSON Lines for programs."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from tcpstuck_bpf.terminal import CLEAR_LINE, printable
 
 
 class Selection:
-    """Which findings the user asked to see; the summary counts all of them."""
+    """Selects the findings that the user asked to see; the summary counts all findings."""
 
     def __init__(self, only: Collection[str], nothing: bool) -> None:
         self._only = frozenset(only)
         self.nothing = nothing
 
     def of(self, findings: list[Finding]) -> list[Finding]:
-        """The findings to be shown, in their order."""
+        """The findings to show, in order."""
         if self.nothing:
             return []
         return [f for f in findings if not self._only or self._is_asked_for(f)]
 
     def _is_asked_for(self, finding: Finding) -> bool:
-        """A SYN flood's is not, but where it corrects what was shown."""
-        told_before = finding.updates is not None
-        return finding.verdict in self._only and (told_before or not finding.flood_suspected)
+        """Whether to show a finding. One of a SYN flood is shown only if it corrects another."""
+        is_correction = finding.updates is not None
+        return finding.verdict in self._only and (is_correction or not finding.flood_suspected)
 
 
 class TableOutput:
-    """The table, with a status line rewritten in place where the stream is a terminal."""
+    """The table, with a status line that is rewritten in place on a terminal."""
 
     def __init__(self, stream: TextIO, renderer: TableRenderer, selection: Selection) -> None:
         self._stream = stream
@@ -50,7 +50,7 @@ class TableOutput:
             self._status_shown = False
 
     def findings(self, findings: list[Finding]) -> None:
-        """Rows, below those already shown."""
+        """Print rows below those already printed."""
         self._put(list(self._renderer.findings(self._selection.of(findings))))
 
     def _put(self, lines: Sequence[str]) -> None:
@@ -62,15 +62,15 @@ class TableOutput:
         self._stream.flush()
 
     def attempts(self, attempts: Sequence[Attempt]) -> None:
-        """What was done for stuck clients, where that is asked for."""
+        """Print attempts to rescue, unless only the summary is wanted."""
         lines = list(self._renderer.attempts(attempts))
         if not self._selection.nothing:
             self._put(lines)
 
     def status(self, status: Status) -> None:
-        """Rows of the groups that are due, and one line that the next output replaces.
+        """Print the rows of the groups that are due, and a status line.
 
-        Where the stream is no terminal there is no such line.
+        The next output replaces the status line. Without a terminal there is none.
         """
         self._put(list(self._renderer.due(status.now_ns)))
         if self._terminal:
@@ -79,13 +79,13 @@ class TableOutput:
             self._status_shown = True
 
     def close(self) -> None:
-        """Nothing more will come: what is said next does not stand behind a status line."""
+        """Print the last rows and clear the status line, so that later output begins a line."""
         self._put(list(self._renderer.rest()))
         self._clear()
         self._stream.flush()
 
     def summary(self, summary: Summary) -> None:
-        """The end."""
+        """Print the summary."""
         self._clear()
         for line in self._renderer.summary(summary):
             self._stream.write(terminal.line(line))
@@ -93,7 +93,7 @@ class TableOutput:
 
 
 class JsonOutput:
-    """JSON Lines, each flushed, nothing else."""
+    """JSON Lines, flushed at once, and nothing else."""
 
     def __init__(self, stream: TextIO, clock: WallClock, selection: Selection) -> None:
         self._stream = stream
@@ -101,26 +101,26 @@ class JsonOutput:
         self._selection = selection
 
     def findings(self, findings: list[Finding]) -> None:
-        """One line each."""
+        """Print a line for each finding."""
         for finding in self._selection.of(findings):
             self._stream.write(verdict_line(finding, self._clock) + "\n")
         self._stream.flush()
 
     def attempts(self, attempts: Sequence[Attempt]) -> None:
-        """One line each."""
+        """Print a line for each attempt."""
         if not self._selection.nothing:
             for attempt in attempts:
                 self._stream.write(attempt_line(attempt, self._clock) + "\n")
             self._stream.flush()
 
     def close(self) -> None:
-        """Nothing is left to be done."""
+        """Do nothing; every line is flushed already."""
 
     def status(self, status: Status) -> None:
-        """Nothing: a program waits for lines, not for reassurance."""
+        """Print nothing; JSON has no status line."""
 
     def summary(self, summary: Summary) -> None:
-        """The listeners, then the last line."""
+        """Print the listeners, then the summary as the last line."""
         for listener in summary.listeners:
             self._stream.write(listener_line(listener) + "\n")
         self._stream.write(summary_line(summary, self._clock) + "\n")

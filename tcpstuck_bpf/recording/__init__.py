@@ -1,1 +1,1 @@
-"""A run in a file, and back."""
+"""Writes a run to a file, and reads it back."""

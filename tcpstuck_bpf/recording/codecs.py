@@ -1,4 +1,4 @@
-"""Every step of a run as a line of a recording, and back: one entry for each kind of step. Pure."""
+"""Converts each kind of step to a line of a recording, and back. Pure."""
 
 from __future__ import annotations
 
@@ -34,24 +34,25 @@ from tcpstuck_bpf.steps import (
 )
 
 Values = dict[str, Any]
-"""A line as JSON has it."""
+"""A line of a recording, as a JSON object."""
 
 
 class Codec(NamedTuple):
-    """One kind of step.
+    """The codec of one kind of step.
 
-    The functions take the table as the recording has it so far: a sweep is written as its
-    difference from the one before.
+    The functions also take the recording's current table, because a sweep is written as its
+    difference from the previous one.
     """
 
     kind: type
     key: str
-    """A line has this key if and only if it is of this kind."""
+    """Key that only lines of this kind have."""
     encode: Callable[[Any, RecordedTable], Values]
     decode: Callable[[Values, RecordedTable], Step]
-    """Raises KeyError, TypeError, ValueError, AttributeError, OverflowError for a damaged line."""
+    """Decoder of a line. For a damaged line it raises KeyError, TypeError, ValueError,
+    AttributeError or OverflowError."""
     time_ns: Callable[[Any], int | None] = lambda _step: None
-    """Until when a recording reaches that ends with the step; None if the step does not tell."""
+    """Latest time that a step shows; None if it shows none."""
 
 
 def _events(step: Observed, _table: RecordedTable) -> Values:
@@ -143,18 +144,18 @@ _BY_KIND: Mapping[type, Codec] = {codec.kind: codec for codec in CODECS}
 
 
 def values_of(step: Step, table: RecordedTable) -> Values:
-    """A step as a line has it."""
+    """Encode a step as a line."""
     return _BY_KIND[type(step)].encode(step, table)
 
 
 def step_of(values: Values, table: RecordedTable) -> Step:
-    """The step of a line. Raises KeyError for a line of no kind, and what `Codec.decode` does."""
+    """Decode a line. Raises KeyError for a line of unknown kind, and what `Codec.decode` raises."""
     for codec in CODECS:
         if codec.key in values:
             return codec.decode(values, table)
-    raise KeyError("a line of no kind")
+    raise KeyError("a line of unknown kind")
 
 
 def time_of(step: Step) -> int | None:
-    """Until when a recording reaches that ends with this step; None if the step does not tell."""
+    """Latest time that a step shows; None if it shows none."""
     return _BY_KIND[type(step)].time_ns(step)

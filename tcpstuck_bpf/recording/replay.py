@@ -1,9 +1,9 @@
-"""Recordings: the steps of a run as JSON Lines, and their way back.
+"""Writes the steps of a run as JSON Lines (`Recorder`), and reads them back (`Replay`).
 
-The first line is a header, the last one says that the run ended, where it came so far. What lies
-between is what the correlator was given, in order, so that a replay gives the identical verdicts. A
-sweep is written as its difference from the one before (`recorded_table`): a quiet table costs
-nothing. Numbers stay integers; keys and addresses are hexadecimal.
+The first line is a header. The last line says that the run ended; it is missing if the run was
+killed. The lines between are the correlator's input in order, so a replay gives identical verdicts.
+A sweep is written as its difference from the previous one (`recording.table`), so a quiet table
+costs almost nothing. Numbers stay integers; keys and addresses are hexadecimal.
 """
 
 from __future__ import annotations
@@ -43,29 +43,29 @@ FORMAT = "tcpstuck-recording"
 VERSION = 1
 _LONGEST_HEADER_BYTES = 1 << 20
 _LONGEST_LINE_BYTES = 1 << 28
-"""A line holds a batch of the table (1 MB), or the rules of one firewall."""
+"""Limit for a line, which holds a batch of the table (1 MB) or the rules of one firewall."""
 _ENDLESS_NUMBER = re.compile(rb"\d{1000}")
-"""Reading one takes the square of its length; Python refuses that itself from 3.10.7 on."""
-_TOO_LARGE = "takes more memory than there is"
+"""A number that is too long. Parsing takes quadratic time; Python refuses it from 3.10.7 on."""
+_TOO_LARGE = "does not fit into memory"
 _MOST_ENTRIES = (1 << 32) - 1
-"""The most entries of a BPF map: max_entries of union bpf_attr."""
+"""Largest possible number of entries of a BPF map: max_entries of union bpf_attr."""
 
 
 class Recorder:
     """Writes a recording. A full disk ends the recording, not the run.
 
-    The file appears with its header, in place of an older one, and grows by whole lines, each of
-    them written at once. So under its name there is always either what was there before or a
-    recording that can be replayed as far as it goes: a run that is killed has had no time to do
-    anything more, which is why it cannot appear at the end only. It holds the addresses of clients
-    and is for its owner alone (0600).
+    The file appears together with its header, replaces an older one, and grows by whole lines, each
+    written at once. So the name always leads to the older file or to a recording that can be
+    replayed up to its last line. The file does not wait for the end of the run to appear, because a
+    killed run could not make it appear. It holds clients' addresses, so only its owner may read it
+    (0600).
 
     Raises RecordingError where the file cannot be created.
     """
 
     def __init__(self, path: str, header: Header) -> None:
         self.failure: str | None = None
-        """Why the recording is incomplete; None while it is not."""
+        """Why the recording is incomplete; None while it is complete."""
         self._table = RecordedTable()
         try:
             self._file = OutputFile(path, 0o600)
@@ -80,12 +80,12 @@ class Recorder:
             raise _cannot_record(path, error) from error
 
     def write(self, step: Step) -> None:
-        """Add a step; after a failure nothing more is written."""
+        """Add a step, unless a write has failed before."""
         if self.failure is None:
             self._write_line(values_of(step, self._table))
 
     def close(self) -> None:
-        """Nothing more will come. Raises OSError where only this fails."""
+        """Close the file. Raises OSError if this fails and no write has failed before."""
         try:
             self._file.close()
         except OSError as error:
@@ -129,10 +129,10 @@ def _header_values(header: Header) -> dict[str, Any]:
 
 
 class Replay:
-    """Reads a recording, a line at a time. Raises RecordingError where the file is none.
+    """Reads a recording line by line. Raises RecordingError where the file is not a recording.
 
-    A recording may lack its end: the run was killed, its disk was full, or it still goes on. What
-    is there counts, up to the last whole line; `cut_off` of the Ended that is made for it says so.
+    A recording may lack its end: the run was killed, its disk was full, or it is still running. The
+    replay then ends after the last whole line, with an Ended whose `cut_off` is true.
     """
 
     def __init__(self, path: str) -> None:
@@ -141,7 +141,7 @@ class Replay:
         self._table = RecordedTable()
         try:
             self._file: BinaryIO = Path(path).open("rb")  # noqa: SIM115  (closed by steps())
-            # What is no recording may be larger than the memory, or have no end.
+            # A file that is not a recording may be larger than memory, or have no end.
             first = self._file.readline(_LONGEST_HEADER_BYTES)
         except OSError as error:
             raise RecordingError(
@@ -168,7 +168,7 @@ class Replay:
         if not isinstance(version, int) or version > VERSION:
             raise RecordingError(
                 f"{self._path} was written by a newer tcpstuck-trace",
-                f"its format is {version!r}, this version reads up to {VERSION}",
+                f"its format is {version!r}, and this version reads formats up to {VERSION}",
                 "replay it with that version, or a newer one",
             )
         try:
@@ -176,7 +176,7 @@ class Replay:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._damaged() from error
 
-    def _damaged(self, why: str = "is not what a recording has there") -> RecordingError:
+    def _damaged(self, why: str = "is not valid in a recording") -> RecordingError:
         return RecordingError(
             f"the recording {self._path} is damaged",
             f"line {self._lines_read} {why}",
@@ -185,7 +185,7 @@ class Replay:
 
     def _decoded(self, line: bytes) -> dict[str, Any]:
         if _ENDLESS_NUMBER.search(line):
-            raise self._damaged("has a number without an end")
+            raise self._damaged("has a number that is too long")
         try:
             values = json.loads(line.decode("ascii"))
         except (ValueError, RecursionError) as error:
@@ -199,7 +199,7 @@ class Replay:
         return values
 
     def _lines(self) -> Iterator[bytes]:
-        """Each whole line after the header. Only a line feed ends one."""
+        """All whole lines after the header. Only a line feed ends a line."""
         while True:
             try:
                 line = self._file.readline(_LONGEST_LINE_BYTES)
@@ -211,14 +211,14 @@ class Replay:
             if not line.endswith(b"\n"):
                 if len(line) >= _LONGEST_LINE_BYTES:
                     raise self._damaged(f"has more than {_LONGEST_LINE_BYTES >> 20} MiB")
-                # What a killed run has left of a line does not count.
+                # A killed run may leave part of a line, which does not count.
                 return
             yield line
 
     def steps(self) -> Iterator[Step]:
-        """The steps in order, an Ended the last. Raises RecordingError at the first damaged line.
+        """The steps in order, with an Ended last. Raises RecordingError at the first damaged line.
 
-        To be called once.
+        This can be called only once.
         """
         step: Step | None = None
         reached_ns: int | None = None
@@ -235,7 +235,7 @@ class Replay:
                 reached_ns = max((one for one in times if one is not None), default=None)
                 if isinstance(step, Ended) and self._file.read(1):
                     self._lines_read += 1
-                    raise self._damaged("comes after the one that ends a run")
+                    raise self._damaged("comes after the line that ends the run")
                 yield step
         if not isinstance(step, Ended):
             yield self._broken_off(reached_ns)
@@ -243,16 +243,15 @@ class Replay:
     def _broken_off(self, reached_ns: int | None) -> Ended:
         if reached_ns is None:
             raise RecordingError(
-                f"the recording {self._path} holds nothing",
-                "it breaks off before anything was traced: the recorder was killed, or its disk "
-                "was full",
+                f"the recording {self._path} is empty",
+                "it ends before anything was traced: the run was killed, or its disk was full",
                 "record again",
             )
         until = utc_text(self.header.clock.realtime(reached_ns))
         note = (
-            f"the recording breaks off at {until}: its run was killed, its disk was full, or it "
-            "still goes on. What came later is not known, nor are the losses that are counted at "
-            "the end"
+            f"the recording ends early, at {until}: the run was killed, its disk was full, or it "
+            "is still running. Later events are unknown, and so are the losses, which are counted "
+            "at the end"
         )
         return Ended(reached_ns, {}, (note,), cut_off=True)
 
@@ -268,7 +267,7 @@ def _header(values: dict[str, Any]) -> Header:
     )
     capacity = integer(values["table_capacity"])
     if capacity > _MOST_ENTRIES:
-        raise ValueError(f"no table has {capacity} entries")
+        raise ValueError(f"no table can have {capacity} entries")
     coverage = values["coverage"]
     clock = values["clock"]
     own_netns = values.get("own_netns")

@@ -1,8 +1,8 @@
-"""The awaiting-ACK table as a recording has it: each batch of rows as what is new in it.
+"""The awaiting-ACK table in a recording: only the differences of each batch of rows are written.
 
-Every key gets a number when it is first written. Of a batch are written the rows that differ from
-what was written of their keys before, and the numbers of the others, as runs; at the end of a
-whole sweep, the keys that were not in it.
+Every key gets a number when it is first written. A batch has the rows that changed since they were
+last written, and the numbers of the unchanged rows, as runs. At the end of a whole sweep, keys that
+were not in it lose their numbers.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ _ADDRESS_BYTES = 16
 
 
 def integer(value: object) -> int:
-    """An unsigned 64-bit integer. Raises ValueError where it is anything else."""
+    """Check for an unsigned 64-bit integer. Raises ValueError for anything else."""
     if type(value) is not int or not 0 <= value < 1 << 64:
         raise ValueError(f"{value!r} is not an unsigned 64-bit integer")
     return value
 
 
 def integers(values: object, count: int) -> list[int]:
-    """As many of them. Raises ValueError where it is anything else."""
+    """Check for a list of `count` such integers. Raises ValueError for anything else."""
     if not isinstance(values, list) or len(values) != count:
         raise ValueError(f"not a list of {count} integers")
     return [integer(value) for value in values]
 
 
 def four_tuple_of(key: str) -> FourTuple:
-    """A struct handshake_key in hexadecimal. Raises ValueError where it is none."""
+    """Decode a struct handshake_key in hexadecimal. Raises ValueError for anything else."""
     data = bytes.fromhex(key)
     if len(data) != wire.KEY.size:
         raise ValueError("not a struct handshake_key")
@@ -40,7 +40,7 @@ def four_tuple_of(key: str) -> FourTuple:
 
 
 def address_of(text: str) -> bytes:
-    """An address in hexadecimal. Raises ValueError where it is none."""
+    """Decode an address in hexadecimal. Raises ValueError for anything else."""
     address = bytes.fromhex(text)
     if len(address) != _ADDRESS_BYTES:
         raise ValueError("not an address")
@@ -48,16 +48,16 @@ def address_of(text: str) -> bytes:
 
 
 def handshake_of(values: object) -> Handshake:
-    """A struct handshake as a list. Raises ValueError where it is none.
+    """Decode a struct handshake from a list. Raises ValueError for anything else.
 
-    One of an earlier version may lack the last numbers: the socket, and the device before it.
+    A recording of an earlier version may lack the last numbers: the socket, and the device before.
     """
     lacking = _HANDSHAKE_NUMBERS - len(values) if isinstance(values, list) else 0
     return Handshake(*integers(values, _HANDSHAKE_NUMBERS - (lacking if lacking in (1, 2) else 0)))
 
 
 def _runs(numbers: Iterable[int]) -> Iterator[list[int]]:
-    """First and last of each run of consecutive numbers, which are in ascending order."""
+    """First and last number of each run of consecutive numbers; `numbers` is in ascending order."""
     first = last = None
     for number in numbers:
         if first is None or last is None or number != last + 1:
@@ -70,7 +70,7 @@ def _runs(numbers: Iterable[int]) -> Iterator[list[int]]:
 
 
 class RecordedTable:
-    """What a recording has told of the table so far; the writer's and the reader's are the same."""
+    """The table according to the recording so far; the writer and the reader have the same one."""
 
     def __init__(self) -> None:
         self._numbers: dict[FourTuple, int] = {}
@@ -87,7 +87,7 @@ class RecordedTable:
         return number
 
     def _end(self, part: SweepPart, numbers: Iterable[int]) -> list[int]:
-        """Note what a batch held; the numbers that a sweep which ends did not hold are let go."""
+        """Note a batch's numbers. If it ends a sweep, free numbers that were not in the sweep."""
         if part is SweepPart.CHOSEN:
             return []
         self._swept.update(numbers)
@@ -100,7 +100,7 @@ class RecordedTable:
         return gone
 
     def values_of(self, sweep: Sweep) -> dict[str, Any]:
-        """What is to be written of a batch of rows."""
+        """Encode a batch of rows."""
         changed, kept, held = [], [], []
         for row in sweep.rows:
             number = self._numbers.get(row.four_tuple)
@@ -118,19 +118,20 @@ class RecordedTable:
         }
 
     def _numbers_of(self, runs: Iterable[list[int]]) -> Iterator[int]:
-        """The numbers in runs as `_runs` writes them: each once, and none that was never given.
+        """The numbers in runs as `_runs` writes them: ascending, and all given before.
 
-        Raises ValueError for any other: a few bytes of overlapping runs would take the memory.
+        Raises ValueError for anything else, because a few bytes of overlapping runs could fill the
+        memory.
         """
         least = 0
         for first, last in runs:
             if not least <= integer(first) <= integer(last) < self._next:
-                raise ValueError(f"{first} to {last} is no run of numbers from {least} on")
+                raise ValueError(f"{first} to {last} is not a run of numbers from {least} on")
             yield from range(first, last + 1)
             least = last + 1
 
     def sweep_of(self, values: dict[str, Any]) -> Sweep:
-        """The batch of rows that was written so; the kept ones come first.
+        """Decode a batch of rows; unchanged rows come first.
 
         Raises KeyError, TypeError or ValueError where the values are damaged.
         """

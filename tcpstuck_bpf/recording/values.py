@@ -1,7 +1,7 @@
-"""The parts of a recording's steps, and their way back.
+"""Encodes and decodes the parts of a recording's steps.
 
-Numbers stay integers, keys and addresses are hexadecimal. What reads them back raises KeyError,
-TypeError, ValueError or AttributeError where they are damaged.
+Numbers stay integers; keys and addresses are hexadecimal. The decoders (`*_of`) raise KeyError,
+TypeError, ValueError or AttributeError for damaged values.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _EVENT_NUMBERS = len(Event._fields) - 2
 
 
 def event_values(event: Event) -> list[Any]:
-    """What stands in a recording."""
+    """Encode an event."""
     return [wire.encode_key(event.four_tuple).hex(), list(event.handshake), *event[2:]]
 
 
 def tally_values(tally: Tally) -> dict[str, Any]:
-    """What stands in a recording."""
+    """Encode a tally."""
     return {
         "time_ns": tally.time_ns,
         "kernel_before": tally.kernel_before,
@@ -61,7 +61,7 @@ def _identity_values(handshake: HandshakeId) -> list[Any]:
 
 
 def rescue_values(rescue: Rescue) -> dict[str, Any]:
-    """What stands in a recording."""
+    """Encode a rescue."""
     return {
         "attempts": [
             [*_identity_values(attempt.handshake), attempt.time_ns, attempt.number, attempt.outcome]
@@ -73,13 +73,13 @@ def rescue_values(rescue: Rescue) -> dict[str, Any]:
 
 
 def warning_values(warning: KernelWarning) -> list[Any]:
-    """What stands in a recording."""
+    """Encode a kernel warning."""
     address = None if warning.address is None else warning.address.hex()
     return [warning.time_ns, warning.port, address, warning.text]
 
 
 def event_of(values: list[Any]) -> Event:
-    """The way back."""
+    """Decode an event."""
     key, handshake, *segment = values
     numbers = integers(segment, _EVENT_NUMBERS)
     return Event(four_tuple_of(key), handshake_of(handshake), *numbers)
@@ -96,7 +96,7 @@ def _attempt(values: list[Any]) -> Attempt:
 
 
 def ruleset_of(values: list[Any]) -> Ruleset:
-    """The way back. Of recordings before counters and jumps were kept the rest is missing."""
+    """Decode a ruleset. Earlier recordings lack the counters, the jumps and what follows them."""
     rules, problems, read_ns, *more = values
     jumps, packets, elsewhere, devices, counted_ns, namespace = (
         [*more, 0][:6] if more else ((), (), (), None, 0, 0)
@@ -115,7 +115,7 @@ def ruleset_of(values: list[Any]) -> Ruleset:
 
 
 def _few(words: list[Any]) -> Iterator[str]:
-    """Words of which many rules have the same: one copy of each."""
+    """Words, with one copy of each, because many rules share them."""
     return (sys.intern(str(word)) for word in words)
 
 
@@ -138,7 +138,7 @@ def _jump(values: list[Any]) -> Jump:
 
 
 def names_of(values: Mapping[str, Any]) -> KernelNames:
-    """The way back."""
+    """Decode names."""
     return KernelNames(
         {int(place): str(name) for place, name in values["places"].items()},
         {
@@ -154,7 +154,7 @@ def names_of(values: Mapping[str, Any]) -> KernelNames:
 
 
 def rescue_of(values: Mapping[str, Any]) -> Rescue:
-    """The way back."""
+    """Decode a rescue."""
     return Rescue(
         tuple(map(_attempt, values["attempts"])),
         tuple(map(_identity, values["unanswered"])),
@@ -163,7 +163,7 @@ def rescue_of(values: Mapping[str, Any]) -> Rescue:
 
 
 def warning_of(values: list[Any]) -> KernelWarning:
-    """The way back."""
+    """Decode a kernel warning."""
     time_ns, port, address, text = values
     known = None if address is None else address_of(address)
     return KernelWarning(integer(time_ns), integer(port), known, str(text))
@@ -177,7 +177,7 @@ def _counters(values: Mapping[str, Mapping[str, int]]) -> dict[int, dict[str, in
 
 
 def tally_of(values: dict[str, Any]) -> Tally:
-    """The way back."""
+    """Decode a tally."""
     return Tally(
         integer(values["time_ns"]),
         _counters(values["kernel_before"]),
@@ -190,7 +190,7 @@ def tally_of(values: dict[str, Any]) -> Tally:
 
 
 def listener_values(seen: ListenerSeen) -> list[Any]:
-    """What stands in a recording."""
+    """Encode a listener."""
     netns, address, *numbers = seen.facts
     bound = None if seen.bound is None else seen.bound.hex()
     known = [seen.owners, seen.sockets, dict(seen.settings), bound]
@@ -198,9 +198,9 @@ def listener_values(seen: ListenerSeen) -> list[Any]:
 
 
 def listener_of(values: list[Any]) -> ListenerSeen:
-    """The way back. Raises TypeError or ValueError where it is damaged.
+    """Decode a listener. Raises TypeError or ValueError for damaged values.
 
-    One of an earlier version lacks the socket, and the address that it listens at.
+    A recording of an earlier version lacks the socket, and the address at which it listens.
     """
     (netns, address, *rest), owners, sockets, settings, *bound = values
     numbers = integers(rest, len(ListenerFacts._fields) - 2 - (not bound))

@@ -1,1 +1,1 @@
-"""What a kernel says of its types, running or in a file."""
+"""Reads a kernel's type information, of the running kernel or of an image."""

@@ -1,7 +1,7 @@
 """Reads BTF, the kernel's description of its own types (Documentation/bpf/btf.rst).
 
-Own code because no maintained pure-Python reader exists; libbpf's needs bindings that BCC's
-packages do not ship. Only what `kernel_types` asks for is looked at.
+No maintained pure-Python reader exists, and libbpf's needs bindings that BCC's packages do not
+ship. This one reads only what `graph.KernelTypes` asks for.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _KINDS = {
     19: graph.ENUM,
 }
 
-# Bytes of a type with its struct btf_type, and for each of its members, by kind.
+# By kind: bytes of a type with its struct btf_type, and bytes of each member.
 _LENGTHS = {
     1: (16, 0),
     2: (12, 0),
@@ -80,7 +80,7 @@ _KIND_BITS = 5
 class Btf(TypeGraph[int]):
     """The types of one kernel; a node is a type's number.
 
-    Raises CannotTraceError where the bytes are not BTF or hold a kind of type that is not known.
+    Raises CannotTraceError where the bytes are not BTF or hold a type of an unknown kind.
     """
 
     form = "BTF"
@@ -104,24 +104,24 @@ class Btf(TypeGraph[int]):
 
     @staticmethod
     def length(header: bytes) -> int:
-        """Bytes of a whole BTF, by its header; 0 where there is none."""
+        """Bytes of a whole BTF, by its header; 0 if the header is too short."""
         if len(header) < _HEADER.size:
             return 0
         _, _, _, own, _, _, string_start, string_length = _HEADER.unpack_from(header)
         return int(own + string_start + string_length)
 
     def tracepoint_type(self, tracepoint: str) -> int | None:
-        """The number of the type that a tracepoint's programs are attached by, None without."""
+        """Number of the type that attaches programs to a tracepoint; None if there is none."""
         with self._reading():
             return self._named(graph.TYPEDEF, f"btf_trace_{tracepoint}")
 
     def function(self, name: str) -> int | None:
-        """The number of the type that programs are attached to a function by, None without."""
+        """Number of the type that attaches programs to a function; None if there is none."""
         with self._reading():
             return self._number(_FUNC, name)
 
     def _index(self, place: int, end: int) -> None:
-        """Find where each type begins: 130 000 in a kernel, and a start waits for this."""
+        """Find where each type begins. A kernel has 130 000 types, and a start waits for this."""
         unpack, data, places, by_name = _PAIR.unpack_from, self._data, self._places, self._by_name
         while place < end:
             name, info = unpack(data, place)
@@ -150,7 +150,7 @@ class Btf(TypeGraph[int]):
             found = self._data.find(b"\0" + wanted, found + 1)
 
     def _type(self, number: int) -> tuple[int, int, int, int]:
-        """Name, info, size or referred type, and the place of what follows."""
+        """Name, info, size or referred type, and the offset of what follows the btf_type."""
         if not 0 < number < len(self._places):
             raise IndexError(f"there is no type {number}")
         place = self._places[number]
@@ -166,7 +166,7 @@ class Btf(TypeGraph[int]):
 
     def _named(self, kind: str, name: str) -> int | None:
         number = self._number(_NAMED[kind], name)
-        # A function's parameters are those of its prototype, another type.
+        # The parameters belong to the function's prototype, which is another type.
         is_function = number is not None and kind == graph.FUNCTION
         return self._type(number)[2] if number is not None and is_function else number
 
@@ -201,7 +201,10 @@ class Btf(TypeGraph[int]):
             yield Field(self._string(name), number or None, offset, bits)
 
     def _narrowed(self, number: int) -> int:
-        """Width of an older form of bit-field: an int type of fewer bits than its bytes hold."""
+        """Width of a bit-field in the older form: an int type with fewer bits than its bytes hold.
+
+        0 for any other type.
+        """
         _, info, size, tail = self._type(number)
         if info >> 24 & 0x1F != _INT:
             return 0
@@ -228,9 +231,10 @@ def read_running_kernel() -> Btf:
             data = file.read()
     except OSError as error:
         raise CannotTraceError(
-            "this kernel does not describe its types",
+            "this kernel provides no BTF",
             f"{RUNNING_KERNEL}: {error.strerror}",
-            "name a file that does: --vmlinux FILE (the kernel's vmlinux or /boot/vmlinuz), or "
-            "use a kernel built with CONFIG_DEBUG_INFO_BTF=y (every current distribution kernel)",
+            "name a file that has type information: --vmlinux FILE (the kernel's vmlinux or "
+            "/boot/vmlinuz), or use a kernel built with CONFIG_DEBUG_INFO_BTF=y (every current "
+            "distribution kernel)",
         ) from error
     return Btf(data, RUNNING_KERNEL)

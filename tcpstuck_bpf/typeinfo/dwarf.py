@@ -1,9 +1,9 @@
 """Reads a kernel's types from the DWARF of its vmlinux, through pyelftools.
 
-For kernels without BTF. A vmlinux describes the same types again in each of its thousands of
-compilation units; reading them all takes hours and tens of gigabytes. So only the units are read
-that the TCP functions are in: their addresses lead there (.symtab, .debug_aranges), or where
-clang left those tables out, the names of their source files.
+This serves kernels without BTF. A vmlinux repeats the same types in each of its thousands of
+compilation units; reading them all takes hours and tens of gigabytes. So this module reads only
+the units of the TCP functions. It finds them by address (.symtab, .debug_aranges) or, where clang
+left those tables out, by the names of their source files.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ UNIT_FUNCTIONS = (
     "cookie_v6_check",
     "tcp_check_req",
 )
-"""Whose compilation units are read; between them they use every type that is asked for."""
+"""Functions whose compilation units are read; together they use every type that is needed."""
 UNIT_FILES = (
     b"net/ipv4/tcp_input.c",
     b"net/ipv4/syncookies.c",
@@ -54,7 +54,7 @@ _DW_OP_PLUS_UCONST = 0x23
 
 
 def has_dwarf(elf: ELFFile) -> bool:
-    """Whether a file has debug information (pyelftools counts unwind tables as such too)."""
+    """Whether a file has debug information. pyelftools' own check accepts unwind tables too."""
     return elf.get_section_by_name(".debug_info") is not None
 
 
@@ -76,7 +76,7 @@ class Dwarf(TypeGraph[DIE]):
             raise self._unreadable("it has no debug information of the kernel's TCP")
 
     def _next_unit(self) -> bool:
-        """Take one more unit in; False where there is none left."""
+        """Index one more unit; False if none is left."""
         if not self._units:
             return False
         unit = self._units.pop(0)
@@ -124,11 +124,11 @@ class Dwarf(TypeGraph[DIE]):
             location = member.attributes["DW_AT_data_member_location"].value
         if isinstance(location, list):  # an expression, in DWARF 2
             if location[0] != _DW_OP_PLUS_UCONST:
-                raise ValueError("a member's place is computed")
+                raise ValueError("a member's offset is computed")
             location = sum((byte & 0x7F) << 7 * n for n, byte in enumerate(location[1:]))
         bits = 8 * int(location)
         if _has(member, "DW_AT_bit_offset"):
-            # Up to DWARF 4 counted from the most significant bit of the storage unit.
+            # Up to DWARF 4 this offset counts from the storage unit's most significant bit.
             size = _number(member, "DW_AT_byte_size") or self._size(
                 member.get_DIE_from_attribute("DW_AT_type")
             )
@@ -151,7 +151,7 @@ class Dwarf(TypeGraph[DIE]):
 
 def _debug_information(elf: ELFFile, source: str) -> DWARFInfo:
     try:
-        # Relocated already by the linker, although --emit-relocs leaves the tables in.
+        # The linker has relocated it already, although --emit-relocs leaves the tables in.
         return elf.get_dwarf_info(relocate_dwarf_sections=False)
     except ELFCompressionError as error:
         raise CannotTraceError(
@@ -174,7 +174,7 @@ def _number(die: DIE, attribute: str) -> int:
 
 
 def _elements(array: DIE) -> int:
-    """Elements of an array of any number of dimensions; 0 where it is open."""
+    """Number of elements of an array of any dimension; 0 for an open array."""
     total = 1
     for child in array.iter_children():
         if child.tag == "DW_TAG_subrange_type":

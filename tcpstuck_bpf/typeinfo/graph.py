@@ -1,7 +1,7 @@
-"""What is asked of a kernel's type information, whichever form it comes in (BTF or DWARF).
+"""The questions that the tool asks of a kernel's type information, in BTF or DWARF.
 
-Both are graphs of the same shape: `TypeGraph` walks it, a reader only says what a node is. So both
-give the same answers, and what is written for one works with the other.
+Both forms are graphs of the same shape: `TypeGraph` walks the graph, and a reader only says what a
+node is. So both give the same answers.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ STRUCT, UNION, ENUM, FUNCTION = "struct", "union", "enum", "function"
 POINTER, ARRAY, NUMBER, TYPEDEF = "pointer", "array", "number", "typedef"
 QUALIFIERS = frozenset({"const", "volatile", "restrict"})
 TAG = "tag"
-"""An annotation such as __user or __percpu, of which C's own types know nothing."""
+"""An annotation such as __user or __percpu, which is not part of the C type."""
 
 _LONGEST_CHAIN = 64
 _DEEPEST_NESTING = 16
 
 
 class MemberPlace(NamedTuple):
-    """Where a member is in its struct."""
+    """Offset and size of a member in its struct."""
 
     offset: int
-    """Bytes from the start of the struct to the byte that its first bit is in."""
+    """Bytes from the start of the struct to the byte with the member's first bit."""
     size: int
-    """Bytes of its type."""
+    """Bytes of the member's type."""
     bits: int
-    """How many bits it has where it is a bit-field, which has no address; else 0."""
+    """Width of a bit-field, which has no address; 0 for other members."""
 
 
 class Prototype(NamedTuple):
@@ -60,19 +60,19 @@ class KernelTypes(Protocol):
         """`BTF` or `DWARF`."""
 
     def place(self, struct_name: str, path: str) -> MemberPlace | None:
-        """Where a member such as `__sk_common.skc_net.net` is; None where there is none.
+        """Offset and size of a member such as `__sk_common.skc_net.net`; None if it is missing.
 
-        Anonymous structs and unions on the way need not be named.
+        The path leaves out anonymous structs and unions.
         """
 
     def parameter_count(self, function: str) -> int | None:
-        """How many parameters a function has; None where no such function is described."""
+        """Number of a function's parameters; None where no such function is described."""
 
     def prototype(self, function: str) -> Prototype | None:
         """A function's type; None where no such function is described."""
 
     def tracepoint_arguments(self, tracepoint: str) -> int | None:
-        """How many arguments a tracepoint hands to a raw tracepoint program; None if not known."""
+        """Number of arguments that a raw tracepoint program gets; None if unknown."""
 
     def enumerators(self, prefix: str) -> dict[str, int]:
         """Values of every enumerator whose name begins with `prefix`."""
@@ -80,12 +80,12 @@ class KernelTypes(Protocol):
 
 @dataclass(frozen=True)
 class Shape(Generic[Node]):
-    """What a node of the graph is. A node that is None is C's void."""
+    """The type at a node of the graph. A node that is None is C's void."""
 
     kind: str
     name: str = ""
     inner: Node | None = None
-    """What a pointer, an array, a typedef, a qualifier or a function's result refers to."""
+    """The type that a pointer, array, typedef, qualifier or function result refers to."""
     size: int = 0
     """Bytes of a number, an enum, a struct or a union."""
     count: int = 0
@@ -107,18 +107,18 @@ class TypeGraph(ABC, Generic[Node]):
 
     form: str
     _damage: ClassVar[tuple[type[Exception], ...]]
-    """What the reader's parser raises where the data is damaged."""
+    """Exceptions that the reader's parser raises on damaged data."""
 
     def __init__(self, source: str) -> None:
         self._source = source
 
     @abstractmethod
     def _named(self, kind: str, name: str) -> Node | None:
-        """The struct, the typedef, or the function, of this name."""
+        """The struct, typedef or function of this name."""
 
     @abstractmethod
     def _shape(self, node: Node) -> Shape[Node]:
-        """What a node is."""
+        """The type at a node."""
 
     @abstractmethod
     def _fields(self, node: Node) -> Iterator[Field[Node]]:
@@ -175,8 +175,8 @@ class TypeGraph(ABC, Generic[Node]):
     def tracepoint_arguments(self, tracepoint: str) -> int | None:
         """See KernelTypes.
 
-        By typedef btf_trace_NAME of include/trace/bpf_probe.h, a pointer to a function whose
-        first parameter is not the tracepoint's.
+        The source is typedef btf_trace_NAME of include/trace/bpf_probe.h, a pointer to a function
+        whose first parameter is not the tracepoint's.
         """
         with self._reading():
             node = self._named(TYPEDEF, f"btf_trace_{tracepoint}")
@@ -194,7 +194,7 @@ class TypeGraph(ABC, Generic[Node]):
             return self._enumerators(prefix)
 
     def _resolved(self, node: Node) -> tuple[Node, Shape[Node]] | None:
-        """The node behind typedefs, qualifiers and tags; None where that is void."""
+        """The node behind typedefs, qualifiers and tags; None if it is void."""
         for _ in range(_LONGEST_CHAIN):
             shape = self._shape(node)
             if shape.kind not in QUALIFIERS and shape.kind not in (TYPEDEF, TAG):
@@ -205,7 +205,7 @@ class TypeGraph(ABC, Generic[Node]):
         raise self._unreadable("it is damaged: its types refer to each other in a circle")
 
     def _search(self, node: Node, name: str, depth: int) -> Field[Node] | None:
-        """A member, looked for in anonymous structs and unions too."""
+        """Find a member, in anonymous structs and unions too."""
         resolved = self._resolved(node)
         if resolved is None or resolved[1].kind not in (STRUCT, UNION) or not depth:
             return None

@@ -1,8 +1,8 @@
-"""What a compressed kernel image holds, whoever made it: within bounds of size, time and number.
+"""Unpacks a compressed kernel image from any source, within limits of size, time and attempts.
 
-An image begins with a loader of its own, and the magic numbers of compressed streams are short. So
-every place that looks like the beginning of one is tried, and only what unpacks to a kernel is
-believed. A few kilobytes can unpack to gigabytes, and can hold thousands of beginnings.
+An image begins with its own loader, and the magic numbers of compressed streams are short. So every
+possible start of a stream is tried, and only a stream that unpacks to a kernel counts. A few
+kilobytes can unpack to gigabytes, and can hold thousands of possible starts.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from tcpstuck_bpf.host.programs import ENVIRONMENT, find_program
 LARGEST_UNPACKED = 1 << 28
 """Bytes. A distribution's kernel unpacks to 40 to 70 MB."""
 UNPACKING_LIMIT_S = 300.0
-"""For all that is tried in one file: a distribution's kernel takes a second."""
+"""Seconds for all attempts in one file; a distribution's kernel takes one."""
 MOST_PROGRAM_RUNS = 64
-"""In one file. Of a magic number of 4 bytes hardly one false hit is to be expected."""
+"""Program runs for one file. A magic number of 4 bytes rarely has even one false hit."""
 LZMA_MEMORY_LIMIT = 1 << 29
 _FED_BYTES = 1 << 16
 _PIECE_BYTES = 1 << 20
@@ -43,14 +43,14 @@ class _Unpacker(Protocol):
 
     @property
     def needs_input(self) -> bool:
-        """Whether there is nothing more to be had of what it was given."""
+        """Whether all output for the input so far has been returned."""
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
-        """At most that many bytes of what `data` adds to."""
+        """Feed `data`, and return at most `max_length` unpacked bytes."""
 
 
 class _Gzip:
-    """zlib's, with the methods that the others have."""
+    """zlib's decompressor, with the methods of Python's other ones."""
 
     def __init__(self) -> None:
         self._stream = zlib.decompressobj(wbits=31)
@@ -74,7 +74,7 @@ class _Packing(NamedTuple):
     name: str
     magic: bytes
     unpacker: Callable[[], _Unpacker] | None
-    """None where Python has none and `program` has to do it."""
+    """Python's decompressor; None if `program` has to do it."""
     program: str = ""
 
 
@@ -96,18 +96,18 @@ _PACKINGS = (
     _Packing("lzo", b"\x89LZO\0\r\n\x1a\n", None, "lzop"),
 )
 _BROKEN = (zlib.error, lzma.LZMAError, OSError, EOFError, ValueError)
-"""What Python's own unpackers raise."""
+"""Exceptions that Python's own unpackers raise."""
 
 
 class Recognizer(NamedTuple):
-    """Tells a kernel by its first bytes."""
+    """Recognizes a kernel by its first bytes."""
 
     is_kernel: Callable[[bytes], bool]
     bytes_needed: int
 
 
 class _Search:
-    """One file's: what it may still take."""
+    """The search in one file, and the time and program runs it has left."""
 
     def __init__(self, path: str, recognizer: Recognizer) -> None:
         self.path = path
@@ -123,16 +123,16 @@ class _Search:
         )
 
     def seconds_left(self) -> float:
-        """Raises UsageError where there are none."""
+        """Seconds until the time limit. Raises UsageError if there are none."""
         left = self.ends_at - time.monotonic()
         if left <= 0:
             raise self.refusal(f"it takes longer than {UNPACKING_LIMIT_S:.0f} s")
         return left
 
     def gather(self, pieces: Iterator[bytes]) -> bytes | None:
-        """All of it where it begins as a kernel does, else None as soon as that is seen.
+        """Join the pieces of a kernel; None as soon as they turn out not to be one.
 
-        Raises UsageError where it is too much.
+        Raises UsageError where they grow too large.
         """
         found = bytearray()
         recognized = False
@@ -144,7 +144,7 @@ class _Search:
                     return None
             if len(found) > LARGEST_UNPACKED:
                 size = f"{LARGEST_UNPACKED >> 20} MiB"
-                raise self.refusal(f"it unpacks to more than {size}, and no kernel does")
+                raise self.refusal(f"it unpacks to more than {size}, more than any kernel")
             self.seconds_left()
         return bytes(found) if self._recognizes(found) else None
 
@@ -153,10 +153,10 @@ class _Search:
 
 
 def find_packed(path: str, data: Data, recognizer: Recognizer) -> tuple[str, bytes] | None:
-    """How the kernel in a file is compressed, and the kernel; None where there is none.
+    """Name of the compression in a file, and the kernel; None if the file holds no kernel.
 
-    Raises UsageError where it is damaged or beyond all bounds, and CannotTraceError where a program
-    is missing.
+    Raises UsageError where the kernel is damaged or exceeds a limit, and CannotTraceError where a
+    program is missing.
     """
     search = _Search(path, recognizer)
     lacking: _Packing | None = None
@@ -176,14 +176,14 @@ def find_packed(path: str, data: Data, recognizer: Recognizer) -> tuple[str, byt
     if lacking is not None:
         raise CannotTraceError(
             f"cannot unpack {path}",
-            f"it seems to be compressed by {lacking.name}; no program `{lacking.program}` is here",
+            f"it seems to be compressed with {lacking.name}; `{lacking.program}` is not installed",
             f"install {lacking.program} (apt install {lacking.program}), or name the vmlinux",
         )
     return None
 
 
 def _hits(data: Data) -> Iterator[tuple[_Packing, int]]:
-    """Every place where a compressed stream may begin, in order."""
+    """Every offset at which a compressed stream may begin, in order."""
     magics = re.compile(b"|".join(re.escape(packing.magic) for packing in _PACKINGS))
     for found in magics.finditer(data):
         for packing in _PACKINGS:
@@ -192,7 +192,7 @@ def _hits(data: Data) -> Iterator[tuple[_Packing, int]]:
 
 
 def _unpack(search: _Search, unpacker: _Unpacker, packed: memoryview) -> bytes | None:
-    """None for a false hit. Raises UsageError where the stream is right but broken."""
+    """The unpacked kernel; None for a false hit. Raises UsageError where the stream is damaged."""
     recognized = False
 
     def pieces() -> Iterator[bytes]:
@@ -203,7 +203,7 @@ def _unpack(search: _Search, unpacker: _Unpacker, packed: memoryview) -> bytes |
             while True:
                 piece = unpacker.decompress(fed, _PIECE_BYTES)
                 yield piece
-                # It is asked for more only where what it begins with is a kernel.
+                # The caller asks for another piece only if the first ones are a kernel's.
                 gathered += len(piece)
                 recognized = gathered >= search.recognizer.bytes_needed
                 if unpacker.eof:
@@ -225,9 +225,12 @@ def _unpack(search: _Search, unpacker: _Unpacker, packed: memoryview) -> bytes |
 
 
 def _unpack_by_program(search: _Search, program: str, packed: memoryview) -> bytes | None:
-    """None for a false hit. What follows the stream makes the program fail after its output."""
+    """The unpacked kernel; None for a false hit.
+
+    The bytes after the stream make the program fail, but only after its output.
+    """
     if not search.runs_left:
-        raise search.refusal(f"more than {MOST_PROGRAM_RUNS} places in it look like a packed one")
+        raise search.refusal(f"more than {MOST_PROGRAM_RUNS} places look like a compressed kernel")
     search.runs_left -= 1
     try:
         with contextlib.closing(_piped(search, program, packed)) as pieces:
@@ -237,7 +240,7 @@ def _unpack_by_program(search: _Search, program: str, packed: memoryview) -> byt
 
 
 def _piped(search: _Search, program: str, packed: memoryview) -> Generator[bytes, None, None]:
-    """What a program makes of it, as it comes; it ends with the iterator."""
+    """A program's output, piece by piece; the program ends with the iterator."""
     process = subprocess.Popen(
         [find_program(program) or program, "-dc"],
         bufsize=0,
@@ -276,7 +279,7 @@ def _pumped(
                     continue
                 try:
                     given += os.write(entry.fileno(), packed[given : given + _FED_BYTES])
-                except BrokenPipeError:  # it has seen enough
+                except BrokenPipeError:  # the program wants no more input
                     given = len(packed)
                 if given >= len(packed):
                     waiting.unregister(entry)

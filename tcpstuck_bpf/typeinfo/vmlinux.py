@@ -1,7 +1,7 @@
-"""A kernel in a file: an ELF vmlinux, a flat Image, or a compressed /boot/vmlinuz that holds one.
+"""Reads a kernel image: an ELF vmlinux, a flat Image, or a compressed /boot/vmlinuz that holds one.
 
-From it come the kernel's types (its .BTF section, else DWARF), its release, and the names of its
-functions where it has a symbol table. The kernel need not run.
+The image yields the kernel's types (its .BTF section, else DWARF), its release, and the names of
+its functions if it has a symbol table. The kernel need not run.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from tcpstuck_bpf.typeinfo.unpacking import Data, Recognizer, find_packed
 ELF_MAGIC = b"\x7fELF"
 FLAT_MAGIC_PLACE = 56
 FLAT_MAGICS = {b"ARM\x64": "aarch64", b"RSC\x05": "riscv64"}
-"""Of a flat Image (Documentation/arch/arm64/booting.rst, arch/riscv/boot-image-header.rst), and the
-architecture as uname(2) names it."""
+"""uname(2)'s architecture by the magic number of a flat Image
+(Documentation/arch/arm64/booting.rst, arch/riscv/boot-image-header.rst)."""
 HEAD_BYTES = FLAT_MAGIC_PLACE + 4
 _ELF_MACHINE = struct.Struct("<18xH")
 _ELF_MACHINES = {62: "x86_64", 183: "aarch64"}
@@ -46,26 +46,26 @@ _OTHER_MACHINES = {
     "EM_ARM": "32-bit ARM",
     "EM_68K": "m68k",
 }
-"""Those that are 32-bit or big-endian, as pyelftools names them, and as people do."""
+"""Common names of 32-bit and big-endian machines, by pyelftools' names."""
 BTF_HEADER = struct.pack("=HBBI", 0xEB9F, 1, 0, 24)
 BTF_HEADER_BYTES = 24
 LARGEST_FILE = 1 << 32
-"""Bytes. With all its debug information a vmlinux has up to a gigabyte."""
+"""Bytes. A vmlinux with all its debug information has up to a gigabyte."""
 LARGEST_PACKED = 1 << 28
-"""Bytes. Of a distribution's kernel 10 to 60 MB."""
+"""Bytes. A distribution's compressed kernel has 10 to 60 MB."""
 MOST_GROWTH = 64
-"""How many times its size packed debug information becomes at most; a tenth of that is usual."""
+"""Largest allowed growth factor of compressed debug information; a tenth of it is usual."""
 LARGEST_UNMAPPED = 1 << 26
 """Bytes."""
 _FOREIGN_IMAGES = (
     (0x10008, b"S390EP", "s390x"),
     (0x24, b"\x18\x28\x6f\x01", "32-bit ARM"),
 )
-"""A place in the file, what is there, and whose image it is: EP_STRING of
+"""File offset, magic bytes and architecture of each image: EP_STRING of
 arch/s390/include/asm/setup.h, and the magic number of an ARM zImage (arch/arm/boot/compressed)."""
 _PE_HEADER_AT = 0x3C
 _FOREIGN_PE = {b"\x64\x62": "loongarch64", b"\x32\x62": "loongarch32", b"\xc2\x01": "32-bit ARM"}
-"""IMAGE_FILE_MACHINE_* of include/linux/pe.h, of images that an EFI firmware starts."""
+"""IMAGE_FILE_MACHINE_* of include/linux/pe.h, in images that EFI firmware starts."""
 
 # linux_banner of init/version.c; /proc/version shows the same text.
 _BANNER = re.compile(rb"Linux version ([!-~]{1,64}) \([ -~]{1,1024}")
@@ -73,34 +73,34 @@ _BANNER = re.compile(rb"Linux version ([!-~]{1,64}) \([ -~]{1,1024}")
 
 @dataclass(frozen=True)
 class KernelImage:
-    """What a file tells of a kernel."""
+    """What an image says about its kernel."""
 
     path: str
     packing: str
-    """How it is compressed, `none` for an ELF file."""
+    """Name of the compression; `none` for an ELF file or a flat Image."""
     release: str
-    """As in uname(2)."""
+    """Release, as in uname(2)."""
     banners: tuple[str, ...]
-    """Its `Linux version ...` texts: the first of two link passes may leave one of its own."""
+    """All `Linux version ...` texts; the first of two link passes may leave one of its own."""
     types: KernelTypes
     symbols: frozenset[str] | None
-    """Names of its functions; None where it has no symbol table."""
+    """Names of the kernel's functions; None if the image has no symbol table."""
     architecture: str
-    """As in uname(2); empty for one that is not known here."""
+    """Architecture, as in uname(2); empty if unknown to the tool."""
 
 
 def read_image(path: str) -> KernelImage:
     """Read a kernel from a file.
 
-    Raises UsageError where the file is none, and CannotTraceError where what it holds cannot be
-    read here: no program to unpack it, or no type information.
+    Raises UsageError where the file is not a kernel, and CannotTraceError where the kernel cannot
+    be read here: no program to unpack it, or no type information.
     """
     try:
         return _read_image(path)
     except MemoryError as error:
         raise CannotTraceError(
             f"{path} cannot be read",
-            "it takes more memory than there is",
+            "there is not enough memory",
             "read it on a larger machine, or name the vmlinuz in place of the vmlinux",
         ) from error
 
@@ -136,7 +136,8 @@ def _require_banner(data: Data, path: str) -> None:
     if _BANNER.search(data) is None:
         raise UsageError(
             f"{path} is not a Linux kernel",
-            "it has no text `Linux version ...`; a file of debug information alone has none either",
+            "it has no text `Linux version ...`; a file with debug information alone has none "
+            "either",
             "name a vmlinux, or a /boot/vmlinuz-...",
         )
 
@@ -144,8 +145,8 @@ def _require_banner(data: Data, path: str) -> None:
 def _elf(data: Data, path: str) -> tuple[KernelTypes, frozenset[str] | None]:
     try:
         elf = ELFFile(io.BytesIO(data) if isinstance(data, bytes) else data)
-        # Before anything is looked for in it: of a truncated file everything may be missing. The
-        # table of sections comes last.
+        # This check comes first, because anything may be missing from a truncated file. The
+        # section table is the last part of an ELF file.
         needed = elf["e_shoff"] + elf["e_shnum"] * elf["e_shentsize"]
         if len(data) < needed:
             raise _damaged(path, f"it ends after {len(data)} of {needed} bytes")
@@ -159,21 +160,24 @@ def _elf(data: Data, path: str) -> tuple[KernelTypes, frozenset[str] | None]:
 
 
 def _require_bounded(elf: ELFFile, size: int, path: str) -> None:
-    """Raises UsageError where sections claim far more than the file has: pyelftools believes it."""
+    """Raises UsageError where sections claim far more bytes than the file has.
+
+    pyelftools would believe them.
+    """
     claimed = 0
     for section in elf.iter_sections():
         if section.name.startswith(".zdebug"):
-            raise _damaged(path, f"{section.name}: no kernel packs its debug information so")
+            raise _damaged(path, f"{section.name}: no kernel compresses its debug information so")
         if section.name.startswith((".BTF", ".debug")) and (
             section.compressed or section["sh_type"] == "SHT_NOBITS"
         ):
             claimed += section.data_size
     if claimed > MOST_GROWTH * size:
-        raise _damaged(path, f"of {size} bytes its type information would become {claimed}")
+        raise _damaged(path, f"its type information claims {claimed} bytes, the file has {size}")
 
 
 def _flat(data: Data, path: str) -> tuple[KernelTypes, None]:
-    """The types in an Image, which has no sections: what begins as BTF does and can be read."""
+    """The types in an Image. It has no sections, so the first readable BTF header counts."""
     _require_banner(data, path)
     place = data.find(BTF_HEADER)
     while place != -1:
@@ -184,7 +188,7 @@ def _flat(data: Data, path: str) -> tuple[KernelTypes, None]:
             place = data.find(BTF_HEADER, place + 1)
     raise CannotTraceError(
         f"{path} does not describe the kernel's types",
-        "it holds no whole BTF (CONFIG_DEBUG_INFO_BTF), and being no ELF file no DWARF",
+        "it holds no whole BTF (CONFIG_DEBUG_INFO_BTF); only an ELF file could hold DWARF",
         "name the vmlinux of the kernel's debug package",
     )
 
@@ -192,8 +196,8 @@ def _flat(data: Data, path: str) -> tuple[KernelTypes, None]:
 def types_of_running_kernel(path: str) -> KernelTypes:
     """The types in the running kernel's own file.
 
-    Raises what read_image raises, and CannotTraceError where the file is of another kernel:
-    another build of the same release may already have its members elsewhere.
+    Raises what read_image raises, and CannotTraceError where the file is another kernel's:
+    even another build of the same release may have other member offsets.
     """
     image, running = read_image(path), os.uname()
     if image.release != running.release:
@@ -214,15 +218,15 @@ def _read(path: str) -> Data:
         state = Path(path).stat()
         if not stat.S_ISREG(state.st_mode):
             raise UsageError(
-                f"{path} is not a kernel", "it is no regular file", "name a vmlinux or vmlinuz"
+                f"{path} is not a kernel", "it is not a regular file", "name a vmlinux or vmlinuz"
             )
         if state.st_size > LARGEST_FILE:
             raise _too_large(path, LARGEST_FILE, "a kernel")
         with Path(path).open("rb") as file:
-            # Mapped, not read: with debug information a vmlinux has up to a gigabyte.
+            # Mapped, not read: a vmlinux with debug information has up to a gigabyte.
             with contextlib.suppress(OSError, ValueError):
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            # Those of /proc and of /sys cannot be mapped; /proc/kcore has no end.
+            # Files in /proc and /sys cannot be mapped; /proc/kcore has no end.
             data = file.read(LARGEST_UNMAPPED)
     except OSError as error:
         raise _unreadable(path, error.strerror) from error
@@ -241,7 +245,7 @@ def _too_large(path: str, limit: int, what: str) -> UsageError:
 
 def _unreadable(path: str, why: str | None) -> UsageError:
     remedy = "name a vmlinux or vmlinuz that you may read"
-    return UsageError(f"cannot read {path}", why or "for no reason given", remedy)
+    return UsageError(f"cannot read {path}", why or "no reason given", remedy)
 
 
 def _damaged(path: str, why: str) -> UsageError:
@@ -251,15 +255,14 @@ def _damaged(path: str, why: str) -> UsageError:
 
 
 def _unpacked(path: str, data: Data) -> tuple[str, bytes]:
-    """How a compressed image is compressed, and the kernel in it."""
+    """Name of a compressed image's compression, and the kernel in it."""
     foreign = _foreign(data)
     if foreign is not None:
         raise UsageError(
             f"{path} is a kernel for {foreign}",
-            "its image holds the kernel in a form that is not known here, and the tool was never "
-            "made to work there",
-            "name the vmlinux of its debug package to see its types, where the byte order is this "
-            "machine's, or another kernel",
+            "the tool cannot unpack this image format, and does not support that architecture",
+            "name another kernel; to see this one's types, name the vmlinux of its debug package "
+            "(if it has this machine's byte order)",
         )
     if len(data) > LARGEST_PACKED:
         raise _too_large(path, LARGEST_PACKED, "a compressed kernel")
@@ -268,14 +271,14 @@ def _unpacked(path: str, data: Data) -> tuple[str, bytes]:
         return found
     raise UsageError(
         f"{path} is not a Linux kernel",
-        "it is neither an ELF file or flat Image nor holds a compressed one that can be unpacked; "
-        "one that is truncated early looks the same",
+        "it is neither an ELF file nor a flat Image, and holds no compressed one that can be "
+        "unpacked; a kernel truncated early looks the same",
         "name a vmlinux, or a /boot/vmlinuz-...",
     )
 
 
 def _foreign(data: Data) -> str | None:
-    """The architecture of an image that cannot be read, by its header; None where it has none."""
+    """The architecture of an image that cannot be read, by its header; None for other files."""
     for place, magic, name in _FOREIGN_IMAGES:
         if data[place : place + len(magic)] == magic:
             return name
@@ -290,15 +293,15 @@ def _types(elf: ELFFile, path: str) -> KernelTypes:
     if elf.elfclass != 64:
         raise UsageError(
             f"{path} is not a kernel that can be traced",
-            f"it is a {elf.elfclass}-bit one{_for_machine(elf)}",
+            f"it is a {elf.elfclass}-bit kernel{_for_machine(elf)}",
             "name the file of a 64-bit kernel",
         )
     if elf.little_endian != (sys.byteorder == "little"):
         raise UsageError(
-            f"{path} is of another byte order than this machine",
-            f"it is one{_for_machine(elf)}; its type information can be read on a machine of "
-            "its own byte order only",
-            "look at it there",
+            f"{path} has another byte order than this machine",
+            f"it is a kernel{_for_machine(elf)}; its type information can only be read on a "
+            "machine of the same byte order",
+            "examine it on such a machine",
         )
     section = elf.get_section_by_name(".BTF")
     if section is not None:

@@ -86,7 +86,7 @@ class Beside:
         return found.handshake
 
     def all_events(self) -> list[Event]:
-        """Those that wait to be read."""
+        """All events waiting in the ring buffer."""
         return list(itertools.chain.from_iterable(iter(partial(self.source.poll, 0), [])))
 
     def events(self) -> list[Event]:

@@ -26,7 +26,7 @@ from lab.scenarios.tracer import Tracer
 MSS_TABLE = {4: (536, 1300, 1440, 1460), 6: (1280 - 60, 1480 - 60, 1500 - 60, 9000 - 60)}
 """msstab[] of net/ipv4/syncookies.c and net/ipv6/syncookies.c; a cookie holds an index into it."""
 ISN = 0xFFFF_FFFD
-"""So that the sequence numbers of a few bytes wrap."""
+"""An ISN so high that the sequence numbers of a few bytes wrap."""
 _ports = itertools.count(2000)
 """Each client has its own, for the inode number of a namespace that is gone may be used again, and
 what a tracer told of that one is no answer."""
@@ -57,7 +57,7 @@ class Site:
 
 @contextlib.contextmanager
 def site(family: int, backlog: int = 128) -> Iterator[Site]:
-    """Nobody accepts by itself at the listener."""
+    """A server and a client's namespace; the listener accepts only on request."""
     socket_family = socket.AF_INET6 if family == 6 else socket.AF_INET
     with contextlib.ExitStack() as opened:
         topology = opened.enter_context(Topology())
@@ -137,7 +137,7 @@ class Client:
 
 
 def told(tracer: Tracer, netns: int, who: FourTuple, verdict: str) -> dict[str, Any]:
-    """The last line about a client, once it is told with this verdict."""
+    """The last line about a client, once the tool has printed it with this verdict."""
     assert tracer.await_reported({who: verdict}, netns), (who, verdict)
     about = (
         dict(line) for line in tracer.lines if line["type"] == "verdict" and line["netns"] == netns

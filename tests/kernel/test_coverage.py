@@ -32,7 +32,7 @@ PAIRS = 80
 CPUS = (0, 1)
 """Each receives the ACKs of one client."""
 LATER_TURNS = (0, 30, 100, 300, 1000)
-"""Of an empty loop."""
+"""Turns of an empty loop before the late packet."""
 
 
 MODES = pytest.mark.parametrize("mode", ["fentry", "kprobe"])
@@ -96,7 +96,7 @@ def test_without_counters_other_verdicts_stay_as_they_are(
 def test_without_counters_a_dropped_syn_is_not_believed_to_be_queued(
     without_counters: Tracer,
 ) -> None:
-    """It would end the handshake, and hide that the ACK of the first SYN-ACK is dropped as well."""
+    """Otherwise the handshake would end, and hide the drop of the first SYN-ACK's ACK."""
     with site(4, backlog=0) as where:
         slow, served = Client(where), Client(where)
         slow.connect()
@@ -114,7 +114,7 @@ def test_without_counters_a_dropped_syn_is_not_believed_to_be_queued(
 def test_without_counters_a_queue_that_another_cpu_fills_is_seen_full(
     without_counters: Tracer,
 ) -> None:
-    """It had room when the ACK came, and none when the kernel looked, right after."""
+    """The accept queue had room when the ACK came, but not when the kernel checked right after."""
     if len(os.sched_getaffinity(0)) < len(CPUS):
         pytest.skip("it takes a CPU for each of the two clients")
     tracer = without_counters

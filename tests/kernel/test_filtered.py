@@ -152,7 +152,7 @@ def test_headers_before_tcps_hide_no_ack(
 @pytest.mark.parametrize("payload", [b"", bytes(500)], ids=["bare", "long"])
 @pytest.mark.parametrize("family", [4, 6])
 def test_a_wrong_checksum_is_named(either_tracer: Tracer, family: int, payload: bytes) -> None:
-    """Of a long segment the listener's side finds it (tcp_v4_do_rcv), not tcp_v4_rcv."""
+    """For a long segment tcp_v4_do_rcv finds the wrong checksum, not tcp_v4_rcv."""
     with site(family) as where:
         client = Client(where)
         client.connect()

@@ -88,7 +88,7 @@ class Played:
     silent: dict[Target, set[FourTuple]] = field(default_factory=dict)
     greeted: dict[Target, FourTuple] = field(default_factory=dict)
     moved: dict[int, dict[str, int]] = field(default_factory=dict)
-    """By namespace: by how much the kernel's counters rose, read by the lab."""
+    """Increase of the kernel's counters by namespace, as the lab read them."""
 
     def told(self, target: Target) -> dict[FourTuple, str]:
         """What is true of the clients of one target."""

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.kernel
 
 CLIENTS = 500
 GROWTH_KIB = 4096
-"""Of the process, by any number of SYNs of the same clients."""
+"""Largest growth of the process, for any number of SYNs from the same clients."""
 
 
 def resident_kib(tracer: Tracer) -> int:

@@ -19,7 +19,7 @@ CLOCKS_MS = 1000
 
 
 def warnings_of_the_kernel() -> list[str]:
-    """Of all listeners since boot, the oldest first."""
+    """The kernel's warnings about all listeners since boot, the oldest first."""
     shown = subprocess.run(
         ["dmesg", "--notime"],
         check=True,

@@ -95,7 +95,7 @@ def objects_of_process(pid: int) -> Objects:
 
 
 def probed_functions() -> set[tuple[str, str]]:
-    """By the kernel's own lists: which functions have a probe, however many."""
+    """The functions with at least one probe, from the kernel's own lists."""
     found = set()
     for path in PROBE_LISTS:
         for line in path.read_text().splitlines() if path.exists() else ():

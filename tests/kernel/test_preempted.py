@@ -27,7 +27,7 @@ pytestmark = pytest.mark.kernel
 
 HANDSHAKES = 1000
 UNANSWERED = 10
-"""Of so many handshakes one gets no ACK."""
+"""One in this many handshakes gets no ACK."""
 BACKLOG = 4096
 PREEMPTING_PRIORITY = 20
 PREEMPTING_EVERY_S = 0.003

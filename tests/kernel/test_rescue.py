@@ -122,7 +122,7 @@ def test_a_dry_run_sends_nothing() -> None:
 
 
 def test_a_client_that_sends_data_is_not_touched_and_not_harmed() -> None:
-    """It speaks first; its ACK and its data meet a full accept queue."""
+    """The client speaks first; its ACK and its data find a full accept queue."""
     with rescuing("--rescue=all") as tracer:
         settings = Settings(100)
         with Scene("overflow", settings, syncookies=1) as scene:
@@ -158,7 +158,7 @@ def test_a_client_that_sends_data_is_not_touched_and_not_harmed() -> None:
 
 
 def test_all_asks_for_every_silent_client_but_not_for_one_whose_data_this_host_drops() -> None:
-    """It speaks first; its ACK and its data meet a rule before TCP. The others are not known."""
+    """One client speaks first, and a rule drops its ACK and data. The others are unknown."""
     server = (SERVER_ADDRESS[4], PORT)
     with cookie_server() as (topology, listener), rescuing("--rescue=all") as tracer:
         netns = topology.server.inode

@@ -22,7 +22,7 @@ being answered a third time, 1 + 2 + 4 s after its SYN (reqsk_timer_handler)."""
 
 MODES = pytest.mark.parametrize("mode", ["fentry", "kprobe"])
 CORE = pytest.mark.core
-"""Of what is played where there is no time for all: `lab test --core`, `lab matrix --core`."""
+"""Marks the scenarios of `lab test --core` and `lab matrix --core`."""
 
 
 def assert_told(run: Traced, verdict: str) -> None:

@@ -50,7 +50,7 @@ class Crowd:
         self.await_cookies(len(self.others))
 
     def await_cookies(self, valid: int) -> None:
-        """So many ACKs had a valid cookie."""
+        """Wait until `valid` ACKs had a valid cookie."""
         self._await_counter("SyncookiesRecv", valid)
 
     def drain_accept_queue(self) -> None:

@@ -114,7 +114,9 @@ def test_who_seems_silent_beside_acks_that_passed_unseen_is_accused_as_possible(
     counted = [
         int(number)
         for line in unseen
-        for number in re.findall(r"the kernel counted (\d+) valid ACK", " ".join(line["evidence"]))
+        for number in re.findall(
+            r"the kernel counted (\d+) valid cookie ACK", " ".join(line["evidence"])
+        )
     ]
     assert len(counted) == len(unseen)
     assert max(counted, default=0) == len(unseen)

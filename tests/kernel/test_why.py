@@ -59,7 +59,7 @@ def drop_told(tracer: Tracer, topology: Topology, family: int = 4) -> dict[str, 
 
 
 def handle(server: Namespace, *chain: str) -> int:
-    """Of the last rule of a chain, as nft lists it."""
+    """Handle of the last rule of a chain, as nft lists it."""
     listed = json.loads(server.command("nft", "-j", "list", "chain", *chain))["nftables"]
     return int([entry["rule"]["handle"] for entry in listed if "rule" in entry][-1])
 
@@ -92,7 +92,7 @@ def test_a_rule_in_a_named_chain(shared_tracer: Tracer, hook: str, family: int) 
 
 
 def test_rules_that_changed_since_the_drop_before(either_tracer: Tracer) -> None:
-    """Where it takes long to read rules they are read later, and what was told is told again."""
+    """If reading rules takes long they are read later, and the verdict is printed again."""
     with cookie_server() as (topology, _):
         for table in ("one", "other"):
             topology.server.command(

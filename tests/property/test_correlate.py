@@ -209,7 +209,7 @@ TAKEN_OVER_LATE = ((0, "syn", 1), (1, "syn", seconds(4)), "tidy", (0, "syn taken
 def test_who_is_told_as_connected_is_counted_once(
     steps: list[tuple[int, str, int] | str], tell_healthy: bool
 ) -> None:
-    """The programs count who completed a cookie; who is told and did not is added to them."""
+    """`completed` is the programs' count of cookies, plus clients connected without one."""
     world = _watched(steps, [], tell_healthy)
     assume(not world.let_go and not world.correlator.stats().late)
     told = {

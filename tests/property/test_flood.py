@@ -65,7 +65,7 @@ REAL: dict[str, dict[str, Any]] = {
 def test_real_clients_whose_acks_are_all_lost_are_told_as_ever(
     who: str, seed: int, acks_a_second: int
 ) -> None:
-    """Nobody's ACK gets through, or others' do as often."""
+    """No ACK gets through, or other clients' ACKs are as frequent as the silent clients."""
     world = FloodWorld(real(seed=seed, **REAL[who]), acks_a_second, seed)
     summary = world.watch()
     assert {(f.verdict, f.stuck, f.certainty) for f in world.told} == {

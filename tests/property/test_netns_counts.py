@@ -36,7 +36,7 @@ class Host:
         """The cookies of those that are there, by number."""
         self.total = 0
         self.counted: Counter[int] = Counter()
-        """By cookie."""
+        """Expected counts by the namespace's cookie."""
         self.crowded: set[int] = set()
 
     def begin(self) -> None:

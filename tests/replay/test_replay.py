@@ -231,7 +231,7 @@ def test_a_cut_recording_replays_as_far_as_it_goes(
     assert told == all_told[: len(told)]
     assert all_summary["cut_off_time"] is None
     assert summary["cut_off_time"] >= summary["start_time"]
-    assert f"breaks off at {summary['cut_off_time']}" in summary["notes"][0]
+    assert f"ends early, at {summary['cut_off_time']}" in summary["notes"][0]
 
 
 @pytest.mark.parametrize("tail", [b"", b'{"adv', b"\0" * 4096, b'{"end":1009000000000}'])
@@ -262,12 +262,12 @@ def test_nothing_comes_after_the_end(tmp_path: Path, tail: bytes) -> None:
     path.write_bytes(path.read_bytes() + tail)
     with pytest.raises(RecordingError) as refused:
         complete(path)
-    assert "after the one that ends" in refused.value.why
+    assert "after the line that ends" in refused.value.why
 
 
 def test_a_recording_that_holds_nothing_is_said(tmp_path: Path) -> None:
     for steps in ((), (Logged(()),)):
-        with pytest.raises(RecordingError, match="holds nothing"):
+        with pytest.raises(RecordingError, match="is empty"):
             complete(recorded(tmp_path / "run", steps))
 
 
@@ -296,7 +296,7 @@ def test_a_recording_that_is_larger_than_the_memory_is_refused(
             patched.setattr(module, name, too_large)
             with pytest.raises(RecordingError) as refused:
                 list(opened.steps())
-        assert "more memory than there is" in refused.value.why
+        assert "does not fit into memory" in refused.value.why
 
 
 @pytest.mark.parametrize("number", ["9" * 2_000_000, f'"{"9" * 2_000_000}"'])
@@ -307,7 +307,7 @@ def test_a_number_without_an_end_is_not_read(tmp_path: Path, number: str) -> Non
         file.write(f'{{"advance":{number}}}\n')
     with pytest.raises(RecordingError, match="damaged") as refused:
         complete(path)
-    assert "number without an end" in refused.value.why
+    assert "number that is too long" in refused.value.why
 
 
 def test_few_bytes_do_not_become_many_rows(tmp_path: Path) -> None:
@@ -348,8 +348,8 @@ def test_what_a_killed_run_has_seen_is_told(
     assert summary["cut_off_time"] is not None
     assert main(["--replay", path]) == status
     shown = capsys.readouterr().out
-    assert "The recording breaks off at " in shown
-    assert "note: the recording breaks off at " in shown
+    assert "The recording ends early, at " in shown
+    assert "note: the recording ends early, at " in shown
 
 
 @settings(max_examples=200)

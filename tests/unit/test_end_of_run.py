@@ -125,8 +125,8 @@ def test_cookies_that_are_made_elsewhere_are_told_at_the_start_and_in_the_summar
 @pytest.mark.parametrize(
     ("broken", "told"),
     [
-        (_no_detaching, "not detached in order: Input/output error"),
-        (_detaching_is_no_os_error, "not detached in order: Failed to detach BPF from kprobe"),
+        (_no_detaching, "not detached cleanly: Input/output error"),
+        (_detaching_is_no_os_error, "not detached cleanly: Failed to detach BPF from kprobe"),
         (_no_closing_of_the_log, "log was not closed: Input/output error"),
         (_no_removal_of_the_ready_file, "ready was not removed: Input/output error"),
         (_no_closing_of_the_recording, "the recording is incomplete: Input/output error"),
@@ -392,7 +392,7 @@ def test_a_doctor_that_cannot_detach_says_so_and_has_its_answer(
     trial = _try(lambda _settings: source, "fentry")
     assert trial.problem == ""
     assert [gap.why for gap in trial.gaps if gap.probe == "clean end"] == [
-        "the programs were not detached in order: Input/output error"
+        "the programs were not detached cleanly: Input/output error"
     ]
 
 

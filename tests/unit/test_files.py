@@ -186,7 +186,7 @@ def test_a_pipe_that_a_stranger_has_put_there_is_refused(
     monkeypatch.setattr(Path, "stat", elses)
     with pytest.raises(RecordingError) as refused:
         record(str(path))
-    assert "somebody else's pipe" in refused.value.why
+    assert "another user's pipe" in refused.value.why
 
 
 def test_who_became_root_by_sudo_may_have_made_the_pipe(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,7 +151,7 @@ def test_what_was_read_before_the_drop_is_no_proof_and_is_corrected(tmp_path: Pa
 def test_rules_that_changed_between_drop_and_reading_are_told_with_their_age(
     tmp_path: Path,
 ) -> None:
-    """Nobody can know of the change; but how late the reading was is told."""
+    """The change cannot be seen, but the verdict says how late the reading was."""
     machine = Machine(5, (0, RULE), (2, LATER))
     machine.drop()
     _, second, _ = run(machine, 60, tmp_path)

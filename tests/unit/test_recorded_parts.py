@@ -14,7 +14,7 @@ from tests.unit.judge.test_listener import facts
 
 ENTRY = handshake(filter_device=7, socket=9016)
 BEFORE = {0: ENTRY, 1: ENTRY._replace(socket=0), 2: ENTRY._replace(socket=0, filter_device=0)}
-"""By how many of the last numbers are missing."""
+"""Entries of earlier versions, by the number of their missing last numbers."""
 
 
 @pytest.mark.parametrize(("missing", "entry"), BEFORE.items())

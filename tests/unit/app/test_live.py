@@ -93,7 +93,7 @@ def test_an_ack_that_no_program_saw_may_be_of_who_seems_silent() -> None:
     kernel.at(at(20), anew)
     early, late, summary = live(kernel, 28)
     assert (early["verdict"], early["certainty"]) == ("ack-missing", "possible")
-    assert "1 valid ACK of cookies" in " ".join(early["evidence"])
+    assert "1 valid cookie ACK" in " ".join(early["evidence"])
     # It had come before the client began anew.
     assert (late["verdict"], late["certainty"]) == ("ack-missing", "likely")
     assert [row["agrees"] for row in summary["reconciliation"]] == [False]
@@ -227,7 +227,7 @@ def test_a_flood_of_events_neither_holds_up_the_duration_nor_the_end() -> None:
 
 
 def test_what_waits_at_the_end_is_told_but_for_what_the_table_says_as_well() -> None:
-    """Of a client that repeats its SYN its entry tells all, and here there is none."""
+    """The entry of a client that repeats its SYN would say everything; here there is no entry."""
     kernel = FakeKernel()
     entry = ended(handshake(), Ending.REJECTED, at(4))
     rejected = event(EventKind.ACK_REJECTED, entry, at(4), four_tuple(1))
@@ -350,7 +350,7 @@ def test_a_full_disk_is_said_in_the_summary_and_tracing_goes_on() -> None:
 def test_a_disk_that_has_no_room_for_the_last_line_is_said_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without it a recording breaks off: the run must not end as if it were whole."""
+    """Without its end a recording ends early: the run must not end as if it were complete."""
     write = Recorder._write_line
 
     def fail_at_the_end(self: Recorder, values: Mapping[str, Any]) -> None:

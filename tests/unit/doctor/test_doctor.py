@@ -99,7 +99,7 @@ def test_a_tracepoint_without_reasons_is_told() -> None:
     types = kernel()
     add_tracepoint(types, "kfree_skb", REASON_ARGUMENT)
     found = report(types, frozenset({"__traceiter_kfree_skb"}))
-    assert trouble(found)["kfree_skb"] == "it tells no reason, only the place"
+    assert trouble(found)["kfree_skb"] == "it has no drop reason, only the drop site"
 
 
 def test_a_shifted_return_value_is_told() -> None:
@@ -114,7 +114,7 @@ def test_an_argument_that_moved_is_no_matter_of_the_mode(probe: Probe) -> None:
     places = range(max(probe.arguments) + 1)
     moved = ["struct request_sock_ops", *(probe.arguments.get(place, "") for place in places)]
     found = report(with_functions(kernel(), {probe.function: moved}))
-    assert "no pointer to" in trouble(found)[probe.function]
+    assert "not a pointer to" in trouble(found)[probe.function]
     assert "kprobes only" not in trouble(found)[probe.function]
     assert bool(found.trouble) == probe.required
     assert probe.required or probe.function in {gap.probe for gap in found.gaps}
@@ -201,7 +201,7 @@ class Machine:
 
     def without_types(self) -> None:
         def read() -> None:
-            raise CannotTraceError("this kernel does not describe its types", "none", "vmlinux")
+            raise CannotTraceError("this kernel provides no BTF", "none", "vmlinux")
 
         self._set(machine_report, "read_running_kernel", read)
 

@@ -140,7 +140,7 @@ def test_a_syn_repeated_after_the_dropped_ack_gives_the_client_its_time_again() 
 
 
 def test_a_repeating_client_whose_ack_comes_and_is_dropped_gets_the_timeout() -> None:
-    """It may be about to send data, and to be connected by it; only silence was stuck before."""
+    """The client may soon send data that connects it; only silence counted as stuck before."""
     watching = correlator()
     entry = repeated(SYN_ONCE, at(1), at(3))
     reports([sweep(at(4), entry)], at(4), watching)

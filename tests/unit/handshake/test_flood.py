@@ -44,7 +44,7 @@ def test_as_many_as_the_rescue_takes_for_a_flood_look_like_one(number: int, susp
 def test_many_without_a_pattern_are_a_flood_only_beside_few_acks_of_others(
     acks_a_second: int, suspected: int
 ) -> None:
-    """None: perhaps nobody's ACK gets here. As many: perhaps one of several ways loses them."""
+    """No ACKs: maybe none gets here. As many ACKs: maybe one of several paths loses them."""
     assert FloodWorld(spoofed(3000, 5), acks_a_second).watch().flood_suspected == suspected
 
 

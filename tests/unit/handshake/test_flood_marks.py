@@ -17,7 +17,7 @@ def test_a_flood_is_possible_and_nobody_is_stuck() -> None:
     assert summary.verdicts == {"ack-missing": 500, "completed": 0}
     told = world.told[-1]
     assert (told.verdict, told.stuck, told.certainty) == ("ack-missing", False, "possible")
-    assert any("source ports count up" in sentence for sentence in told.evidence)
+    assert any("source ports increase" in sentence for sentence in told.evidence)
 
 
 def test_who_was_told_before_the_flood_was_seen_is_told_anew() -> None:

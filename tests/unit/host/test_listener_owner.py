@@ -95,7 +95,7 @@ def test_an_owner_is_of_the_socket_and_of_no_other_that_shares_its_address() -> 
 
 @pytest.mark.parametrize("listens_at", ["0.0.0.0", "127.0.0.1"])
 def test_the_socket_is_known_whatever_address_its_packets_are_for(listens_at: str) -> None:
-    """As a proxy has it whose packets TPROXY brings."""
+    """A proxy's socket gets packets for other addresses by TPROXY."""
     with socket.create_server((listens_at, 0)) as proxy:
         inode = os.fstat(proxy.fileno()).st_ino
         port = proxy.getsockname()[1]
@@ -127,7 +127,7 @@ def test_the_very_address_goes_before_any() -> None:
 
 @pytest.mark.parametrize("asked", ["127.0.0.1", "::1"])
 def test_each_family_has_a_socket_of_its_own_for_any_address(asked: str) -> None:
-    """As nginx and sshd listen: 0.0.0.0, and :: for IPv6 alone."""
+    """nginx and sshd listen like this: at 0.0.0.0, and at :: for IPv6 only."""
     with (
         socket.create_server(("0.0.0.0", 0)) as for_ipv4,
         socket.create_server(("::", for_ipv4.getsockname()[1]), family=socket.AF_INET6) as for_ipv6,

@@ -173,7 +173,7 @@ def test_the_legacy_tables_of_each_family_are_looked_for(machine: Machine) -> No
 
 def test_tables_that_may_not_be_looked_at_are_not_taken_for_none(machine: Machine) -> None:
     (machine.net / "ip_tables_names").mkdir()
-    assert "whether iptables has legacy tables is not known" in read_own().elsewhere[0]
+    assert "unknown whether iptables has legacy tables" in read_own().elsewhere[0]
 
 
 def test_where_legacy_tables_cannot_be_parsed_it_is_said(machine: Machine) -> None:
@@ -220,7 +220,7 @@ def test_a_program_that_prints_too_much_is_not_waited_for(
     monkeypatch.setattr(ruleset_child, "_MODULE", tmp_path)
     monkeypatch.setattr(ruleset_child, "MOST_TEXT", 1 << 16)
     monkeypatch.setattr(ruleset_child, "_OWN_NET", tmp_path)
-    assert read_own().problems == ("there are too many rules of nft to be read",)
+    assert read_own().problems == ("nft lists too many rules to be read",)
 
 
 def in_child(program: str, monkeypatch: pytest.MonkeyPatch) -> Ruleset:

@@ -97,7 +97,7 @@ def test_a_namespace_rests_and_another_does_not_wait_for_it() -> None:
 
 
 def test_slow_readings_follow_one_another_until_they_have_taken_much_time() -> None:
-    """As on a slow machine: the cause of the first drops is not to wait for a pause."""
+    """On a slow machine the cause of the first drops must not wait for a pause."""
     machine = Machine()
     cost_ns = AT_ONCE_NS // 4
     for netns in range(10):

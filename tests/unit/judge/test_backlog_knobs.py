@@ -38,8 +38,8 @@ def told(
         (("proftpd",), "TCPBacklog of ProFTPD"),
         (("redis-server",), "tcp-backlog of Redis"),
         (("nginx",), "listen directive"),
-        (("unheard-of",), "the backlog that the application gives to listen()"),
-        ((), "the backlog that the application gives to listen()"),
+        (("unheard-of",), "the backlog that the application passes to listen()"),
+        ((), "the backlog that the application passes to listen()"),
     ],
 )
 def test_the_setting_of_a_server(owners: tuple[str, ...], knob: str) -> None:
@@ -83,7 +83,7 @@ def test_a_backlog_that_pure_ftpd_reaches_with_any_number_of_clients() -> None:
 def test_a_constant_in_the_program(owner: str, program: str, constant: int) -> None:
     (step,) = told(owner, limit=constant)
     assert program in step
-    assert f"gives {constant} to listen()" in step
+    assert f"passes {constant} to listen()" in step
     assert "another build" in step
     assert "net.core.somaxconn does not help" in step
     assert "199 or more" not in step
@@ -91,7 +91,7 @@ def test_a_constant_in_the_program(owner: str, program: str, constant: int) -> N
 
 def test_what_was_seen_goes_before_the_constant_of_its_source() -> None:
     (step,) = told("sshd", limit=64)
-    assert "gives 64 to listen()" in step
+    assert "passes 64 to listen()" in step
 
 
 def test_a_large_constant_leaves_somaxconn_as_the_knob() -> None:
@@ -103,20 +103,20 @@ def test_a_large_constant_leaves_somaxconn_as_the_knob() -> None:
 
 def test_somaxconn_helps_as_far_as_the_constant_goes() -> None:
     constant, setting = told("proxysql", advised=2000, limit=128, somaxconn=128)
-    assert "gives 1024 to listen()" in constant
+    assert "passes 1024 to listen()" in constant
     assert "does not help" not in constant
     assert setting.startswith("Set net.core.somaxconn (now 128) to 1024 or more")
 
 
 def test_somaxconn_that_could_not_be_read() -> None:
     (step,) = told("maxscale", somaxconn=None)
-    assert step.startswith("See that net.core.somaxconn is 199 or more")
+    assert step.startswith("Make sure that net.core.somaxconn is 199 or more")
     (step,) = told("mysqld", somaxconn=None)
     assert "net.core.somaxconn" in step
 
 
 def test_a_socket_that_systemd_made_has_systemds_backlog() -> None:
-    """Whoever gets it handed over calls no listen() of its own."""
+    """A service that gets its socket from systemd does not call listen() itself."""
     for owners in (("systemd", "sshd"), ("sshd", "systemd"), ("systemd", "dovecot")):
         (step,) = told(*owners)
         assert "Backlog= of its systemd socket unit" in step

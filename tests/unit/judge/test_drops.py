@@ -74,7 +74,7 @@ def filtered(place: str, reason: str | None) -> Finding:
 
 
 def with_readings(*readings: Ruleset) -> Finding:
-    """Of a drop at 0.1 s; the readings come one after the other."""
+    """The finding on a drop at 0.1 s, after these readings in order."""
     names = NAMES
     for reading in readings:
         names = names.with_more(NO_NAMES._replace(rulesets={WHO.netns: (reading,)}))
@@ -127,7 +127,7 @@ def test_a_reason_says_what_it_was_wherever_it_was(reason: str, what: str) -> No
     finding = filtered("nf_hook_slow+0x1", reason)
     assert finding.verdict == "ack-filtered"
     assert (drop_in(finding)["reason"], drop_in(finding)["what"]) == (reason, what)
-    assert not any("judged by the place" in sentence for sentence in finding.evidence)
+    assert not any("judged by the drop site" in sentence for sentence in finding.evidence)
     assert len(finding.meaning) <= 60
 
 
@@ -159,7 +159,7 @@ def test_without_a_reason_the_place_has_to_do_and_it_is_said(
     # A rule that was not read may have answered by RST, as TCP may have.
     may_have = ("tcp", "netfilter", "nfqueue")
     assert finding.certainty == ("likely" if what in may_have else "certain")
-    assert any("judged by the place alone" in sentence for sentence in finding.evidence)
+    assert any("judged by the drop site alone" in sentence for sentence in finding.evidence)
 
 
 GENERAL = {
@@ -188,7 +188,7 @@ def test_every_reason_that_can_hit_an_ack_has_a_cause(reason: str) -> None:
 
 
 def queue_rules(*, queues: int) -> tuple[DropRule, ...]:
-    """Those with a lower number may hand the packet to a queue, and its reader may answer."""
+    """Three rules; those up to number `queues` may queue the packet, and a reader may answer."""
     return tuple(
         LEGACY._replace(number=n, may_reset=n <= queues, queues=n <= queues) for n in (1, 2, 3)
     )

@@ -39,7 +39,7 @@ SETTINGS = {SYNCOOKIES: 1, SOMAXCONN: 4096}
 
 
 def facts(**changes: Any) -> ListenerFacts:
-    """Of the server of `four_tuple()`, which nothing has come to yet, with a backlog of 50."""
+    """Facts of the server of `four_tuple()` before any segment, with a backlog of 50."""
     values = dict.fromkeys(ListenerFacts._fields, 0)
     values |= {"netns": SERVER.netns, "server_port": SERVER.server_port, "limit": 50}
     return ListenerFacts(
@@ -182,7 +182,7 @@ def test_a_flood_is_not_cured_by_a_backlog() -> None:
     told = judged(overflown(syn_need_owed=100_149), silent=100_000)
     assert told.advised_backlog == 199
     assert told.silent == 100_000
-    assert any("100000 under cookies that never answered" in line for line in told.working)
+    assert any("100000 cookie handshakes without an answer" in line for line in told.working)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_somaxconn_is_named_where_it_is_less_than_the_advice(
 def test_a_limit_that_may_be_capped() -> None:
     told = judged(overflown(), **{SOMAXCONN: 50})
     assert told.is_capped
-    assert any("cannot be known afterwards" in line for line in told.advice)
+    assert any("the kernel does not keep that" in line for line in told.advice)
     assert judged(overflown()).is_capped is False
     assert report([ListenerSeen(overflown(), (), (), {})], SynNeed(0, 0, 0)).is_capped is None
 

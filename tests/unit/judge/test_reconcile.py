@@ -175,7 +175,7 @@ def test_programs_that_always_ran_need_no_note() -> None:
 
 
 def test_once_is_once() -> None:
-    assert missed_runs_note(1, ()).startswith("once ")
+    assert missed_runs_note(1, ()).startswith("the kernel skipped our programs once,")
 
 
 def with_cookie(tally: Tally, cookie: int, after: int | None = None) -> Tally:
@@ -236,7 +236,7 @@ def test_what_was_counted_for_no_namespace_may_be_what_one_lacks(
     (row,) = (row for row in rows if row.netns == NETNS)
     assert row.agrees is agrees
     if agrees is None:
-        assert "no place of its own" in row.note
+        assert "no entry in the full table" in row.note
     assert [row.traced for row in rows if row.netns == CROWDED_NETNS] == [crowded] * bool(crowded)
 
 

@@ -69,7 +69,7 @@ def test_a_range_of_ports_has_both_its_ends(end: str, port: int) -> None:
 
 
 def test_a_jump_to_a_chain_that_drops_nothing_leads_nowhere() -> None:
-    """Of such a chain no rule is read."""
+    """The rules of a chain that drops nothing are not kept."""
     ruleset = Ruleset(
         (rule("base", 1, hook="input"),), (), jumps=(jump("base", "accepts", hook="input"),)
     )
@@ -144,7 +144,7 @@ def test_what_is_found_is_what_each_rule_by_itself_says(
 def test_a_rule_for_another_device_is_ruled_out(
     pattern: str, device: int | None, can_be: bool
 ) -> None:
-    """Without the packet's device only by a device that is not there."""
+    """If the packet's device is unknown, only a device that does not exist rules a rule out."""
     devices = ((1, "lo"), (2, "veth0"), (3, "veth1"))
     ruleset = Ruleset((rule("base", 1, (("iifname", pattern),), "input"),), (), devices=devices)
     assert bool(numbers(ruleset, Packet(who(), "input", device))) == can_be

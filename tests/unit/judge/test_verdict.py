@@ -241,7 +241,7 @@ def test_dropped_acks_have_their_figures() -> None:
 
 
 def test_without_the_event_the_queue_is_the_one_the_syn_met() -> None:
-    queue = f"accept queue {DROPPED.accept_queue} of {DROPPED.accept_queue_limit} at its SYN"
+    queue = f"accept queue {DROPPED.accept_queue} of {DROPPED.accept_queue_limit} when the SYN came"
     assert f"ACK dropped once at +12.1 ms: {queue}" in finding_of(swept(DROPPED)).evidence
 
 
@@ -287,7 +287,7 @@ def test_a_client_whose_syn_was_not_seen_is_told_by_its_ack() -> None:
     finding = finding_of(seen, swept(entry))
     assert (finding.verdict, finding.certainty) == ("accept-queue-full", "likely")
     assert (finding.syn_count, finding.age_ns) == (0, seconds(3))
-    assert "its SYN was not seen" in text_of(finding)
+    assert "the SYN was not seen" in text_of(finding)
     assert "1 SYN" not in text_of(finding)
     assert [line.what for line in finding.timeline] == ["ACK dropped"]
 
@@ -324,7 +324,9 @@ def test_without_counters_it_is_the_queue_at_the_ack_that_tells_and_not_at_anoth
     assert finding.verdict == "ack-failed"
 
 
-@pytest.mark.parametrize(("unseen", "words"), [(1, "1 valid ACK of"), (2, "2 valid ACKs of")])
+@pytest.mark.parametrize(
+    ("unseen", "words"), [(1, "1 valid cookie ACK"), (2, "2 valid cookie ACKs")]
+)
 def test_how_many_acks_passed_unseen_is_said(unseen: int, words: str) -> None:
     assert words in text_of(finding_of(*CASES["ack-missing"], unseen_acks=unseen))
 
@@ -334,12 +336,12 @@ def test_how_many_acks_passed_unseen_is_said(unseen: int, words: str) -> None:
     [
         (Moved.SYNCOOKIES_FAILED, "bad or has expired"),
         (Moved.SYNCOOKIES_RECV, "timestamp option"),
-        (Moved.NOTHING, "not looked at"),
+        (Moved.NOTHING, "did not check"),
         (Moved.UNKNOWN, "cause is unknown"),
     ],
 )
 def test_the_cause_of_a_rejection_is_what_the_counters_say(counters: int, sentence: str) -> None:
-    causes = ("bad or has expired", "timestamp option", "not looked at", "cause is unknown")
+    causes = ("bad or has expired", "timestamp option", "did not check", "cause is unknown")
     text = text_of(finding_of(swept(ended(SYN_ONCE, Ending.REJECTED, at(1), counters))))
     assert [cause for cause in causes if cause in text] == [sentence]
 
@@ -394,7 +396,7 @@ def test_a_syn_dropped_by_this_host_is_not_blamed_on_the_network() -> None:
 
 def test_an_mss_that_could_not_be_read_is_said_to_be_unknown() -> None:
     finding = finding_of(swept(SYN_ONCE._replace(mss=0), 3))
-    assert "(MSS not known)" in text_of(finding)
+    assert "(MSS unknown)" in text_of(finding)
     assert "MSS 0" not in text_of(finding)
 
 
@@ -442,7 +444,7 @@ def test_a_connection_made_by_a_keep_alive_probe_is_not_told_as_sound() -> None:
     seen = event(EventKind.COMPLETED, entry, at(1), sequence=CLIENT_ISN)
     for finding in (finding_of(seen), finding_of(swept(entry, 1))):
         assert (finding.verdict, finding.bytes_missed) == ("data-lost", -1)
-        assert "seq ISN+0, as a keep-alive probe has" in text_of(finding)
+        assert "seq ISN+0, like a keep-alive probe" in text_of(finding)
         assert "waits for the byte before ISN+1" in text_of(finding)
 
 
@@ -483,7 +485,7 @@ class TestCoverage:
         if sure.stuck or name == "synack-missing":
             lower = {"certain": "likely", "likely": "possible", "possible": "possible"}
             assert unsure.certainty == lower[sure.certainty]
-            assert "2 valid ACKs of cookies" in unsure.evidence[-1]
+            assert "2 valid cookie ACKs" in unsure.evidence[-1]
         else:
             assert unsure == sure
 

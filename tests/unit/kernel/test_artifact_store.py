@@ -102,7 +102,7 @@ def test_one_of_another_kind_under_this_name_is_not_used(directory: Path) -> Non
     path.write_bytes(artifact.encode(made(replace(WANTED, mode="kprobe"))))
     cache = KeptFiles(directory)
     assert find_kept(cache, WANTED) is None
-    assert "something else" in cache.notes[0]
+    assert "other inputs" in cache.notes[0]
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o755, 0o701, 0o1777])
@@ -245,7 +245,7 @@ def test_of_a_directory_without_end_a_part_is_looked_at(
     built(tmp_path / "built", *others, WANTED)
     with pytest.raises(CannotTraceError) as raised:
         BuiltPrograms(tmp_path / "built").find(WANTED)
-    assert "1 more were not looked at" in raised.value.why
+    assert "1 more were not read" in raised.value.why
 
 
 def test_a_directory_of_built_programs_must_not_be_writable_by_others(tmp_path: Path) -> None:

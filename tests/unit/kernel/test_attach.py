@@ -39,7 +39,7 @@ def served(mode: str) -> set[str]:
 
 
 class Kernel:
-    """One that attaches everything but what it refuses."""
+    """A kernel that attaches everything except the probes in `refuses`."""
 
     def __init__(self, *refuses: str, mode: str = "kprobe") -> None:
         self.refuses = refuses
@@ -174,7 +174,7 @@ def test_half_of_ipv6_says_what_it_lacks() -> None:
     _, gaps = plan(ALL - {"cookie_v6_check"})
     assert {gap.probe: gap.why for gap in gaps} == {
         "cookie_v6_check": "the kernel has no such function",
-        "cookie_v6_init_sequence": "of no use without cookie_v6_check",
+        "cookie_v6_init_sequence": "useless without cookie_v6_check",
     }
 
 

@@ -93,12 +93,12 @@ def test_the_files_are_root_s_to_write_and_everybody_s_to_read(
 
 
 def test_a_mode_that_the_kernel_cannot_do_is_said(build: Callable[..., list[str]]) -> None:
-    """By fentry one parameter more is in the way, by kprobe it is not."""
+    """An extra parameter prevents fentry, but not kprobes."""
     types = with_functions(
         kernel(), {"tcp_rcv_state_process": ("struct sock", "struct sk_buff", "int")}
     )
     lines = build(types, AttachRequest())
-    assert any("nothing for fentry" in line and "3 parameters" in line for line in lines)
+    assert any("no fentry programs" in line and "3 parameters" in line for line in lines)
     assert any("-kprobe.programs" in line for line in lines)
 
 

@@ -84,7 +84,7 @@ def test_the_package_of_that_name_on_pypi_is_recognized(bcc_first: Path) -> None
             "no such thing",
         ),
         ("import os; os.write(2, b'main.c:7: error: odd\\n'); os._exit(9)", "main.c:7: error: odd"),
-        ("import os; os._exit(9)", "it said nothing"),
+        ("import os; os._exit(9)", "it printed nothing"),
         ("import os; os.kill(os.getpid(), 11)", "signal 11"),
         ("import os; os._exit(0)", "damaged"),
         ("raise RuntimeError('half installed')", "half installed"),
@@ -139,7 +139,7 @@ def test_the_compiler_does_not_outlive_who_started_it(bcc_first: Path, tmp_path:
 def test_nothing_of_the_current_directory_is_run(
     bcc_first: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Who starts the tool as root may stand in a directory that belongs to somebody else."""
+    """Root may start the tool in a directory that belongs to another user."""
     place_bcc(bcc_first, "import os; os._exit(9)")
     elsewhere = tmp_path / "elsewhere"
     for name in ("json", "ctypes", "tcpstuck_bpf", "bcc", "sitecustomize"):
@@ -148,7 +148,7 @@ def test_nothing_of_the_current_directory_is_run(
     root = str(Path(compilation.__file__).parents[2])
     monkeypatch.setattr(sys, "path", [root, *(path for path in sys.path if path)])
     monkeypatch.chdir(elsewhere)
-    with pytest.raises(CompilerError, match="it said nothing"):
+    with pytest.raises(CompilerError, match="it printed nothing"):
         compile_in_child(WANTED)
 
 

@@ -79,7 +79,7 @@ def test_verdicts_need_probes_that_exist() -> None:
         (("struct sk_buff *skb", "struct sock *sk"), "parameter 1 is `struct sk_buff *skb`"),
         (("struct sock *sk", "struct sk_buff **skb"), "parameter 2"),
         (("struct sock_reuseport *sk", "struct sk_buff *skb"), "parameter 1"),
-        (("struct sock *sk",), "1 parameters, none at place 2"),
+        (("struct sock *sk",), "1 parameters, no parameter 2"),
         ((), "0 parameters"),
     ],
 )

@@ -238,7 +238,7 @@ def test_what_was_written_by_others_is_not_believed(told: str) -> None:
 
 def test_a_kernel_without_types_says_so_at_each_question(machine: Machine) -> None:
     def read() -> Btf:
-        raise CannotTraceError("this kernel does not describe its types", "it has none", "another")
+        raise CannotTraceError("this kernel provides no BTF", "it has none", "another")
 
     kernel_without = RunningKernel(KeptFiles(machine.kept), read)
     for _ in range(2):

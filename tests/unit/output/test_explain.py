@@ -90,7 +90,7 @@ def test_a_section_says_what_its_rule_says(rule: Rule) -> None:
     assert all(said.values())
     assert re.split(r"\W", said["Client stuck"])[0] == ("yes" if rule.stuck else "no")
     assert re.split(r"\W", said["Certainty"])[0] == rule.certainty
-    assert ("possible where" in said["Certainty"]) == bool(rule.needs)
+    assert ("possible if" in said["Certainty"]) == bool(rule.needs)
     assert said["Proves"].startswith(rule.proves)
     assert said["Cannot prove"].startswith(rule.cannot_prove)
     assert {name for name in rule.needs if name not in said["Seen"]} == set()

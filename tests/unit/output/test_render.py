@@ -164,7 +164,7 @@ def sent(traced: int, kernel: int, *, agrees: bool | None = None) -> Reconciled:
 
 def test_nothing_stuck_is_said_only_where_every_handshake_was_watched() -> None:
     assert "nothing stuck" in summed_up(200, reconciliation=(sent(5, 15, agrees=True),))
-    unsure = "nothing was seen stuck, but 7 handshakes passed untraced: some may be stuck"
+    unsure = "nothing was seen stuck, but 7 handshakes went untraced: some may be stuck"
     for changes in (
         {"reconciliation": (sent(5, 22, agrees=False),)},
         {"untracked": 7},
@@ -180,7 +180,7 @@ def test_what_passed_untraced_is_said_beside_what_is_stuck() -> None:
     shown = summed_up(200, still_stuck=2, ever_stuck=2, untracked=1)
     assert shown[1:3] == [
         "2 clients are stuck",
-        "1 handshake passed untraced: some may be stuck",
+        "1 handshake went untraced: some may be stuck",
     ]
 
 
@@ -213,7 +213,7 @@ def test_figures_that_belong_to_no_namespace_are_named() -> None:
     ]
     shown = "\n".join(summed_up(200, reconciliation=tuple(rows)))
     assert "(gone)" in shown
-    assert "(no place)" in shown
+    assert "(no entry)" in shown
 
 
 @pytest.mark.parametrize(

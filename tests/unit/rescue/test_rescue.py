@@ -224,7 +224,7 @@ def test_one_that_is_not_stuck_any_more_counts_as_nothing_when_it_ends() -> None
 
 @pytest.mark.parametrize(("apart_s", "is_flood"), [(9, True), (10, False)])
 def test_unknown_clients_are_a_flood_only_within_the_time(apart_s: int, is_flood: bool) -> None:
-    """Of 101 clients the first and the last are in ten seconds, counted in whole ones, or not."""
+    """The first and the last of 101 clients are within ten whole seconds, or not."""
     rescuer = Rescuer(RescuePolicy(include_unknown=True))
     earlier, first, *others = stuck_reports(*[handshake()] * 102)
     for report, time_ns in ((earlier, at(4)), (first, at(5))):

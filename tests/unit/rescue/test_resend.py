@@ -111,7 +111,7 @@ def two_ways_out(namespace: Namespace) -> None:
 def test_a_packet_takes_the_way_of_its_source_address(
     namespace: Namespace, client: str, server: str
 ) -> None:
-    """As the kernel's own SYN-ACK did (inet_csk_route_req), where there are several uplinks."""
+    """With several uplinks it takes the route of the kernel's SYN-ACK (inet_csk_route_req)."""
     two_ways_out(namespace)
     who = FourTuple(address_bytes(client), address_bytes(server), 40_000, 3311, namespace.inode)
     segment = segment_of(who)
@@ -148,7 +148,7 @@ def test_a_socket_is_kept_for_a_while_and_then_closed(namespace: Namespace) -> N
 
 
 def test_a_namespace_in_use_is_left_every_now_and_then(namespace: Namespace) -> None:
-    """A socket keeps it alive, and whoever removed it would wait for its devices as long."""
+    """An open socket would keep a removed namespace and its devices alive."""
     now_ns = 0
     who = loopback_tuple(4, namespace.inode)
     packet = synack_packet(who, segment_of(who))
