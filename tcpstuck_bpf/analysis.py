@@ -235,6 +235,12 @@ class Analysis:
         """Whether there was a tally; a summary needs one."""
         return bool(self._tallies)
 
+    @property
+    def saw_cookies(self) -> bool:
+        """Whether a cookie's SYN-ACK or ACK was counted between the first tally and the last."""
+        counted = total_counted(self._tallies[0].traced, self._tallies[-1].traced)
+        return any(counted[which] for which in (NetnsCount.COOKIES_SENT, *_ACKS))
+
     def status(self, counts: NetnsCounts, now_ns: int) -> Status:
         """The current figures for the status line."""
         counted = total_counted(self._tallies[0].traced, counts)

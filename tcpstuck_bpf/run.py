@@ -30,6 +30,7 @@ from tcpstuck_bpf.errors import (
     UsageError,
 )
 from tcpstuck_bpf.host import netns
+from tcpstuck_bpf.host.expectations import doubts
 from tcpstuck_bpf.host.kernel_log import open_kernel_log
 from tcpstuck_bpf.host.listening_sockets import ListenerWatch
 from tcpstuck_bpf.host.ruleset_reader import read_ruleset
@@ -301,6 +302,8 @@ def _live(
     elsewhere = synproxy_note()
     if elsewhere:
         remark(elsewhere)
+    for doubt in doubts(settings.trace_filter):
+        remark(doubt)
     reader = netns.CounterReader()
     rules = RulesetWatch(read_ruleset, time.monotonic_ns)
     namespaces = NamespaceWatch(
@@ -318,6 +321,7 @@ def _live(
         kernel_log=kernel_log,
         namespaces=namespaces,
         notes=(elsewhere,) if elsewhere else (),
+        doubts=lambda: doubts(settings.trace_filter),
         clock_note=run_clock.note,
     )
 

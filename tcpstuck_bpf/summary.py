@@ -85,6 +85,12 @@ class Summary(NamedTuple):
     group comes first."""
 
     @property
+    def saw_nothing(self) -> bool:
+        """Whether no cookie was seen, so that nobody could get stuck under one."""
+        seen = (self.cookies_sent, self.unseen_syn, self.ever_stuck, self.unwatched)
+        return not any(seen) and not any(self.verdicts.values())
+
+    @property
     def unwatched(self) -> int:
         """Smallest possible number of cookie handshakes with an unknown outcome.
 

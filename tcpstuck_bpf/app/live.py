@@ -91,6 +91,8 @@ class Live:
     """None: the run does not look for network namespaces that are gone."""
     notes: tuple[str, ...] = ()
     """Sentences for the summary that were known at the start."""
+    doubts: Callable[[], tuple[str, ...]] | None = None
+    """Says at the end of a run without cookies why there may have been nothing to see."""
     clock_note: Callable[[], str] | None = None
     """Says at the end whether the wall clock was moved against the times that the run prints."""
     failure: Exception | None = field(default=None, init=False)
@@ -343,6 +345,9 @@ class Live:
             self._await_rules()
         with self._noted("the counters were not compared at the end"):
             self._tally()
+        if self.doubts is not None and not self.analysis.saw_cookies:
+            with self._noted("it is not known whether there was anything to see"):
+                self._noted_at_end += self.doubts()
         overruns = 0 if self.kernel_log is None else self.kernel_log.overruns
         losses: dict[str, int] = {"kernel_log_overruns": overruns}
         with self._noted("the losses that the programs counted are not known"):

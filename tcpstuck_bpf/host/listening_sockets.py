@@ -62,7 +62,8 @@ def parse_listeners(text: str) -> Iterator[ListeningSocket]:
         yield ListeningSocket(full, int(port, 16), int(words[9]))
 
 
-def _own_listeners() -> tuple[ListeningSocket, ...]:
+def own_listeners() -> tuple[ListeningSocket, ...]:
+    """The listening TCP sockets of the calling thread's network namespace."""
     found: list[ListeningSocket] = []
     for name in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
@@ -151,7 +152,7 @@ class ListenerWatch:
         listening: dict[int, tuple[ListeningSocket, ...]] = {}
         for inode in {one.netns for one in facts}:
             with contextlib.suppress(OSError):
-                listening[inode] = netns.run_in(inode, _own_listeners)
+                listening[inode] = netns.run_in(inode, own_listeners)
         sockets = {one: sockets_for(one, listening.get(one.netns, ())) for one in facts}
         owned = {
             one: (one.socket,) if one.socket else tuple(socket.inode for socket in some)

@@ -150,6 +150,13 @@ def _pids_by_namespace() -> dict[int, list[int]]:
     return found
 
 
+def inodes() -> list[int]:
+    """Inode numbers of the network namespaces that a process or a name leads to, our own first."""
+    own = own_netns()
+    found = dict.fromkeys([own, *_with_names(), *_pids_by_namespace()])
+    return list(found)
+
+
 def parse_netstat(text: str) -> dict[str, int]:
     """The TcpExt counters in a /proc/net/netstat, which has pairs of lines: names, then values."""
     found: dict[str, int] = {}
@@ -166,7 +173,7 @@ def _own_counters() -> dict[str, int]:
     return {**counters, NETNS_COOKIE: own_cookie()} if counters else {}
 
 
-def _own_queue_settings() -> dict[str, int]:
+def own_queue_settings() -> dict[str, int]:
     """The calling thread's namespace's QUEUE_SETTINGS. A missing setting is left out."""
     found = {}
     for name in QUEUE_SETTINGS:
@@ -347,9 +354,9 @@ def read_queue_settings() -> dict[int, dict[str, int]]:
     own = own_netns()
     found = {}
     for inode, ways in paths.items():
-        settings = _own_queue_settings() if inode == own else {}
+        settings = own_queue_settings() if inode == own else {}
         for way in ways:
-            settings = settings or _read_inside(way, _own_queue_settings, inode)
+            settings = settings or _read_inside(way, own_queue_settings, inode)
         found[inode] = settings
     return found
 

@@ -224,6 +224,7 @@ def summary_line(summary: Summary, clock: WallClock) -> str:
             ),
             "verdicts": dict(summary.verdicts),
             "stuck": summary.still_stuck,
+            "saw_nothing": summary.saw_nothing,
             "stuck_groups": [_stuck_group(*one) for one in summary.stuck],
             "ever_stuck": summary.ever_stuck,
             "flood_suspected": summary.flood_suspected,

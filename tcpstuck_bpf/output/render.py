@@ -93,7 +93,9 @@ class TableRenderer:
 
     def status(self, status: Status) -> str:
         """The status line, cut to the width; the most important figures come first."""
-        stuck = f"{grouped(status.still_stuck)} STUCK" if status.still_stuck else "nothing stuck"
+        stuck = "nothing stuck" if status.cookies_sent else "no cookies yet"
+        if status.still_stuck:
+            stuck = f"{grouped(status.still_stuck)} STUCK"
         if status.flood_suspected:
             stuck += f", {silent_syns(status.flood_suspected)}"
         line = (

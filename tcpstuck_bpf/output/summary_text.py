@@ -112,6 +112,8 @@ class SummaryText:
         elif summary.ever_stuck:
             ended = ", ".join(self._no_longer(summary)) or "their clients gave up"
             yield f"nothing is stuck any more: {ended}{flood}"
+        elif summary.saw_nothing:
+            yield "nothing to see: no SYN cookie was sent, so no client could get stuck under one"
         elif not summary.unwatched:
             yield f"nothing stuck{flood}"
         if summary.unwatched:

@@ -32,7 +32,7 @@ from tcpstuck_bpf.errors import (
 )
 from tcpstuck_bpf.host import netns
 from tcpstuck_bpf.host.bpf_syscall import RefusedError
-from tcpstuck_bpf.model import KernelCounters, Sweep
+from tcpstuck_bpf.model import KernelCounters, Sweep, TraceFilter
 from tcpstuck_bpf.output.writers import JsonOutput, Selection
 from tcpstuck_bpf.recording.replay import Recorder, Replay
 from tcpstuck_bpf.terminal import CLEAR_LINE
@@ -71,6 +71,11 @@ def _signals_as_before() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def _whoever_listens_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "doubts", lambda _wanted: ())
 
 
 def run(source: Scripted, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -119,6 +124,26 @@ def test_cookies_that_are_made_elsewhere_are_told_at_the_start_and_in_the_summar
     out, err = capsys.readouterr()
     assert json.loads(out.splitlines()[-1])["notes"] == [note]
     assert f"tcpstuck-trace: {note}" in err
+
+
+@pytest.mark.usefixtures("_signals_as_before")
+def test_why_there_may_be_nothing_to_see_is_told_at_the_start_and_in_the_summary(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def doubts(wanted: TraceFilter) -> tuple[str, ...]:
+        asked.append(wanted.ports)
+        return ("nobody listens on port 3311",)
+
+    monkeypatch.setattr(run_module, "doubts", doubts)
+    assert run(Scripted(), monkeypatch, "-p", "3311", "--json") == EXIT_NOTHING_STUCK
+    out, err = capsys.readouterr()
+    summary = json.loads(out.splitlines()[-1])
+    assert summary["notes"] == ["nobody listens on port 3311"]
+    assert summary["saw_nothing"] is True
+    assert "tcpstuck-trace: nobody listens on port 3311" in err
+    assert asked == [(3311,)] * 2
 
 
 @pytest.mark.usefixtures("_signals_as_before")
@@ -228,7 +253,7 @@ def test_no_status_line_stays_where_a_run_is_abandoned(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert run(source, monkeypatch, "-d", "60", "-t", "0.003") == cli.EXIT_INTERRUPTED
     out = capsys.readouterr().out
-    assert "nothing stuck, watching every port" in out
+    assert "no cookies yet, watching every port" in out
     assert out.endswith(CLEAR_LINE)
     assert source.closed
 

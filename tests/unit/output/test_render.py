@@ -163,7 +163,8 @@ def sent(traced: int, kernel: int, *, agrees: bool | None = None) -> Reconciled:
 
 
 def test_nothing_stuck_is_said_only_where_every_handshake_was_watched() -> None:
-    assert "nothing stuck" in summed_up(200, reconciliation=(sent(5, 15, agrees=True),))
+    agreed = (sent(5, 15, agrees=True),)
+    assert "nothing stuck" in summed_up(200, cookies_sent=5, reconciliation=agreed)
     unsure = "nothing was seen stuck, but 7 handshakes went untraced: some may be stuck"
     for changes in (
         {"reconciliation": (sent(5, 22, agrees=False),)},
@@ -186,7 +187,15 @@ def test_what_passed_untraced_is_said_beside_what_is_stuck() -> None:
 
 def test_a_lower_bound_is_no_reason_to_doubt() -> None:
     rows = (sent(5, 99), sent(5, 12, agrees=False), sent(0, 0, agrees=True))
-    assert "nothing stuck" in summed_up(200, reconciliation=rows)
+    assert "nothing stuck" in summed_up(200, cookies_sent=5, reconciliation=rows)
+
+
+def test_a_run_that_saw_no_cookie_is_no_all_clear() -> None:
+    shown = "\n".join(summed_up(200))
+    assert "nothing stuck" not in shown
+    assert "no SYN cookie was sent, so no client could get stuck under one" in shown
+    for seen in ({"unseen_syn": 1}, {"cookies_sent": 1}, {"verdicts": {"client-reset": 1}}):
+        assert "nothing stuck" in summed_up(200, **seen)
 
 
 @pytest.mark.parametrize("width", range(60, 90))
