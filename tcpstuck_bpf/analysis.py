@@ -256,11 +256,25 @@ class Analysis:
             flood_suspected=stats.flood_suspected,
         )
 
+    def so_far(self, counts: NetnsCounts, now_ns: int, losses: Mapping[str, int]) -> Summary:
+        """What a summary would say now, but for the reports of listeners; a tally was taken.
+
+        To judge listeners is to look at every client of a flood. The kernel's counters are compared
+        as of the latest tally, and a verdict that waits for rules is not lost yet.
+        """
+        summed = self._summed(Ended(now_ns, losses, ()), counts)
+        return summed._replace(losses={**summed.losses, "causes_not_updated": self._never_updated})
+
     def summary(self, ended: Ended) -> Summary:
         """The summary of all steps taken, which must include a tally."""
+        summed = self._summed(ended, self._tallies[-1].traced)
+        return summed._replace(listeners=self._listeners.reports(self.header.coverage.gaps))
+
+    def _summed(self, ended: Ended, counts: NetnsCounts) -> Summary:
+        """A summary without reports of listeners."""
         start, end = self._tallies[0], self._tallies[-1]
         stats = self.correlator.stats()
-        counted = total_counted(start.traced, end.traced)
+        counted = total_counted(start.traced, counts)
         recovered = stats.told_now.get(State.RECOVERED, 0)
         verdicts = {name: number for name, number in self._verdicts.items() if number > 0}
         # Handshakes that an ordinary one took over were connected without a cookie's ACK.
@@ -305,7 +319,7 @@ class Analysis:
             notes=(*ended.notes, *filter(None, [missed_runs])),
             cut_off_ns=ended.now_ns if ended.cut_off else None,
             rescue=self._rescue_totals(rescued),
-            listeners=self._listeners.reports(self.header.coverage.gaps),
+            seen=self._listeners.seen,
             flood_suspected=stats.flood_suspected,
             stuck=self._stuck.groups(),
         )

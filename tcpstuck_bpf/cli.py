@@ -11,8 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tcpstuck_bpf import terminal
+from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.app.playback import run_replay
-from tcpstuck_bpf.console import discard, open_standard_streams, print_lines, say, unforeseen
+from tcpstuck_bpf.console import (
+    discard,
+    open_standard_streams,
+    print_lines,
+    remark,
+    say,
+    unforeseen,
+)
+from tcpstuck_bpf.ending import Ending
 from tcpstuck_bpf.errors import (
     EXIT_CANNOT_TRACE,
     EXIT_INTERRUPTED,
@@ -24,13 +33,22 @@ from tcpstuck_bpf.kernel.probes import AttachRequest
 from tcpstuck_bpf.options import as_written, build_parser
 from tcpstuck_bpf.output.explain import explanation, verdict_list
 from tcpstuck_bpf.recording.replay import Replay
-from tcpstuck_bpf.run import WIDTH_OF_A_PIPE, exit_status, one_vmlinux, output_for, trace
+from tcpstuck_bpf.run import (
+    WIDTH_OF_A_PIPE,
+    exit_status,
+    exporter_for,
+    one_vmlinux,
+    output_for,
+    trace,
+)
 
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 _OUTPUT_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EAGAIN})
 """Errors of the disk or terminal behind standard output. Other files have messages of their own."""
 
-_REPLAY_OPTIONS = frozenset({"replay", "json", "each", "verbose", "only", "summary"})
+_REPLAY_OPTIONS = frozenset(
+    {"replay", "json", "each", "verbose", "only", "summary", "metrics_file"}
+)
 _DOCTOR_OPTIONS = frozenset({"doctor", "vmlinux", "against", "json", "verbose"})
 _BUILD_OPTIONS = frozenset({"build", "vmlinux", "rescue", "why", "port"})
 
@@ -53,10 +71,18 @@ def _replay(options: argparse.Namespace) -> int:
         _REPLAY_OPTIONS,
         options,
         "the recording determines what was traced, and how",
-        "leave it out; --json, --only, --each, -v and --summary choose what is shown",
+        "leave it out; --json, --only, --each, -v and --summary choose what is shown, and "
+        "--metrics-file writes metrics",
     )
     replay = Replay(options.replay)
-    return exit_status(run_replay(replay, output_for(options, replay.header)))
+    analysis = Analysis(replay.header)
+    output = output_for(options, replay.header)
+    exporter = exporter_for(options)
+    with Ending(remark) as ending:
+        if exporter is not None:
+            ending.add("the metrics are not those of the end", exporter.close)
+            output = exporter.beside_replay(output, analysis)
+        return exit_status(run_replay(replay, output, analysis))
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -139,6 +139,20 @@ def packet_rate(text: str) -> int:
     return value
 
 
+def metrics_address(text: str) -> tuple[str, int]:
+    """IP address and port; without an address that of localhost, for the answers tell strangers."""
+    address, colon, port_text = text.rpartition(":")
+    try:
+        port = int(port_text if colon else "")
+        named = {"": "127.0.0.1", "localhost": "127.0.0.1"}.get(address, address)
+        ip = str(ipaddress.ip_address(named.strip("[]")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ADDR:PORT, nor :PORT") from None
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{port} is no port: they go from 0 (any) to 65535")
+    return ip, port
+
+
 def verdict_to_explain(text: str) -> str:
     """Parse a verdict's name; an empty one means all verdicts."""
     if text and text not in VERDICT_NAMES:
@@ -175,6 +189,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_selection(parser)
     _add_output(parser)
+    _add_metrics(parser)
     _add_running(parser)
     _add_rescue(parser)
     _add_kernel(parser)
@@ -249,6 +264,23 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         const="",
         type=verdict_to_explain,
         help="say what a verdict means and what to do; without VERDICT, list all verdicts",
+    )
+
+
+def _add_metrics(parser: argparse.ArgumentParser) -> None:
+    metrics = parser.add_argument_group("metrics for Prometheus (docs/metrics.md)")
+    metrics.add_argument(
+        "--metrics",
+        metavar="ADDR:PORT",
+        type=metrics_address,
+        help="serve them at http://ADDR:PORT/metrics; :PORT listens at localhost only, "
+        "0.0.0.0:PORT at every address",
+    )
+    metrics.add_argument(
+        "--metrics-file",
+        metavar="FILE",
+        type=file_name,
+        help="write them for a node_exporter's textfile collector, every 5 s and at the end",
     )
 
 

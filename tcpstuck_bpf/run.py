@@ -48,6 +48,7 @@ from tcpstuck_bpf.steps import Header
 from tcpstuck_bpf.summary import Summary
 
 if TYPE_CHECKING:
+    from tcpstuck_bpf.exporter.export import Exporter
     from tcpstuck_bpf.kernel.source import KernelSource
     from tcpstuck_bpf.rescue.rescuer import Rescuing
 
@@ -111,6 +112,16 @@ def output_for(options: argparse.Namespace, header: Header) -> Output:
         netns_names=header.netns_names,
     )
     return TableOutput(sys.stdout, renderer, selection)
+
+
+def exporter_for(options: argparse.Namespace) -> Exporter | None:
+    """What serves and writes metrics, where they are asked for; raises what is in its way."""
+    if options.dry_run or (options.metrics is None and options.metrics_file is None):
+        return None
+    # Imported where it is used: it needs a module that many machines lack.
+    from tcpstuck_bpf.exporter.export import Exporter
+
+    return Exporter(options.metrics, options.metrics_file)
 
 
 class Interrupts:
@@ -235,6 +246,7 @@ def trace(options: argparse.Namespace) -> int:
         remove_ready_file(options.ready_file)
     settings = _settings(options)
     watched = _watched(options, settings.trace_filter)
+    exporter = exporter_for(options)
     source = _open_source(settings, _attach_request(options))
     with Ending(remark) as ending:
         ending.add("the programs were not detached cleanly", source.close)
@@ -242,7 +254,7 @@ def trace(options: argparse.Namespace) -> int:
             remark(text)
         if options.dry_run:
             return _able(options, source)
-        live = _live(options, settings, watched, source, ending)
+        live = _live(options, settings, watched, source, ending, exporter)
         # Added last, so called first: further Ctrl-C must not interrupt the ending.
         ending.add("signals", interrupts.ignore)
         interrupts.live = live
@@ -270,6 +282,7 @@ def _live(
     watched: str,
     source: KernelSource,
     ending: Ending,
+    exporter: Exporter | None,
 ) -> Live:
     """A run with all its parts; everything that must be closed is added to `ending`."""
     run_clock = RunClock()
@@ -285,7 +298,11 @@ def _live(
         netns.own_netns(),
         netns.names(),
     )
+    analysis = Analysis(header)
     output = output_for(options, header)
+    if exporter is not None:
+        ending.add("the metrics are not those of the end", exporter.close)
+        output = exporter.beside_live(output, analysis, source.counts, source.losses)
     recorder = None if options.record is None else Recorder(options.record, header)
     if recorder is not None:
         ending.add("the recording is incomplete", recorder.close)
@@ -311,7 +328,7 @@ def _live(
     )
     return Live(
         source,
-        Analysis(header),
+        analysis,
         Printer(output),
         recorder,
         reader.read,

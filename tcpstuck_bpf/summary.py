@@ -8,7 +8,7 @@ from typing import NamedTuple
 from tcpstuck_bpf.judge.backlog import ListenerReport
 from tcpstuck_bpf.judge.reconcile import Reconciled
 from tcpstuck_bpf.judge.stuck_now import StuckGroup
-from tcpstuck_bpf.model import CoverageGap
+from tcpstuck_bpf.model import CoverageGap, ListenerSeen
 
 
 class Status(NamedTuple):
@@ -76,6 +76,8 @@ class Summary(NamedTuple):
     rescue: RescueTotals | None = None
     """Totals of --rescue; None without it."""
     listeners: tuple[ListenerReport, ...] = ()
+    seen: tuple[ListenerSeen, ...] = ()
+    """The latest readings that the reports are made from; what changed longest ago first."""
     namespace_gone: int = 0
     """Clients reported stuck in network namespaces that have been removed since."""
     flood_suspected: int = 0

@@ -10,12 +10,14 @@ from tcpstuck_bpf.steps import Ended, Rescued
 from tcpstuck_bpf.summary import Summary
 
 
-def run_replay(replay: Replay, output: Output) -> Summary:
+def run_replay(replay: Replay, output: Output, analysis: Analysis | None = None) -> Summary:
     """Print the findings and the summary of a recording, as far as it goes.
+
+    `analysis`: a fresh one of the recording's header, if somebody else looks at it too.
 
     Raises RecordingError if the recording is damaged.
     """
-    analysis = Analysis(replay.header)
+    analysis = Analysis(replay.header) if analysis is None else analysis
     for step in replay.steps():
         findings = analysis.take(step)
         if findings:

@@ -58,6 +58,11 @@ class FlowTable:
         known = flow is not None and flow.handshake.first_syn_ns == handshake.first_syn_ns
         return flow if known else None
 
+    def is_suspected(self, handshake: HandshakeId) -> bool:
+        """Whether a flow is in memory and looks like a SYN flood's."""
+        flow = self.named(handshake)
+        return flow is not None and bool(flow.flood)
+
     def items(self) -> ItemsView[FourTuple, Flow]:
         """All flows with their 4-tuples."""
         return self._flows.items()

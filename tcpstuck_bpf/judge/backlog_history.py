@@ -57,6 +57,11 @@ class ListenerHistory:
         self._silent_in_sweep: _Silent = {}
         self._gone: dict[ListenerId, Counter[int]] = {}
 
+    @property
+    def seen(self) -> tuple[ListenerSeen, ...]:
+        """The latest reading of each listener, the one that changed longest ago first."""
+        return tuple(self._seen.values())
+
     def take_listeners(self, seen: Iterable[ListenerSeen]) -> None:
         """Take in new readings of the listeners that changed."""
         for one in seen:

@@ -330,6 +330,12 @@ class Drop:
     """The rules that can have dropped the ACK."""
 
     @property
+    def what(self) -> str:
+        """The cause in one stable word; empty where it is not known."""
+        cause = self.cause or self.refusal
+        return "" if cause is None else cause.what
+
+    @property
     def sure(self) -> bool:
         """Whether the cause rests on the kernel's reason, not on the drop site alone."""
         return self.reason not in (None, "NOT_SPECIFIED")

@@ -25,6 +25,8 @@ class StuckGroup(NamedTuple):
     cause: str
     """What dropped their ACKs, in words, for a firewall its rule; empty where the verdict says all
     that is known."""
+    what: str = ""
+    """What dropped them in one stable word (`Drop.what`)."""
 
 
 class StuckNow:
@@ -36,13 +38,14 @@ class StuckNow:
     def __init__(self) -> None:
         self._groups: dict[HandshakeId, StuckGroup] = {}
         self._same: dict[StuckGroup, StuckGroup] = {}
-        self._settled: Counter[StuckGroup] = Counter()
+        self._counts: Counter[StuckGroup] = Counter()
+        """Clients of each group, those that are only counted among them."""
 
     def take(self, finding: Finding) -> None:
         """Take in a verdict. The clients of a suspected SYN flood do not count as stuck."""
         identity = HandshakeId(finding.four_tuple, finding.first_syn_ns)
+        self.leave(identity)
         if not finding.stuck or finding.flood_suspected:
-            self.leave(identity)
             return
         who = finding.four_tuple
         group = StuckGroup(
@@ -53,20 +56,25 @@ class StuckNow:
             finding.verdict,
             finding.certainty,
             finding.cause,
+            "" if finding.drop is None else finding.drop.what,
         )
         # One object for all clients of a group: there may be a hundred thousand of them.
         self._groups[identity] = self._same.setdefault(group, group)
+        self._counts[group] += 1
 
     def settle(self, may_change: Callable[[HandshakeId], bool]) -> None:
         """Let go of the connections of which no more news can come: who is stuck there stays so."""
         for identity in [one for one in self._groups if not may_change(one)]:
-            self._settled[self._groups.pop(identity)] += 1
+            del self._groups[identity]
 
     def leave(self, identity: HandshakeId) -> None:
         """A connection is not stuck any more, whatever became of it."""
-        self._groups.pop(identity, None)
+        group = self._groups.pop(identity, None)
+        if group is not None:
+            self._counts[group] -= 1
+            if not self._counts[group]:
+                del self._counts[group], self._same[group]
 
     def groups(self) -> tuple[tuple[StuckGroup, int], ...]:
         """The groups with their number of clients, the largest first."""
-        counts = self._settled + Counter(self._groups.values())
-        return tuple(sorted(counts.items(), key=lambda one: (-one[1], one[0])))
+        return tuple(sorted(self._counts.items(), key=lambda one: (-one[1], one[0])))

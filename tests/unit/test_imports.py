@@ -19,6 +19,7 @@ FLOORS = (
     ("__main__",),
     ("cli",),
     ("run", "doctor"),
+    ("exporter",),
     ("options", "kernel", "app"),
     ("rescue", "output", "typeinfo", "analysis"),
     ("host", "summary"),
@@ -64,6 +65,11 @@ ONLY_SOME_RUNS_NEED = {
     *(f"{PACKAGE}.doctor.{name}" for name in ("command", "machine_report", "render")),
     *(f"{PACKAGE}.typeinfo.{name}" for name in ("dwarf", "vmlinux")),
     "elftools",
+    # --metrics and --metrics-file:
+    *(f"{PACKAGE}.exporter.{name}" for name in ("export", "exposition", "server", "textfile")),
+    *(f"{PACKAGE}.output.{name}" for name in ("metric_families", "metric_listeners", "metrics")),
+    "http.server",
+    "prometheus_client",
     # The table at the end of a run:
     "html",
     "tabulate",
@@ -215,7 +221,7 @@ DOORS = {
 """Where text leaves: each passes it through `terminal` or `json_text`."""
 OTHER_WRITERS = {
     *("kernel.compiler", "kernel.kept_files", "files"),
-    *("host.ruleset_child", "typeinfo.unpacking"),
+    *("host.ruleset_child", "typeinfo.unpacking", "exporter.server"),
 }
 """Their bytes are for programs, or their standard error is read by the process that traces."""
 

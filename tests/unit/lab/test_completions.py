@@ -183,6 +183,7 @@ def test_every_value_has_its_way() -> None:
         "timeout",
         "duration",
         "max_handshakes",
+        "metrics",
         "rescue_exclude",
         "rescue_rate",
     }

@@ -38,10 +38,14 @@ def test_an_xdg_directory_that_is_not_absolute_counts_as_unset(base: str) -> Non
 
 def test_an_empty_cache_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for look in (packages.cached_kernel, packages.cached_busybox):
+    for look, remedy in (
+        (packages.cached_kernel, "make setup"),
+        (packages.cached_busybox, "make setup"),
+        (packages.cached_prometheus, "lab fetch --prometheus"),
+    ):
         with pytest.raises(packages.CacheError) as missing:
             look()
-        assert "make setup" in missing.value.remedy
+        assert remedy in missing.value.remedy
         assert missing.value.exit_status == run.HARNESS_STATUS
 
 

@@ -1,0 +1,1 @@
+"""Metrics for Prometheus: how a snapshot leaves, over HTTP or as a file."""
