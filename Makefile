@@ -2,15 +2,20 @@
 SHELL := /bin/bash
 PREFIX ?= /opt/tcpstuck-trace
 SBIN ?= /usr/local/sbin
+SHARE ?= /usr/local/share
+UNITS ?= /usr/local/lib/systemd/system
+DEFAULTS ?= /etc/default
 PYTHON := .venv/bin/python
 # Installed from a copy, because building leaves files behind that would belong to root here.
-PACKAGED := setup.cfg pyproject.toml $(wildcard README.md) LICENSE tcpstuck_bpf bpf docs
+PACKAGED := setup.cfg pyproject.toml README.md LICENSE tcpstuck_bpf bpf docs lab
+PAGES := man/man8/tcpstuck-trace.8 bash-completion/completions/tcpstuck-trace \
+	zsh/site-functions/_tcpstuck-trace
 export PIP_ROOT_USER_ACTION := ignore
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo quick test lint types unit golden kernel-test test-kernels bench
-.PHONY: install uninstall clean
+.PHONY: pages deb install uninstall clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -48,6 +53,12 @@ golden: setup ## record tests/golden anew, in a guest; read the difference
 bench: setup ## what tracing costs, in instructions
 	@$(PYTHON) -m bench
 
+deb: setup ## the Debian package, built in a fresh tree of Debian 12 (minutes)
+	@$(PYTHON) -m lab deb
+
+pages: setup ## write the manual page and the completions to build/pages
+	@$(PYTHON) -m lab pages
+
 install: ## as root: the tool in PREFIX, and tcpstuck-trace on root's PATH
 	@/usr/bin/python3 -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("bcc"))' || \
 		echo 'install: no BCC here (apt install python3-bpfcc): this machine can trace with --programs only' >&2
@@ -57,12 +68,19 @@ install: ## as root: the tool in PREFIX, and tcpstuck-trace on root's PATH
 		$(PREFIX)/bin/python -m pip install --quiet "$$copy"
 	install -d $(SBIN)
 	ln -sf $(PREFIX)/bin/tcpstuck-trace $(SBIN)/tcpstuck-trace
+	install -d $(dir $(addprefix $(SHARE)/,$(PAGES))) $(UNITS) $(DEFAULTS)
+	for page in $(PAGES); do ln -sf $(PREFIX)/share/$$page $(SHARE)/$$page; done
+	sed 's,/usr/bin/tcpstuck-trace,$(SBIN)/tcpstuck-trace,' packaging/tcpstuck-trace.service \
+		>$(UNITS)/tcpstuck-trace.service
+	[ -e $(DEFAULTS)/tcpstuck-trace ] || \
+		install -m 644 packaging/tcpstuck-trace.default $(DEFAULTS)/tcpstuck-trace
 
 uninstall: ## as root: remove what install made
 	@if [ -e $(PREFIX) ] && [ ! -e $(PREFIX)/pyvenv.cfg ]; then \
 		echo 'uninstall: $(PREFIX) is not what `make install` makes: left alone' >&2; exit 1; fi
 	rm -rf $(PREFIX)
-	rm -f $(SBIN)/tcpstuck-trace
+	rm -f $(SBIN)/tcpstuck-trace $(addprefix $(SHARE)/,$(PAGES))
+	rm -f $(UNITS)/tcpstuck-trace.service $(DEFAULTS)/tcpstuck-trace
 
 clean: ## remove what was built here, .venv too
 	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

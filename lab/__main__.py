@@ -6,7 +6,9 @@ import argparse
 import sys
 
 from lab import checks, demo, golden
+from lab.deb import build as deb
 from lab.guests import guest_command, matrix, packages, pair, trees
+from lab.pages import build as pages
 from lab.scenarios import play
 from tcpstuck_bpf.errors import EXIT_INTERRUPTED, TcpstuckError
 
@@ -15,7 +17,19 @@ def main() -> int:
     """Run one sub-command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python3 -m lab", description=__doc__)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (play, demo, guest_command, packages, checks, trees, matrix, pair, golden):
+    for module in (
+        play,
+        demo,
+        guest_command,
+        packages,
+        checks,
+        trees,
+        matrix,
+        pair,
+        golden,
+        pages,
+        deb,
+    ):
         module.add_parser(subparsers)
     arguments = parser.parse_args()
     try:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 UNIT_DIRECTORIES = ("tests/unit", "tests/property", "tests/replay", "tests/golden")
 UNIT, KERNEL = "unit", "kernel"
+SCRIPTS = ("lab/setup.sh", ".ci/run", "lab/deb/trial.sh", "packaging/debian/tcpstuck-trace.postrm")
 PYTHON = (sys.executable, "-m")
 COVERAGE = BUILD / "coverage"
 QUICK_MODE = "fentry"
@@ -77,7 +78,7 @@ def _lint(_settings: Settings) -> Tally:
     sources = (*(REPOSITORY / "bpf").glob("*.[ch]"), *(REPOSITORY / "bench").glob("*.c"))
     total += _tool("clang-format", "--dry-run", "-Werror", *sorted(map(str, sources)))
     if shutil.which("shellcheck"):
-        total += _tool("shellcheck", "lab/setup.sh", ".ci/run")
+        total += _tool("shellcheck", *SCRIPTS)
     return total
 
 

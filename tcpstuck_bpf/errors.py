@@ -6,6 +6,9 @@ one.
 
 from __future__ import annotations
 
+import shlex
+import sys
+from pathlib import Path
 from typing import ClassVar
 
 from tcpstuck_bpf.terminal import printable
@@ -17,6 +20,12 @@ EXIT_CANNOT_TRACE = 3
 EXIT_NOT_KNOWN = 4
 """Nothing was seen stuck, but not every handshake was seen."""
 EXIT_INTERRUPTED = 130
+
+_COMMAND = "tcpstuck-trace"
+_SUDO_LOOKS_IN = frozenset(
+    f"{prefix}/{name}" for prefix in ("/usr/local", "/usr", "") for name in ("sbin", "bin")
+)
+"""The directories of secure_path in distributions' sudoers(5)."""
 
 
 class TcpstuckError(Exception):
@@ -50,6 +59,13 @@ class UsageError(TcpstuckError):
 
 class RecordingError(UsageError):
     """A recording cannot be written or read."""
+
+
+def as_root_remedy() -> str:
+    """The command for who lacks the privileges, with its path where sudo does not look for it."""
+    command = Path(sys.argv[0])
+    found = command.name == _COMMAND and str(command.parent.absolute()) not in _SUDO_LOOKS_IN
+    return f"run it as root: sudo {shlex.quote(str(command.absolute())) if found else _COMMAND}"
 
 
 def words_of(error: BaseException) -> str:

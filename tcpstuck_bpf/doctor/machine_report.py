@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from tcpstuck_bpf.ending import Ending
-from tcpstuck_bpf.errors import CannotTraceError
+from tcpstuck_bpf.errors import CannotTraceError, as_root_remedy
 from tcpstuck_bpf.host import bpf_syscall, kallsyms, netns, netns_owners
 from tcpstuck_bpf.kernel import features
 from tcpstuck_bpf.kernel.kept_files import KeptFiles, cache_directory
@@ -151,7 +151,7 @@ def _capabilities() -> Check:
         f"{who} with {', '.join(held) or 'none of the needed ones'}",
         "CAP_SYS_ADMIN, or CAP_BPF and CAP_PERFMON, load and attach the programs; CAP_SYSLOG shows "
         "the kernel's addresses; CAP_NET_ADMIN is not needed",
-        "" if enough else "run it as root: sudo tcpstuck-trace",
+        "" if enough else as_root_remedy(),
     )
 
 

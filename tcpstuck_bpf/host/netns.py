@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from tcpstuck_bpf.errors import CannotTraceError, UsageError
+from tcpstuck_bpf.errors import CannotTraceError, UsageError, as_root_remedy
 from tcpstuck_bpf.host.netns_cookie import own_cookie
 from tcpstuck_bpf.model import NETNS_COOKIE, KernelCounters
 
@@ -63,7 +63,7 @@ def resolve(text: str) -> int | None:
         raise CannotTraceError(
             f"no access to the network namespace {text}",
             f"{path}: {error.strerror}",
-            "run it as root: sudo tcpstuck-trace",
+            as_root_remedy(),
         ) from error
     except OSError as error:
         raise UsageError(

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,7 @@ because BCC translates table accesses only in its main text, not in included fil
 COMPILE_LIMIT_S = 600.0
 """A compilation takes a quarter of a second, or a minute in a busy emulated machine."""
 NO_BCC = "no BCC"
+_DISTRIBUTION_S_PREFIX = "/usr"
 REFUSED_STATUS = 3
 """The child's exit status when it writes an error's three lines instead of an artifact."""
 _CHILD = (
@@ -151,6 +153,21 @@ def bcc_version() -> str:
     return NO_BCC if found is None else found[0]
 
 
+def _bcc_remedy() -> str:
+    """Commands after which this interpreter finds BCC."""
+    install = "apt install python3-bpfcc (or dnf install python3-bcc)"
+    if sys.base_prefix != _DISTRIBUTION_S_PREFIX:
+        return (
+            f"{install}, and tcpstuck-trace in an environment of the distribution's Python "
+            "(/usr/bin/python3 -m venv --system-site-packages DIR)"
+        )
+    if sys.prefix == sys.base_prefix:
+        return install
+    setting = Path(sys.prefix, "pyvenv.cfg")
+    let_see = f"sed -i '/^include-system/s/false/true/' {shlex.quote(str(setting))}"
+    return f"{install}, and let this environment see it: {let_see}"
+
+
 def require_bcc() -> str:
     """BCC's version and directory, as text. Raises CannotTraceError if there is no BCC."""
     found = _find_bcc()
@@ -158,8 +175,7 @@ def require_bcc() -> str:
         raise CannotTraceError(
             "BCC's Python module is not installed",
             "BCC compiles the programs, and no `bcc` is on Python's search path",
-            "install it from the distribution (apt install python3-bpfcc, dnf install python3-bcc) "
-            "and use an environment that sees system packages (`bcc` on PyPI is something else), "
+            f"install it from the distribution (`bcc` on PyPI is something else): {_bcc_remedy()}; "
             "or trace with programs that --build made elsewhere: --programs DIR",
         )
     return f"{found[0]} ({found[1]})"

@@ -12,7 +12,7 @@ import re
 import resource
 from pathlib import Path
 
-from tcpstuck_bpf.errors import CannotTraceError
+from tcpstuck_bpf.errors import CannotTraceError, as_root_remedy
 from tcpstuck_bpf.typeinfo.btf import RUNNING_KERNEL
 
 CAP_SYS_ADMIN = 21
@@ -136,7 +136,7 @@ def require_privileges() -> None:
         raise CannotTraceError(
             "no permission to load BPF programs",
             f"user {os.geteuid()} has neither CAP_SYS_ADMIN nor CAP_BPF with CAP_PERFMON",
-            "run it as root: sudo tcpstuck-trace",
+            as_root_remedy(),
         )
     if lockdown_mode() == "confidentiality":
         raise CannotTraceError(

@@ -434,3 +434,25 @@ def test_readme_documents_every_option_and_verdict() -> None:
     assert documented == known
     verdicts = text[text.index("## Verdicts") : text.index("## Options")]
     assert {rule.name for rule in RULES} == set(re.findall(r"^\| `([a-z-]+)`", verdicts, re.M))
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        ("/home/anna/.local/bin/tcpstuck-trace", "sudo /home/anna/.local/bin/tcpstuck-trace"),
+        ("/opt/my tools/tcpstuck-trace", "sudo '/opt/my tools/tcpstuck-trace'"),
+        ("/usr/local/sbin/tcpstuck-trace", "sudo tcpstuck-trace"),
+        ("/usr/bin/tcpstuck-trace", "sudo tcpstuck-trace"),
+        ("/usr/lib/python3/dist-packages/tcpstuck_bpf/__main__.py", "sudo tcpstuck-trace"),
+    ],
+)
+def test_sudo_is_named_with_the_path_of_what_it_would_not_find(
+    command: str,
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [command])
+    monkeypatch.setattr("tcpstuck_bpf.kernel.features._effective_capabilities", lambda: 0)
+    assert main(["-p", "3311"]) == EXIT_CANNOT_TRACE
+    assert capsys.readouterr().err.endswith(f"remedy: run it as root: {named}\n")

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 import tcpstuck_bpf
-from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE, EXIT_STUCK, EXIT_USAGE
-from tcpstuck_bpf.options import build_parser
+from lab.pages.build import BASH, MANUAL, ZSH, write_pages
 from tcpstuck_bpf.output.explain import explanation
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -35,7 +34,7 @@ def tree_files(directory: Path) -> set[str]:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """A wheel of a copy of the tree, because building writes into the tree it builds from."""
     source = tmp_path_factory.mktemp("source")
-    named = ["setup.cfg", "pyproject.toml", "LICENSE", *MEASURED]
+    named = ["setup.cfg", "pyproject.toml", "LICENSE", "lab", *MEASURED]
     named += ["README.md"] if (REPOSITORY / "README.md").exists() else []
     subprocess.run(["cp", "-r", *named, str(source)], cwd=REPOSITORY, check=True)
     target = tmp_path_factory.mktemp("wheel")
@@ -88,7 +87,31 @@ def test_wheel_has_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> None
     }
     assert carried == expected
     tops = {name.partition("/")[0] for name in wheel.namelist()}
-    assert tops == {"tcpstuck_bpf", *(top for top in tops if top.endswith(".dist-info"))}
+    assert tops == {"tcpstuck_bpf", *(top for top in tops if top.endswith((".dist-info", ".data")))}
+
+
+def test_wheel_has_the_pages_where_their_readers_look(
+    wheel: zipfile.ZipFile, tmp_path: Path
+) -> None:
+    carried = {
+        name.partition(".data/data/")[2]: wheel.read(name).decode()
+        for name in wheel.namelist()
+        if ".data/data/" in name
+    }
+    written = {path.name: path.read_text() for path in write_pages(tmp_path)}
+    assert {
+        name: without_date(carried[f"share/{place}/{name}"])
+        for name, place in {
+            MANUAL: "man/man8",
+            BASH: "bash-completion/completions",
+            ZSH: "zsh/site-functions",
+        }.items()
+    } == {name: without_date(text) for name, text in written.items()}
+    assert len(carried) == len(written)
+
+
+def without_date(text: str) -> str:
+    return re.sub(r"^(\.TH \S+ \S+) \S+", r"\1", text)
 
 
 def test_wheel_says_what_setup_cfg_says(wheel: zipfile.ZipFile) -> None:
@@ -118,16 +141,3 @@ def test_bpf_text_and_licence_agree_on_the_licence() -> None:
     text = (REPOSITORY / "LICENSE").read_text()
     assert "GNU GENERAL PUBLIC LICENSE" in text
     assert "Version 2, June 1991" in text
-
-
-def test_the_unit_of_the_docs_outlives_what_is_no_failure() -> None:
-    """A stuck client makes the exit status 1, and so would a traceback."""
-    text = (REPOSITORY / "docs" / "rescue.md").read_text()
-    unit = configparser.ConfigParser()
-    unit.read_string("[Unit]" + text.partition("[Unit]")[2].partition("```")[0])
-    service = unit["Service"]
-    assert service["Restart"] == "always"
-    assert service["SuccessExitStatus"] == str(EXIT_STUCK)
-    given_up = {str(EXIT_USAGE), str(EXIT_CANNOT_TRACE)}
-    assert set(service["RestartPreventExitStatus"].split()) == given_up
-    build_parser().parse_args(service["ExecStart"].split()[1:])
