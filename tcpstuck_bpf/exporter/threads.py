@@ -10,7 +10,8 @@ from collections.abc import Callable
 def start_beside(name: str, job: Callable[[], None]) -> threading.Thread:
     """Run it in a thread of its own, to which no signal is delivered.
 
-    A signal ends the waiting for events (`app.interfaces.Source.poll`) only in the thread that waits.
+    A signal ends the waiting for events (`app.interfaces.Source.poll`) only in the thread that
+    waits.
     """
     thread = threading.Thread(target=job, name=name, daemon=True)
     # Inherited from the moment it begins: pthread_create(3).
