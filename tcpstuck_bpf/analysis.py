@@ -98,7 +98,7 @@ class Analysis:
         """Entries of the kernel's table that are no longer needed after the latest step."""
         self.reports: list[FlowReport] = []
         """Flows that changed their state at the latest Advanced."""
-        self.told = 0
+        self.reported = 0
         self._verdicts: Counter[str] = Counter()
         self._stuck = StuckNow()
         self._names = NO_NAMES
@@ -164,7 +164,7 @@ class Analysis:
                 self._verdicts[finding.updates] -= 1
         for identity in self.correlator.take_unstuck():
             self._stuck.leave(identity)
-        self.told += len(findings)
+        self.reported += len(findings)
         if self._table_seen:
             capacity = self.header.table_capacity
             self.leaving = self.correlator.flows.expired(now_ns, self._rows, capacity)
@@ -275,12 +275,12 @@ class Analysis:
         start, end = self._tallies[0], self._tallies[-1]
         stats = self.correlator.stats()
         counted = total_counted(start.traced, counts)
-        recovered = stats.told_now.get(State.RECOVERED, 0)
+        recovered = stats.reported_now.get(State.RECOVERED, 0)
         verdicts = {name: number for name, number in self._verdicts.items() if number > 0}
         # Handshakes that an ordinary one took over were connected without a cookie's ACK.
         connected = counted[NetnsCount.COMPLETED] + stats.taken_over
-        rescued = stats.told_now.get(State.RESCUED, 0)
-        data_lost = stats.told_now.get(State.DATA_LOST, 0)
+        rescued = stats.reported_now.get(State.RESCUED, 0)
+        data_lost = stats.reported_now.get(State.DATA_LOST, 0)
         if not self.header.selection:  # nobody counted a part of them
             verdicts["completed"] = max(0, connected - recovered - rescued - data_lost)
         losses = {
@@ -305,7 +305,7 @@ class Analysis:
             still_stuck=stats.still_stuck,
             recovered=recovered,
             data_lost=data_lost,
-            namespace_gone=stats.told_now.get(State.NAMESPACE_GONE, 0),
+            namespace_gone=stats.reported_now.get(State.NAMESPACE_GONE, 0),
             pending=stats.pending,
             superseded=stats.superseded,
             cookies_sent=counted[NetnsCount.COOKIES_SENT],

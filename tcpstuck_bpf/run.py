@@ -316,7 +316,7 @@ def trace(options: argparse.Namespace) -> int:
     if live.failure is not None:
         say(unforeseen(live.failure, "the run ended early"))
         return exit_status(summary) or EXIT_CANNOT_TRACE
-    if interrupts.interrupted and not live.analysis.told:
+    if interrupts.interrupted and not live.analysis.reported:
         return EXIT_INTERRUPTED
     return exit_status(summary)
 

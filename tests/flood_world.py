@@ -85,7 +85,7 @@ class FloodWorld:
         random.Random(seed).shuffle(self.clients)
         self._acks = acks_a_second
         self.analysis = Analysis(header(table_capacity=131_072))
-        self.told: list[Finding] = []
+        self.reported: list[Finding] = []
         self.now_ns = START_NS
         self._tally()
 
@@ -103,7 +103,7 @@ class FloodWorld:
             part = SweepPart.LAST if number == len(batches) else SweepPart.MORE
             self.analysis.take(Swept(Sweep(self.now_ns, batch, part)))
             self._tally()
-            self.told += self.analysis.take(Advanced(self.now_ns))
+            self.reported += self.analysis.take(Advanced(self.now_ns))
 
     def watch(self) -> Summary:
         """Until everyone is judged."""
@@ -120,7 +120,7 @@ class FloodWorld:
     @property
     def at_last(self) -> dict[FourTuple, Finding]:
         """The last finding on each."""
-        return {finding.four_tuple: finding for finding in self.told}
+        return {finding.four_tuple: finding for finding in self.reported}
 
 
 def with_dropped_ack(one: Client) -> Client:

@@ -182,8 +182,8 @@ class Correlator:
     ) -> FlowReport:
         self._enter(four_tuple, flow, state, reported=True)
         report = report_of(four_tuple, flow, state, decided_ns)
-        flow.told = state
-        flow.told_handshake, flow.told_segments = flow.handshake, flow.segments
+        flow.reported = state
+        flow.reported_handshake, flow.reported_segments = flow.handshake, flow.segments
         return report
 
     def _flow_of(self, four_tuple: FourTuple, handshake: Handshake) -> Flow | None:
@@ -238,15 +238,15 @@ class Correlator:
     def _settled(self, four_tuple: FourTuple, flow: Flow, now_ns: int) -> FlowReport | None:
         if flow.flood and flow.handshake.syn_count > 1:
             self.flood.note_real(four_tuple)
-        decision = decide(flow.handshake, flow.told, self._timeout_ns)
+        decision = decide(flow.handshake, flow.reported, self._timeout_ns)
         state = decision.state
         if state in _CONNECTING_ENDS and flow.ever_stuck:
             state = State.RESCUED if flow.drawn_by_attempt() else State.RECOVERED
         elif state is State.SILENT and flow.unanswered:
             state = State.UNANSWERED
-        elif state is State.TAKEN_OVER and flow.told is not None:
+        elif state is State.TAKEN_OVER and flow.reported is not None:
             state = State.COMPLETED
-        if flow.state is State.NAMESPACE_GONE and flow.handshake == flow.told_handshake:
+        if flow.state is State.NAMESPACE_GONE and flow.handshake == flow.reported_handshake:
             state = flow.state
         flow.unsettled = state is not flow.state
         if not flow.unsettled:
@@ -255,7 +255,7 @@ class Correlator:
             self.deadlines.note(decision.due_ns)
             return None
         flow.unsettled = False
-        wants_completed = self._tell_healthy or flow.told is not None
+        wants_completed = self._tell_healthy or flow.reported is not None
         if state in _ALWAYS_REPORTED or (wants_completed and state is State.COMPLETED):
             return self._reported_in(four_tuple, flow, state, decision.decided_ns)
         self._enter(four_tuple, flow, state, reported=False)
@@ -290,7 +290,7 @@ class Correlator:
         return found
 
     def _is_silent(self, flow: Flow, now_ns: int) -> bool:
-        decision = decide(flow.handshake, flow.told, self._timeout_ns)
+        decision = decide(flow.handshake, flow.reported, self._timeout_ns)
         return flow.handshake.ending == Ending.NONE and _is_due(decision, flow, now_ns)
 
     def stats(self) -> CorrelatorStats:

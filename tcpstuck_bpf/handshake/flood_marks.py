@@ -76,5 +76,5 @@ class FloodMarks:
             self._counts.suspect(flow, why)
         else:
             self._counts.acquit(flow, is_real=True)
-        decided_ns = decide(flow.handshake, flow.told, self._timeout_ns).decided_ns
+        decided_ns = decide(flow.handshake, flow.reported, self._timeout_ns).decided_ns
         return report_of(handshake.four_tuple, flow, flow.state, decided_ns)

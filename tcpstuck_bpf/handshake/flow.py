@@ -4,8 +4,7 @@ Events and sweeps show an entry of the awaiting-ACK table many times, in no reli
 facts of a handshake are the join of all views (`merge`), and its state is a function of that join
 (`decide`).
 
-Times are CLOCK_MONOTONIC nanoseconds. In names, `told` means that the correlator has reported the
-handshake.
+Times are CLOCK_MONOTONIC nanoseconds.
 """
 
 from __future__ import annotations
@@ -215,14 +214,14 @@ class Flow:
         "handshake",
         "in_table",
         "open_as_of_ns",
+        "reported",
+        "reported_handshake",
+        "reported_segments",
+        "reported_taken_over",
         "seen_ns",
         "segments",
         "segments_omitted",
         "state",
-        "told",
-        "told_handshake",
-        "told_segments",
-        "told_taken_over",
         "unanswered",
         "unsettled",
     )
@@ -236,10 +235,10 @@ class Flow:
         self.segments_omitted = 0
         self.flags = FlowFlags.NOTHING
         self.state: State | None = None
-        self.told: State | None = None
-        self.told_handshake: Handshake | None = None
-        self.told_segments: tuple[Segment, ...] = ()
-        self.told_taken_over = False
+        self.reported: State | None = None
+        self.reported_handshake: Handshake | None = None
+        self.reported_segments: tuple[Segment, ...] = ()
+        self.reported_taken_over = False
         self.ever_stuck = False
         self.in_table = False
         self.unsettled = True
@@ -297,9 +296,13 @@ class Flow:
         return True
 
     @property
-    def told_facts(self) -> tuple[Handshake, tuple[Segment, ...]] | None:
+    def reported_facts(self) -> tuple[Handshake, tuple[Segment, ...]] | None:
         """Handshake and segments of the last report; None before the first."""
-        return None if self.told_handshake is None else (self.told_handshake, self.told_segments)
+        return (
+            None
+            if self.reported_handshake is None
+            else (self.reported_handshake, self.reported_segments)
+        )
 
     def drawn_by_attempt(self) -> bool:
         """Whether the connecting segment is what a repeated SYN-ACK draws: a bare ACK after it.
@@ -431,7 +434,7 @@ def is_torn(entry: Handshake) -> bool:
 
 
 def _ack_lost_here(
-    entry: Handshake, told: State | None, last_syn_ns: int, timeout_ns: int
+    entry: Handshake, reported: State | None, last_syn_ns: int, timeout_ns: int
 ) -> Decision:
     """The state of a handshake with lost ACKs. One dropped by TCP outweighs a filtered one."""
     if entry.acks_dropped > 0:
@@ -439,13 +442,13 @@ def _ack_lost_here(
     else:
         state, first_ns = State.ACK_FILTERED, entry.first_ack_filtered_ns
     since_ns = max(last_syn_ns, first_ns)
-    if told in STUCK_STATES and told is not state:
+    if reported in STUCK_STATES and reported is not state:
         return Decision(state, True, since_ns, since_ns)
     return Decision(state, False, since_ns + timeout_ns, since_ns + timeout_ns)
 
 
-def decide(entry: Handshake, told: State | None, timeout_ns: int) -> Decision:
-    """The state of a handshake last reported in state `told`, and the time from which it holds.
+def decide(entry: Handshake, reported: State | None, timeout_ns: int) -> Decision:
+    """The state of a handshake last reported in state `reported`, and the time from which it holds.
 
     A repeated SYN moves the deadline for silence. By RFC 6298 (5.5) the next SYN comes after at
     most twice the last interval, so a client still without a SYN-ACK would have sent it by then.
@@ -459,7 +462,7 @@ def decide(entry: Handshake, told: State | None, timeout_ns: int) -> Decision:
         return Decision(ended, True, decided_ns, decided_ns)
     last_syn_ns = max(entry.last_syn_ns, entry.first_syn_ns)
     if entry.acks_dropped > 0 or entry.acks_filtered > 0:
-        return _ack_lost_here(entry, told, last_syn_ns, timeout_ns)
+        return _ack_lost_here(entry, reported, last_syn_ns, timeout_ns)
     if entry.syn_count >= SYNS_OF_A_REPEATING_CLIENT:
         due_ns = entry.first_syn_ns + timeout_ns
         return Decision(State.REPEATING, False, due_ns, max(due_ns, last_syn_ns))

@@ -13,7 +13,7 @@ from tcpstuck_bpf.model import Ending
 class CorrelatorStats(NamedTuple):
     """The counts at one moment, for the summary and the status line."""
 
-    told_now: Mapping[State, int]
+    reported_now: Mapping[State, int]
     """The current states of all flows ever reported, evicted and forgotten ones included."""
     ever_stuck: int
     """Flows reported as stuck at any time, without those that look like a SYN flood's."""
@@ -23,7 +23,7 @@ class CorrelatorStats(NamedTuple):
     """Silent flows that look like a SYN flood's."""
     taken_over: int
     """Flows reported as connected that an ordinary handshake connected, and no cookie's ACK."""
-    untold: Mapping[State, int]
+    unreported: Mapping[State, int]
     """Flows that ended unreported: healthy ones that user space happened to see."""
     pending: int
     """Handshakes of the latest sweep that are too young for a verdict."""
@@ -51,15 +51,17 @@ class FlowCounts:
     def __init__(self) -> None:
         self.evicted = self.let_go = self.unresolved = 0
         self.late = self.duplicate = self.torn = 0
-        self._told_now: Counter[State] = Counter()
-        self._untold: Counter[State] = Counter()
+        self._reported_now: Counter[State] = Counter()
+        self._unreported: Counter[State] = Counter()
         self._ever_stuck = self._flood_suspected = self._taken_over = 0
 
     def move(self, flow: Flow, state: State, *, reported: bool) -> None:
         """Count that a flow leaves its state for this one, which is reported or not."""
         if flow.state is not None:
-            (self._untold if flow.told is None else self._told_now)[flow.state] -= 1
-        (self._told_now if reported or flow.told is not None else self._untold)[state] += 1
+            (self._unreported if flow.reported is None else self._reported_now)[flow.state] -= 1
+        (self._reported_now if reported or flow.reported is not None else self._unreported)[
+            state
+        ] += 1
         if state in STUCK_STATES and not flow.ever_stuck:
             flow.ever_stuck = True
             self._ever_stuck += 1
@@ -69,18 +71,18 @@ class FlowCounts:
         if flow.state is None:
             self.unresolved += 1
         elif flow.state in STUCK_STATES:
-            self._told_now[flow.state] -= 1
-            self._told_now[State.SUPERSEDED] += 1
+            self._reported_now[flow.state] -= 1
+            self._reported_now[State.SUPERSEDED] += 1
 
     def review_taken_over(self, flow: Flow) -> None:
         """Count a flow once as long as it is reported as connected by the SYN queue alone.
 
         An ACK that undoes such a connection (`ending_of`) does so here only when it is reported.
         """
-        was = flow.told_taken_over
+        was = flow.reported_taken_over
         taken_over = flow.handshake.ending == Ending.TAKEN_OVER
-        flow.told_taken_over = taken_over and flow.told in CONNECTED_STATES
-        self._taken_over += flow.told_taken_over - was
+        flow.reported_taken_over = taken_over and flow.reported in CONNECTED_STATES
+        self._taken_over += flow.reported_taken_over - was
 
     def suspect(self, flow: Flow, why: str) -> None:
         """Mark a silent flow as a SYN flood's, which was never stuck."""
@@ -97,18 +99,18 @@ class FlowCounts:
 
     def stats(self, *, pending: int, flows: int) -> CorrelatorStats:
         """The counts as they are now."""
-        told_now = {state: number for state, number in self._told_now.items() if number}
-        still_stuck = sum(told_now.get(state, 0) for state in STUCK_STATES)
+        reported_now = {state: number for state, number in self._reported_now.items() if number}
+        still_stuck = sum(reported_now.get(state, 0) for state in STUCK_STATES)
         return CorrelatorStats(
-            told_now=told_now,
+            reported_now=reported_now,
             ever_stuck=self._ever_stuck,
             still_stuck=still_stuck - self._flood_suspected,
             flood_suspected=self._flood_suspected,
             taken_over=self._taken_over,
-            untold={state: number for state, number in self._untold.items() if number},
+            unreported={state: number for state, number in self._unreported.items() if number},
             pending=pending,
             flows=flows,
-            superseded=told_now.get(State.SUPERSEDED, 0),
+            superseded=reported_now.get(State.SUPERSEDED, 0),
             evicted=self.evicted,
             let_go=self.let_go,
             unresolved=self.unresolved,

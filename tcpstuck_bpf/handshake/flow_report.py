@@ -15,8 +15,8 @@ def report_of(four_tuple: FourTuple, flow: Flow, state: State, decided_ns: int) 
     return FlowReport(
         four_tuple=four_tuple,
         state=state,
-        previous=flow.told,
-        previous_facts=flow.told_facts,
+        previous=flow.reported,
+        previous_facts=flow.reported_facts,
         handshake=entry,
         decided_ns=decided_ns,
         delay_ns=decided_ns - entry.first_syn_ns if connected else None,

@@ -210,10 +210,10 @@ def test_what_the_ring_buffer_has_no_room_for_is_counted(beside: Beside) -> None
 
     # What was lost was not told, so that the next one is; by now there is room.
     told = {event.four_tuple for event in events}
-    untold = next(row for row in beside.rows() if row.four_tuple not in told)
-    beside.send(*(syn for syn in syns if syn.four_tuple == lab_name(untold.four_tuple)))
+    unreported = next(row for row in beside.rows() if row.four_tuple not in told)
+    beside.send(*(syn for syn in syns if syn.four_tuple == lab_name(unreported.four_tuple)))
     (event,) = beside.events()
-    assert (event.four_tuple, event.handshake.syn_count) == (untold.four_tuple, 3)
+    assert (event.four_tuple, event.handshake.syn_count) == (unreported.four_tuple, 3)
     assert beside.counted(NetnsCount.EVENTS_LOST) == lost
 
 

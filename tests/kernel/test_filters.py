@@ -146,7 +146,7 @@ def played() -> Iterator[Played]:
             tracer.resume()
         for wanted, tracer in tracers.items():
             for target in filter(FILTERS[wanted], TARGETS):
-                tracer.await_reported(result.told(target), result.netns[target.side])
+                tracer.await_reported(result.reported(target), result.netns[target.side])
         for tracer in tracers.values():
             tracer.stop()
         yield result
@@ -155,7 +155,7 @@ def played() -> Iterator[Played]:
 def test_both_topologies_had_the_same_clients(played: Played) -> None:
     for target in TARGETS:
         other = target._replace(side=1 - target.side)
-        assert played.told(target) == played.told(other)
+        assert played.reported(target) == played.reported(other)
     assert played.netns[0] != played.netns[1]
     for moved in played.moved.values():
         assert moved["SyncookiesSent"] == (SPOOFED + 1) * len(TARGETS) // 2
@@ -169,7 +169,7 @@ def test_only_what_was_asked_for_is_told(played: Played, wanted: str) -> None:
     expected = Counter(
         (played.netns[target.side], name, verdict)
         for target in inside
-        for name, verdict in played.told(target).items()
+        for name, verdict in played.reported(target).items()
     )
     assert Counter(told_by(played.tracers[wanted])) == expected
     summary = summary_of(played.tracers[wanted])

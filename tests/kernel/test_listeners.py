@@ -83,30 +83,30 @@ def play(mode: str, *backlogs: int, server: Server = paused_greeter) -> list[Pla
 def test_the_advised_backlog_is_enough_and_half_of_it_is_not(mode: str) -> None:
     (short,) = play(mode, SMALL_BACKLOG)
     assert short.cookies
-    assert short.told["peak_accept_queue"] == short.shown.receive_queue
-    assert short.told["limit"] == short.shown.send_queue == SMALL_BACKLOG
-    assert short.told["cookies_sent"] == short.cookies
+    assert short.reported["peak_accept_queue"] == short.shown.receive_queue
+    assert short.reported["limit"] == short.shown.send_queue == SMALL_BACKLOG
+    assert short.reported["cookies_sent"] == short.cookies
     low, high = short.overflows
-    assert low <= short.told["acks_refused"] + short.told["syns_refused"] <= high
-    assert short.told["accept_queue_needed"] == CLIENTS
+    assert low <= short.reported["acks_refused"] + short.reported["syns_refused"] <= high
+    assert short.reported["accept_queue_needed"] == CLIENTS
     # One whose ACK came before the last SYN needed its place no more.
-    assert SMALL_BACKLOG + 1 < short.told["syn_queue_needed"] <= CLIENTS
-    advised = short.told["advised_backlog"]
+    assert SMALL_BACKLOG + 1 < short.reported["syn_queue_needed"] <= CLIENTS
+    advised = short.reported["advised_backlog"]
     enough, half = play(mode, advised, advised // 2)
-    assert enough.cookies == enough.told["cookies_sent"] == 0
+    assert enough.cookies == enough.reported["cookies_sent"] == 0
     assert enough.overflows == (0, 0)
-    assert enough.told["peak_accept_queue"] == enough.shown.receive_queue == CLIENTS
-    assert enough.told["limit"] == advised
-    assert enough.told["advised_backlog"] is None
-    assert half.cookies == half.told["cookies_sent"] > 0
-    assert half.told["advised_backlog"] > half.told["limit"]
+    assert enough.reported["peak_accept_queue"] == enough.shown.receive_queue == CLIENTS
+    assert enough.reported["limit"] == advised
+    assert enough.reported["advised_backlog"] is None
+    assert half.cookies == half.reported["cookies_sent"] > 0
+    assert half.reported["advised_backlog"] > half.reported["limit"]
 
 
 @pytest.mark.slow
 def test_mariadb_with_the_back_log_that_it_is_advised_to_have() -> None:
     (short,) = play("fentry", SMALL_BACKLOG, server=paused_mariadb)
-    (owner,) = short.told["owners"]
+    (owner,) = short.reported["owners"]
     assert owner.startswith("mariadbd (pid ")
-    assert "back_log" in short.told["advice"][0]
-    (enough,) = play("fentry", short.told["advised_backlog"], server=paused_mariadb)
-    assert enough.cookies == enough.told["cookies_sent"] == 0
+    assert "back_log" in short.reported["advice"][0]
+    (enough,) = play("fentry", short.reported["advised_backlog"], server=paused_mariadb)
+    assert enough.cookies == enough.reported["cookies_sent"] == 0

@@ -89,7 +89,7 @@ def test_every_spoofed_client_is_told_once(stages: Mapping[str, Stage]) -> None:
     expected = {syn.four_tuple: SILENT for syn in syns}
     assert stage.tracer.await_reported(expected, stage.netns)
     stage.tracer.stop()
-    assert stage.told() == Counter((stage.netns, name, SILENT) for name in expected)
+    assert stage.reported() == Counter((stage.netns, name, SILENT) for name in expected)
     summary = summary_of(stage.tracer)
     assert summary["verdicts"] == {SILENT: len(syns), "completed": 0}
     assert summary["stuck"] == len(syns)
@@ -114,7 +114,7 @@ def test_what_a_full_table_cannot_hold_is_counted_and_never_accused(
 
     sent = after["SyncookiesSent"] - before["SyncookiesSent"]
     assert sent == MORE_THAN_FIT + GREETED
-    assert stage.told() == Counter((stage.netns, name, SILENT) for name in tracked)
+    assert stage.reported() == Counter((stage.netns, name, SILENT) for name in tracked)
     summary = summary_of(stage.tracer)
     assert summary["untracked"] == sent - CAPACITY
     assert summary["unseen_syn"] == GREETED
@@ -154,7 +154,7 @@ def test_a_client_that_begins_anew_has_not_recovered(
     assert stage.topology.server.counters()["SyncookiesSent"] == int(syncookies)
     stage.tracer.stop()
 
-    assert stage.told() == {(stage.netns, client, SILENT): 1}
+    assert stage.reported() == {(stage.netns, client, SILENT): 1}
     summary = summary_of(stage.tracer)
     assert summary["recovered"] == 0
     assert summary["ever_stuck"] == 1

@@ -105,8 +105,8 @@ def test_anything_is_taken_in_bounded_memory_and_judged_by_one_rule(
         assert all(sentence.strip() for sentence in finding.evidence)
     stats = correlate.stats()
     assert 0 <= stats.still_stuck <= stats.ever_stuck
-    assert sum(stats.told_now.values()) <= len(told) + stats.evicted
-    assert all(number > 0 for number in (*stats.told_now.values(), *stats.untold.values()))
+    assert sum(stats.reported_now.values()) <= len(told) + stats.evicted
+    assert all(number > 0 for number in (*stats.reported_now.values(), *stats.unreported.values()))
 
 
 @given(st.lists(nonsense_entries.map(lambda e: e._replace(first_syn_ns=7)), min_size=3, max_size=3))
@@ -183,7 +183,7 @@ def test_verdicts_are_what_truly_happened(
 ) -> None:
     """Whatever events are lost and however late the others and the sweeps arrive."""
     world = _watched(steps, lost, tell_healthy)
-    for report in world.told:
+    for report in world.reported:
         assert report.decided_ns <= world.now_ns
         if report.state in STUCK_STATES:
             truth = world.history.at(report.four_tuple, report.decided_ns)
@@ -214,7 +214,7 @@ def test_who_is_told_as_connected_is_counted_once(
     assume(not world.let_go and not world.correlator.stats().late)
     told = {
         HandshakeId(report.four_tuple, report.handshake.first_syn_ns): report.state
-        for report in world.told
+        for report in world.reported
     }
     truths = world.history.ends()
     completed = {name for name in told if truths[name].over in ("ack", "ack too late")}
@@ -228,7 +228,7 @@ def _assert_last_handshake_is_judged_right(world: World, client: int) -> None:
     truth = world.history.at(key, world.now_ns)
     told = [
         report.state
-        for report in world.told
+        for report in world.reported
         if report.four_tuple == key and report.handshake.first_syn_ns == truth.first_syn_ns
     ]
     # One that the SYN queue seemed to have connected may be stuck, and connected, again.

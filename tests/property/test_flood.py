@@ -68,8 +68,8 @@ def test_real_clients_whose_acks_are_all_lost_are_told_as_ever(
     """No ACK gets through, or other clients' ACKs are as frequent as the silent clients."""
     world = FloodWorld(real(seed=seed, **REAL[who]), acks_a_second, seed)
     summary = world.watch()
-    assert {(f.verdict, f.stuck, f.certainty) for f in world.told} == {
+    assert {(f.verdict, f.stuck, f.certainty) for f in world.reported} == {
         ("ack-missing", True, "likely")
     }
-    assert len(world.told) == summary.still_stuck == len(world.clients)
+    assert len(world.reported) == summary.still_stuck == len(world.clients)
     assert summary.flood_suspected == 0

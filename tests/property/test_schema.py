@@ -155,7 +155,7 @@ def test_whatever_happens_to_a_handshake_its_lines_are_valid(
 ) -> None:
     world = _watched(steps, lost, tell_healthy)
     coverage = header().coverage
-    for report in world.told:
+    for report in world.reported:
         finding = judge(report, coverage)
         if finding is not None:
             assert_valid(json.loads(verdict_line(finding, CLOCK)))

@@ -25,7 +25,7 @@ class World:
         self.correlator = correlator(tell_healthy=tell_healthy)
         self.now_ns = 1_000 * SECOND_NS
         self.isns = dict.fromkeys(range(CLIENTS), 1_000)
-        self.told: list[FlowReport] = []
+        self.reported: list[FlowReport] = []
         self.late_sweep: Sweep | None = None
         self.leaving: list[HandshakeId] = []
         self.let_go: set[HandshakeId] = set()
@@ -64,7 +64,7 @@ class World:
         if what == "begin sweep":
             self.late_sweep = self.table.sweep(self.now_ns)
         if what in ("advance", "tidy"):
-            self.told += self.correlator.advance(self.now_ns)
+            self.reported += self.correlator.advance(self.now_ns)
         if what == "tidy":
             rows = len(self.table.entries)
             self.leaving = self.correlator.flows.expired(self.now_ns, rows, 1_000)

@@ -52,7 +52,7 @@ def test_a_stuck_client_is_told_anew_and_counted_apart() -> None:
     )
     stats = watching.stats()
     assert (stats.still_stuck, stats.ever_stuck) == (0, 1)
-    assert stats.told_now == {State.NAMESPACE_GONE: 1}
+    assert stats.reported_now == {State.NAMESPACE_GONE: 1}
     assert watching.netns_of_stuck == set()
 
 

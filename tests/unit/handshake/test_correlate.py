@@ -76,7 +76,7 @@ def test_silence_is_not_concluded_from_the_clock_alone() -> None:
     assert reports([event(EventKind.SYN_REPEATED, entry, at(1))], at(500), watching) == []
     done = ended(entry, Ending.COMPLETED, at(1.1))
     assert reports([sweep(at(500), done)], at(500), watching) == []
-    assert watching.stats().untold == {State.COMPLETED: 1}
+    assert watching.stats().unreported == {State.COMPLETED: 1}
 
 
 @pytest.mark.parametrize("third", [2, 3])
@@ -118,7 +118,7 @@ def test_a_repeat_after_the_verdict_corrects_it() -> None:
         (State.REPEATING, State.SILENT, at(7))
     ]
     stats = watching.stats()
-    assert (stats.ever_stuck, stats.still_stuck, stats.told_now) == (1, 0, {State.REPEATING: 1})
+    assert (stats.ever_stuck, stats.still_stuck, stats.reported_now) == (1, 0, {State.REPEATING: 1})
 
 
 @pytest.mark.parametrize("event_is_lost", [False, True])
@@ -160,7 +160,7 @@ def test_an_ack_dropped_after_the_verdict_of_silence_is_told_at_once() -> None:
     assert [(r.state, r.previous, r.decided_ns) for r in told] == [
         (State.ACK_DROPPED, State.SILENT, at(60))
     ]
-    assert watching.stats().told_now == {State.ACK_DROPPED: 1}
+    assert watching.stats().reported_now == {State.ACK_DROPPED: 1}
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_a_connection_is_told_where_something_else_was_told_before(
     done = ended(repeating, ending, at(5))
     told = reports([event(kind, done, at(5))], at(5), watching)
     assert [(r.state, r.previous) for r in told] == [(State.COMPLETED, State.REPEATING)]
-    assert watching.stats().told_now == {State.COMPLETED: 1}
+    assert watching.stats().reported_now == {State.COMPLETED: 1}
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_a_client_that_holds_the_cookie_is_stuck_whatever_the_syn_queue_holds(
         told += reports([seen], at(5), watching)
     told += reports([sweep(at(9), entry)], at(9), watching)
     assert told[-1].state is state
-    assert watching.stats().told_now == {state: 1}
+    assert watching.stats().reported_now == {state: 1}
     assert (watching.stats().ever_stuck, watching.stats().still_stuck) == (1, 1)
 
 
@@ -263,8 +263,10 @@ def test_a_connection_is_told_only_where_asked_for(tell_healthy: bool) -> None:
     assert [(r.state, r.delay_ns) for r in told] == (
         [(State.COMPLETED, seconds(0.1))] if tell_healthy else []
     )
-    untold = {State.TAKEN_OVER: 1} if tell_healthy else {State.TAKEN_OVER: 1, State.COMPLETED: 1}
-    assert watching.stats().untold == untold
+    unreported = (
+        {State.TAKEN_OVER: 1} if tell_healthy else {State.TAKEN_OVER: 1, State.COMPLETED: 1}
+    )
+    assert watching.stats().unreported == unreported
 
 
 def test_a_connection_outweighs_a_stray_reset_whatever_comes_first() -> None:
@@ -275,7 +277,7 @@ def test_a_connection_outweighs_a_stray_reset_whatever_comes_first() -> None:
         for view in views:
             watching.observe(sweep(at(1), view))
         assert watching.advance(at(1)) == []
-        assert watching.stats().untold == {State.COMPLETED: 1}
+        assert watching.stats().unreported == {State.COMPLETED: 1}
 
 
 ENDINGS = (

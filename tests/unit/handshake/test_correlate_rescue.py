@@ -49,7 +49,7 @@ def test_a_bare_ack_after_our_packet_was_drawn_by_it() -> None:
     watching.note_rescue(attempt(SYN_ONCE, at(3.5)))
     assert connected(watching) is State.RESCUED
     stats = watching.stats()
-    assert (stats.ever_stuck, stats.still_stuck, stats.told_now) == (1, 0, {State.RESCUED: 1})
+    assert (stats.ever_stuck, stats.still_stuck, stats.reported_now) == (1, 0, {State.RESCUED: 1})
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def table(world: FloodWorld, *, only: tuple[str, ...] = ()) -> str:
     )
     output = TableOutput(stream, renderer, Selection(only, nothing=False))
     summary = world.watch()
-    output.findings(world.told)
+    output.findings(world.reported)
     output.summary(summary)
     return stream.getvalue()
 
@@ -112,12 +112,12 @@ def test_a_long_flood_has_a_line_every_ten_seconds() -> None:
 
 def test_only_shows_no_flood_but_corrections_of_what_it_showed() -> None:
     world = FloodWorld(one_sender(200, 2))
-    while not world.told:
+    while not world.reported:
         world.look()
-    before = len(world.told)
+    before = len(world.reported)
     world.watch()
-    chosen = Selection(("ack-missing",), nothing=False).of(world.told)
-    assert len(world.told) == 200 + before
+    chosen = Selection(("ack-missing",), nothing=False).of(world.reported)
+    assert len(world.reported) == 200 + before
     assert len(chosen) == 2 * before
 
 
@@ -125,9 +125,9 @@ def test_json_has_each_of_a_flood() -> None:
     world = FloodWorld(one_sender(300))
     summary = world.watch()
     stream = io.StringIO()
-    JsonOutput(stream, CLOCK, Selection((), nothing=False)).findings(world.told)
+    JsonOutput(stream, CLOCK, Selection((), nothing=False)).findings(world.reported)
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert sum(line["flood_suspected"] for line in lines) >= 300
-    assert json.loads(verdict_line(world.told[-1], CLOCK))["stuck"] is False
+    assert json.loads(verdict_line(world.reported[-1], CLOCK))["stuck"] is False
     last = json.loads(summary_line(summary, CLOCK))
     assert (last["stuck"], last["ever_stuck"], last["flood_suspected"]) == (0, 0, 300)

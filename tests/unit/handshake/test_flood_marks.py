@@ -15,20 +15,20 @@ def test_a_flood_is_possible_and_nobody_is_stuck() -> None:
     summary = world.watch()
     assert (summary.still_stuck, summary.ever_stuck, summary.flood_suspected) == (0, 0, 500)
     assert summary.verdicts == {"ack-missing": 500, "completed": 0}
-    told = world.told[-1]
+    told = world.reported[-1]
     assert (told.verdict, told.stuck, told.certainty) == ("ack-missing", False, "possible")
     assert any("source ports increase" in sentence for sentence in told.evidence)
 
 
 def test_who_was_told_before_the_flood_was_seen_is_told_anew() -> None:
     world = FloodWorld(one_sender(200, 2))
-    while not world.told:
+    while not world.reported:
         world.look()
-    early = list(world.told)
+    early = list(world.reported)
     assert early
     assert {finding.stuck for finding in early} == {True}
     summary = world.watch()
-    corrected = [finding for finding in world.told if finding.updates == "ack-missing"]
+    corrected = [finding for finding in world.reported if finding.updates == "ack-missing"]
     assert {f.four_tuple for f in corrected} == {f.four_tuple for f in early}
     assert {f.flood_suspected for f in corrected} == {True}
     assert (summary.still_stuck, summary.ever_stuck, summary.flood_suspected) == (0, 0, 200)

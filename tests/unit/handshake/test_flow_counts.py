@@ -16,22 +16,22 @@ def move(counts: FlowCounts, flow: Flow, state: State, *, told: bool) -> None:
     counts.move(flow, state, reported=told)
     flow.state = state
     if told:
-        flow.told = state
+        flow.reported = state
 
 
 def test_a_flow_is_counted_in_one_state() -> None:
     counts, flow = FlowCounts(), Flow(handshake())
     move(counts, flow, State.SILENT, told=True)
-    assert stats(counts).told_now == {State.SILENT: 1}
+    assert stats(counts).reported_now == {State.SILENT: 1}
     move(counts, flow, State.RECOVERED, told=True)
-    assert stats(counts).told_now == {State.RECOVERED: 1}
+    assert stats(counts).reported_now == {State.RECOVERED: 1}
     assert (stats(counts).ever_stuck, stats(counts).still_stuck) == (1, 0)
 
 
 def test_what_is_not_reported_is_counted_apart() -> None:
     counts, flow = FlowCounts(), Flow(handshake())
     move(counts, flow, State.COMPLETED, told=False)
-    assert (stats(counts).told_now, stats(counts).untold) == ({}, {State.COMPLETED: 1})
+    assert (stats(counts).reported_now, stats(counts).unreported) == ({}, {State.COMPLETED: 1})
 
 
 def test_who_is_suspected_was_never_stuck_and_who_is_real_always_was() -> None:

@@ -125,7 +125,7 @@ class TestExpired:
         assert watching.stats().flows == 2
         assert leaving(watching, at(120), 0, self.ROOMY) == []
         stats = watching.stats()
-        assert (stats.flows, stats.told_now, stats.unresolved) == (0, {State.RESET: 1}, 1)
+        assert (stats.flows, stats.reported_now, stats.unresolved) == (0, {State.RESET: 1}, 1)
 
 
 class TestEviction:

@@ -40,7 +40,7 @@ def test_one_that_goes_on_being_filtered_is_not_called_gone(answer: str, why: st
     assert len(world.plans) == MAX_TRIES
     assert world.rescuer.left_alone == {why: 1}
     assert bool(world.unanswered) == (answer == SILENT)
-    assert world.correlate.stats().told_now == {State.ACK_FILTERED: 1}
+    assert world.correlate.stats().reported_now == {State.ACK_FILTERED: 1}
 
 
 def test_one_whose_data_was_filtered_connects_by_itself() -> None:
