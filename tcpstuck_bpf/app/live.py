@@ -228,8 +228,22 @@ class Live:
             self._step(Named(names))
 
     def _take_in(self, sweep: Sweep) -> None:
+        """Take in rows of the table, and the events that they had caused when they were read.
+
+        A program changes an entry, then emits the event. If this process did not run for some
+        seconds, the rows show what events say that still wait, and judging the rows alone would
+        miss, for example, how long the accept queue was. The ring buffer's size bounds the events,
+        so a flood does not keep the rows from being judged. The end of a run has read the events
+        before (`_observe_waiting`).
+        """
         self._name(sweep.rows)
         self._step(Swept(sweep))
+        left = 0 if self.stop else self.source.most_waiting
+        while left > 0 and (events := self._poll(0)):
+            left -= len(events)
+            self._rescue(events, ())
+            self._name(Row(event.four_tuple, event.handshake) for event in events)
+            self._step(Observed(events))
 
     def _rescue(self, events: Sequence[Event], reports: Sequence[FlowReport]) -> None:
         if self.rescuing is None or self.stop:

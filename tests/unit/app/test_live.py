@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from tcpstuck_bpf.model import (
     EventKind,
     KernelCounters,
     KernelWarning,
+    Moved,
+    Sweep,
 )
 from tcpstuck_bpf.output.writers import JsonOutput, Selection
 from tcpstuck_bpf.recording.replay import Recorder, Replay
@@ -83,6 +85,74 @@ def test_a_lost_event_does_not_hide_a_completion() -> None:
     kernel.at(at(0), handshake())
     kernel.at(at(5), ended(handshake(), Ending.COMPLETED, at(5)))
     assert [line.get("verdict") for line in live(kernel, 8)][:2] == ["ack-missing", "recovered"]
+
+
+class Stalling(FakeKernel):
+    """The programs go on while the tool's process does not run, before each reading of the table.
+
+    Their events wait meanwhile, and a poll gives `at_once` of them at most.
+    """
+
+    stall_ns = 5 * SECOND_NS
+    at_once = 512
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[Event] = []
+
+    @property
+    def most_waiting(self) -> int:
+        return 1000
+
+    def poll(self, timeout_ns: int) -> list[Event]:
+        self.waiting += super().poll(timeout_ns if not self.waiting else 0)
+        events, self.waiting = self.waiting[: self.at_once], self.waiting[self.at_once :]
+        return events
+
+    def sweep(self) -> Iterator[Sweep]:
+        self.now_ns += self.stall_ns
+        self.waiting += super().poll(0)
+        yield from super().sweep()
+
+    def chosen(self) -> Sweep:
+        self.now_ns += self.stall_ns
+        self.waiting += super().poll(0)
+        return super().chosen()
+
+
+@pytest.mark.parametrize("at_once", [512, 1])
+def test_what_the_table_shows_is_judged_with_the_events_that_waited_beside_it(
+    at_once: int,
+) -> None:
+    """Without the kernel's counters only the event says that the accept queue was full."""
+    kernel = Stalling()
+    kernel.at_once = at_once
+    entry = handshake(accept_queue=0)
+    kernel.at(at(0), entry)
+    for time_ns in (at(1.2), at(1.4), at(1.6)):
+        entry = ack_dropped(entry, time_ns, Moved.UNKNOWN)
+        kernel.at(time_ns, entry, event(EventKind.ACK_DROPPED, entry, time_ns))
+    verdicts = [line for line in live(kernel, 8) if line["type"] == "verdict"]
+    assert [line["verdict"] for line in verdicts] == ["accept-queue-full"]
+    assert "accept queue 51 of 50" in " ".join(verdicts[0]["evidence"])
+
+
+def test_a_flood_of_events_does_not_keep_the_table_from_being_judged() -> None:
+    """No more events are read than the ring buffer holds."""
+
+    class Flooded(Stalling):
+        polls = 0
+
+        def poll(self, timeout_ns: int) -> list[Event]:
+            self.polls += 1
+            assert self.polls < 100_000
+            super().poll(timeout_ns)
+            self.now_ns += 1000
+            return [event(EventKind.SYN_REPEATED, repeated(handshake(), at(1)), at(1))] * 100
+
+    kernel = Flooded()
+    kernel.at(at(0), handshake())
+    assert live(kernel, 8)[-1]["type"] == "summary"
 
 
 def test_an_ack_that_no_program_saw_may_be_of_who_seems_silent() -> None:
