@@ -78,7 +78,7 @@ _PROBE_MODES = ("auto", "fentry", "kprobe")
 
 
 def rescue_mode(text: str) -> frozenset[str]:
-    """Parse which clients to rescue: `known` or `all`, with or without `dry-run`, or that alone."""
+    """Parse the mode of --rescue: `known`, `all` or `dry-run`, or `dry-run` with one of them."""
     words = frozenset(text.split(","))
     what = f"{text!r} is not known, all, dry-run or all,dry-run"
     if {"known", "all"} <= words:
@@ -92,7 +92,7 @@ def rescue_mode(text: str) -> frozenset[str]:
 
 
 def probe_mode(text: str) -> str:
-    """How to attach."""
+    """Parse the probe mode: auto, fentry or kprobe."""
     if text not in _PROBE_MODES:
         raise WrongValueError(
             f"no mode {text!r}",
@@ -113,7 +113,7 @@ def networks(text: str) -> tuple[IPNetwork, ...]:
 
 
 def metrics_address(text: str) -> tuple[str, int]:
-    """IP address and port; without an address that of localhost, for the answers tell strangers."""
+    """Parse IP address and port. The default is localhost: metrics reveal facts to anyone."""
     address, colon, port_text = text.rpartition(":")
     try:
         port = int(port_text if colon else "")

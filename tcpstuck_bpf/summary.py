@@ -77,7 +77,7 @@ class Summary(NamedTuple):
     """Totals of --rescue; None without it."""
     listeners: tuple[ListenerReport, ...] = ()
     seen: tuple[ListenerSeen, ...] = ()
-    """The latest readings that the reports are made from; what changed longest ago first."""
+    """The latest readings behind the reports; the listener unchanged for longest comes first."""
     namespace_gone: int = 0
     """Clients reported stuck in network namespaces that have been removed since."""
     flood_suspected: int = 0
