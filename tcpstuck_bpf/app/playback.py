@@ -1,4 +1,4 @@
-"""The playback of a recording, which prints what the live run printed."""
+"""Plays a recording back: prints what the live run printed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tcpstuck_bpf.summary import Summary
 
 
 def run_replay(replay: Replay, output: Output, analysis: Analysis | None = None) -> Summary:
-    """Print the findings and the summary of a recording, as far as it goes.
+    """Print the findings and the summary of a recording, up to its end or its last whole line.
 
-    `analysis`: a fresh one of the recording's header, if somebody else looks at it too.
+    `analysis`: a new Analysis with the recording's header, if the caller uses it as well.
 
     Raises RecordingError if the recording is damaged.
     """
