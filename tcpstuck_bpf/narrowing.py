@@ -61,10 +61,10 @@ class NarrowedReplay(Replay):
             words = _in_words(wanted)
             self.header = replace(self.header, selection=words)
             self._notes.append(
-                f"findings and listeners are those of {words}. Cookies sent, losses, clients that "
-                "--rescue left alone and the comparison with the kernel's counters are of the "
-                f"whole recording ({recorded.watched}). Completed handshakes were counted together "
-                "and are left out"
+                f"findings and listeners cover {words} only. Cookies sent, losses, clients that "
+                "--rescue left alone and the comparison with the kernel's counters cover the "
+                f"whole recording ({recorded.watched}). Completed handshakes cannot be split by "
+                "filter and are omitted"
             )
         timeout_ns, before_ns = wanted.timeout_ns, recorded.settings.timeout_ns
         if timeout_ns is not None and timeout_ns != before_ns:
@@ -73,8 +73,8 @@ class NarrowedReplay(Replay):
             self.header = replace(self.header, settings=settings)
             self._notes.append(
                 f"judged with a time-out of {duration_text(timeout_ns)}, recorded with "
-                f"{duration_text(before_ns)}. A verdict comes when the recorded run looked next, "
-                "and is weakened only by counters that were read by then"
+                f"{duration_text(before_ns)}. A verdict takes effect at the next sweep in the "
+                "recording, and only counters read by then can weaken it"
             )
 
     def steps(self) -> Iterator[Step]:
@@ -171,8 +171,8 @@ def _netns_of(text: str | None, recorded: Header) -> Collection[int] | None:
     if not found:
         known = ", ".join(sorted(names.values())) or "none by name"
         raise UsageError(
-            f"the recording names no network namespace {text}",
-            f"it names: {known}",
+            f"the recording has no network namespace {text}",
+            f"it has: {known}",
             nearest(text, names.values(), "give one of these names, or an inode number"),
         )
     return found
@@ -192,7 +192,7 @@ def _refuse_what_was_not_watched(
     for option, asks_for_more in beyond.items():
         if asks_for_more:
             raise UsageError(
-                f"{option} asks for what the recording does not hold",
+                f"{option} selects more than the recording contains",
                 f"it watched {recorded.watched} and nothing else",
                 "leave it out, or record again",
             )
@@ -204,14 +204,14 @@ def _refuse_timeout(path: str, timeout_ns: int, recorded: Header) -> None:
     if timeout_ns < shortest_ns and not recorded.settings.tell_healthy:
         raise UsageError(
             f"-t {duration_text(timeout_ns)} is too short for this recording",
-            f"it does not say who connected within {duration_text(shortest_ns)} of the SYN (3/4 "
-            "of its time-out): they would seem stuck",
+            f"it omits clients that connected within {duration_text(shortest_ns)} of the SYN (3/4 "
+            "of its time-out): they would look stuck",
             f"write -t {shortest_ns / SECOND_NS:g} or more, or record with a shorter -t or --all",
         )
     if timeout_ns > LONGEST_TIMEOUT_NS:
         raise UsageError(
             f"-t {duration_text(timeout_ns)} is too long for a recording",
-            f"a run lets go of who has been silent for {duration_text(DEFAULT_ROW_LIFE_NS)}",
+            f"a run forgets clients after {duration_text(DEFAULT_ROW_LIFE_NS)} of silence",
             f"write -t {duration_text(LONGEST_TIMEOUT_NS).split()[0]}m or less",
         )
     if timeout_ns > before_ns:
@@ -223,7 +223,7 @@ def _refuse_what_was_let_go(path: str, timeout_ns: int) -> None:
     if path == STANDARD_INPUT:
         raise UsageError(
             f"-t {duration_text(timeout_ns)} is longer than the recorded time-out",
-            "the recording is read twice for it, and standard input can be read once",
+            "that needs to read the recording twice, which standard input does not allow",
             "name the file",
         )
     replay = Replay(path)
@@ -241,7 +241,7 @@ def _refuse_what_was_let_go(path: str, timeout_ns: int) -> None:
     if lost:
         raise UsageError(
             f"-t {duration_text(timeout_ns)} is too long for this recording",
-            f"its run made room in a full table: {lost} clients were let go of before that",
+            f"its table was full, and {lost} clients were removed before that time",
             f"write -t {replay.header.settings.timeout_ns / SECOND_NS:g}, or record with a larger "
             "--max-handshakes",
         )

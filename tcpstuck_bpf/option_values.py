@@ -55,7 +55,7 @@ def _ports(word: str) -> list[int]:
         low = high = _port_of_service(word)
     if 1 <= high < low <= LAST_PORT:
         raise WrongValueError(
-            f"{word} is no range of ports", "it begins after its end", f"write -p {high}-{low}"
+            f"{word} is no range of ports", "its start exceeds its end", f"write -p {high}-{low}"
         )
     if not 1 <= low <= high <= LAST_PORT:
         raise WrongValueError(
@@ -72,7 +72,7 @@ def _port_of_service(name: str) -> int:
         remedy = "write its number: -p 3306"
         raise WrongValueError(
             f"{name} is no port",
-            f"this machine knows no TCP service of that name ({known_names.SERVICES})",
+            f"this machine has no TCP service of that name ({known_names.SERVICES})",
             nearest(name, known_names.service_names(), remedy),
         )
     return port
@@ -101,8 +101,8 @@ def length_of_time(text: str) -> int:
     if not _SHORTEST_NS <= value <= _LONGEST_NS:
         raise WrongValueError(
             f"{text or repr(text)} is no length of time",
-            "it is a number of seconds, or numbers with d, h, m, s and ms in that order, and lies "
-            "between 1 ms and 1e9 s",
+            "it must be seconds, or numbers with d, h, m, s and ms in that order, from 1 ms to "
+            "1e9 s",
             "write 90, 90s, 10m, 1h30m or 500ms",
         )
     return round(value)

@@ -59,7 +59,7 @@ def _named(what: str, text: str) -> str:
         raise WrongValueError(
             f"the name of {what} is missing",
             "the value is empty",
-            "give a name; in a script, look whether the variable is set",
+            "give a name; in a script, check that the variable is set",
         )
     return text
 
@@ -87,7 +87,7 @@ def rescue_mode(text: str) -> frozenset[str]:
         )
     if not words <= {"known", "all", "dry-run"}:
         guess = nearest(text, _RESCUE_WORDS, "write --rescue, which is --rescue=known")
-        raise WrongValueError(what, "it says whom to send SYN-ACKs to", guess)
+        raise WrongValueError(what, "it selects the clients that get SYN-ACKs", guess)
     return words
 
 
@@ -122,8 +122,8 @@ def metrics_address(text: str) -> tuple[str, int]:
     except ValueError:
         raise WrongValueError(
             f"{text!r} is not ADDR:PORT, nor :PORT",
-            "it says where to listen, by an IP address of this machine",
-            "write :9435 for localhost only, or 0.0.0.0:9435 for everybody",
+            "it is the address to listen on: an IP address of this machine",
+            "write :9435 for localhost only, or 0.0.0.0:9435 for every address",
         ) from None
     if not 0 <= port <= 65535:
         raise WrongValueError(

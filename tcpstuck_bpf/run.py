@@ -355,7 +355,7 @@ def _live(
     analysis = Analysis(header)
     output = _with_heartbeat(output_for(options, header), header, _heartbeat_interval(options))
     if exporter is not None:
-        ending.add("the metrics are not those of the end", exporter.close)
+        ending.add("the last metrics were not written", exporter.close)
         output = exporter.beside_live(output, analysis, source.counts, source.losses)
     recorder = None if options.record is None else Recorder(options.record, header)
     if recorder is not None:

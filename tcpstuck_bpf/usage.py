@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
         _, excluded, other = cause.message.partition("not allowed with argument ")
         if excluded:
             what = f"{name} cannot be combined with {other}"
-            return UsageError(what, "each excludes the other", "leave out one of the two")
+            return UsageError(what, "they exclude each other", "leave out one of the two")
         _, surplus, value = cause.message.partition("ignored explicit argument ")
         if surplus:
             return UsageError(f"{name} takes no value", f"{value} was given", f"write {option}")

@@ -339,20 +339,20 @@ class Live:
             self._observe_waiting()
         if self.namespaces is not None:
             self.namespaces.hurry()
-        with self._noted("the table was not read to its end once more"):
+        with self._noted("the last sweep of the table was not completed"):
             self._sweep()
-        with self._noted("rules that were to be read at the end were not"):
+        with self._noted("firewall rules were not read at the end"):
             self._await_rules()
         with self._noted("the counters were not compared at the end"):
             self._tally()
         if self.doubts is not None and not self.analysis.saw_cookies:
-            with self._noted("it is not known whether there was anything to see"):
+            with self._noted("the check for listening sockets and SYN cookies failed"):
                 self._noted_at_end += self.doubts()
         overruns = 0 if self.kernel_log is None else self.kernel_log.overruns
         losses: dict[str, int] = {"kernel_log_overruns": overruns}
-        with self._noted("the losses that the programs counted are not known"):
+        with self._noted("the losses counted by the programs are unknown"):
             losses = {**self.source.losses(), **losses}
-        with self._noted("what became of the clock is not known"):
+        with self._noted("changes of the wall clock are unknown"):
             clock_note = "" if self.clock_note is None else self.clock_note()
             self._noted_at_end += filter(None, [clock_note])
         ended = Ended(self.clock_ns(), losses, self._notes)

@@ -28,10 +28,10 @@ def run_replay(replay: Replay, output: Output, analysis: Analysis | None = None)
             if not analysis.tallied:
                 raise RecordingError(
                     f"the recording of {replay.header.watched} is damaged",
-                    "it holds no reading of the counters, with which a run begins",
+                    "it lacks the counters that are read at the start of a run",
                     "record again",
                 )
             summary = analysis.summary(step)
             output.summary(summary)
             return summary
-    raise AssertionError("the last of the steps is an end")
+    raise AssertionError("the last step must be Ended")

@@ -38,7 +38,7 @@ class Beside:
             deliver(self._metrics)
         except Exception as error:  # no error in the metrics may end the run
             self._metrics = None
-            self._note(f"the metrics stay as they are: {words_of(error)}")
+            self._note(f"the metrics are no longer updated: {words_of(error)}")
 
     def findings(self, findings: list[Finding]) -> None:
         """Pass the findings to both."""
@@ -100,7 +100,7 @@ class Exporter:
         """Wrap a replay's output. Metrics are published at the end only, with recorded times."""
 
         def so_far(_now_ns: int) -> Summary:
-            raise AssertionError("a replay has no moments between")
+            raise AssertionError("a replay has no intermediate summaries")
 
         return self._beside(output, analysis, so_far, None)
 

@@ -172,7 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, with_body: bool) -> None:
         if self.path.partition("?")[0] != "/metrics":
-            self.send_error(HTTPStatus.NOT_FOUND, "only /metrics is here")
+            self.send_error(HTTPStatus.NOT_FOUND, "the only path is /metrics")
             return
         text = self._exposition.text(self.headers.get("Accept", ""))
         if text is None:

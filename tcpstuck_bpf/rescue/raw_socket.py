@@ -83,7 +83,7 @@ class Resender:
         would need an interface (RFC 4007), which is not recorded.
         """
         if ipaddress.IPv6Address(four_tuple.client_address) in _LINK_LOCAL:
-            raise OSError(errno.EINVAL, "a link-local address, and its interface is not known")
+            raise OSError(errno.EINVAL, "link-local address with unknown interface")
         try:
             place = (four_tuple.client_ip, 0)
             self._socket(four_tuple).sendmsg([packet], [_from_server(four_tuple)], 0, place)

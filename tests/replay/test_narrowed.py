@@ -227,7 +227,7 @@ def watching(**changes: Any) -> Header:
             "--listener asks",
         ),
         (["--netns", "web"], watching(netns=OWN), "--netns asks"),
-        (["--netns", "wb"], watching(), "names no network namespace wb"),
+        (["--netns", "wb"], watching(), "has no network namespace wb"),
         (["-t", "2"], EVERY_PORT, "-t 2.0 s is too short"),
         (["-t", "15m"], EVERY_PORT, "-t 15 min 00 s is too long"),
     ],
