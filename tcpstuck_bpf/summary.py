@@ -88,7 +88,7 @@ class Summary(NamedTuple):
 
     @property
     def saw_nothing(self) -> bool:
-        """Whether no cookie was seen, so that nobody could get stuck under one."""
+        """Whether no cookie was seen, so that no client could get stuck under one."""
         seen = (self.cookies_sent, self.unseen_syn, self.ever_stuck, self.unwatched)
         return not any(seen) and not any(self.verdicts.values())
 

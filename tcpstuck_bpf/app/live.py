@@ -294,7 +294,10 @@ class Live:
         self._step(Advanced(now_ns))
 
     def _tally(self, wanted: Collection[int] | None = None) -> int:
-        """Read the kernel's counters before and after the programs' own. Returns that time."""
+        """Read the kernel's counters, the programs' own, and the kernel's again.
+
+        Returns the time of the middle reading.
+        """
         begun_ns = self.clock_ns()
         before = self.read_kernel_counters(wanted)
         living = living_of(before)
@@ -339,7 +342,7 @@ class Live:
             self._observe_waiting()
         if self.namespaces is not None:
             self.namespaces.hurry()
-        with self._noted("the last sweep of the table was not completed"):
+        with self._noted("the last sweep of the table failed"):
             self._sweep()
         with self._noted("firewall rules were not read at the end"):
             self._await_rules()

@@ -1,4 +1,4 @@
-"""Threads beside the tracing thread. They end with the process and handle no signals."""
+"""Additional threads besides the tracing one. They end with the process and get no signals."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class SilenceRate:
         return self.within(time_ns // SECOND_NS).number > FLOOD_SILENT
 
     def busy_seconds(self, last_second: int) -> Iterator[int]:
-        """The seconds of the window with their share of a flood, and the seconds next to them."""
+        """The seconds of the window that are busy enough for a flood, and their neighbours."""
         for second in range(last_second - FLOOD_WINDOW_S + 1, last_second + 1):
             counts = self._seconds.get(second)
             if counts is None:

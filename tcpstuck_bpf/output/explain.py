@@ -31,7 +31,7 @@ _STRONG = re.compile(r"\*\*(.+?)\*\*", re.DOTALL)
 
 
 def verdicts_text() -> str:
-    """The text of docs/verdicts.md, from the installed package or from beside it in a source tree.
+    """The text of docs/verdicts.md, from the installed package or from the source tree.
 
     Raises TcpstuckError if the file is in neither place.
     """

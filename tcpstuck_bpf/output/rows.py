@@ -197,7 +197,7 @@ class Rows:
         return row + text if text else row.rstrip()
 
     def _with_text(self, cells: Sequence[str], texts: Sequence[str], stuck: bool) -> Iterator[str]:
-        """A row with as many texts beside it as fit; the other texts go below."""
+        """A row with as many of the texts on its line as fit; the others go below."""
         for beside in (len(texts), 1, 0) if not self._narrow else (0,):
             row = self._laid_out(cells, "; ".join(texts[:beside]))
             if len(row) <= self._page.width or not beside:

@@ -186,7 +186,7 @@ class Candidate:
 
     def _note_ack(self, sequence: int, acknowledgement: int) -> None:
         self.acknowledged = acknowledgement
-        # A valid cookie with another sequence number: earlier data is in flight or lost.
+        # A valid cookie with another sequence number: its first bytes are in flight or lost.
         self.sent_data |= sequence != next_sequence(self.handshake.client_isn)
 
     def note_answer(self, event: Event) -> bool:
@@ -211,7 +211,7 @@ class Candidate:
         obstacles = (
             (self.gone, GONE),
             (self.excluded, EXCLUDED),
-            # The age of its cookie and the options of its SYN-ACK are unknown.
+            # The age of its cookie and the content of its SYN-ACK are unknown.
             (not entry.syn_count, SYN_NOT_SEEN),
             (self.sent_data, SENT_DATA),
             (self.closed, CLOSED),

@@ -275,7 +275,7 @@ class Rescuer:
     def _look_at(
         self, client: Candidate, now_ns: int, is_known: Callable[[FourTuple], bool]
     ) -> None:
-        """Look up the client's address, and check whether an answer or the cookie is overdue."""
+        """Look up the client's address; check for a missing answer and an expired cookie."""
         changed = client.under_way and now_ns >= client.tried_ns + ANSWER_NS
         if changed:
             client.under_way = False
