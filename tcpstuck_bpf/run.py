@@ -178,7 +178,9 @@ def exporter_for(options: argparse.Namespace) -> Exporter | None:
 
 
 class Interrupts:
-    """Signal handlers. SIGINT, SIGTERM or SIGHUP ends a run with its summary; a second one at once.
+    """The signal handlers of a run.
+
+    SIGINT, SIGTERM or SIGHUP ends the run with its summary. A second signal ends it at once.
 
     No handler raises while events are read; see `Live.reading`.
     """

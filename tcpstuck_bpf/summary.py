@@ -25,7 +25,7 @@ class Status(NamedTuple):
     now_ns: int
     """CLOCK_MONOTONIC."""
     flood_suspected: int = 0
-    """Silent clients that look like a SYN flood's; not in `still_stuck`."""
+    """Silent clients that look like part of a SYN flood; not in `still_stuck`."""
 
 
 class RescueTotals(NamedTuple):
@@ -81,7 +81,7 @@ class Summary(NamedTuple):
     namespace_gone: int = 0
     """Clients reported stuck in network namespaces that have been removed since."""
     flood_suspected: int = 0
-    """Silent clients that look like a SYN flood's; in `verdicts`, but not in the stuck ones."""
+    """Silent clients that look like part of a SYN flood; in `verdicts`, but not stuck."""
     stuck: tuple[tuple[StuckGroup, int], ...] = ()
     """Number of clients that are stuck at the end, by listener, verdict and cause. The largest
     group comes first."""

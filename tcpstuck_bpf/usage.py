@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser that raises its errors as UsageError."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises UsageError."""
+        """Raise UsageError for an error of argparse."""
         cause = sys.exc_info()[1]
         if isinstance(cause, argparse.ArgumentError):
             raise self._about_option(cause) from None

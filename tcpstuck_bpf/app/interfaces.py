@@ -60,7 +60,7 @@ class Source(Protocol):
         """Read what the programs counted since they were attached, by network namespace.
 
         `living` has the known cookies of the present namespaces by inode number. Counts of an
-        earlier namespace with the same number go to those that are gone.
+        earlier namespace with the same number are added to those of removed namespaces.
         """
 
     def netns_in_full_tables(self) -> Collection[int]:
@@ -69,7 +69,7 @@ class Source(Protocol):
     def free(self, gone: Collection[int], living: Mapping[int, int]) -> None:
         """Remove the entries of these network namespaces from the tables that fill.
 
-        The entries of earlier namespaces with a number in `living` (as for `counts`) go as well.
+        Entries of earlier namespaces with a number in `living` (as for `counts`) are removed too.
         """
 
     def listeners(self) -> tuple[ListenerFacts, ...]:

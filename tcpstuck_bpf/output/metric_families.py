@@ -66,7 +66,7 @@ STUCK = Family("tcpstuck_stuck_clients", "gauge", "Clients that are stuck now.")
 FLOOD = Family(
     "tcpstuck_flood_suspected_clients",
     "gauge",
-    "Silent clients that look like a SYN flood's; none of them counts as stuck.",
+    "Silent clients that look like part of a SYN flood; they do not count as stuck.",
 )
 PENDING = Family(
     "tcpstuck_pending_handshakes", "gauge", "Handshakes that are too young for a verdict."
@@ -91,7 +91,7 @@ LISTENER_STUCK = Family(
 LISTENER_FLOOD = Family(
     "tcpstuck_listener_flood_suspected_clients",
     "gauge",
-    "Silent clients of a listener that look like a SYN flood's.",
+    "Silent clients of a listener that look like part of a SYN flood.",
     LISTENER,
 )
 LISTENER_SYNS = Family(

@@ -330,7 +330,7 @@ def test_clients_that_a_full_table_let_go_of_forbid_a_longer_time_out(
     with path.open() as file:
         monkeypatch.setattr("sys.stdin", file)
         assert main(["--replay", "-", "-t", "5"]) == EXIT_USAGE
-    assert "standard input can be read once" in capsys.readouterr().err
+    assert "standard input does not allow" in capsys.readouterr().err
 
 
 def test_all_of_a_recording_is_replayed_as_it_was(tmp_path: Path) -> None:
