@@ -257,10 +257,10 @@ class Analysis:
         )
 
     def so_far(self, counts: NetnsCounts, now_ns: int, losses: Mapping[str, int]) -> Summary:
-        """What a summary would say now, but for the reports of listeners; a tally was taken.
+        """The current summary, without the listener reports. Needs at least one tally.
 
-        To judge listeners is to look at every client of a flood. The kernel's counters are compared
-        as of the latest tally, and a verdict that waits for rules is not lost yet.
+        Judging listeners would look at every client of a flood. The kernel's counters are compared
+        as of the latest tally. A verdict that still waits for rules does not count as lost.
         """
         summed = self._summed(Ended(now_ns, losses, ()), counts)
         return summed._replace(losses={**summed.losses, "causes_not_updated": self._never_updated})
@@ -281,7 +281,7 @@ class Analysis:
         connected = counted[NetnsCount.COMPLETED] + stats.taken_over
         rescued = stats.reported_now.get(State.RESCUED, 0)
         data_lost = stats.reported_now.get(State.DATA_LOST, 0)
-        if not self.header.selection:  # nobody counted a part of them
+        if not self.header.selection:  # the counters cover the whole recording, not a part
             verdicts["completed"] = max(0, connected - recovered - rescued - data_lost)
         losses = {
             **ended.losses,

@@ -56,9 +56,9 @@ def remark(text: str) -> None:
 
 @contextlib.contextmanager
 def under_way(what: str) -> Iterator[None]:
-    """Say on standard error what takes its time, as long as it does.
+    """Print on standard error that a slow task is running.
 
-    A terminal shows it meanwhile; elsewhere it is a line.
+    A terminal shows it until the task ends; elsewhere it is a line.
     """
     if not terminal.understands_escapes(sys.stderr):
         remark(f"{what} ...")

@@ -1,7 +1,7 @@
-"""A line for logs from time to time: still watching, with the figures of the status line.
+"""A periodic log line with the figures of the status line, to show that the run goes on.
 
-Where standard output is no terminal there is no status line, and a run that finds nothing would
-look like one that hangs.
+There is no status line if standard output is not a terminal. A run without findings would look as
+if it hung.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 
 
 class Heartbeat:
-    """An output that also says, at most once in each interval, that the run goes on.
+    """Wraps an output and prints a status line at most once per interval.
 
-    Its clock is the run's: `running_ns` of the status. `words` puts a status into words, and `say`
-    says them.
+    `running_ns` of the status is the clock. `words` formats a status, and `say` prints the line.
     """
 
     def __init__(
@@ -40,7 +39,7 @@ class Heartbeat:
         self._how_to_silence = f" (every {duration_text(interval_ns)}; --heartbeat off silences it)"
 
     def status(self, status: Status) -> None:
-        """Nothing new; after an interval that is a line."""
+        """Pass the status on; print a line if the interval has passed."""
         self._output.status(status)
         if status.running_ns >= self._due_ns:
             self._due_ns = status.running_ns + self._interval_ns
@@ -48,17 +47,17 @@ class Heartbeat:
             self._how_to_silence = ""
 
     def findings(self, findings: list[Finding]) -> None:
-        """Passed on."""
+        """Pass the findings on."""
         self._output.findings(findings)
 
     def attempts(self, attempts: Sequence[Attempt]) -> None:
-        """Passed on."""
+        """Pass the attempts on."""
         self._output.attempts(attempts)
 
     def summary(self, summary: Summary) -> None:
-        """Passed on."""
+        """Pass the summary on."""
         self._output.summary(summary)
 
     def close(self) -> None:
-        """Passed on."""
+        """Close the wrapped output."""
         self._output.close()

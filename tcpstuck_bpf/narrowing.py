@@ -1,8 +1,8 @@
-"""A recording judged again under narrower filters, or with another time-out.
+"""Judges a recording again with narrower filters or another time-out.
 
-What the programs would have left out is left out of the steps, so the findings are those of a run
-with these filters. What was only counted (cookies sent, handshakes completed, the kernel's
-counters) cannot be told apart by port or address any more: the summary says so.
+Steps that the filters exclude are dropped, so the findings equal those of a run with these filters.
+Plain counters (cookies sent, handshakes completed, the kernel's counters) cannot be split by port
+or address. The summary has a note about that.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from tcpstuck_bpf.steps import Ended, Header, Listened, Observed, Rescued, Step,
 from tcpstuck_bpf.usage import nearest
 
 LONGEST_TIMEOUT_NS = DEFAULT_ROW_LIFE_NS - 60 * SECOND_NS
-"""A silent client's entry leaves the kernel's table a quarter of an hour after its last SYN."""
+"""Largest time-out. A silent client's entry is removed 15 minutes after its last SYN."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be judged of a recording; empty or None means all of it, as it was."""
+    """The wanted part of a recording. An empty or None field does not restrict it."""
 
     ports: Collection[int] = ()
     ports_text: str = ""
     family: int | None = None
     address: bytes | None = None
     netns: str | None = None
-    """A name that the recording knows, or an inode number."""
+    """A name in the recording, or an inode number."""
     timeout_ns: int | None = None
 
     @property
     def selects(self) -> bool:
-        """Whether anything is to be left out."""
+        """Whether these filters exclude anything."""
         return bool(self.ports or self.family or self.address or self.netns)
 
 
 class NarrowedReplay(Replay):
     """A recording of which only a part is judged, or all of it with another time-out.
 
-    Raises RecordingError where the file is none, and UsageError where it does not hold what is
-    wanted.
+    Raises RecordingError if the file is not a recording, and UsageError if it does not contain the
+    wanted part.
     """
 
     def __init__(self, path: str, wanted: Wanted) -> None:
@@ -54,17 +54,17 @@ class NarrowedReplay(Replay):
         wanted = self._wanted = _less_than(recorded.settings.trace_filter, wanted)
         self._netns = _netns_of(wanted.netns, recorded)
         self._sockets: set[int] = set()
-        """Listening sockets of the handshakes that were selected."""
+        """Listening sockets of the selected handshakes."""
         self._notes: list[str] = []
         _refuse_what_was_not_watched(wanted, self._netns, recorded)
         if wanted.selects:
             words = _in_words(wanted)
             self.header = replace(self.header, selection=words)
             self._notes.append(
-                f"findings and listeners are those of {words}. Cookies sent, losses, clients that "
-                "--rescue left alone and the comparison with the kernel's counters are of the "
-                f"whole recording ({recorded.watched}). Completed handshakes were counted together "
-                "and are left out"
+                f"findings and listeners cover {words} only. Cookies sent, losses, clients that "
+                "--rescue left alone and the comparison with the kernel's counters cover the "
+                f"whole recording ({recorded.watched}). Completed handshakes cannot be split by "
+                "filter and are omitted"
             )
         timeout_ns, before_ns = wanted.timeout_ns, recorded.settings.timeout_ns
         if timeout_ns is not None and timeout_ns != before_ns:
@@ -73,12 +73,12 @@ class NarrowedReplay(Replay):
             self.header = replace(self.header, settings=settings)
             self._notes.append(
                 f"judged with a time-out of {duration_text(timeout_ns)}, recorded with "
-                f"{duration_text(before_ns)}. A verdict comes when the recorded run looked next, "
-                "and is weakened only by counters that were read by then"
+                f"{duration_text(before_ns)}. A verdict takes effect at the next sweep in the "
+                "recording, and only counters read by then can weaken it"
             )
 
     def steps(self) -> Iterator[Step]:
-        """The steps in order, with what is wanted of them."""
+        """The steps in order, without what the filters exclude."""
         for step in super().steps():
             yield self._narrowed(step)
 
@@ -122,21 +122,22 @@ class NarrowedReplay(Replay):
         )
 
     def _selects_listener(self, seen: ListenerSeen) -> bool:
-        """That of a selected handshake; of the others by address and port, as of a handshake.
+        """Whether a listener is selected: by a selected handshake, or by its address and port.
 
-        A proxy's socket may have another port than its clients' packets.
+        The listener of a selected handshake may have another port than the packets, as behind a
+        proxy.
         """
         facts = seen.facts
         if facts.socket and facts.socket in self._sockets:
             return True
-        # The family is the packets' and so the server's address's.
+        # A FourTuple's family is that of the packets, hence that of the server's address.
         return self._selects(
             FourTuple(facts.server_address, facts.server_address, 0, facts.server_port, facts.netns)
         )
 
 
 def _less_than(watched: TraceFilter, wanted: Wanted) -> Wanted:
-    """The same without what the recording is restricted to anyway."""
+    """The same filters without those that the recording was already made with."""
     return replace(
         wanted,
         ports=() if {*wanted.ports} == {*watched.ports} else wanted.ports,
@@ -159,19 +160,19 @@ def _in_words(wanted: Wanted) -> str:
 
 
 def _netns_of(text: str | None, recorded: Header) -> Collection[int] | None:
-    """The inode numbers that a name or number stands for; None for every one."""
+    """The inode numbers that match a name or number; None if no namespace was given."""
     if text is None:
         return None
     names = recorded.netns_names
-    # A container is found by its name alone: it may be followed by its engine and identifier.
+    # A container's name matches without the engine and identifier that may follow it.
     found = {inode for inode, name in names.items() if text in (name, name.partition(" (")[0])}
     if not found and text.isdecimal():
         found = {int(text)}
     if not found:
         known = ", ".join(sorted(names.values())) or "none by name"
         raise UsageError(
-            f"the recording names no network namespace {text}",
-            f"it names: {known}",
+            f"the recording has no network namespace {text}",
+            f"it has: {known}",
             nearest(text, names.values(), "give one of these names, or an inode number"),
         )
     return found
@@ -191,7 +192,7 @@ def _refuse_what_was_not_watched(
     for option, asks_for_more in beyond.items():
         if asks_for_more:
             raise UsageError(
-                f"{option} asks for what the recording does not hold",
+                f"{option} selects more than the recording contains",
                 f"it watched {recorded.watched} and nothing else",
                 "leave it out, or record again",
             )
@@ -203,14 +204,14 @@ def _refuse_timeout(path: str, timeout_ns: int, recorded: Header) -> None:
     if timeout_ns < shortest_ns and not recorded.settings.tell_healthy:
         raise UsageError(
             f"-t {duration_text(timeout_ns)} is too short for this recording",
-            f"it does not say who connected within {duration_text(shortest_ns)} of the SYN (3/4 "
-            "of its time-out): they would seem stuck",
+            f"it omits clients that connected within {duration_text(shortest_ns)} of the SYN (3/4 "
+            "of its time-out): they would look stuck",
             f"write -t {shortest_ns / SECOND_NS:g} or more, or record with a shorter -t or --all",
         )
     if timeout_ns > LONGEST_TIMEOUT_NS:
         raise UsageError(
             f"-t {duration_text(timeout_ns)} is too long for a recording",
-            f"a run lets go of who has been silent for {duration_text(DEFAULT_ROW_LIFE_NS)}",
+            f"a run forgets clients after {duration_text(DEFAULT_ROW_LIFE_NS)} of silence",
             f"write -t {duration_text(LONGEST_TIMEOUT_NS).split()[0]}m or less",
         )
     if timeout_ns > before_ns:
@@ -218,11 +219,11 @@ def _refuse_timeout(path: str, timeout_ns: int, recorded: Header) -> None:
 
 
 def _refuse_what_was_let_go(path: str, timeout_ns: int) -> None:
-    """A full table lets go of clients once they are judged: a later verdict has nothing of them."""
+    """Refuse a longer time-out if a full table dropped clients before they reach it."""
     if path == STANDARD_INPUT:
         raise UsageError(
             f"-t {duration_text(timeout_ns)} is longer than the recorded time-out",
-            "the recording is read twice for it, and standard input can be read once",
+            "that needs to read the recording twice, which standard input does not allow",
             "name the file",
         )
     replay = Replay(path)
@@ -233,14 +234,14 @@ def _refuse_what_was_let_go(path: str, timeout_ns: int) -> None:
         now_ns = getattr(step, "now_ns", None)
         if analysis.leaving and now_ns is not None:
             young = sum(now_ns - one.first_syn_ns < timeout_ns for one in analysis.leaving)
-            # Those that ended leave as well, and nothing is lost with them.
+            # Ended handshakes leave the table too; that loses no verdict.
             given_up = _given_up(analysis)
             lost += min(young, given_up - before)
             before = given_up
     if lost:
         raise UsageError(
             f"-t {duration_text(timeout_ns)} is too long for this recording",
-            f"its run made room in a full table: {lost} clients were let go of before that",
+            f"its table was full, and {lost} clients were removed before that time",
             f"write -t {replay.header.settings.timeout_ns / SECOND_NS:g}, or record with a larger "
             "--max-handshakes",
         )

@@ -1,4 +1,4 @@
-"""Values of options as people write them: ports and services, lengths of time, addresses."""
+"""Parsers for option values: ports and services, lengths of time, addresses."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ _SHORTEST_NS, _LONGEST_NS = SECOND_NS // 1000, 10**9 * SECOND_NS
 
 
 def port_list(text: str) -> list[int]:
-    """Ports, ranges of ports and names of services, separated by commas.
+    """Ports, port ranges and service names, separated by commas.
 
-    There may be any number: the programs have one bit for each port.
+    Their number is not limited: the programs have one bit for each port.
     """
     return [port for word in text.split(",") for port in _ports(word)]
 
@@ -55,7 +55,7 @@ def _ports(word: str) -> list[int]:
         low = high = _port_of_service(word)
     if 1 <= high < low <= LAST_PORT:
         raise WrongValueError(
-            f"{word} is no range of ports", "it begins after its end", f"write -p {high}-{low}"
+            f"{word} is no range of ports", "its start exceeds its end", f"write -p {high}-{low}"
         )
     if not 1 <= low <= high <= LAST_PORT:
         raise WrongValueError(
@@ -72,7 +72,7 @@ def _port_of_service(name: str) -> int:
         remedy = "write its number: -p 3306"
         raise WrongValueError(
             f"{name} is no port",
-            f"this machine knows no TCP service of that name ({known_names.SERVICES})",
+            f"this machine has no TCP service of that name ({known_names.SERVICES})",
             nearest(name, known_names.service_names(), remedy),
         )
     return port
@@ -84,7 +84,7 @@ def ports_of(options: argparse.Namespace) -> tuple[int, ...]:
 
 
 def ports_text(ports: Sequence[int]) -> str:
-    """Sorted ports in words, three or more in a row as a range."""
+    """Sorted ports as text; three or more consecutive ports become a range."""
     runs: list[list[int]] = []
     for port in ports:
         if not runs or port != runs[-1][-1] + 1:
@@ -101,15 +101,15 @@ def length_of_time(text: str) -> int:
     if not _SHORTEST_NS <= value <= _LONGEST_NS:
         raise WrongValueError(
             f"{text or repr(text)} is no length of time",
-            "it is a number of seconds, or numbers with d, h, m, s and ms in that order, and lies "
-            "between 1 ms and 1e9 s",
+            "it must be seconds, or numbers with d, h, m, s and ms in that order, from 1 ms to "
+            "1e9 s",
             "write 90, 90s, 10m, 1h30m or 500ms",
         )
     return round(value)
 
 
 def heartbeat_interval(text: str) -> int:
-    """A length of time of a second or more, in nanoseconds; 0 for `off`."""
+    """A length of time of one second or more, in nanoseconds; 0 for `off`."""
     if text == "off":
         return 0
     try:
@@ -126,14 +126,14 @@ def heartbeat_interval(text: str) -> int:
 
 
 def _in_units(text: str) -> float:
-    """Nanoseconds; 0 where it is not written so."""
+    """Nanoseconds of a time with units; 0 if the text is not one."""
     found = _TIME.fullmatch(text.strip())
     parts = found.groupdict() if found else {}
     return sum(float(number) * _UNITS_NS[unit] for unit, number in parts.items() if number)
 
 
 def _in_seconds(text: str) -> float:
-    """Nanoseconds; 0 where it is no number, or none that a time has."""
+    """Nanoseconds of a plain number of seconds; 0 if the text is not a finite number."""
     try:
         value = float(text)
     except ValueError:
@@ -142,7 +142,7 @@ def _in_seconds(text: str) -> float:
 
 
 def listener_addresses(text: str) -> tuple[bytes, ...]:
-    """An IPv4 or IPv6 address, or those that a name has on this machine, as 16 bytes each."""
+    """An IPv4 or IPv6 address, or the addresses of a name in /etc/hosts, as 16 bytes each."""
     try:
         return (address_bytes(text.strip("[]")),)
     except ValueError:

@@ -59,7 +59,7 @@ def _named(what: str, text: str) -> str:
         raise WrongValueError(
             f"the name of {what} is missing",
             "the value is empty",
-            "give a name; in a script, look whether the variable is set",
+            "give a name; in a script, check that the variable is set",
         )
     return text
 
@@ -78,7 +78,7 @@ _PROBE_MODES = ("auto", "fentry", "kprobe")
 
 
 def rescue_mode(text: str) -> frozenset[str]:
-    """Parse which clients to rescue: `known` or `all`, with or without `dry-run`, or that alone."""
+    """Parse the mode of --rescue: `known`, `all` or `dry-run`, or `dry-run` with one of them."""
     words = frozenset(text.split(","))
     what = f"{text!r} is not known, all, dry-run or all,dry-run"
     if {"known", "all"} <= words:
@@ -87,12 +87,12 @@ def rescue_mode(text: str) -> frozenset[str]:
         )
     if not words <= {"known", "all", "dry-run"}:
         guess = nearest(text, _RESCUE_WORDS, "write --rescue, which is --rescue=known")
-        raise WrongValueError(what, "it says whom to send SYN-ACKs to", guess)
+        raise WrongValueError(what, "it selects the clients that get SYN-ACKs", guess)
     return words
 
 
 def probe_mode(text: str) -> str:
-    """How to attach."""
+    """Parse the probe mode: auto, fentry or kprobe."""
     if text not in _PROBE_MODES:
         raise WrongValueError(
             f"no mode {text!r}",
@@ -113,7 +113,7 @@ def networks(text: str) -> tuple[IPNetwork, ...]:
 
 
 def metrics_address(text: str) -> tuple[str, int]:
-    """IP address and port; without an address that of localhost, for the answers tell strangers."""
+    """Parse IP address and port. The default is localhost: metrics reveal facts to anyone."""
     address, colon, port_text = text.rpartition(":")
     try:
         port = int(port_text if colon else "")
@@ -122,8 +122,8 @@ def metrics_address(text: str) -> tuple[str, int]:
     except ValueError:
         raise WrongValueError(
             f"{text!r} is not ADDR:PORT, nor :PORT",
-            "it says where to listen, by an IP address of this machine",
-            "write :9435 for localhost only, or 0.0.0.0:9435 for everybody",
+            "it is the address to listen on: an IP address of this machine",
+            "write :9435 for localhost only, or 0.0.0.0:9435 for every address",
         ) from None
     if not 0 <= port <= 65535:
         raise WrongValueError(

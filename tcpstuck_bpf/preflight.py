@@ -1,7 +1,7 @@
-"""What is wrong with the files that options name, told by a look at them alone.
+"""Checks the files named by options, before any check of the machine.
 
-It comes before the machine is looked at: a mistyped directory is wrong use also where tracing is
-refused. What a look cannot tell is told later, by whoever writes or reads the file.
+A mistyped directory is a usage error even on a machine that cannot trace. Errors that this check
+cannot find are reported when the file is read or written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tcpstuck_bpf.files import directory_obstacle, obstacle
 
 
 def refuse_unusable_files(options: argparse.Namespace) -> None:
-    """Raises UsageError for a file or directory that cannot be what its option wants it to be."""
+    """Raises UsageError if an option's file or directory is unusable for it."""
     for option, path in (("--record", options.record), ("--ready-file", options.ready_file)):
         why = None if path is None else obstacle(path)
         if why is not None:
@@ -41,7 +41,7 @@ def refuse_unusable_files(options: argparse.Namespace) -> None:
 def _refuse_unreadable_kernel(path: str) -> None:
     remedy = "name a vmlinux or vmlinuz that you may read"
     try:
-        # Not opened where it is no file: opening a named pipe would wait for its other end.
+        # Only regular files are opened: opening a named pipe would wait for its other end.
         if not stat.S_ISREG(Path(path).stat().st_mode):
             raise UsageError(f"{path} is not a kernel", "it is no regular file", remedy)
         with Path(path).open("rb"):
@@ -51,7 +51,7 @@ def _refuse_unreadable_kernel(path: str) -> None:
 
 
 def _refuse_directory_without_programs(path: str) -> None:
-    # Imported where it is used: it draws in what makes hashes.
+    # Imported only where it is used: it imports the hash modules.
     from tcpstuck_bpf.kernel.kept_files import PROGRAMS
 
     remedy = "name a directory that --build has filled"

@@ -67,11 +67,11 @@ if TYPE_CHECKING:
 WIDTH_OF_A_LOG = 1000
 HEARTBEAT_NS = 300 * SECOND_NS
 TIMEOUT_NS = 3 * SECOND_NS
-"""When silence becomes a verdict, where nobody says."""
+"""Default of --timeout."""
 
 
 def listener_address(options: argparse.Namespace) -> bytes | None:
-    """The one address of --listener, of the family that is asked for; None where there is none."""
+    """The address of --listener in the selected family; None without --listener."""
     if options.listener is None:
         return None
     found: dict[bytes, str] = {one: address_text(one) for one in options.listener}
@@ -141,10 +141,10 @@ def output_for(options: argparse.Namespace, header: Header) -> Output:
 
 
 def _heartbeat_interval(options: argparse.Namespace) -> int | None:
-    """How often a line is to say that the run goes on; None: never.
+    """Time between two heartbeat lines; None for no heartbeat.
 
-    Unasked only in logs: a terminal has the status line, or shows something else meanwhile, and a
-    program that reads JSON does not wait for reassurance.
+    The default is a heartbeat in logs only. A terminal has the status line or shows other progress,
+    and a program that reads JSON needs no heartbeat.
     """
     asked_for: int | None = options.heartbeat
     if asked_for is not None:
@@ -168,17 +168,19 @@ def _with_heartbeat(output: Output, header: Header, interval_ns: int | None) -> 
 
 
 def exporter_for(options: argparse.Namespace) -> Exporter | None:
-    """What serves and writes metrics, where they are asked for; raises what is in its way."""
+    """The exporter if metrics are wanted, else None. Raises UsageError or CannotTraceError."""
     if options.dry_run or (options.metrics is None and options.metrics_file is None):
         return None
-    # Imported where it is used: it needs a module that many machines lack.
+    # Imported only where it is used: many machines lack prometheus_client.
     from tcpstuck_bpf.exporter.export import Exporter
 
     return Exporter(options.metrics, options.metrics_file)
 
 
 class Interrupts:
-    """Signal handlers. SIGINT, SIGTERM or SIGHUP ends a run with its summary; a second one at once.
+    """The signal handlers of a run.
+
+    SIGINT, SIGTERM or SIGHUP ends the run with its summary. A second signal ends it at once.
 
     No handler raises while events are read; see `Live.reading`.
     """
@@ -355,7 +357,7 @@ def _live(
     analysis = Analysis(header)
     output = _with_heartbeat(output_for(options, header), header, _heartbeat_interval(options))
     if exporter is not None:
-        ending.add("the metrics are not those of the end", exporter.close)
+        ending.add("the last metrics were not written", exporter.close)
         output = exporter.beside_live(output, analysis, source.counts, source.losses)
     recorder = None if options.record is None else Recorder(options.record, header)
     if recorder is not None:

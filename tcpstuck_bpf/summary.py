@@ -25,7 +25,7 @@ class Status(NamedTuple):
     now_ns: int
     """CLOCK_MONOTONIC."""
     flood_suspected: int = 0
-    """Silent clients that look like a SYN flood's; not in `still_stuck`."""
+    """Silent clients that look like part of a SYN flood; not in `still_stuck`."""
 
 
 class RescueTotals(NamedTuple):
@@ -77,18 +77,18 @@ class Summary(NamedTuple):
     """Totals of --rescue; None without it."""
     listeners: tuple[ListenerReport, ...] = ()
     seen: tuple[ListenerSeen, ...] = ()
-    """The latest readings that the reports are made from; what changed longest ago first."""
+    """The latest readings behind the reports; the listener unchanged for longest comes first."""
     namespace_gone: int = 0
     """Clients reported stuck in network namespaces that have been removed since."""
     flood_suspected: int = 0
-    """Silent clients that look like a SYN flood's; in `verdicts`, but not in the stuck ones."""
+    """Silent clients that look like part of a SYN flood; in `verdicts`, but not stuck."""
     stuck: tuple[tuple[StuckGroup, int], ...] = ()
     """Number of clients that are stuck at the end, by listener, verdict and cause. The largest
     group comes first."""
 
     @property
     def saw_nothing(self) -> bool:
-        """Whether no cookie was seen, so that nobody could get stuck under one."""
+        """Whether no cookie was seen, so that no client could get stuck under one."""
         seen = (self.cookies_sent, self.unseen_syn, self.ever_stuck, self.unwatched)
         return not any(seen) and not any(self.verdicts.values())
 

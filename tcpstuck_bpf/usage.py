@@ -1,7 +1,7 @@
-"""Wrong use of the command line in three lines: what, why, and what to write instead.
+"""Usage errors in three lines: what is wrong, why, and what to write instead.
 
-argparse prints its usage, twelve lines, before what is wrong. Here it raises UsageError, which
-`cli.main` prints like every other error.
+argparse would print twelve lines of usage before its error. This parser raises UsageError instead,
+and `cli.main` prints it like every other error.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from tcpstuck_bpf.errors import UsageError
 
 SEE_HELP = "--help lists every option"
 _ALIKE = 0.7
-"""From where on a guess is worth a question, of 1 for the same word."""
+"""Smallest similarity for a "did you mean" question; 1 means equal words."""
 
 
 class WrongValueError(argparse.ArgumentTypeError):
-    """A value that an option does not take: what, why and remedy, like `UsageError`.
+    """A value that an option does not accept: what, why and remedy, as in `UsageError`.
 
     The parser puts the option's name before `what`.
     """
@@ -32,16 +32,16 @@ class WrongValueError(argparse.ArgumentTypeError):
 
 
 def nearest(word: str, known: Iterable[str], remedy: str, before: str = "") -> str:
-    """A question for the known word that is most like this one; else the remedy."""
+    """A "did you mean" question with the most similar known word; else the remedy."""
     near = difflib.get_close_matches(word.lower(), [*known], n=1, cutoff=_ALIKE)
     return f"did you mean {before}{near[0]}?" if near else remedy
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, whose complaints are UsageErrors."""
+    """An argparse parser that raises its errors as UsageError."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises UsageError."""
+        """Raise UsageError for an error of argparse."""
         cause = sys.exc_info()[1]
         if isinstance(cause, argparse.ArgumentError):
             raise self._about_option(cause) from None
@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
         _, excluded, other = cause.message.partition("not allowed with argument ")
         if excluded:
             what = f"{name} cannot be combined with {other}"
-            return UsageError(what, "each excludes the other", "leave out one of the two")
+            return UsageError(what, "they exclude each other", "leave out one of the two")
         _, surplus, value = cause.message.partition("ignored explicit argument ")
         if surplus:
             return UsageError(f"{name} takes no value", f"{value} was given", f"write {option}")
@@ -74,7 +74,7 @@ class Parser(argparse.ArgumentParser):
         if first.startswith("-"):
             option, _, _ = first.partition("=")
             known = [text for action in self._actions for text in action.option_strings]
-            # Without the dashes, which would make any two options look alike.
+            # Compared without the dashes, which would make any two options similar.
             long_names = [text[2:] for text in known if text.startswith("--")]
             guess = nearest(option.lstrip("-"), long_names, SEE_HELP, "--")
             return UsageError(f"no option {option}", "tcpstuck-trace does not know it", guess)
@@ -86,6 +86,6 @@ class Parser(argparse.ArgumentParser):
         )
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """Ends the program, once --help and --version are written: that may fail."""
+        """End the program. The output of --help and --version is flushed first; that may fail."""
         sys.stdout.flush()
         super().exit(status, message)

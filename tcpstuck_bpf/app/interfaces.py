@@ -1,4 +1,4 @@
-"""What a run needs of others: a source of observations, the kernel's log, names, an output."""
+"""Interfaces of the parts of a run: the source of observations, kernel log, names and output."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Source(Protocol):
 
     @property
     def timings(self) -> Mapping[str, float]:
-        """How many seconds each part of the start took."""
+        """Duration of each part of the start, in seconds."""
 
     @property
     def table_capacity(self) -> int:
-        """How many handshakes the table holds."""
+        """Number of handshakes that the table holds."""
 
     @property
     def most_waiting(self) -> int:
-        """How many events may wait to be read at any moment."""
+        """Largest number of events that can wait unread."""
 
     def poll(self, timeout_ns: int) -> list[Event]:
         """Read a bounded number of events; wait at most `timeout_ns` for the first.
@@ -48,10 +48,10 @@ class Source(Protocol):
         """
 
     def sweep(self) -> Iterator[Sweep]:
-        """Read the whole table in batches; their time is from before the first entry was read."""
+        """Read the whole table in batches. Their time is taken before the first entry is read."""
 
     def chosen(self) -> Sweep:
-        """Read the entries that a rescue may be for, however many others there are."""
+        """Read only the entries that a rescue may concern, however large the table is."""
 
     def forget(self, handshakes: Iterable[HandshakeId]) -> None:
         """Remove the entries of these handshakes; an entry with a newer handshake stays."""
@@ -60,7 +60,7 @@ class Source(Protocol):
         """Read what the programs counted since they were attached, by network namespace.
 
         `living` has the known cookies of the present namespaces by inode number. Counts of an
-        earlier namespace with the same number go to those that are gone.
+        earlier namespace with the same number are added to those of removed namespaces.
         """
 
     def netns_in_full_tables(self) -> Collection[int]:
@@ -69,7 +69,7 @@ class Source(Protocol):
     def free(self, gone: Collection[int], living: Mapping[int, int]) -> None:
         """Remove the entries of these network namespaces from the tables that fill.
 
-        The entries of earlier namespaces with a number in `living` (as for `counts`) go as well.
+        Entries of earlier namespaces with a number in `living` (as for `counts`) are removed too.
         """
 
     def listeners(self) -> tuple[ListenerFacts, ...]:
@@ -89,10 +89,10 @@ class Output(Protocol):
         """Print findings."""
 
     def attempts(self, attempts: Sequence[Attempt]) -> None:
-        """Print what was done for stuck clients."""
+        """Print the outcome of attempts to rescue stuck clients."""
 
     def status(self, status: Status) -> None:
-        """Print that the run goes on without news."""
+        """Show that the run goes on without news."""
 
     def summary(self, summary: Summary) -> None:
         """Print the summary."""
@@ -106,17 +106,17 @@ class Log(Protocol):
 
     @property
     def overruns(self) -> int:
-        """How many times lines were overwritten before they were read."""
+        """Number of times that lines were overwritten before they were read."""
 
     def warnings(self, now_ns: int) -> tuple[KernelWarning, ...]:
-        """Read the warnings that came since the last call."""
+        """Read the warnings since the last call."""
 
 
 class Names(Protocol):
     """Names for the kernel's numbers; `kernel.drop_names.Namer` asks the running kernel."""
 
     def __call__(self, rows: Iterable[Row]) -> KernelNames | None:
-        """Find names of numbers in these rows, and firewall rules; only what no call returned yet.
+        """Look up names and firewall rules for these rows. Returns only what is new.
 
         None: nothing is new.
         """

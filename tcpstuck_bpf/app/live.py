@@ -1,6 +1,6 @@
 """A live run: when it polls, sweeps, judges, rescues and prints, and how it ends.
 
-`analysis` turns the steps into findings, for a live run and for its replay alike.
+`analysis` turns the steps into findings, both live and in a replay.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ LAST_POLL_NS = SECOND_NS // 50
 class Live:
     """A live run.
 
-    A signal handler sets `stop`, and the run ends with the summary. A second signal sets
-    `abandoned` if it comes while `reading` is set: an exception raised there would be lost in the
-    C library that reads.
+    A signal handler sets `stop`, and the run ends with the summary. A second signal that arrives
+    while `reading` is set only sets `abandoned`: an exception raised then would be lost in the C
+    library that reads.
 
-    An error after the start ends the run early. The summary is printed all the same and has a note
-    of the error. If the output itself fails, the run raises the error.
+    An error after the start ends the run early. The summary is still printed, with a note about the
+    error. If the output itself fails, the run raises the error.
     """
 
     source: Source
@@ -75,32 +75,32 @@ class Live:
     printer: Printer
     recorder: Recorder | None
     read_kernel_counters: Callable[[Collection[int] | None], KernelCounters]
-    """Reads the counters of the network namespaces with these inode numbers; None: of all."""
+    """Reads the counters of the network namespaces with these inode numbers; None means all."""
     clock_ns: Callable[[], int] = time.monotonic_ns
     stop: bool = False
     reading: bool = field(default=False, init=False)
     abandoned: bool = False
     rescuing: Rescuing | None = None
     name: Names | None = None
-    """None: names cannot be found out."""
+    """None: names cannot be looked up."""
     describe: Callable[[Iterable[ListenerFacts]], tuple[ListenerSeen, ...]] | None = None
-    """Finds the owners of the listeners that have changed; None: listeners are not described."""
+    """Finds the owners of changed listeners; None: listeners are not described."""
     kernel_log: Log | None = None
     """None: the log may not be read."""
     namespaces: NamespaceWatch | None = None
-    """None: the run does not look for network namespaces that are gone."""
+    """None: the run does not look for removed network namespaces."""
     notes: tuple[str, ...] = ()
-    """Sentences for the summary that were known at the start."""
+    """Notes for the summary that were known at the start."""
     doubts: Callable[[], tuple[str, ...]] | None = None
-    """Says at the end of a run without cookies why there may have been nothing to see."""
+    """Returns reasons why a run without cookies may have had nothing to see."""
     clock_note: Callable[[], str] | None = None
-    """Says at the end whether the wall clock was moved against the times that the run prints."""
+    """Returns a note if the wall clock was changed during the run; empty if not."""
     failure: Exception | None = field(default=None, init=False)
     """The error that ended the run early."""
     _noted_at_end: list[str] = field(default_factory=list, init=False)
     _sweeps: Cadence = field(init=False)
-    """The cost of a sweep is reading and correlating. Printing is not counted: a burst of verdicts
-    comes once and must not delay the next sweep."""
+    """The schedule of sweeps. Their cost is reading and correlating, without printing: a burst of
+    verdicts comes once and must not delay the next sweep."""
     _choices: Cadence = field(init=False)
     _tallies: Cadence = field(default_factory=Cadence, init=False)
 
@@ -109,7 +109,7 @@ class Live:
         self._sweeps, self._choices = Cadence(interval_ns), Cadence(interval_ns)
 
     def run(self, duration_ns: int | None, ready_file: str | None) -> Summary:
-        """Trace until `duration_ns` (None: for ever) has passed or `stop` is set.
+        """Trace until `duration_ns` (None: without limit) has passed or `stop` is set.
 
         Raises an error that prevents the start, and OSError if the output fails. Any other error
         becomes `failure` and a note in the summary.
@@ -119,7 +119,7 @@ class Live:
             write_ready_file(ready_file)
         try:
             self._trace(begun, duration_ns)
-        except Exception as error:  # whatever it is, the findings are still to be printed
+        except Exception as error:  # after any error, the findings must still be printed
             if self.printer.failed:
                 raise
             self.failure = error
@@ -143,7 +143,7 @@ class Live:
                 self.printer.status(status)
 
     def _watch(self, until_ns: int) -> None:
-        """Take in events until `until_ns`, rescue clients whose time has come, and print."""
+        """Read events until `until_ns`, rescue the clients that are due, and print."""
         if self.rescuing is not None:
             until_ns = min(until_ns, self._next_choice_ns(), self.rescuing.due_ns or until_ns)
         self._read_log()
@@ -154,7 +154,7 @@ class Live:
         self._print()
 
     def _next_choice_ns(self) -> int:
-        """When the rows of possible rescues are read again, which is more often than the table."""
+        """Time of the next reading of rows for a rescue; it is read more often than the table."""
         deadline_ns = self.analysis.correlator.deadlines.next_ns
         if deadline_ns is None:
             return self._choices.due_ns
@@ -175,14 +175,14 @@ class Live:
         self.printer.add(findings)
 
     def _print(self) -> None:
-        """Print the lines that wait; with a rescue only a few, so that it is not delayed."""
+        """Print the waiting lines; with --rescue only a few, so that it is not delayed."""
         if self.rescuing is None:
             self.printer.print_all()
         else:
             self.printer.print_some()
 
     def _poll(self, timeout_ns: int) -> tuple[Event, ...]:
-        """Read events. Raises KeyboardInterrupt if a second signal came meanwhile."""
+        """Read events. Raises KeyboardInterrupt if a second signal arrived meanwhile."""
         self.reading = True
         try:
             return tuple(self.source.poll(timeout_ns))
@@ -206,10 +206,10 @@ class Live:
             self._rescue((), self.analysis.reports)
 
     def _observe_waiting(self) -> None:
-        """Take in the events that wait at the end of the run, but no endless stream of new ones.
+        """Process the events that wait at the end of the run, but no endless stream of new ones.
 
-        Repeated SYNs are left out: a flood may have filled the ring buffer with them, and the
-        table's entry, which is read right after, has the same facts.
+        Repeated SYNs are skipped. A flood may have filled the ring buffer with them, and the table
+        entry, which is read right after, has the same facts.
         """
         left = self.source.most_waiting
         while left > 0 and (events := self._poll(0)):
@@ -222,7 +222,7 @@ class Live:
             self._step(Logged(warnings))
 
     def _name(self, rows: Iterable[Row]) -> None:
-        """Look up names. Their step comes before the rows that need them, for the replay."""
+        """Look up names. Their step precedes the rows that need them; a replay relies on that."""
         names = None if self.name is None else self.name(rows)
         if names is not None:
             self._step(Named(names))
@@ -257,7 +257,7 @@ class Live:
     def _sweep(self) -> int:
         """Read the whole table, judge, rescue and print.
 
-        Returns how many nanoseconds reading and correlating took.
+        Returns the time that reading and correlating took, in nanoseconds.
         """
         cost_ns = 0
         batches = self.source.sweep()
@@ -282,7 +282,7 @@ class Live:
         return cost_ns
 
     def _look_for_namespaces(self) -> None:
-        """Take in which network namespaces are gone; their clients no longer count as stuck."""
+        """Check for removed network namespaces; their clients no longer count as stuck."""
         if self.namespaces is None or not self.namespaces.is_due:
             return
         steps = self.namespaces.look(self.analysis.correlator.netns_of_stuck)
@@ -293,10 +293,10 @@ class Live:
             self._rescue((), self.analysis.reports)
 
     def _judge(self) -> None:
-        """Bring flows into the states that are due.
+        """Move flows into the states that are due.
 
-        Silent clients are judged beside a fresh reading of the kernel's counters, which shows
-        whether ACKs passed unseen.
+        Before silent clients are judged, the kernel's counters are read again: they show whether
+        ACKs passed unseen.
         """
         now_ns = self.clock_ns()
         if now_ns >= self._tallies.due_ns:
@@ -308,7 +308,10 @@ class Live:
         self._step(Advanced(now_ns))
 
     def _tally(self, wanted: Collection[int] | None = None) -> int:
-        """Read the kernel's counters before and after the programs' own; returns when it did."""
+        """Read the kernel's counters, the programs' own, and the kernel's again.
+
+        Returns the time of the middle reading.
+        """
         begun_ns = self.clock_ns()
         before = self.read_kernel_counters(wanted)
         living = living_of(before)
@@ -321,7 +324,7 @@ class Live:
         return now_ns
 
     def _await_rules(self) -> None:
-        """Wait a moment for the firewall rules that reported verdicts still lack."""
+        """Wait up to LAST_READING_NS for the firewall rules that reported verdicts still lack."""
         until_ns = self.clock_ns() + LAST_READING_NS
         while self.name is not None and self.analysis.awaits_rules:
             self.name.hurry()
@@ -340,10 +343,10 @@ class Live:
 
     @contextlib.contextmanager
     def _noted(self, what: str) -> Iterator[None]:
-        """Turn an error inside into a note of the summary, unless the output failed."""
+        """Turn an error in the block into a note of the summary, unless the output failed."""
         try:
             yield
-        except Exception as error:  # whatever it is, the findings stay
+        except Exception as error:  # no error here may cost the findings
             if self.printer.failed:
                 raise
             self._noted_at_end.append(f"{what}: {words_of(error)}")
@@ -353,25 +356,25 @@ class Live:
             self._observe_waiting()
         if self.namespaces is not None:
             self.namespaces.hurry()
-        with self._noted("the table was not read to its end once more"):
+        with self._noted("the last sweep of the table failed"):
             self._sweep()
-        with self._noted("rules that were to be read at the end were not"):
+        with self._noted("firewall rules were not read at the end"):
             self._await_rules()
         with self._noted("the counters were not compared at the end"):
             self._tally()
         if self.doubts is not None and not self.analysis.saw_cookies:
-            with self._noted("it is not known whether there was anything to see"):
+            with self._noted("the check for listening sockets and SYN cookies failed"):
                 self._noted_at_end += self.doubts()
         overruns = 0 if self.kernel_log is None else self.kernel_log.overruns
         losses: dict[str, int] = {"kernel_log_overruns": overruns}
-        with self._noted("the losses that the programs counted are not known"):
+        with self._noted("the losses counted by the programs are unknown"):
             losses = {**self.source.losses(), **losses}
-        with self._noted("what became of the clock is not known"):
+        with self._noted("changes of the wall clock are unknown"):
             clock_note = "" if self.clock_note is None else self.clock_note()
             self._noted_at_end += filter(None, [clock_note])
         ended = Ended(self.clock_ns(), losses, self._notes)
         self._step(ended)
-        # The line of this step may be the first that the recording had no room for.
+        # Writing this step may have filled the recording's disk, which adds a note.
         ended = ended._replace(notes=self._notes)
         self.printer.print_all()
         summary = self.analysis.summary(ended)

@@ -1,4 +1,4 @@
-"""The search for network namespaces that are gone; their table entries make room for others."""
+"""Finds removed network namespaces, and removes their table entries to make room."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from tcpstuck_bpf.model import NOT_KNOWN, SECOND_NS
 from tcpstuck_bpf.steps import Vanished
 
 LOOK_INTERVAL_NS = 5 * SECOND_NS
-"""The pause between two looks: each is a walk over every process."""
+"""Time between two checks: each one walks over all processes."""
 
 
 class NamespaceWatch:
-    """Finds network namespaces that are gone, or whose inode number is another one's by now.
+    """Finds network namespaces that were removed, or whose inode number was reused.
 
-    `find_gone` returns those of the given network namespaces that nothing leads to any more.
-    `find_living` returns the known cookies of network namespaces by inode number; without it the
-    cookies come from `note_living` alone.
+    `find_gone` returns those of the given network namespaces that no longer exist. `find_living`
+    returns the known cookies of network namespaces by inode number; without it, only `note_living`
+    supplies cookies.
     """
 
     def __init__(
@@ -37,22 +37,22 @@ class NamespaceWatch:
         self._looks = Cadence(LOOK_INTERVAL_NS)
 
     def note_living(self, living: Mapping[int, int], time_ns: int) -> None:
-        """Take in cookies by inode number, as they were at this time or after it."""
+        """Note cookies by inode number, as valid at this time or later."""
         self._numbers.note(living, time_ns)
 
     def hurry(self) -> None:
-        """Make the next look due at once, because the run ends."""
+        """Make the next check due at once, because the run ends."""
         self._looks.due_ns = 0
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time for another look."""
+        """Whether a check is due."""
         return self._clock_ns() >= self._looks.due_ns
 
     def look(self, stuck: Collection[int]) -> list[Vanished]:
-        """Find the network namespaces with stuck clients that are gone.
+        """Find the removed network namespaces with stuck clients.
 
-        Where tables fill, the entries of all namespaces that are gone are removed.
+        If tables fill up, the entries of all removed namespaces are deleted.
         """
         begun_ns = self._clock_ns()
         crowd = self._source.netns_in_full_tables()

@@ -1,4 +1,4 @@
-"""The playback of a recording, which prints what the live run printed."""
+"""Plays a recording back: prints what the live run printed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tcpstuck_bpf.summary import Summary
 
 
 def run_replay(replay: Replay, output: Output, analysis: Analysis | None = None) -> Summary:
-    """Print the findings and the summary of a recording, as far as it goes.
+    """Print the findings and the summary of a recording, up to its end or its last whole line.
 
-    `analysis`: a fresh one of the recording's header, if somebody else looks at it too.
+    `analysis`: a new Analysis with the recording's header, if the caller uses it as well.
 
     Raises RecordingError if the recording is damaged.
     """
@@ -28,10 +28,10 @@ def run_replay(replay: Replay, output: Output, analysis: Analysis | None = None)
             if not analysis.tallied:
                 raise RecordingError(
                     f"the recording of {replay.header.watched} is damaged",
-                    "it holds no reading of the counters, with which a run begins",
+                    "it lacks the counters that are read at the start of a run",
                     "record again",
                 )
             summary = analysis.summary(step)
             output.summary(summary)
             return summary
-    raise AssertionError("the last of the steps is an end")
+    raise AssertionError("the last step must be Ended")

@@ -1,4 +1,4 @@
-"""Findings and attempts that wait to be printed, in the order in which they came."""
+"""A queue of findings and attempts to be printed, in order of arrival."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tcpstuck_bpf.model import Attempt
 from tcpstuck_bpf.summary import Status, Summary
 
 PRINTED_AT_ONCE = 16
-"""Lines that `print_some` prints."""
+"""Number of lines that `print_some` prints."""
 MAX_WAITING = 4096
-"""Lines that `print_some` leaves waiting at most."""
+"""Largest number of lines that `print_some` leaves in the queue."""
 
 
 class Printer:
-    """Hands findings and attempts to the output, and remembers whether the output has failed."""
+    """Passes findings and attempts to the output, and notes whether the output has failed."""
 
     def __init__(self, output: Output) -> None:
         self.failed = False
@@ -33,23 +33,22 @@ class Printer:
         return bool(self._waiting)
 
     def add(self, lines: Iterable[Finding | Attempt]) -> None:
-        """Put findings or attempts behind those that wait."""
+        """Append findings or attempts to the queue."""
         self._waiting += lines
 
     def print_all(self) -> None:
-        """Print everything that waits."""
+        """Print the whole queue."""
         self._print_first(len(self._waiting))
 
     def print_some(self) -> None:
-        """Print a few of the lines that wait, more only where too many wait.
+        """Print a few lines, or more if too many wait.
 
-        It takes longer to put a verdict into words than to send a packet. A rescue must not wait
-        for it.
+        Formatting a verdict takes longer than sending a packet, and a rescue must not wait for it.
         """
         self._print_first(max(PRINTED_AT_ONCE, len(self._waiting) - MAX_WAITING))
 
     def status(self, status: Status) -> None:
-        """Print the status, which waits for nothing."""
+        """Print the status at once, ahead of the queue."""
         with self._noting_failure():
             self._output.status(status)
 

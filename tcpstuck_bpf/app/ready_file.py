@@ -1,4 +1,4 @@
-"""The ready file, which exists while a run traces and holds its process number."""
+"""The ready file: it exists while a run traces, and contains its process ID."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tcpstuck_bpf.files import write_whole
 
 
 def remove_ready_file(path: str | None) -> None:
-    """Remove the ready file, so that nobody takes an ended run for one that traces.
+    """Remove the ready file, so that an ended run does not look like one that traces.
 
     A named pipe stays, because a reader waits at its other end. Raises OSError if the file cannot
     be removed.
@@ -23,9 +23,9 @@ def remove_ready_file(path: str | None) -> None:
 
 
 def write_ready_file(path: str) -> None:
-    """Write our process number to the ready file: every probe is attached.
+    """Write our process ID to the ready file once every probe is attached.
 
-    The file appears whole. A named pipe is written to; `files` says what else may be there.
+    The file is created atomically. A named pipe is written to; `files` lists other special files.
     Raises UsageError if the file cannot be written.
     """
     try:

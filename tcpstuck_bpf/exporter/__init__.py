@@ -1,1 +1,1 @@
-"""Metrics for Prometheus: how a snapshot leaves, over HTTP or as a file."""
+"""Metrics for Prometheus: publishes a snapshot over HTTP or as a file."""

@@ -1,4 +1,4 @@
-"""`--metrics` and `--metrics-file`: what the options ask for, beside the run's own output."""
+"""Implements `--metrics` and `--metrics-file`, in addition to the run's own output."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from tcpstuck_bpf.summary import Status, Summary
 
 
 class Beside:
-    """An output, and metrics beside it that are told everything first.
+    """Passes everything to the metrics first, then to the output.
 
-    Standard output may fail, and those who scrape are still there. What fails in the metrics takes
-    nothing from the output: `note` is told, once, and they are kept no longer.
+    Scrapes still work if standard output fails. An error in the metrics never reaches the output:
+    `note` reports it once, and the metrics are not updated any more.
     """
 
     def __init__(self, metrics: Output, output: Output, note: Callable[[str], None]) -> None:
@@ -31,45 +31,45 @@ class Beside:
         self._output = output
         self._note = note
 
-    def _tell_metrics(self, tell: Callable[[Output], None]) -> None:
+    def _pass_to_metrics(self, deliver: Callable[[Output], None]) -> None:
         if self._metrics is None:
             return
         try:
-            tell(self._metrics)
-        except Exception as error:  # whatever it is, the run goes on
+            deliver(self._metrics)
+        except Exception as error:  # no error in the metrics may end the run
             self._metrics = None
-            self._note(f"the metrics stay as they are: {words_of(error)}")
+            self._note(f"the metrics are no longer updated: {words_of(error)}")
 
     def findings(self, findings: list[Finding]) -> None:
-        """To both."""
-        self._tell_metrics(lambda metrics: metrics.findings(findings))
+        """Pass the findings to both."""
+        self._pass_to_metrics(lambda metrics: metrics.findings(findings))
         self._output.findings(findings)
 
     def attempts(self, attempts: Sequence[Attempt]) -> None:
-        """To both."""
-        self._tell_metrics(lambda metrics: metrics.attempts(attempts))
+        """Pass the attempts to both."""
+        self._pass_to_metrics(lambda metrics: metrics.attempts(attempts))
         self._output.attempts(attempts)
 
     def status(self, status: Status) -> None:
-        """To both."""
-        self._tell_metrics(lambda metrics: metrics.status(status))
+        """Pass the status to both."""
+        self._pass_to_metrics(lambda metrics: metrics.status(status))
         self._output.status(status)
 
     def summary(self, summary: Summary) -> None:
-        """To both."""
-        self._tell_metrics(lambda metrics: metrics.summary(summary))
+        """Pass the summary to both."""
+        self._pass_to_metrics(lambda metrics: metrics.summary(summary))
         self._output.summary(summary)
 
     def close(self) -> None:
-        """Nothing more will come. Raises OSError where the output fails."""
+        """Close the output. Raises OSError if it fails."""
         self._output.close()
 
 
 class Exporter:
-    """Serves and writes metrics, until it is closed.
+    """Serves and writes metrics until it is closed.
 
-    Raises UsageError where it can listen at no such address, or write no such file, and
-    CannotTraceError where the library is missing (`exposition`).
+    Raises UsageError if the address or the file is unusable, and CannotTraceError if
+    prometheus_client is missing (`exposition`).
     """
 
     def __init__(self, address: tuple[str, int] | None, path: str | None) -> None:
@@ -86,7 +86,7 @@ class Exporter:
         counts: Callable[[], NetnsCounts],
         losses: Callable[[], Mapping[str, int]],
     ) -> Output:
-        """An output that keeps metrics too; from now on they are served."""
+        """Wrap a live run's output so that it also updates the metrics, and start serving them."""
 
         def so_far(now_ns: int) -> Summary:
             return analysis.so_far(counts(), now_ns, losses())
@@ -97,10 +97,10 @@ class Exporter:
         return self._beside(output, analysis, so_far, time.time_ns)
 
     def beside_replay(self, output: Output, analysis: Analysis) -> Output:
-        """The same where only the end is told, at the time of the recording."""
+        """Wrap a replay's output. Metrics are published at the end only, with recorded times."""
 
         def so_far(_now_ns: int) -> Summary:
-            raise AssertionError("a replay has no moments between")
+            raise AssertionError("a replay has no intermediate summaries")
 
         return self._beside(output, analysis, so_far, None)
 
@@ -124,5 +124,5 @@ class Exporter:
         return Beside(metrics, output, remark)
 
     def close(self) -> None:
-        """Write the file the last time, and serve no more. Raises OSError where that fails."""
+        """Write the file a last time and stop serving. Raises OSError if that fails."""
         close_all(one.close for one in (self._server, self._file) if one is not None)

@@ -1,11 +1,11 @@
-"""A snapshot as text, by prometheus_client: the one module that imports it, and a run may lack it.
+"""Formats a snapshot with prometheus_client. No other module imports that library; it is optional.
 
-The tracing thread calls `replace`, and other threads `text`. One attribute is all that they share,
-and it is set as a whole; so neither waits for the other. A snapshot is put into words when somebody
-asks, once for each format: whoever asks again and again gets the same bytes.
+The tracing thread calls `replace`, and other threads call `text`. They share one attribute, which
+is replaced atomically, so neither waits for the other. A snapshot is formatted on demand, once per
+format: repeated scrapes get the same bytes.
 
-The library is Debian's python3-prometheus-client (0.9 in Debian 11, 0.16 in 12). What is used of it
-is in all of them.
+The library is Debian's python3-prometheus-client (0.9 in Debian 11, 0.16 in 12). This module uses
+only functions that all these versions have.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ except ImportError as error:
     ) from error
 
 PLAIN = "text/plain"
-"""To be asked for the text format of a node_exporter's files, which cannot be OpenMetrics."""
+"""Accept header for the text format of node_exporter's files, which cannot be OpenMetrics."""
 _MOST_FORMATS = 8
 
 
 class _Collector:
-    """What prometheus_client asks for metric families."""
+    """The collector that prometheus_client calls for metric families."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
 
     def collect(self) -> Iterator[Any]:
-        """Every family of the snapshot, those without samples too."""
+        """Every family of the snapshot, including those without samples."""
         return map(_family, self._snapshot)
 
 
@@ -57,38 +57,38 @@ def _family(samples: Samples) -> Any:
 
 
 def _name(family: Family) -> str:
-    """The name by which the library makes one of that kind, to which it adds an ending."""
+    """The name to give to prometheus_client, which appends the ending of the family's kind."""
     ending = {"counter": "_total", "info": "_info", "gauge": ""}[family.kind]
     assert family.name.endswith(ending)
     return family.name[: len(family.name) - len(ending)]
 
 
 class Text(NamedTuple):
-    """A snapshot in one of the formats."""
+    """A snapshot in one exposition format."""
 
     content_type: str
     body: bytes
 
 
 class _Kept(NamedTuple):
-    """A snapshot, and the texts that were made of it."""
+    """A snapshot and its formatted texts by content type."""
 
     snapshot: Snapshot
     texts: dict[str, Text]
 
 
 class Exposition:
-    """The latest snapshot, for whoever wants it as text."""
+    """The latest snapshot, as text on demand."""
 
     def __init__(self) -> None:
         self._kept: _Kept | None = None
 
     def replace(self, snapshot: Snapshot) -> None:
-        """From now on this one is told. Raises nothing, and waits for nobody."""
+        """Publish a new snapshot. Raises nothing and does not block."""
         self._kept = _Kept(snapshot, {})
 
     def text(self, accept: str) -> Text | None:
-        """The latest snapshot in the format that an Accept header asks for; None: there is none."""
+        """The latest snapshot in the format of an Accept header; None if there is no snapshot."""
         kept = self._kept
         if kept is None:
             return None

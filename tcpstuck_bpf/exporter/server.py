@@ -1,8 +1,8 @@
-"""The metrics over HTTP: GET /metrics, in threads of their own.
+"""Serves the metrics over HTTP: GET /metrics, in separate threads.
 
-A client has LIMIT_S to write its whole request, of MOST_REQUEST_BYTES at most, and as long to read
-the answer. MOST_CLIENTS are answered at a time; who comes besides is not. So whoever hangs, or
-sends rubbish, costs nobody else more than that, and the tracing nothing.
+A client has LIMIT_S to send its request, of at most MOST_REQUEST_BYTES, and LIMIT_S to read the
+answer. At most MOST_CLIENTS are served at once; further connections are closed. A client that hangs
+or sends garbage therefore occupies one of these places for a bounded time and never delays tracing.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ MOST_CLIENTS = 8
 MOST_REQUEST_BYTES = 16_384
 _WAITING_CLIENTS = 16
 _PAUSE_S = 0.1
-"""After the kernel refused a connection, for want of descriptors perhaps."""
+"""Pause after accept() failed, for example because file descriptors ran out."""
 
 
 class Address(NamedTuple):
-    """Where to listen."""
+    """The address to listen on."""
 
     ip: str
     port: int
-    """0: any free one."""
+    """0 means any free port."""
 
     def __str__(self) -> str:
         return f"[{self.ip}]:{self.port}" if ":" in self.ip else f"{self.ip}:{self.port}"
 
 
 class MetricsServer:
-    """Listens from the beginning, answers once it is started.
+    """Listens at once and answers after `start`.
 
-    Raises UsageError where it cannot listen there.
+    Raises UsageError if it cannot listen on the address.
     """
 
     def __init__(self, address: Address, exposition: Exposition, limit_s: float = LIMIT_S) -> None:
@@ -62,13 +62,13 @@ class MetricsServer:
         self.address = Address(*self._socket.getsockname()[:2])
 
     def start(self) -> None:
-        """Answer whoever comes."""
+        """Start to answer requests."""
         start_beside("metrics", self._serve)
 
     def close(self) -> None:
-        """Listen no more. Whoever is being answered is not waited for."""
+        """Stop listening. Answers in progress are not awaited."""
         self._closed = True
-        # What ends the waiting in accept().
+        # shutdown() makes accept() return.
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -88,7 +88,7 @@ class MetricsServer:
     def _answer_beside(self, connection: socket.socket) -> None:
         def answer() -> None:
             try:
-                # Whatever goes wrong, with whatever they send, it is theirs.
+                # An error while serving a client concerns that client only.
                 with contextlib.suppress(Exception):
                     _Handler(connection, self._exposition, self._limit_s)
             finally:
@@ -97,7 +97,7 @@ class MetricsServer:
 
         try:
             start_beside("metrics-client", answer)
-        except RuntimeError:  # no further thread is to be had
+        except RuntimeError:  # cannot start another thread
             connection.close()
             self._places.release()
 
@@ -106,7 +106,7 @@ def _listening(address: Address) -> socket.socket:
     family = socket.AF_INET6 if ":" in address.ip else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
-        # A run that is started again is not to wait for connections of the one before.
+        # Lets a restarted run bind the port while old connections are in TIME_WAIT.
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((address.ip, address.port))
         listening.listen(_WAITING_CLIENTS)
@@ -117,10 +117,10 @@ def _listening(address: Address) -> socket.socket:
 
 
 def request_head(receive: Callable[[int, float], bytes], limit_s: float) -> bytes:
-    """A request up to the empty line, or as much as came in time and within bounds.
+    """A request up to the empty line, or the part that arrived within the time and size limits.
 
-    `receive` gives some bytes, at most so many, waiting at most so many seconds; none at the end.
-    Raises TimeoutError.
+    `receive` takes the most bytes to read and the most seconds to wait. It returns no bytes at the
+    end of the stream. Raises TimeoutError.
     """
     until = time.monotonic() + limit_s
     head = b""
@@ -136,7 +136,7 @@ def request_head(receive: Callable[[int, float], bytes], limit_s: float) -> byte
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One request and its answer; a connection has no second one (HTTP/1.0)."""
+    """One request and its answer. A connection serves one request only (HTTP/1.0)."""
 
     server_version = "tcpstuck-trace"
     sys_version = ""
@@ -147,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
         super().__init__(connection, ("", 0), None)  # type: ignore[arg-type]
 
     def setup(self) -> None:
-        """Read the whole request first: a time-out of each read would never end what trickles."""
+        """Read the whole request first: a time-out per read would not stop a slow sender."""
         self.connection = self.request
         self.rfile = io.BytesIO(request_head(self._receive, self._limit_s))
         self.connection.settimeout(self._limit_s)
@@ -158,21 +158,21 @@ class _Handler(BaseHTTPRequestHandler):
         return bytes(self.connection.recv(most))
 
     def finish(self) -> None:
-        """Write the answer: sendall's time-out is one for all of it."""
+        """Write the answer. The time-out of sendall covers the whole answer."""
         self.connection.sendall(self._written.getvalue())
         self.connection.shutdown(socket.SHUT_WR)
 
     def do_GET(self) -> None:
-        """The metrics."""
+        """Answer with the metrics."""
         self._answer(with_body=True)
 
     def do_HEAD(self) -> None:
-        """The same without them."""
+        """Answer with the headers only."""
         self._answer(with_body=False)
 
     def _answer(self, *, with_body: bool) -> None:
         if self.path.partition("?")[0] != "/metrics":
-            self.send_error(HTTPStatus.NOT_FOUND, "only /metrics is here")
+            self.send_error(HTTPStatus.NOT_FOUND, "the only path is /metrics")
             return
         text = self._exposition.text(self.headers.get("Accept", ""))
         if text is None:
@@ -186,4 +186,4 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(text.body)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Nothing: standard error is for whoever started the run."""
+        """Log nothing: standard error belongs to the run."""

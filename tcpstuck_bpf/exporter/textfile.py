@@ -1,6 +1,6 @@
-"""The metrics as a file for node_exporter's textfile collector, which wants it whole.
+"""Writes the metrics to a file for node_exporter's textfile collector, replacing it atomically.
 
-A thread of its own writes it: a disk that is slow or full does not hold up the tracing.
+A separate thread writes the file, so a slow or full disk does not delay tracing.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from tcpstuck_bpf.files import OutputFile, write_whole
 
 INTERVAL_S = 5.0
 LAST_WRITE_S = 5.0
-"""The end of a run waits so long at most for the file."""
+"""Longest time that the end of a run waits for the last write."""
 MODE = 0o644
-"""A node_exporter is another user. It holds no client's address."""
+"""node_exporter runs as another user. The file contains no client addresses."""
 
 
 class MetricsFile:
     """Writes the latest snapshot every INTERVAL_S, and at the end.
 
-    `note` is told, once, that it cannot be written; it raises nothing.
+    `note` reports once that the file cannot be written; `note` must not raise.
 
-    Raises UsageError where there can be no such file.
+    Raises UsageError if the file cannot be created.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class MetricsFile:
         self._written: Text | None = None
         self._failure: OSError | None = None
         try:
-            # One that never appears: what is there stays until there is something to tell.
+            # A check only: an existing file stays unchanged until the first snapshot.
             OutputFile(path, MODE).close()
         except OSError as error:
             raise UsageError(
@@ -54,13 +54,13 @@ class MetricsFile:
             ) from error
 
     def start(self) -> None:
-        """Begin to write."""
+        """Start the writing thread."""
         self._thread = start_beside("metrics-file", self._run)
 
     def close(self) -> None:
-        """Write the latest snapshot, the last time.
+        """Write the latest snapshot a last time.
 
-        Raises OSError where that fails, and TimeoutError where it takes too long.
+        Raises OSError if that fails, and TimeoutError if it takes longer than LAST_WRITE_S.
         """
         self._end.set()
         if self._thread is None:

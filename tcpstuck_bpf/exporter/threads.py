@@ -1,4 +1,4 @@
-"""Threads beside the one that traces: they end with the process, and take no signal from it."""
+"""Additional threads besides the tracing one. They end with the process and get no signals."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 
 def start_beside(name: str, job: Callable[[], None]) -> threading.Thread:
-    """Run it in a thread of its own, to which no signal is delivered.
+    """Run a job in a new thread that receives no signals.
 
-    A signal ends the waiting for events (`app.interfaces.Source.poll`) only in the thread that
-    waits.
+    A signal interrupts the wait for events (`app.interfaces.Source.poll`) only in the waiting
+    thread.
     """
     thread = threading.Thread(target=job, name=name, daemon=True)
-    # Inherited from the moment it begins: pthread_create(3).
+    # A new thread inherits the signal mask: pthread_create(3).
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         thread.start()

@@ -1,1 +1,1 @@
-"""The story of one handshake, and of silent ones together. Pure."""
+"""Follows each handshake, and detects floods among the silent ones. Pure."""

@@ -1,12 +1,11 @@
-"""The correlator, which merges observations of the awaiting-ACK table into flows and reports them.
+"""The correlator: merges observations of the awaiting-ACK table into flows, and reports them.
 
 Pure: it takes events and sweeps, reads no clock, does no I/O, and needs neither root nor BCC. The
-same observations and the same calls of `advance` give the same reports. A recording relies on that.
+same observations and the same calls of `advance` give the same reports; replays rely on that.
 
-A missing event proves nothing. An entry counts as silent only when an event or a sweep saw it,
-still open, at or after its deadline. An event that the ring buffer lost can therefore never turn a
-healthy connection into a stuck one: the entry keeps the fact, or is gone, and the next sweep shows
-which.
+A missing event proves nothing. An entry counts as silent only if an event or a sweep saw it open at
+or after its deadline. An event lost in the ring buffer therefore never turns a healthy connection
+into a stuck one: the entry keeps the fact or is gone, and the next sweep shows which.
 
 Times are CLOCK_MONOTONIC nanoseconds.
 """
@@ -67,11 +66,11 @@ _KINDS_OF_REAL = frozenset(
 
 
 class Correlator:
-    """Merges events and sweeps into flows and reports flows that come into a state worth it.
+    """Merges events and sweeps into flows, and reports flows that enter a reportable state.
 
     `timeout_ns`: silence of this length becomes a verdict. `tell_healthy`: completed flows are
-    reported as well. `max_flows` bounds the flows in memory, the reports that wait for `advance`
-    and the evicted entries that wait for `expired`. `row_life_ns`: how long after its last SYN a
+    reported too. `max_flows` bounds the flows in memory, the reports that wait for `advance`, and
+    the evicted entries that wait for `expired`. `row_life_ns`: how long after its last SYN a
     judged, open entry may stay in the kernel's table.
     """
 
@@ -87,9 +86,9 @@ class Correlator:
         self._counts = FlowCounts()
         self.flows = FlowTable(self._counts, max(1, max_flows), row_life_ns)
         self.deadlines = Deadlines()
-        """When sweeps would decide flows that events, or a choice of rows, showed."""
+        """Times at which a sweep would decide flows known from events or from chosen rows."""
         self.flood = FloodWatch()
-        """Which silent flows look like a SYN flood's; the counts of ACKs go to it."""
+        """Detects silent flows that look like part of a SYN flood; callers pass it ACK counts."""
         self._marks = FloodMarks(self.flood, self.flows, self._counts, timeout_ns)
         self._ready: deque[FlowReport] = deque(maxlen=max(1, max_flows))
         self._unstuck: list[HandshakeId] = []
@@ -97,7 +96,7 @@ class Correlator:
         self._young_in_sweep = 0
 
     def observe(self, observation: Event | Sweep) -> None:
-        """Take in an event, or a sweep or one batch of it."""
+        """Process an event, or a sweep or one batch of it."""
         if isinstance(observation, Sweep):
             self._observe_sweep(observation)
         else:
@@ -148,7 +147,7 @@ class Correlator:
             self.deadlines.forget_until(sweep.time_ns)
 
     def note_rescue(self, rescue: Rescue) -> None:
-        """Take in what the rescuer did; attempts for forgotten flows are ignored."""
+        """Note the rescuer's attempts; attempts for forgotten flows are ignored."""
         for attempt in rescue.attempts:
             flow = self.flows.named(attempt.handshake)
             if flow is not None:
@@ -165,11 +164,10 @@ class Correlator:
         return {who.netns for who, flow in self.flows.items() if flow.state in STUCK_STATES}
 
     def note_gone(self, netns: Collection[int], now_ns: int, until_ns: int | None = None) -> None:
-        """Take in that these network namespaces are gone; `advance` reports the stuck flows there.
+        """Note that these network namespaces are gone; `advance` reports the stuck flows there.
 
-        `until_ns` is given if other namespaces have these inode numbers by now: the latest time at
-        which the old ones still had them. A flow that was seen later may be in a new namespace, and
-        is left alone.
+        `until_ns` is given if the inode numbers have been reused: the latest time at which the old
+        namespaces still had them. A flow seen later may be in a new namespace, and is left alone.
         """
         for four_tuple, flow in self.flows.items():
             if four_tuple.netns not in netns or flow.state not in STUCK_STATES:
@@ -187,7 +185,7 @@ class Correlator:
         return report
 
     def _flow_of(self, four_tuple: FourTuple, handshake: Handshake) -> Flow | None:
-        """The flow that an observation belongs to; None if its handshake is an older one."""
+        """The flow of an observation; None if the observation belongs to an older handshake."""
         known = self.flows.get(four_tuple)
         if known is not None:
             if known.handshake.first_syn_ns == handshake.first_syn_ns:
@@ -214,7 +212,7 @@ class Correlator:
         self._ready.append(report)
 
     def advance(self, now_ns: int) -> list[FlowReport]:
-        """Report the flows that came into a state worth it, by the time of the deciding fact."""
+        """Report the flows that entered a reportable state, in order of their deciding facts."""
         reports = list(self._ready)
         self._ready.clear()
         not_yet = set()
@@ -230,7 +228,7 @@ class Correlator:
         return self._marks.mark(reports)
 
     def _settle(self, four_tuple: FourTuple, flow: Flow, now_ns: int) -> FlowReport | None:
-        """Bring a flow into the state that its facts give at `now_ns`; a report where it is due."""
+        """Move a flow into the state that its facts give at `now_ns`; returns any report due."""
         report = self._settled(four_tuple, flow, now_ns)
         self._counts.review_taken_over(flow)
         return report
@@ -262,7 +260,7 @@ class Correlator:
         return None
 
     def _enter(self, four_tuple: FourTuple, flow: Flow, state: State, *, reported: bool) -> None:
-        """Put a flow into a state; one that is silent no more is none of a SYN flood."""
+        """Move a flow into a state; leaving the silent states clears its flood mark."""
         self._counts.move(flow, state, reported=reported)
         if flow.state in STUCK_STATES and state not in STUCK_STATES:
             self._note_unstuck(four_tuple, flow)
@@ -274,15 +272,15 @@ class Correlator:
         self._unstuck.append(HandshakeId(four_tuple, flow.handshake.first_syn_ns))
 
     def take_unstuck(self) -> list[HandshakeId]:
-        """The handshakes that were reported as stuck and are not any more, each once.
+        """The handshakes that were reported as stuck and no longer are; each is returned once.
 
-        There is no report of a client that gave up and reused its port.
+        This includes clients that gave up and reused their port, which are not reported.
         """
         unstuck, self._unstuck = self._unstuck, []
         return unstuck
 
     def netns_of_silent(self, now_ns: int) -> set[int]:
-        """The network namespaces of the flows that `advance` would judge by the lack of an ACK."""
+        """The network namespaces with flows that `advance` would judge for lack of an ACK."""
         found: set[int] = set()
         for who in self.flows.touched:
             if who.netns not in found and self._is_silent(self.flows[who], now_ns):
@@ -294,7 +292,7 @@ class Correlator:
         return flow.handshake.ending == Ending.NONE and _is_due(decision, flow, now_ns)
 
     def stats(self) -> CorrelatorStats:
-        """The counts as they are now."""
+        """The current counts."""
         undecided = sum(
             flow.state is None and flow.seen_ns >= self._sweep_ns for _, flow in self.flows.items()
         )

@@ -10,17 +10,17 @@ import bisect
 from tcpstuck_bpf.model import SECOND_NS
 
 STEP_NS = SECOND_NS // 10
-"""Deadlines are rounded up to this, so that flows share them and few are kept."""
+"""Deadlines are rounded up to a multiple of this, so that few distinct ones are kept."""
 
 
 class Deadlines:
-    """The deadlines that no sweep has passed yet."""
+    """The deadlines that no sweep has reached yet."""
 
     def __init__(self) -> None:
         self._rounded: list[int] = []
 
     def note(self, due_ns: int) -> None:
-        """Take in that a flow is due at this time."""
+        """Note that a flow is due at this time."""
         due_ns = -(-due_ns // STEP_NS) * STEP_NS
         place = bisect.bisect_left(self._rounded, due_ns)
         if place == len(self._rounded) or self._rounded[place] != due_ns:

@@ -1,11 +1,11 @@
 """Detects silent clients that look like a SYN flood from spoofed addresses. Pure: no clock, no I/O.
 
-A rate alone does not distinguish a flood from a firewall that drops every ACK, which silences
-hundreds of real clients at once. So a flood must also show a pattern that real clients cannot have
-in common (`_Listener.sign`). An address counts as real if an ACK from it was ever seen, if it
-repeated a SYN, or if it has more handshakes than chance gives to a spoofed address.
+A high rate alone does not prove a flood: a firewall that drops every ACK silences hundreds of real
+clients at once. A flood must also show a pattern that real clients cannot share
+(`_Listener.sign`). An address counts as real if an ACK from it was ever seen, if it repeated a SYN,
+or if it has more handshakes than a spoofed address gets by chance.
 
-Rows of the table come in no order, so everything is counted by the second of its SYN. Memory is
+Table rows come in no particular order, so everything is counted by the second of its SYN. Memory is
 bounded: the oldest seconds, addresses and listeners are forgotten first. Times are CLOCK_MONOTONIC
 nanoseconds.
 """
@@ -26,26 +26,28 @@ FLOOD_SILENT = 100
 FLOOD_WINDOW_S = 10
 """A SYN flood has more than FLOOD_SILENT silent addresses within FLOOD_WINDOW_S seconds."""
 MANY_SILENT = 1000
-"""So many silent addresses in that time are a flood even without a pattern, if others answer."""
+"""Number of silent addresses in the window that is a flood even without a pattern, if some other
+clients send ACKs."""
 SILENT_PER_ACK = 10
-"""Smallest number of silent addresses per ACK in a flood without a pattern. If only one of several
-paths loses ACKs, more ACKs come by the other paths."""
+"""Smallest number of silent addresses per ACK in a flood without a pattern. If one of several paths
+loses ACKs, the other paths deliver more ACKs than this."""
 
 MAX_SECONDS = 128
 MAX_ADDRESSES = 65_536
 MAX_LISTENERS = 1024
 MAX_REVISED = 4096
-"""Handshakes of one listener, reported before a flood was detected, that may be reported again."""
+"""Most handshakes per listener that are reported again when a flood is detected later."""
 MAX_OF_ADDRESS = 32
-"""Handshakes of one address, reported as a flood's, that may be reported again."""
+"""Most handshakes per address that are reported again when the address turns out to be real."""
 _MARKS = 16
 _CHANCE_SIGMAS = 5
 _REAL_HANDSHAKES = 3
-"""So many silent handshakes of one address are no chance if spoofed addresses hardly recur."""
+"""Number of silent handshakes of one address that is beyond chance if spoofed addresses hardly
+ever recur."""
 _STEPS = 75
 _RISING_PERCENT = 85
-"""Of random numbers, half are larger than the one before. That this share of `_STEPS` is larger
-happens by chance once in 10^10 times."""
+"""Half of all random numbers exceed their predecessor. In `_STEPS` steps, a share this large has a
+chance of about 1 in 10^10."""
 
 _FEW = f"more than {FLOOD_SILENT} addresses fell silent at this listener within {FLOOD_WINDOW_S} s"
 _LIKE_A_FLOOD = "this looks like a SYN flood from spoofed addresses"
@@ -67,14 +69,14 @@ _ListenerKey = tuple[int, bytes, int]
 
 
 class _Second:
-    """The silent handshakes whose SYN came in one second."""
+    """The silent handshakes whose SYN came in the same second."""
 
     __slots__ = ("number", "repeats", "rising_isns", "rising_ports", "steps")
 
     def __init__(self) -> None:
         self.number = self.steps = self.rising_isns = self.rising_ports = 0
         self.repeats = 0
-        """Handshakes of addresses already counted in the window, so not in `number`."""
+        """Handshakes of addresses already counted in the window; `number` excludes them."""
 
 
 class SilenceRate:
@@ -90,14 +92,14 @@ class SilenceRate:
         counts.number += 1
         if self._last is not None and time_ns >= self._last[0]:
             counts.steps += 1
-            # An equal ISN counts as rising: a simple sender uses one ISN for all, real clients not.
+            # An equal ISN counts as rising: simple senders reuse one ISN, real clients do not.
             counts.rising_isns += (isn - self._last[1]) % 2**32 < 2**31
             # An equal port does not count: clients of some protocols have a fixed port.
             counts.rising_ports += port > self._last[2]
         self._last = (time_ns, isn, port)
 
     def note_repeat(self, second: int) -> None:
-        """Count one more handshake of an address that was counted in these seconds."""
+        """Count another handshake of an address that was already counted in the window."""
         self._at(second).repeats += 1
 
     def _at(self, second: int) -> _Second:
@@ -125,7 +127,7 @@ class SilenceRate:
         return self.within(time_ns // SECOND_NS).number > FLOOD_SILENT
 
     def busy_seconds(self, last_second: int) -> Iterator[int]:
-        """The seconds of the window with their share of a flood, and the seconds next to them."""
+        """The seconds of the window that are busy enough for a flood, and their neighbours."""
         for second in range(last_second - FLOOD_WINDOW_S + 1, last_second + 1):
             counts = self._seconds.get(second)
             if counts is None:
@@ -142,10 +144,10 @@ class _Source:
     def __init__(self) -> None:
         self.handshakes = 0
         self.counted: int | None = None
-        """Second in which the address was last counted for the rate."""
+        """Second in which the rate last counted the address."""
         self.real = False
         self.reported: tuple[HandshakeId, ...] = ()
-        """Handshakes of the address that were reported as a flood's."""
+        """Handshakes of the address that were reported as part of a flood."""
 
 
 class _Listener:
@@ -155,14 +157,14 @@ class _Listener:
         self.handshakes = 0
         self.addresses = 0
         self.floods: OrderedDict[int, str] = OrderedDict()
-        """Why the SYNs of a second look like a flood's."""
+        """By second: why its SYNs look like a flood."""
         self.before: deque[HandshakeId] = deque(maxlen=MAX_REVISED)
         """Handshakes reported as stuck while no flood was detected."""
         self._rate = SilenceRate()
         self._touched: set[int] = set()
 
     def note(self, source: _Source, who: FourTuple, entry: Handshake) -> None:
-        """Count a silent handshake; each address counts once in a window."""
+        """Count a silent handshake; an address counts once per window."""
         second = entry.first_syn_ns // SECOND_NS
         self._touched.add(second)
         if source.counted is not None and abs(second - source.counted) < FLOOD_WINDOW_S:
@@ -191,10 +193,10 @@ class _Listener:
 
     @staticmethod
     def sign(counts: _Second, ack_interval_ns: float) -> str:
-        """Why these counts are a flood's, as text; empty if they may have another cause.
+        """Why these counts look like a flood, as text; empty if another cause is possible.
 
-        ISNs of real stacks are a keyed hash of the 4-tuple (RFC 6528), and ports of different hosts
-        are independent.
+        Real stacks make ISNs by a keyed hash of the 4-tuple (RFC 6528), and the ports of different
+        hosts are independent.
         """
         if counts.number <= FLOOD_SILENT:
             return ""
@@ -209,11 +211,11 @@ class _Listener:
         return ""
 
     def why(self, handshake: HandshakeId) -> str:
-        """Why a handshake looks like a flood's by its time; empty if it does not."""
+        """Why a handshake's time falls into a flood, as text; empty if it does not."""
         return self.floods.get(handshake.first_syn_ns // SECOND_NS, "")
 
     def is_beyond_chance(self, handshakes: int) -> bool:
-        """Whether an address has more handshakes than a spoofed one has by chance.
+        """Whether an address has more handshakes than a spoofed one gets by chance.
 
         The number of handshakes of a random address is Poisson-distributed. If there are many
         possible addresses, few recur, and the mean over the seen ones is 1 + expected / 2.
@@ -225,7 +227,7 @@ class _Listener:
 
 
 class _Acks:
-    """The rate of ACKs in one network namespace, by the programs' own count."""
+    """The rate of ACKs in one network namespace, as counted by the programs."""
 
     def __init__(self) -> None:
         self._marks: deque[tuple[int, int]] = deque(maxlen=_MARKS)
@@ -246,7 +248,7 @@ class _Acks:
 
 
 class FloodWatch:
-    """Takes in silent handshakes in the order of their SYNs, and decides which look spoofed."""
+    """Takes silent handshakes in the order of their SYNs, and decides which look spoofed."""
 
     def __init__(self) -> None:
         self._listeners: OrderedDict[_ListenerKey, _Listener] = OrderedDict()
@@ -257,11 +259,11 @@ class FloodWatch:
         self._revised: list[HandshakeId] = []
 
     def note_acks(self, netns: int, time_ns: int, total: int) -> None:
-        """Take in the number of ACKs for cookies in a network namespace since the run began."""
+        """Note the number of ACKs for cookies in a network namespace since the run began."""
         _kept(self._acks, netns, _Acks, MAX_LISTENERS).note(time_ns, total)
 
     def note_real(self, who: FourTuple) -> None:
-        """Mark a client's address as real: it sent something that no spoofed client sends."""
+        """Mark a client's address as real: it sent something that a spoofed source cannot send."""
         address = (who.netns, who.client_address)
         is_new = address not in self._real
         self._real[address] = None
@@ -277,7 +279,7 @@ class FloodWatch:
         source.reported = ()
 
     def note(self, who: FourTuple, entry: Handshake) -> None:
-        """Take in a client that fell silent after one SYN."""
+        """Note a client that fell silent after one SYN."""
         key = _listener_of(who)
         listener = _kept(self._listeners, key, _Listener, MAX_LISTENERS)
         source = self._sources.get((key, who.client_address))
@@ -303,10 +305,10 @@ class FloodWatch:
                 listener.handshakes = max(0, listener.handshakes - gone.handshakes)
 
     def why(self, handshake: HandshakeId) -> str:
-        """Why a noted silent handshake looks like a flood's; empty if it does not.
+        """Why a noted silent handshake looks like part of a flood; empty if it does not.
 
-        The caller reports the handshake accordingly. The answer is remembered, so that `settle`
-        can revise it.
+        The caller reports the handshake accordingly. The answer is remembered, so that `settle` can
+        revise it.
         """
         who = handshake.four_tuple
         key = _listener_of(who)
@@ -341,7 +343,7 @@ def _listener_of(who: FourTuple) -> _ListenerKey:
 
 
 def _kept(kept: OrderedDict[Key, Value], key: Key, make: type[Value], most: int) -> Value:
-    """The value of a key, made if it is missing. The least recently used value is dropped."""
+    """The value of a key, created if missing. The least recently used value may be dropped."""
     if key not in kept:
         kept[key] = make()
         if len(kept) > most:

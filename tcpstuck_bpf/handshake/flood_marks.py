@@ -1,6 +1,6 @@
-"""Marks on reports of silent flows that look like a SYN flood's, and corrections of them. Pure.
+"""Marks reports of silent flows that look like part of a SYN flood, and corrects marks. Pure.
 
-`flood` says what looks like a flood's. Its answer may change with later handshakes, after a report.
+`flood` detects floods. Later handshakes may change its answer after a report.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from tcpstuck_bpf.handshake.flow_table import FlowTable
 from tcpstuck_bpf.model import HandshakeId
 
 REAL_STATES = CONNECTED_STATES | {State.ACK_DROPPED, State.ACK_FILTERED, State.NO_LISTENER}
-"""States that no spoofed source causes: they need an ACK of its cookie."""
+"""States that a spoofed source cannot cause: they need an ACK for the cookie."""
 
 
 class FloodMarks:
-    """Marks reports by what a `FloodWatch` says of them."""
+    """Marks reports as a `FloodWatch` decides."""
 
     def __init__(
         self, watch: FloodWatch, flows: FlowTable, counts: FlowCounts, timeout_ns: int
@@ -36,7 +36,7 @@ class FloodMarks:
     def mark(self, reports: list[FlowReport]) -> list[FlowReport]:
         """Mark the reports of a SYN flood, and put corrections of earlier reports before them.
 
-        All reports are noted before the first is marked: what shows a flood comes after its first
+        All reports are noted before the first is marked, because a flood shows only after its first
         SYNs.
         """
         fresh = [r.state in SILENT_STATES and r.previous not in SILENT_STATES for r in reports]
@@ -54,7 +54,7 @@ class FloodMarks:
         return [*sorted(corrections, key=by_time), *marked]
 
     def _marked(self, report: FlowReport) -> FlowReport:
-        """The report of a flow that has just fallen silent, marked if it looks like a flood's."""
+        """The report of a flow that has just fallen silent, marked if it looks like a flood."""
         handshake = HandshakeId(report.four_tuple, report.handshake.first_syn_ns)
         flow = self._flows.named(handshake)
         if flow is None or report.handshake.syn_count > 1:
@@ -65,7 +65,7 @@ class FloodMarks:
         return report._replace(flood=why)
 
     def _correction(self, handshake: HandshakeId) -> FlowReport | None:
-        """A new report of a silent flow whose mark has changed; None where it has not."""
+        """A new report of a silent flow whose mark has changed; None if it has not."""
         flow = self._flows.named(handshake)
         if flow is None or flow.state not in SILENT_STATES:
             return None

@@ -1,8 +1,8 @@
-"""One handshake in user space: its merged facts, and the state that they lead to.
+"""One handshake in user space: its merged facts, and the state that follows from them.
 
-Events and sweeps show an entry of the awaiting-ACK table many times, in no reliable order. So the
-facts of a handshake are the join of all views (`merge`), and its state is a function of that join
-(`decide`).
+Events and sweeps show an entry of the awaiting-ACK table many times, in no reliable order. The
+facts of a handshake are therefore the join of all views (`merge`), and its state is a function of
+that join (`decide`).
 
 Times are CLOCK_MONOTONIC nanoseconds.
 """
@@ -31,7 +31,7 @@ class State(enum.Enum):
     COMPLETED = "completed"
     """The ACK was valid, and cookie_vX_check made the child socket."""
     RECOVERED = "recovered"
-    """The client was reported stuck, and has connected since."""
+    """The client was reported stuck and has connected since."""
     DATA_LOST = "data lost"
     """The ACK was valid but had a later sequence number, so the first bytes are lost."""
     REJECTED = "rejected"
@@ -39,9 +39,9 @@ class State(enum.Enum):
     RESET = "reset"
     """The client's address answered with an RST."""
     NO_LISTENER = "no listener"
-    """A segment of the client found no listening socket any more, and drew an RST."""
+    """A segment of the client found no listening socket any more and drew an RST."""
     RESCUED = "rescued"
-    """The client was reported stuck, and then connected by the ACK to our repeated SYN-ACK."""
+    """The client was reported stuck and then connected by the ACK to our repeated SYN-ACK."""
     TAKEN_OVER = "taken over"
     """A repeated SYN got a place in the SYN queue, and no ACK for a cookie's SYN-ACK was seen."""
     ACK_DROPPED = "ACK dropped"
@@ -57,7 +57,7 @@ class State(enum.Enum):
     NAMESPACE_GONE = "namespace gone"
     """The client was reported stuck, and its server's network namespace has been removed."""
     SUPERSEDED = "superseded"
-    """The client has given up, and uses the 4-tuple for a new handshake."""
+    """The client gave up and uses the 4-tuple for a new handshake."""
 
 
 SILENT_STATES = frozenset({State.SILENT, State.UNANSWERED})
@@ -86,8 +86,8 @@ _STATE_OF_ENDING: dict[int, State] = {
     Ending.NO_LISTENER: State.NO_LISTENER,
 }
 # If a handshake shows two endings, an existing connection wins: a stray RST or a rejected
-# keep-alive probe does not undo it. TAKEN_OVER loses against any other ending, because only it can
-# prove wrong, and the other was seen later.
+# keep-alive probe does not undo it. TAKEN_OVER loses against any other ending: only TAKEN_OVER can
+# be wrong, and the other ending was seen later.
 _RANK_OF_ENDING: dict[int, int] = {
     Ending.TAKEN_OVER: 1,
     Ending.RESET: 2,
@@ -114,7 +114,7 @@ class Segment(NamedTuple):
 
 
 class FlowFlags(enum.IntFlag):
-    """What a flow's segments show of the client. A lost event may leave a flag unset."""
+    """What a flow's segments show about the client. A lost event may leave a flag unset."""
 
     NOTHING = 0
     CLIENT_SENT_DATA = 1 << 0
@@ -175,14 +175,14 @@ class Decision(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def _shared(value: Shared) -> Shared:
-    """One object for equal values, among the last 1024 values."""
+    """The cached object equal to this value, among the last 1024 values."""
     return value
 
 
 def sharing(who: FourTuple) -> FourTuple:
-    """An equal 4-tuple that shares equal values with other 4-tuples, to save memory.
+    """An equal 4-tuple whose values are shared with other 4-tuples, to save memory.
 
-    Each decoded 4-tuple has its own copies, and a flood makes many of them.
+    Each decoded 4-tuple has its own copies, and a flood causes many.
     """
     return who._replace(
         server_address=_shared(who.server_address),
@@ -192,7 +192,7 @@ def sharing(who: FourTuple) -> FourTuple:
 
 
 def _sharing(entry: Handshake) -> Handshake:
-    """An equal entry that shares equal values with other entries, to save memory."""
+    """An equal entry whose values are shared with other entries, to save memory."""
     first_ns, last_ns = entry.first_syn_ns, entry.last_syn_ns
     return entry._replace(
         last_syn_ns=first_ns if last_ns == first_ns else last_ns,
@@ -230,7 +230,7 @@ class Flow:
         self.handshake = _sharing(handshake)
         self.open_as_of_ns = 0
         self.seen_ns = 0
-        # Tuples, because an empty one takes no memory, and most flows are a flood's.
+        # Tuples, because an empty one takes no memory, and most flows belong to a flood.
         self.segments: tuple[Segment, ...] = ()
         self.segments_omitted = 0
         self.flags = FlowFlags.NOTHING
@@ -251,7 +251,7 @@ class Flow:
         """Merge a view of the entry at `as_of_ns`. Returns whether it adds anything.
 
         The time matters too. An entry seen open at its deadline is silent. An entry last seen
-        before its deadline may have ended since, if the event was lost.
+        before its deadline may have ended since; the event of its end may be lost.
         """
         if as_of_ns > self.seen_ns:
             self.seen_ns = as_of_ns
@@ -305,10 +305,10 @@ class Flow:
         )
 
     def drawn_by_attempt(self) -> bool:
-        """Whether the connecting segment is what a repeated SYN-ACK draws: a bare ACK after it.
+        """Whether the client was connected by a bare ACK after a repeated SYN-ACK.
 
-        tcp_send_challenge_ack (RFC 5961, 4) sends the sequence number snd_nxt, which is ISN + 1 if
-        the client has sent nothing. A client that connects by itself does so with data or a FIN.
+        tcp_send_challenge_ack (RFC 5961 section 4) sends sequence number snd_nxt, which is ISN + 1
+        if the client has sent nothing. A client that connects by itself sends data or a FIN.
         """
         first_ns = min((a.time_ns for a in self.attempts if a.sent), default=None)
         return first_ns is not None and any(

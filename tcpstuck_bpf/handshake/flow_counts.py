@@ -1,4 +1,4 @@
-"""How many flows are in each state, and how many flows and observations were lost. Pure."""
+"""Counts flows by state, and lost flows and observations. Pure."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ class CorrelatorStats(NamedTuple):
     """The counts at one moment, for the summary and the status line."""
 
     reported_now: Mapping[State, int]
-    """The current states of all flows ever reported, evicted and forgotten ones included."""
+    """Number of flows ever reported, by current state; includes evicted and forgotten flows."""
     ever_stuck: int
-    """Flows reported as stuck at any time, without those that look like a SYN flood's."""
+    """Flows ever reported as stuck, without those that look like part of a SYN flood."""
     still_stuck: int
     """Flows of `ever_stuck` that are still in a stuck state."""
     flood_suspected: int
-    """Silent flows that look like a SYN flood's."""
+    """Silent flows that look like part of a SYN flood."""
     taken_over: int
-    """Flows reported as connected that an ordinary handshake connected, and no cookie's ACK."""
+    """Flows reported as connected by an ordinary handshake, without an ACK for a cookie."""
     unreported: Mapping[State, int]
-    """Flows that ended unreported: healthy ones that user space happened to see."""
+    """Flows that ended unreported, by state: healthy ones that user space happened to see."""
     pending: int
     """Handshakes of the latest sweep that are too young for a verdict."""
     flows: int
     """Flows held in memory."""
     superseded: int
-    """Flows reported as stuck whose client gave up: it uses the 4-tuple for a new handshake."""
+    """Flows reported as stuck whose client gave up and reused the 4-tuple for a new handshake."""
     evicted: int
-    """Flows forgotten before their end for lack of room: later facts of them look new."""
+    """Flows forgotten before their end to make room; later observations of them look new."""
     let_go: int
-    """Open entries deleted from the kernel's table for their age or for lack of room there."""
+    """Open entries deleted from the kernel's table because of their age or to make room."""
     unresolved: int
-    """Flows forgotten undecided: seen open before their deadline, then not again or replaced."""
+    """Flows forgotten undecided: last seen open before the deadline, or replaced before it."""
     late: int
     """Observations of a handshake older than the one known for their 4-tuple."""
     duplicate: int
-    """Events without news."""
+    """Events that added nothing."""
     torn: int
     """Rows read while the kernel was writing them; the next sweep reads them again."""
 
 
 class FlowCounts:
-    """Counts that change with the flows; `CorrelatorStats` says what each one means."""
+    """Counters that change with the flows; `CorrelatorStats` explains them."""
 
     def __init__(self) -> None:
         self.evicted = self.let_go = self.unresolved = 0
@@ -56,7 +56,7 @@ class FlowCounts:
         self._ever_stuck = self._flood_suspected = self._taken_over = 0
 
     def move(self, flow: Flow, state: State, *, reported: bool) -> None:
-        """Count that a flow leaves its state for this one, which is reported or not."""
+        """Count a flow's move into a new state. `reported`: whether the move is reported."""
         if flow.state is not None:
             (self._unreported if flow.reported is None else self._reported_now)[flow.state] -= 1
         (self._reported_now if reported or flow.reported is not None else self._unreported)[
@@ -75,9 +75,9 @@ class FlowCounts:
             self._reported_now[State.SUPERSEDED] += 1
 
     def review_taken_over(self, flow: Flow) -> None:
-        """Count a flow once as long as it is reported as connected by the SYN queue alone.
+        """Keep `taken_over` equal to the number of flows reported as connected by the SYN queue.
 
-        An ACK that undoes such a connection (`ending_of`) does so here only when it is reported.
+        An ACK that cancels such a connection (`ending_of`) changes the count when it is reported.
         """
         was = flow.reported_taken_over
         taken_over = flow.handshake.ending == Ending.TAKEN_OVER
@@ -85,20 +85,20 @@ class FlowCounts:
         self._taken_over += flow.reported_taken_over - was
 
     def suspect(self, flow: Flow, why: str) -> None:
-        """Mark a silent flow as a SYN flood's, which was never stuck."""
+        """Mark a silent flow as part of a SYN flood; it no longer counts as ever stuck."""
         flow.flood = why
         self._flood_suspected += 1
         self._ever_stuck -= 1
 
     def acquit(self, flow: Flow, *, is_real: bool) -> None:
-        """Remove the mark of a SYN flood; a real client was stuck all the time."""
+        """Remove a flow's flood mark. A real client counts as ever stuck again."""
         if flow.flood:
             flow.flood = ""
             self._flood_suspected -= 1
             self._ever_stuck += is_real
 
     def stats(self, *, pending: int, flows: int) -> CorrelatorStats:
-        """The counts as they are now."""
+        """The current counts."""
         reported_now = {state: number for state, number in self._reported_now.items() if number}
         still_stuck = sum(reported_now.get(state, 0) for state in STUCK_STATES)
         return CorrelatorStats(

@@ -1,4 +1,4 @@
-"""What is reported of a flow, put together from its facts. Pure."""
+"""Builds the report on a flow from its facts. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tcpstuck_bpf.model import FourTuple
 
 
 def report_of(four_tuple: FourTuple, flow: Flow, state: State, decided_ns: int) -> FlowReport:
-    """The report that a flow came into a state at this time (CLOCK_MONOTONIC)."""
+    """The report that a flow entered a state at this time (CLOCK_MONOTONIC)."""
     entry = flow.handshake
     timeline, omitted = build_timeline(entry, flow.segments, flow.segments_omitted, flow.attempts)
     connected = state in CONNECTED_STATES

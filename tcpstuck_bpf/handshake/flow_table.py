@@ -1,4 +1,4 @@
-"""The flows in memory, and which of them leave it or the kernel's table. Pure.
+"""The flows in memory; decides when they leave it, and when entries leave the kernel's table. Pure.
 
 Times are CLOCK_MONOTONIC nanoseconds.
 """
@@ -14,18 +14,18 @@ from tcpstuck_bpf.handshake.flow_counts import FlowCounts
 from tcpstuck_bpf.model import SECOND_NS, Ending, FourTuple, Handshake, HandshakeId
 
 REMEMBERED_NS = 60 * SECOND_NS
-"""A flow stays in memory for this long after it has left the kernel's table. An observation of it
-may come late: a batch of a sweep that was read before the end, or an event that waited in the ring
-buffer."""
+"""How long a flow stays in memory after it has left the kernel's table. A late observation of it
+may follow: a sweep batch read before the end, or an event waiting in the ring buffer."""
 COOKIE_VALID_NS = 120 * SECOND_NS
-"""A cookie is valid in the minute in which it was made and in the next (MAX_SYNCOOKIE_AGE). An
-entry that the SYN queue took over stays as long: an ACK may still prove that it is the cookie's."""
+"""Longest validity of a cookie: the minute in which it was made and the next (MAX_SYNCOOKIE_AGE).
+An entry that the SYN queue took over stays as long: an ACK may still prove that the client holds
+the cookie."""
 EVICTED_AT_ONCE = 16
-"""Each eviction removes one in this many flows, so that a flood causes no search for each SYN."""
+"""An eviction removes one in this many flows, so that a flood does not cause a search per SYN."""
 
 
 class FlowTable:
-    """The flows by 4-tuple, no more than `max_flows`.
+    """The flows by 4-tuple, at most `max_flows`.
 
     `row_life_ns`: how long after its last SYN a judged, open entry may stay in the kernel's table.
     """
@@ -49,17 +49,17 @@ class FlowTable:
         return self._flows[four_tuple]
 
     def get(self, four_tuple: FourTuple) -> Flow | None:
-        """The flow of a 4-tuple; None where there is none."""
+        """The flow of a 4-tuple; None if there is none."""
         return self._flows.get(four_tuple)
 
     def named(self, handshake: HandshakeId) -> Flow | None:
-        """The flow of a handshake; None where its 4-tuple has no flow, or a later handshake's."""
+        """The flow of a handshake; None if its 4-tuple has no flow or that of a later handshake."""
         flow = self._flows.get(handshake.four_tuple)
         known = flow is not None and flow.handshake.first_syn_ns == handshake.first_syn_ns
         return flow if known else None
 
     def is_suspected(self, handshake: HandshakeId) -> bool:
-        """Whether a flow is in memory and looks like a SYN flood's."""
+        """Whether a handshake's flow is in memory and looks like part of a SYN flood."""
         flow = self.named(handshake)
         return flow is not None and bool(flow.flood)
 
@@ -68,16 +68,16 @@ class FlowTable:
         return self._flows.items()
 
     def begin(self, four_tuple: FourTuple, handshake: Handshake) -> Flow:
-        """Make the flow of a new handshake, in place of the 4-tuple's last one."""
+        """Create the flow of a new handshake; it replaces the previous flow of the 4-tuple."""
         if four_tuple not in self._flows and len(self._flows) >= self._max_flows:
             self._evict()
         flow = self._flows[sharing(four_tuple)] = Flow(handshake)
         return flow
 
     def _evict(self) -> None:
-        """Make room: ended flows go first, then reported ones, then the others, the oldest first.
+        """Make room: remove ended flows first, then reported ones, then the others; oldest first.
 
-        Flows whose ACK was dropped go last of their kind.
+        Within each class, flows whose ACK was dropped are removed last.
         """
 
         def worth(item: tuple[FourTuple, Flow]) -> tuple[int, bool, int, FourTuple]:
@@ -88,8 +88,8 @@ class FlowTable:
 
         number = max(1, self._max_flows // EVICTED_AT_ONCE)
         for four_tuple, flow in heapq.nsmallest(number, self._flows.items(), key=worth):
-            # A judged entry must leave the kernel's table too: the next sweep would bring it back,
-            # and it would be reported again. An entry that is not judged yet must come back.
+            # A judged entry must leave the kernel's table too. Otherwise the next sweep would read
+            # it, and it would be reported again. An unjudged entry must be read again.
             if flow.in_table and flow.state is not None and four_tuple not in self.touched:
                 self._evicted_rows.append(HandshakeId(four_tuple, flow.handshake.first_syn_ns))
             if flow.state not in ENDED_STATES:
@@ -98,19 +98,18 @@ class FlowTable:
             self.touched.discard(four_tuple)
 
     def expired(self, now_ns: int, table_rows: int, table_capacity: int) -> list[HandshakeId]:
-        """Choose the entries that may be deleted from the kernel's table, and forget old flows.
+        """Choose the entries to delete from the kernel's table, and forget old flows.
 
-        These entries may go, each of which is named once:
+        These entries are returned, each once:
 
-        - ended ones that were reported. An entry that the SYN queue took over stays until no cookie
-          of it is valid any more;
-        - judged open ones whose last SYN is older than `row_life_ns`;
-        - where `table_rows` are more than three quarters of `table_capacity`, the oldest judged
-          ones until half of the table is free. Those whose ACK was dropped go last: no address of a
-          SYN flood sends an ACK.
+        - ended entries that were reported. An entry that the SYN queue took over stays until none
+          of its cookies is valid any more;
+        - judged open entries whose last SYN is older than `row_life_ns`;
+        - if `table_rows` exceeds three quarters of `table_capacity`: the oldest judged entries,
+          until half of the table is free. Entries whose ACK was dropped go last, because no address
+          of a SYN flood sends an ACK.
 
-        An entry that is not judged yet never goes. A flow that left the table is forgotten after a
-        minute.
+        An unjudged entry is never returned. A flow that left the table is forgotten after a minute.
         """
         leaving = list(self._evicted_rows)
         self._evicted_rows.clear()
@@ -138,7 +137,7 @@ class FlowTable:
         return leaving
 
     def _is_done(self, flow: Flow, since_syn_ns: int) -> bool:
-        """Whether the entry of a judged flow can show nothing more."""
+        """Whether the entry of a judged flow can show nothing new."""
         if ending_of(flow.handshake) == Ending.TAKEN_OVER:
             return since_syn_ns > min(COOKIE_VALID_NS, self._row_life_ns)
         ended = flow.state in ENDED_STATES and not flow.unsettled

@@ -1,4 +1,4 @@
-"""The history of one flow, in lines: its events, and what only its table entry shows.
+"""The history of one flow, line by line: its events, and facts that only its table entry shows.
 
 Times are CLOCK_MONOTONIC nanoseconds. Sequence numbers are printed as on the wire and relative to
 the ISN, as in a packet capture.
@@ -46,7 +46,7 @@ _COUNTER_NAMES = (
 
 
 def counters_text(counters: int) -> str:
-    """Names of the counters that moved; `none`, or that the counters are not readable.
+    """Names of the counters that moved; `none`, or a remark that they are not readable.
 
     `counters` is an enum counter_moved of bpf/tcpstuck.h.
     """
@@ -56,7 +56,7 @@ def counters_text(counters: int) -> str:
 
 
 def mss_text(entry: Handshake) -> str:
-    """The MSS (bytes) that the cookie encodes, or that it is unknown."""
+    """The MSS in bytes that the cookie encodes, or a remark that it is unknown."""
     return f"MSS {entry.mss}" if entry.mss else "MSS unknown"
 
 

@@ -1,6 +1,6 @@
-"""Why a run may have nothing to see: nobody listens, or SYN cookies are switched off.
+"""Reasons why a run may see nothing: no listening socket, or SYN cookies are off.
 
-Without these sentences a run that watched the wrong port would look like a healthy server.
+Without these warnings, a run on the wrong port would look like a healthy server.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tcpstuck_bpf.host.listening_sockets import own_listeners
 from tcpstuck_bpf.model import TraceFilter
 
 MAX_NAMESPACES = 64
-"""Number of network namespaces that are looked at, our own first: any user can make thousands."""
+"""Most network namespaces that are checked, our own first: any user can create thousands."""
 SYNCOOKIES = "ipv4.tcp_syncookies"
 
 
@@ -29,7 +29,7 @@ def _own() -> _Seen:
 
 
 def _look(wanted: TraceFilter) -> tuple[dict[int, _Seen], bool]:
-    """What the wanted network namespaces have, and whether all of them could be looked at."""
+    """The state of the wanted network namespaces, and whether all of them could be checked."""
     if wanted.netns is not None:
         chosen, is_all = [wanted.netns], True
     else:
@@ -45,7 +45,7 @@ def _look(wanted: TraceFilter) -> tuple[dict[int, _Seen], bool]:
 
 
 def doubts(wanted: TraceFilter) -> tuple[str, ...]:
-    """Sentences that say why this trace may see nothing; none if it may see something.
+    """Warnings that this trace may see nothing; empty if it may see something.
 
     Source: /proc/net/tcp, /proc/net/tcp6 and net.ipv4.tcp_syncookies of each network namespace.
     """

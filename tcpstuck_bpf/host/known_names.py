@@ -1,4 +1,4 @@
-"""Names that this machine gives to ports and addresses, by its own files. No network is asked."""
+"""Names of ports and addresses from this machine's own files, without network access."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 SERVICES = Path("/etc/services")
 HOSTS = Path("/etc/hosts")
 _MOST_CHARACTERS = 1 << 22
-"""Of a file that is read. Lists of hosts to block have a megabyte or two."""
+"""Largest part of a file that is read. Block lists in /etc/hosts take a megabyte or two."""
 
 
 def service_port(name: str) -> int | None:
-    """The TCP port of a service, as getservbyname(3) has it; None where it is not known."""
-    # Imported where it is used: most runs name no service.
+    """The TCP port of a service, by getservbyname(3); None if unknown."""
+    # Imported only where it is used: most runs name no service.
     import socket
 
     for spelling in (name, name.lower()):
@@ -26,7 +26,7 @@ def service_port(name: str) -> int | None:
 
 
 def service_names() -> list[str]:
-    """The names of TCP services in services(5); none where the file cannot be read."""
+    """The names of TCP services in services(5); none if the file cannot be read."""
     return [
         name
         for words in _lines(SERVICES)
@@ -36,10 +36,10 @@ def service_names() -> list[str]:
 
 
 def hosts() -> dict[str, list[str]]:
-    """Addresses by name, as /etc/hosts has them, in its order; names are in small letters.
+    """Addresses by lower-case name from /etc/hosts, in the file's order.
 
-    DNS is not asked: it may keep a start waiting, and its answer may be a load balancer's address,
-    to which no packet comes here.
+    DNS is not used: a query could delay the start, and its answer may be a load balancer's address,
+    which no packet on this host has.
     """
     found: dict[str, list[str]] = {}
     for address, *names in filter(None, _lines(HOSTS)):
@@ -55,7 +55,7 @@ def hosts() -> dict[str, list[str]]:
 
 
 def _lines(path: Path) -> Iterator[list[str]]:
-    """The words of each line, without comments."""
+    """The words of each line; comments are removed."""
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             text = file.read(_MOST_CHARACTERS)

@@ -1,8 +1,8 @@
-"""What people call a network namespace without a name of its own: its container, pod or process.
+"""Names for network namespaces that have none: the container, pod or process inside.
 
-A process in it leads to the name: its control groups hold the identifier that the container engine
-gave it, and the engine's files the name that people gave it. All of these are strangers' words, and
-whoever prints them makes them harmless (`terminal`).
+The control groups of a process contain the container's identifier, and the engine's files contain
+the container's name. Containers choose these names, so every printer must sanitise them
+(`terminal`).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ MOST_PROCESSES = 65_536
 MOST_NAMESPACES = 1024
 LONGEST_NAME = 64
 LONGEST_LOOK_S = 0.2
-"""A look that takes longer ends with what it has found."""
+"""A scan that takes longer stops and returns the names found so far."""
 LOOK_AGAIN_S = 10.0
 _LARGEST_CGROUP = 1 << 16
 _LARGEST_FILE = 1 << 22
 _SHORT = 12
-"""Characters of an identifier, as `docker ps` and `crictl ps` show it."""
+"""Length of a shortened identifier, as in `docker ps` and `crictl ps`."""
 
 _ENGINES = {
     "docker": "docker",
@@ -52,16 +52,16 @@ _MACHINE = re.compile(
 
 
 def names() -> dict[int, str]:
-    """A name for every network namespace that a process is in, by inode number.
+    """A name for every network namespace with a process in it, by inode number.
 
-    Those of `netns.names` go before a container's, a pod's or a process's.
+    A name from `netns.names` takes precedence over that of a container, pod or process.
     """
     known = netns.names()
     return {**owners(known), **known}
 
 
 def owners(known: Collection[int], clock: Callable[[], float] = time.monotonic) -> dict[int, str]:
-    """Names by inode number of the namespaces that are not known. A process may end any moment."""
+    """Names of namespaces not in `known`, by inode number. Processes may end during the scan."""
     until = clock() + LONGEST_LOOK_S
     found: dict[int, str] = {}
     for number, process in enumerate(_processes()):
@@ -72,7 +72,7 @@ def owners(known: Collection[int], clock: Callable[[], float] = time.monotonic) 
             if inode in known or inode in found:
                 continue
             name = _name_by(process)
-            # By now the process's number may be another one's.
+            # The process may have ended and its number been reused.
             if (process / "ns/net").stat().st_ino == inode:
                 found[inode] = name
     return found
@@ -86,7 +86,7 @@ def _processes() -> Iterator[Path]:
 
 
 def _name_by(process: Path) -> str:
-    """What a process tells of its namespace. Raises OSError where it has ended."""
+    """The namespace's name as derived from a process. Raises OSError if the process has ended."""
     groups = _start_of(process / "cgroup", _LARGEST_CGROUP)
     return container_name(groups) or f"pid {process.name} ({_own_name(process)})"
 
@@ -101,7 +101,7 @@ def _start_of(path: Path, size: int) -> str:
 
 
 def container_name(groups: str) -> str:
-    """The container or pod whose control groups these are; empty where they are nobody's."""
+    """The container or pod of these control groups; empty if there is none."""
     scope, pod, machine = _SCOPE.search(groups), _POD.search(groups), _MACHINE.search(groups)
     in_pod = _IN_POD.search(groups)
     engine, identifier = "", ""
@@ -123,7 +123,7 @@ def container_name(groups: str) -> str:
 
 
 def _container_s_name(engine: str, identifier: str) -> str:
-    """The name that people gave it; empty where it cannot be read."""
+    """The container's name in its engine; empty if it cannot be read."""
     if engine == "docker":
         found = _json_of(DOCKER / identifier / "config.v2.json")
         name = found.get("Name") if isinstance(found, dict) else None
@@ -139,7 +139,7 @@ def _container_s_name(engine: str, identifier: str) -> str:
 
 
 def _pod_name(identifier: str) -> str:
-    """Namespace and name in Kubernetes, as containerd notes them; empty where it does not."""
+    """Kubernetes namespace and pod name from containerd's files; empty if they are missing."""
     found = _json_of(CONTAINERD / "k8s.io" / identifier / "config.json") if identifier else None
     notes = found.get("annotations") if isinstance(found, dict) else None
     if not isinstance(notes, dict):
@@ -149,7 +149,7 @@ def _pod_name(identifier: str) -> str:
 
 
 def _json_of(path: Path) -> Any:
-    """What a file holds; None where it cannot be read, is too large, or is no JSON."""
+    """The parsed content of a file; None if it is unreadable, too large, or not JSON."""
     try:
         with path.open("rb") as file:
             data = file.read(_LARGEST_FILE + 1)
@@ -163,9 +163,9 @@ def _cut(name: str) -> str:
 
 
 class KnownNames(Mapping[int, str]):
-    """Names by inode number, which looks again for one that it does not know: it may be new.
+    """Names by inode number. An unknown inode, which may be new, starts another scan.
 
-    No more often than every LOOK_AGAIN_S.
+    Scans are at least LOOK_AGAIN_S apart.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class KnownNames(Mapping[int, str]):
 
     def __getitem__(self, inode: int) -> str:
         if inode not in self._found and self._clock() >= self._next_look:
-            # What has been printed keeps its name.
+            # A name that was printed once does not change.
             self._found = {**self._look(), **self._found}
             self._next_look = self._clock() + LOOK_AGAIN_S
         return self._found[inode]

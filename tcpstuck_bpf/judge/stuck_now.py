@@ -1,4 +1,4 @@
-"""Who is stuck now, by listener, verdict and cause. Pure."""
+"""Counts the clients that are stuck now, by listener, verdict and cause. Pure."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ class StuckGroup(NamedTuple):
     server_port: int
     """In host byte order."""
     socket: int
-    """Inode number of the listening socket; 0 where it is not known."""
+    """Inode number of the listening socket; 0 if unknown."""
     verdict: str
     certainty: str
     cause: str
-    """What dropped their ACKs, in words, for a firewall its rule; empty where the verdict says all
-    that is known."""
+    """What dropped their ACKs, in words; for a firewall, its rule. Empty if the verdict already
+    says all that is known."""
     what: str = ""
-    """What dropped them in one stable word (`Drop.what`)."""
+    """What dropped their ACKs, as one stable word (`Drop.what`)."""
 
 
 class StuckNow:
     """The group of each stuck client, by the latest finding of its connection.
 
-    A client of which no more news can come is only counted.
+    A client whose state cannot change any more is only counted.
     """
 
     def __init__(self) -> None:
         self._groups: dict[HandshakeId, StuckGroup] = {}
         self._same: dict[StuckGroup, StuckGroup] = {}
         self._counts: Counter[StuckGroup] = Counter()
-        """Clients of each group, those that are only counted among them."""
+        """Number of clients in each group, including those that are only counted."""
 
     def take(self, finding: Finding) -> None:
-        """Take in a verdict. The clients of a suspected SYN flood do not count as stuck."""
+        """Take a verdict. Clients of a suspected SYN flood do not count as stuck."""
         identity = HandshakeId(finding.four_tuple, finding.first_syn_ns)
         self.leave(identity)
         if not finding.stuck or finding.flood_suspected:
@@ -63,12 +63,12 @@ class StuckNow:
         self._counts[group] += 1
 
     def settle(self, may_change: Callable[[HandshakeId], bool]) -> None:
-        """Let go of the connections of which no more news can come: who is stuck there stays so."""
+        """Drop the entries of connections that cannot change any more; they stay counted."""
         for identity in [one for one in self._groups if not may_change(one)]:
             del self._groups[identity]
 
     def leave(self, identity: HandshakeId) -> None:
-        """A connection is not stuck any more, whatever became of it."""
+        """Remove a connection that is no longer stuck, for whatever reason."""
         group = self._groups.pop(identity, None)
         if group is not None:
             self._counts[group] -= 1
@@ -76,5 +76,5 @@ class StuckNow:
                 del self._counts[group], self._same[group]
 
     def groups(self) -> tuple[tuple[StuckGroup, int], ...]:
-        """The groups with their number of clients, the largest first."""
+        """The groups with their number of clients; the largest comes first."""
         return tuple(sorted(self._counts.items(), key=lambda one: (-one[1], one[0])))

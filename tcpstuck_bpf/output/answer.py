@@ -1,4 +1,4 @@
-"""Who is stuck and why, in one sentence that a person could send to a colleague. Pure."""
+"""One sentence on which clients are stuck and why, fit to be sent to a colleague. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tcpstuck_bpf.output.page import Page, counted, endpoint, grouped
 from tcpstuck_bpf.summary import Summary
 
 NAMED = 3
-"""Number of groups that the sentence names."""
+"""Number of groups that the sentence lists."""
 
 _WHY = {
     "ack-missing": "no ACK got to this host",
@@ -19,7 +19,7 @@ _WHY = {
 
 
 def stuck_sentence(summary: Summary, page: Page) -> str:
-    """One sentence on the clients that are stuck; there is one at least.
+    """One sentence on the stuck clients. Needs at least one stuck client.
 
     For example: 137 clients of mariadbd (pid 288) at 10.9.0.1:3311 are stuck: accept queue full
     (backlog 50, needs 188).
@@ -45,7 +45,7 @@ def stuck_sentence(summary: Summary, page: Page) -> str:
 
 
 def _listener(summary: Summary, group: StuckGroup) -> ListenerReport | None:
-    """The listener that the clients are stuck at."""
+    """The listener of a group; None if it is not in the summary."""
     for listener in summary.listeners:
         if listener.netns != group.netns:
             continue

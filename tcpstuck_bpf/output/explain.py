@@ -25,13 +25,13 @@ _INDENT = "  "
 _HEADING = re.compile(r"^## (\S+)\n", re.MULTILINE)
 _LABEL = re.compile(r"\*\*([A-Z][a-z ]+):?\*\*")
 _DOING = ("On the server", "On the client", "In the protocol")
-"""The labels of what is to be done."""
+"""Labels of the blocks that say what to do."""
 _PORT = re.compile(r"\bPORT\b")
 _STRONG = re.compile(r"\*\*(.+?)\*\*", re.DOTALL)
 
 
 def verdicts_text() -> str:
-    """The text of docs/verdicts.md, from the installed package or from beside it in a source tree.
+    """The text of docs/verdicts.md, from the installed package or from the source tree.
 
     Raises TcpstuckError if the file is in neither place.
     """
@@ -109,9 +109,9 @@ def _readable(width: int) -> int:
 
 
 def _doing_first(blocks: Iterable[list[str]]) -> Iterator[list[str]]:
-    """The blocks by which something is done, then the others; both in their order.
+    """The blocks that say what to do, then the others; each part keeps its order.
 
-    A block without a label belongs to the one before it.
+    A block without a label belongs to the block before it.
     """
     doing: list[list[str]] = []
     others: list[list[str]] = []
@@ -128,7 +128,7 @@ def _doing_first(blocks: Iterable[list[str]]) -> Iterator[list[str]]:
 def explanation(verdict: str, width: int, port: int | None = None) -> Iterator[str]:
     """A verdict's section as plain text, in lines for a terminal of `width` columns.
 
-    What to do comes first. A port that is known stands in the commands in place of PORT.
+    What to do comes first. A known port replaces PORT in the commands.
 
     Raises KeyError if there is no such section, TcpstuckError if the file is missing.
     """

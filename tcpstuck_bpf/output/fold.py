@@ -1,7 +1,7 @@
-"""Findings that say the same, folded into groups, so that a thousand of them take one line. Pure.
+"""Folds findings with equal listener, verdict and cause into groups: one line for a thousand. Pure.
 
-Findings say the same if listener, verdict and cause are the same. A group is due to be printed
-soon after its first finding, and again at most every `REPEAT_NS` while it grows.
+A group is due to be printed soon after its first finding, and again at most every `REPEAT_NS`
+while it grows.
 
 Times are CLOCK_MONOTONIC nanoseconds.
 """
@@ -16,21 +16,21 @@ from tcpstuck_bpf.judge.verdict import Finding
 from tcpstuck_bpf.model import SECOND_NS, FourTuple
 
 GATHER_NS = SECOND_NS
-"""Time that a new group waits for others of its kind, if nobody asks for it before."""
+"""Time that a new group waits for more findings, unless it is requested earlier."""
 REPEAT_NS = 10 * SECOND_NS
 """Least time between two lines of the same group."""
 MAX_GROUPS = 4096
-"""Number of groups after which the oldest are let go; one of these that grows later is new again.
-A proxy's listener (TPROXY) has as many server addresses as its clients like."""
+"""Largest number of groups. Beyond it the oldest are removed; a removed group that grows again
+counts as new. Clients can give a TPROXY listener any number of server addresses."""
 MAX_ADDRESSES = 1000
-"""Number of client addresses of a group that are told apart."""
+"""Largest number of client addresses that a group distinguishes."""
 EXAMPLES = 3
 
 
 class GroupKey(NamedTuple):
-    """What the findings of a group have in common.
+    """The properties shared by the findings of a group.
 
-    For those of a suspected SYN flood that is the listener alone.
+    The findings of a suspected SYN flood share only the listener and the verdict.
     """
 
     netns: int
@@ -39,7 +39,7 @@ class GroupKey(NamedTuple):
     verdict: str
     certainty: str
     meaning: str
-    """Names the cause, and for a firewall its rule."""
+    """Names the cause; for a firewall, its rule."""
     updates: str | None
     to_be_updated: bool
     flood_suspected: bool
@@ -65,33 +65,33 @@ def key_of(finding: Finding) -> GroupKey:
 
 
 class Group:
-    """The findings of one kind so far, and how many of them were printed."""
+    """The findings of one group so far, and how many of them were printed."""
 
     def __init__(self, first: Finding) -> None:
         self.key = key_of(first)
         self.first = first
         self.since_ns = first.verdict_ns
-        """When the first finding came that is not printed."""
+        """Time of the first finding that is not printed yet."""
         self.printed_ns = 0
         self.printed = 0
-        """Number of its findings at the last time it was printed; 0: it is new."""
+        """Number of findings when the group was last printed; 0 if it was never printed."""
         self.number = 0
         self.corrected = 0
-        """Number of those since it was printed that replace an earlier verdict."""
+        """Number of unprinted findings that replace an earlier verdict."""
         self.addresses: Counter[str] = Counter()
-        """Number of clients by address, of the first MAX_ADDRESSES addresses."""
+        """Number of clients by address, for the first MAX_ADDRESSES addresses."""
         self.examples: list[FourTuple] = []
         """The first clients."""
         self.from_ns = self.until_ns = first.first_syn_ns
-        """When the first and the last of the clients since it was printed sent their first SYN."""
+        """Times of the earliest and the latest first SYN among the unprinted findings."""
 
     @property
     def growth(self) -> int:
-        """Number of findings since it was printed."""
+        """Number of findings since the group was printed."""
         return self.number - self.printed
 
     def take(self, finding: Finding) -> None:
-        """Take in one more finding of its kind."""
+        """Add a finding to the group."""
         if not self.growth:
             self.since_ns = finding.verdict_ns
             self.from_ns = self.until_ns = finding.first_syn_ns
@@ -107,7 +107,7 @@ class Group:
         self.until_ns = max(self.until_ns, finding.first_syn_ns)
 
     def is_due(self, now_ns: int) -> bool:
-        """Whether it has waited long enough to be printed."""
+        """Whether the group has waited long enough to be printed."""
         if not self.growth:
             return False
         if self.key.flood_suspected:
@@ -118,15 +118,15 @@ class Group:
 
 
 class Folding:
-    """The groups of a run, in the order in which they came up."""
+    """The groups of a run, in order of appearance."""
 
     def __init__(self) -> None:
         self._groups: OrderedDict[GroupKey, Group] = OrderedDict()
 
     def take(self, finding: Finding) -> Iterator[Group]:
-        """Take in a finding; first come the groups that are due at its time.
+        """Add a finding, after yielding the groups that are due at its time.
 
-        What is yielded counts as printed.
+        A yielded group counts as printed.
         """
         yield from self.due(finding.verdict_ns)
         key = key_of(finding)
@@ -139,7 +139,7 @@ class Folding:
         group.take(finding)
 
     def due(self, now_ns: int) -> Iterator[Group]:
-        """The groups that are to be printed at this time."""
+        """The groups that are due at this time."""
         for group in list(self._groups.values()):
             if group.is_due(now_ns):
                 yield from self._print(group, now_ns)
@@ -147,7 +147,7 @@ class Folding:
     def new(self, now_ns: int) -> Iterator[Group]:
         """The groups that are due, and those that were never printed.
 
-        A suspected flood waits until it is due.
+        A suspected flood is yielded only when it is due.
         """
         for group in list(self._groups.values()):
             is_new = not group.printed and not group.key.flood_suspected
@@ -155,7 +155,7 @@ class Folding:
                 yield from self._print(group, now_ns)
 
     def rest(self) -> Iterator[Group]:
-        """All groups that have grown since they were printed: nothing more will come."""
+        """All groups that have grown since they were printed. Called at the end of the run."""
         for group in self._groups.values():
             yield from self._print(group, group.printed_ns)
 

@@ -1,12 +1,11 @@
-"""What `--metrics` exports: every family with its type, labels and meaning, as plain data.
+"""The metric families of `--metrics`, with type, labels and help text, as plain data.
 
-docs/metrics.md lists the same. Names are those of the Prometheus text format: base units, `_total`
-for what only rises, `_info` for what is always 1 and says something by its labels
-(https://prometheus.io/docs/practices/naming/). A family without a sample is exported all the same,
-by its name and its meaning.
+docs/metrics.md has the same list. Names follow https://prometheus.io/docs/practices/naming/: base
+units, `_total` for counters, and `_info` for a constant 1 whose labels carry the information. A
+family without samples is exported with its name and help text.
 
-No label tells of a client. What may be many (listeners, reasons) is bounded where it is counted
-(`metric_listeners`, `metrics`), and what that leaves out is counted under OTHER.
+No label identifies a client. `metric_listeners` and `metrics` bound the label values that can be
+many (listeners, reasons), and count the rest under OTHER.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 OTHER = "(other)"
-"""In a label: all that had no place of its own."""
+"""Label value for everything without a row of its own."""
 
 Kind = Literal["counter", "gauge", "info"]
 
@@ -29,7 +28,7 @@ class Family(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One value of a family, which is known by its labels' values."""
+    """One value of a family, identified by its label values."""
 
     labels: tuple[str, ...]
     value: float
@@ -43,14 +42,14 @@ class Samples(NamedTuple):
 
 
 Snapshot = tuple[Samples, ...]
-"""All that is exported at one moment; nothing of it changes afterwards."""
+"""Everything exported at one moment; immutable."""
 
 LISTENER = ("netns", "address", "port", "owner")
 _CAUSE = ("verdict", "cause")
 
 BUILD = Family("tcpstuck_build_info", "info", "Version of the tool.", ("version",))
 RUN = Family(
-    "tcpstuck_run_info", "info", "What is watched, in words, and how.", ("watched", "mode")
+    "tcpstuck_run_info", "info", "What is watched, as text, and the mode.", ("watched", "mode")
 )
 RUNNING = Family("tcpstuck_running", "gauge", "1 while the run traces, 0 once it has ended.")
 STARTED = Family(
@@ -67,7 +66,7 @@ STUCK = Family("tcpstuck_stuck_clients", "gauge", "Clients that are stuck now.")
 FLOOD = Family(
     "tcpstuck_flood_suspected_clients",
     "gauge",
-    "Silent clients that look like a SYN flood's; none of them counts as stuck.",
+    "Silent clients that look like part of a SYN flood; they do not count as stuck.",
 )
 PENDING = Family(
     "tcpstuck_pending_handshakes", "gauge", "Handshakes that are too young for a verdict."
@@ -79,7 +78,7 @@ COMPLETED = Family(
 VERDICTS = Family(
     "tcpstuck_verdicts_total",
     "counter",
-    "Verdicts told of connections at a listener, and what dropped the ACK.",
+    "Verdicts on connections of a listener, by verdict and by what dropped the ACK.",
     (*LISTENER, *_CAUSE),
 )
 
@@ -92,7 +91,7 @@ LISTENER_STUCK = Family(
 LISTENER_FLOOD = Family(
     "tcpstuck_listener_flood_suspected_clients",
     "gauge",
-    "Silent clients of a listener that look like a SYN flood's.",
+    "Silent clients of a listener that look like part of a SYN flood.",
     LISTENER,
 )
 LISTENER_SYNS = Family(
@@ -137,7 +136,7 @@ BACKLOG = Family(
 FOLDED = Family(
     "tcpstuck_listeners_folded",
     "gauge",
-    f"Listeners that have no label values of their own now and are counted as {OTHER}.",
+    f"Listeners without a row of their own now; they are counted as {OTHER}.",
 )
 
 UNTRACKED = Family(
@@ -167,7 +166,7 @@ DISAGREEING = Family(
 DIFFERENCE = Family(
     "tcpstuck_reconciliation_difference",
     "gauge",
-    "How much was traced less (below 0) or more than the kernel counted, all namespaces together.",
+    "Traced minus counted by the kernel, summed over all namespaces.",
     ("counter",),
 )
 
@@ -201,4 +200,4 @@ FAMILIES: tuple[Family, ...] = (
     *(UNTRACKED, UNWATCHED, LOSSES, GAPS, GAP, DISAGREEING, DIFFERENCE),
     *(RESCUE_SENT, RESCUE_FAILED, RESCUED, LEFT_ALONE),
 )
-"""Every family, in the order in which they are exported."""
+"""Every family, in export order."""

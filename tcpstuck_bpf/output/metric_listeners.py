@@ -1,14 +1,14 @@
-"""The figures of each listener for `--metrics`: added up by labels, in a bounded number of places.
+"""The per-listener figures of `--metrics`, summed by label values, in a bounded number of rows.
 
-Pure. A listener is known by its label values, and not by its socket: the sockets that share a port
-and the ones of a restarted server are one row of figures. What only rises is added up from the
-differences of readings, so that it goes on rising when a socket goes and another one comes.
+Pure. A row is identified by its label values, not by a socket: sockets that share a port, and those
+of a restarted server, share a row. Counters add up the differences between readings, so they keep
+rising when one socket is replaced by another.
 
-MOST_LISTENERS have places of their own. One that has been idle for IDLE_NS gives its place up to a
-new one; half of the places are kept for listeners that sent a cookie or dropped something. All
-others share one row (OTHER), which takes in what was counted of a listener that gave its place up:
-the sum over all rows never falls. So whoever opens listening sockets without end makes neither this
-process nor Prometheus's database grow without end.
+At most MOST_LISTENERS rows exist. A new listener replaces one that has been idle for IDLE_NS. Half
+of the rows are reserved for listeners that sent a cookie or dropped something. All other listeners
+share one row (OTHER), to which the counters of a replaced listener are added: the sum over all rows
+never falls. A program that keeps opening listening sockets therefore cannot grow this process or
+Prometheus's database without bound.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from tcpstuck_bpf.terminal import printable
 MOST_LISTENERS = 128
 IDLE_NS = 3600 * SECOND_NS
 MOST_CHARACTERS = 80
-"""Of a label's value. A process name has 15 (TASK_COMM_LEN), the name of a namespace up to 255."""
+"""Longest label value. A process name has up to 15 characters (TASK_COMM_LEN), a namespace 255."""
 _MOST_OWNERS = 4
 _LOOK_INTERVAL_NS = 60 * SECOND_NS
 _MOST_READINGS_KEPT = 16_384
-"""Twice as many listeners as a run remembers (`backlog_history.MAX_LISTENERS`)."""
+"""Twice the number of listeners that a run remembers (`backlog_history.MAX_LISTENERS`)."""
 
 FLOOD_CAUSE = "syn-flood"
-"""The cause of an `ack-missing` that looks like a SYN flood's."""
+"""The cause for an `ack-missing` client that looks like part of a SYN flood."""
 
 Labels = tuple[str, str, str, str]
 """The values of families.LISTENER."""
@@ -61,21 +61,21 @@ _COUNTED: tuple[tuple[Family, str], ...] = (
 
 
 def clean(text: str) -> str:
-    """A foreign name as the value of a label: as it may be printed, and not without end."""
+    """A foreign name as a label value: printable and of bounded length."""
     return printable(text)[:MOST_CHARACTERS]
 
 
 def cause_of(finding: Finding) -> str:
-    """What dropped the ACK, in the word that JSON has for it; empty where nothing did."""
+    """What dropped the ACK, as the word that JSON uses; empty if nothing dropped it."""
     if finding.flood_suspected:
         return FLOOD_CAUSE
     return "" if finding.drop is None else finding.drop.what
 
 
 def owner_names(owners: Iterable[str]) -> str:
-    """The names of the processes in `name (pid N)`, each once.
+    """The process names from `name (pid N)`, without repetition.
 
-    Without their numbers: a server that is started again is to have the same label.
+    The pids are left out, so that a restarted server keeps its label.
     """
     names = sorted({owner.rpartition(" (pid ")[0] or owner for owner in owners})
     more = ["..."] if len(names) > _MOST_OWNERS else []
@@ -83,7 +83,7 @@ def owner_names(owners: Iterable[str]) -> str:
 
 
 class _Where(NamedTuple):
-    """The listener of a verdict, and where its client wrote to."""
+    """The listener of a verdict, and the address and port that the client connected to."""
 
     listener: ListenerId
     address: bytes
@@ -95,7 +95,7 @@ def _where(netns: int, socket: int, address: bytes, port: int) -> _Where:
 
 
 class _Suspect(NamedTuple):
-    """A silent client that looks like a SYN flood's."""
+    """A silent client that looks like part of a SYN flood."""
 
     first_syn_ns: int
     where: _Where
@@ -109,27 +109,28 @@ class _Row:
         self.verdicts: Counter[What] = Counter()
         self.counted: Counter[str] = Counter()
         self.stuck: Counter[What] = Counter()
-        """As of now; a zero stays, for a graph that ends is no graph that falls."""
+        """Clients stuck now. Zeros are kept: a series that vanishes does not show the fall."""
         self.flood = 0
 
     def absorb(self, other: _Row) -> None:
-        """Take in what only rises."""
+        """Add the counters of another row."""
         self.verdicts.update(other.verdicts)
         self.counted.update(other.counted)
 
     def begin(self) -> None:
-        """Forget what was so a moment ago."""
+        """Set the gauges to zero before they are counted again."""
         self.stuck = Counter(dict.fromkeys(self.stuck, 0))
         self.flood = 0
 
 
 class ListenerBook:
-    """Takes in verdicts as they come; `samples` may be asked for at any time.
+    """Takes verdicts as they come; `samples` may be called at any time.
 
-    `names`: of network namespaces, by inode number. `is_suspected`: whether a client looks like a
-    SYN flood's still, which is not told where it gave up. `most_suspects`: how many are remembered.
+    `names`: names of network namespaces by inode number. `is_suspected`: whether a client still
+    looks like part of a SYN flood. No finding reports that a suspect gave up. `most_suspects`:
+    largest number of suspects remembered.
 
-    Each of them is looked at only where there are more of them than the run knows of, and once in
+    Suspects are checked one by one only if there are more of them than the run counts, or once per
     _LOOK_INTERVAL_NS: there may be a hundred thousand.
     """
 
@@ -144,30 +145,30 @@ class ListenerBook:
         self._most_suspects = most_suspects
         self._suspects: dict[FourTuple, _Suspect] = {}
         self._floods: Counter[_Where] = Counter()
-        """The same, counted."""
+        """Number of suspects by listener and destination."""
         self._next_look_ns = 0
         self._fresh: dict[_Where, Counter[What]] = {}
-        """Verdicts that came since the latest samples: by then it is known whose listener it is."""
+        """Verdicts since the latest samples. They wait until the listener is known."""
         self._wheres: dict[_Where, _Where] = {}
-        """One copy of what many clients have in common."""
+        """Shared copies of values that many clients have in common."""
         self._rows: OrderedDict[Labels, _Row] = OrderedDict()
-        """The one that was active longest ago first."""
+        """Rows by label values; the least recently active one comes first."""
         self._others = _Row()
         self._read: dict[ListenerId, ListenerFacts] = {}
         self._labels: dict[ListenerId, tuple[ListenerSeen, Labels]] = {}
 
     def take(self, findings: Iterable[Finding]) -> None:
-        """Verdicts, whatever of them is shown."""
+        """Count verdicts, including those that the output hides."""
         for finding in findings:
             self._take(finding)
 
     def _take(self, finding: Finding) -> None:
         who = finding.four_tuple
         was_suspect = self._acquit(who)
-        if finding.verdict == "completed":  # a healthy one, which only some runs tell of
+        if finding.verdict == "completed":  # healthy; not every run reports those
             return
         where = _where(who.netns, finding.listener_socket, *who.server)
-        # Where only the rest of what is told is new, it was counted before.
+        # An update that keeps the verdict and only adds details was counted before.
         if finding.updates != finding.verdict or finding.flood_suspected != was_suspect:
             what = (finding.verdict, cause_of(finding))
             self._fresh.setdefault(where, Counter())[what] += 1
@@ -177,7 +178,7 @@ class ListenerBook:
             self._floods[where] += 1
 
     def _acquit(self, who: FourTuple) -> bool:
-        """Whether it was a suspect, which it is no more."""
+        """Remove a client from the suspects; whether it was one."""
         suspect = self._suspects.pop(who, None)
         if suspect is not None:
             self._floods[suspect.where] -= 1
@@ -190,30 +191,30 @@ class ListenerBook:
         stuck: Iterable[tuple[StuckGroup, int]],
         flood: int,
     ) -> dict[Family, list[Sample]]:
-        """The samples of every family that has a listener's labels, and of FOLDED.
+        """The samples of every family with listener labels, and of FOLDED.
 
-        `seen`: the latest reading of each listener, the one that changed longest ago first.
-        `stuck`: who is stuck now. `flood`: how many suspects of a SYN flood the run knows of.
+        `seen`: the latest reading of each listener; the one unchanged for longest comes first.
+        `stuck`: groups of clients stuck now. `flood`: number of flood suspects in the run.
         """
         self._look(now_ns, flood)
         self._name(seen)
         labelled = [(one, self._labels[one.facts.listener][1]) for one in seen]
         for one, labels in labelled:
             self._take_reading(one.facts, labels, now_ns)
-        for where, told in self._fresh.items():
-            self._row(self._labels_of(where), now_ns, suffered=True).verdicts.update(told)
+        for where, verdicts in self._fresh.items():
+            self._row(self._labels_of(where), now_ns, suffered=True).verdicts.update(verdicts)
         self._fresh.clear()
         folded = {labels for _, labels in labelled if labels not in self._rows}
         folded |= self._count_now(stuck, now_ns)
         found: dict[Family, list[Sample]] = {families.FOLDED: [Sample((), len(folded))]}
-        for labels, row in self._rows_to_tell():
+        for labels, row in self._rows_to_export():
             for family, sample in _samples_of(labels, row):
                 found.setdefault(family, []).append(sample)
         found.update(self._queues(labelled))
         return found
 
     def _name(self, seen: Sequence[ListenerSeen]) -> None:
-        """The labels of each listener; those that have not changed are not put together again."""
+        """Set the labels of each listener; those of unchanged listeners are reused."""
         known = self._labels
         self._labels = {}
         for one in seen:
@@ -239,7 +240,7 @@ class ListenerBook:
         return (self._netns(where.listener.netns), address_text(where.address), str(where.port), "")
 
     def _row(self, labels: Labels, now_ns: int, *, suffered: bool) -> _Row:
-        """The row of a listener that is active; the one of all others where there is no place."""
+        """The row of an active listener; the row for all others if no row is free."""
         row = self._rows.get(labels)
         if row is None:
             most = MOST_LISTENERS if suffered else MOST_LISTENERS // 2
@@ -251,7 +252,7 @@ class ListenerBook:
         return row
 
     def _give_up_idle(self, now_ns: int) -> bool:
-        """Whether the listener that was active longest ago gave its place up."""
+        """Remove the least recently active row if it is idle; whether it was removed."""
         labels, row = next(iter(self._rows.items()))
         if now_ns - row.active_ns < IDLE_NS:
             return False
@@ -269,12 +270,12 @@ class ListenerBook:
         names = [name for _, name in _COUNTED]
         earlier = {name: 0 if before is None else getattr(before, name) for name in names}
         if any(getattr(facts, name) < earlier[name] for name in names):
-            earlier = dict.fromkeys(names, 0)  # the figures of another socket, or begun anew
+            earlier = dict.fromkeys(names, 0)  # another socket, or counters that restarted
         row = self._row(labels, now_ns, suffered=facts.suffered)
         row.counted.update({name: getattr(facts, name) - earlier[name] for name in names})
 
     def _look(self, now_ns: int, flood: int) -> None:
-        """Forget who is no suspect any more and has not told so."""
+        """Remove suspects that are no longer suspected but sent no finding about it."""
         if len(self._suspects) <= flood and now_ns < self._next_look_ns:
             return
         self._next_look_ns = now_ns + _LOOK_INTERVAL_NS
@@ -289,7 +290,7 @@ class ListenerBook:
         self._wheres = {where: where for where in self._floods}
 
     def _count_now(self, stuck: Iterable[tuple[StuckGroup, int]], now_ns: int) -> set[Labels]:
-        """Count who is stuck, or a suspect, now; gives the labels that have no row."""
+        """Count the clients that are stuck or suspected now; returns the labels without a row."""
         for row in (*self._rows.values(), self._others):
             row.begin()
         folded: set[Labels] = set()
@@ -310,7 +311,7 @@ class ListenerBook:
             folded.add(labels)
         return row
 
-    def _rows_to_tell(self) -> Iterator[tuple[Labels, _Row]]:
+    def _rows_to_export(self) -> Iterator[tuple[Labels, _Row]]:
         yield from sorted(self._rows.items())
         others = self._others
         if others.verdicts or others.counted or others.stuck or others.flood:
@@ -319,7 +320,7 @@ class ListenerBook:
     def _queues(
         self, labelled: Iterable[tuple[ListenerSeen, Labels]]
     ) -> Iterator[tuple[Family, list[Sample]]]:
-        """Peaks and limit, of the sockets that are there by what the latest reading says."""
+        """Queue peaks and backlog limit of the sockets that exist as of the latest reading."""
         together: dict[Labels, list[ListenerSeen]] = {}
         for one, labels in labelled:
             if labels in self._rows:
@@ -341,7 +342,7 @@ class ListenerBook:
 
 
 def _living(sockets: Sequence[ListenerSeen]) -> Iterator[ListenerSeen]:
-    """Those that share the port with the one that changed last, where that is known."""
+    """The sockets that still share the port, as of the latest reading; all of them if unknown."""
     latest = sockets[-1]
     for one in sockets:
         if one is latest or not latest.sockets or one.facts.socket in (0, *latest.sockets):

@@ -1,8 +1,8 @@
-"""An output that keeps figures for Prometheus: what a run tells in, a snapshot of all families out.
+"""An output for Prometheus: collects the run's figures and publishes snapshots of all families.
 
-Pure. It runs where the tracing does, and is asked for nothing there: each snapshot replaces the one
-before, as a whole, and whoever serves it (`exporter`) reads it when it likes. Of the time that
-passes it takes one part in COST_SHARE at most.
+Pure. It runs in the tracing thread, and no other thread calls it. Each snapshot replaces the
+previous one as a whole, and the servers in `exporter` read the latest one at any time. Snapshots
+take at most one part in COST_SHARE of the run's time.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ from tcpstuck_bpf.steps import Header
 from tcpstuck_bpf.summary import RescueTotals, Status, Summary
 
 INTERVAL_NS = SECOND_NS
-"""Between two snapshots, at least."""
+"""Least time between two snapshots."""
 COST_SHARE = 20
 MOST_REASONS = 32
-"""Values that a label such as `reason` or `loss` takes; what is more is counted as OTHER."""
+"""Most values of a label such as `reason` or `loss`. Further values are counted under OTHER."""
 
 _Values = dict[Family, list[Sample]]
 
 
 class Metrics:
-    """An Output that publishes snapshots, about once a second and at the end.
+    """An Output that publishes a snapshot about once a second and at the end.
 
-    `so_far`: what the summary would say at a time, which is now. `is_suspected`: whether a client
-    looks like a SYN flood's still. `publish` takes a snapshot and raises nothing. `clock_ns` is
-    CLOCK_MONOTONIC, `realtime_ns` the wall clock; None for a replay, whose time is the recording's.
+    `so_far` returns the current summary; its argument is the present time. `is_suspected`: whether
+    a client still looks like part of a SYN flood. `publish` takes a snapshot and raises nothing.
+    `clock_ns` is CLOCK_MONOTONIC. `realtime_ns` is the wall clock; None for a replay, which uses
+    the recorded times.
     """
 
     def __init__(
@@ -60,17 +61,17 @@ class Metrics:
         self._listeners = ListenerBook(header.netns_names, is_suspected, header.table_capacity)
         self._risen: dict[tuple[Family, tuple[str, ...]], float] = {}
         self._next_ns = 0
-        """Of the time that the run has traced."""
+        """Traced time (`Status.running_ns`) at which the next snapshot is due."""
 
     def findings(self, findings: list[Finding]) -> None:
-        """Verdicts as they come, whatever of them is shown."""
+        """Count all verdicts, including those that --only and --all hide."""
         self._listeners.take(findings)
 
     def attempts(self, attempts: Sequence[Attempt]) -> None:
-        """Nothing: their totals come with the snapshot."""
+        """Do nothing: the summary of each snapshot contains the totals."""
 
     def status(self, status: Status) -> None:
-        """A moment at which a snapshot may be taken."""
+        """Publish a snapshot if one is due."""
         if status.running_ns < self._next_ns:
             return
         begun_ns = self._clock_ns()
@@ -79,11 +80,11 @@ class Metrics:
         self._next_ns = status.running_ns + max(INTERVAL_NS, COST_SHARE * cost_ns)
 
     def summary(self, summary: Summary) -> None:
-        """The end."""
+        """Publish the last snapshot."""
         self._publish(self._snapshot(summary, running=False))
 
     def close(self) -> None:
-        """Nothing is left to be done."""
+        """Do nothing: there is nothing to close."""
 
     def _snapshot(self, summary: Summary, *, running: bool) -> Snapshot:
         values: _Values = self._listeners.samples(
@@ -99,9 +100,9 @@ class Metrics:
         )
 
     def _rising(self, family: Family, samples: Iterable[Sample]) -> Iterable[Sample]:
-        """A counter that falls would be taken for one that began anew.
+        """Keep counters from falling: Prometheus takes a fall for a restart of the counter.
 
-        Those of listeners rise by themselves; they may go away and come again from zero.
+        Listener counters never fall in themselves; a row that returns may start at zero.
         """
         if family.kind != "counter" or set(families.LISTENER) <= set(family.labels):
             return samples
@@ -145,7 +146,7 @@ def _of_clients(summary: Summary) -> _Values:
 
 
 def _of_sight(summary: Summary) -> _Values:
-    """What was not seen."""
+    """Samples of everything that was not seen: losses, gaps, disagreeing counters."""
     losses = {
         "lost_events": summary.lost_events,
         "unseen_syn": summary.unseen_syn,
@@ -178,7 +179,7 @@ def _of_reconciliation(rows: Sequence[Reconciled]) -> _Values:
 
 
 def _of_rescue(totals: RescueTotals | None) -> _Values:
-    """Nothing where nobody was to be rescued."""
+    """Samples of --rescue; none without it."""
     if totals is None:
         return {}
     failed = {why.partition(": ")[2] or why: number for why, number in totals.failed.items()}
@@ -196,7 +197,7 @@ def _of_rescue(totals: RescueTotals | None) -> _Values:
 
 
 def _by_reason(numbers: Mapping[str, int]) -> list[Sample]:
-    """One sample for each reason; those beyond MOST_REASONS, in their order, in one together."""
+    """One sample per reason. Reasons after the first MOST_REASONS share the sample OTHER."""
     together: dict[str, int] = {}
     for reason, number in numbers.items():
         label = clean(reason)

@@ -1,6 +1,6 @@
-"""What lines of text have in common: width, colour, times, numbers, names. Prints nothing.
+"""Helpers for lines of text: width, colour, times, numbers, names. Prints nothing.
 
-Foreign strings become part of a line here, so they are escaped here (`terminal`).
+Foreign strings enter lines here, so this module escapes them (`terminal`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ INDENT = "    "
 NARROWEST = 40
 
 _GROUP = re.compile(r"(?<=\d) (?=\d{3}(?!\d))")
-"""The space inside a number that `grouped` wrote."""
+"""The space inside a number formatted by `grouped`."""
 _UNBREAKABLE = "\xa0"
 _NO_NAMESPACE = {GONE_NETNS: "(gone)", CROWDED_NETNS: "(no entry)"}
 """Names for the figures of removed namespaces, and of those without an entry in the table."""
@@ -63,19 +63,19 @@ class Page:
         return datetime.fromtimestamp(moment).strftime("%H:%M:%S")
 
     def netns(self, inode: int) -> str:
-        """A network namespace's name; its inode number where it has none."""
+        """A network namespace's name; its inode number if it has no name."""
         return _NO_NAMESPACE.get(inode) or printable(self._names.get(inode, str(inode)))
 
     def in_netns(self, inode: int) -> str:
-        """Where something is that is not in our own network namespace."""
+        """A phrase that names the network namespace; empty for our own namespace."""
         return "" if inode == self.own_netns else f" in network namespace {self.netns(inode)}"
 
     def red(self, line: str, wanted: bool = True) -> str:
-        """The line in red, where that is wanted and there are colours."""
+        """The line in red, if wanted and if the page has colours."""
         return f"{RED}{line}{PLAIN}" if self._colour and wanted else line
 
     def bold(self, line: str) -> str:
-        """The line in bold, where that can be."""
+        """The line in bold, if the page has colours."""
         return f"{BOLD}{line}{PLAIN}" if self._colour else line
 
     def wrapped(self, text: str, first: str = INDENT) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Findings, the status and the summary as lines of text. Looks nothing up, prints nothing."""
+"""Findings, status and summary as lines of text. Reads nothing from the system, prints nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tcpstuck_bpf.summary import Status, Summary
 from tcpstuck_bpf.terminal import printable
 
 SHOWN_AT_ONCE = 1000
-"""Largest number of rows of one verdict and server in one batch; one line stands for the rest."""
+"""Most rows of one verdict and server in one batch; a single line stands for the rest."""
 
 
 def watching(watched: str, mode: str) -> str:
@@ -29,8 +29,8 @@ def watching(watched: str, mode: str) -> str:
 class TableRenderer:
     """Lines for a terminal or a pipe of a given width in columns.
 
-    `each`: a row for each finding; without it findings that say the same make one group. `verbose`
-    shows all that is known of each. The clients of a suspected SYN flood are a group in any case.
+    `each` prints a row per finding; without it, equal findings make one group. `verbose` prints all
+    details. The clients of a suspected SYN flood are always a group.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class TableRenderer:
         self._folding = Folding()
 
     def findings(self, findings: Sequence[Finding]) -> Iterator[str]:
-        """Rows of these findings, or of the groups that are due by their times."""
+        """Rows of these findings, or of the groups that are due at their times."""
         shown: Counter[tuple[str, str]] = Counter()
         for finding in findings:
             if finding.flood_suspected or not self._each:
@@ -77,7 +77,7 @@ class TableRenderer:
         yield from self._groups(self._folding.new(now_ns))
 
     def rest(self) -> Iterator[str]:
-        """Rows of the groups that grew since they were printed: nothing more will come."""
+        """Rows of the groups that grew since they were printed. Called at the end of the run."""
         yield from self._groups(self._folding.rest())
 
     def attempts(self, attempts: Sequence[Attempt]) -> Iterator[str]:
@@ -92,7 +92,7 @@ class TableRenderer:
             )
 
     def status(self, status: Status) -> str:
-        """The status line. If not all fits, what is watched is left out, then the last figures."""
+        """The status line. If it is too long, it omits what is watched, then the last figures."""
         stuck = "nothing stuck" if status.cookies_sent else "no cookies yet"
         if status.still_stuck:
             stuck = f"{grouped(status.still_stuck)} STUCK"
@@ -112,6 +112,6 @@ class TableRenderer:
         return next(fitting, printable(lines[-1])[: self._page.width - 1])
 
     def summary(self, summary: Summary) -> Iterator[str]:
-        """What is left of the rows, then the summary."""
+        """The rows that are still unprinted, then the summary."""
         yield from self.rest()
         yield from SummaryText(self._page).lines(summary)

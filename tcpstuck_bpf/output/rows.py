@@ -1,8 +1,8 @@
-"""Rows of the table: a finding each, or a group of findings that say the same.
+"""Rows of the table: one per finding, or one per group of equal findings.
 
-The table comes live, so its columns keep their widths: each is as wide as the widest seen so far.
-What does not fit beside the rest goes below the row. The header is printed once, and again only
-where columns widen.
+The table is printed live, so columns never shrink: each is as wide as its widest cell so far. Text
+that does not fit into the row goes below it. The header is printed once, and again when a column
+widens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tcpstuck_bpf.output.page import INDENT, Page, counted, endpoint, grouped
 
 ENDPOINT_WIDTH = len("255.255.255.255:65535")
 NARROW = 100
-"""Width in columns below which age, SYNs and meaning go below each row."""
+"""Below this page width in columns, age, SYNs and meaning go below each row."""
 AGE_WIDTH = len("23 h 59 min")
 VERDICT_WIDTH = max(len(rule.name) for rule in RULES)
 MEANING_WIDTH = 45
@@ -32,7 +32,7 @@ class Column(NamedTuple):
     width: int | None
     """In characters; None: as wide as the widest endpoint so far."""
     gap: str = "  "
-    """What follows it."""
+    """Text after the column."""
 
 
 GROUP_COLUMNS = (
@@ -49,7 +49,7 @@ EACH_COLUMNS = (
     Column(" verdict", VERDICT_WIDTH + 1),
 )
 WIDE_COLUMNS = (Column("age".rjust(AGE_WIDTH), AGE_WIDTH), Column("SYNs", 4))
-"""Besides, where there is room."""
+"""Additional columns if the page is wide enough."""
 
 
 def _marked(finding: Finding) -> str:
@@ -66,7 +66,7 @@ def _syns(finding: Finding) -> str:
 
 
 def meaning(finding: Finding) -> str:
-    """What a verdict means, how certain it is, and what became of an earlier one."""
+    """A verdict's meaning, its certainty, and the earlier verdict that it updates."""
     words = [finding.meaning]
     if finding.certainty != "certain" and finding.certainty not in finding.meaning:
         words.append(f"({finding.certainty})")
@@ -82,7 +82,7 @@ def meaning(finding: Finding) -> str:
 
 
 class Rows:
-    """Lines of the findings, for one page. `each`: no groups but the suspected floods."""
+    """The rows of one page. `each`: groups are used for suspected floods only."""
 
     def __init__(self, page: Page, *, each: bool, verbose: bool) -> None:
         self._page = page
@@ -98,7 +98,7 @@ class Rows:
         self._advised: set[str] = set()
 
     def finding(self, finding: Finding) -> Iterator[str]:
-        """A row for one finding; with `verbose` all that is known of it."""
+        """A row for one finding; with `verbose`, all its details below."""
         client, server = _endpoints(finding)
         yield from self._before(finding.four_tuple.netns, client, server)
         time, age = self._page.time(finding.verdict_ns), duration_text(finding.age_ns)
@@ -114,7 +114,7 @@ class Rows:
             yield from self._details(finding)
 
     def group(self, group: Group) -> Iterator[str]:
-        """A row for the findings of a group that are not printed yet."""
+        """A row for the unprinted findings of a group."""
         if group.key.flood_suspected:
             yield from self._flood(group)
             return
@@ -140,7 +140,7 @@ class Rows:
             yield from self._page.wrapped(first.advice, f"{_BELOW}do: ")
 
     def _members(self, group: Group) -> str:
-        """When the clients of a group came, and which they are."""
+        """The times of a group's SYNs and its most frequent clients."""
         times = self._page.time(group.from_ns), self._page.time(group.until_ns)
         when = f"SYNs {times[0]} to {times[1]}" if times[0] != times[1] else f"SYNs at {times[0]}"
         if len(group.addresses) == 1:
@@ -165,9 +165,9 @@ class Rows:
         )
 
     def _before(self, netns: int, *endpoints: str) -> Iterator[str]:
-        """The header and the network namespace, where they are news.
+        """The network namespace, if it changed, and the header, if it is due.
 
-        Columns never shrink: what is already on the screen stays aligned as far as it can.
+        Columns never shrink, so that most rows on the screen stay aligned.
         """
         widest = max(map(len, endpoints))
         if widest > self._endpoint_width:
@@ -197,7 +197,7 @@ class Rows:
         return row + text if text else row.rstrip()
 
     def _with_text(self, cells: Sequence[str], texts: Sequence[str], stuck: bool) -> Iterator[str]:
-        """A row, and beside it or below it what there is to say."""
+        """A row with as many of the texts on its line as fit; the others go below."""
         for beside in (len(texts), 1, 0) if not self._narrow else (0,):
             row = self._laid_out(cells, "; ".join(texts[:beside]))
             if len(row) <= self._page.width or not beside:

@@ -1,6 +1,6 @@
-"""The summary of a run as lines of text: the answer first, then what supports it. Prints nothing.
+"""The summary of a run as lines of text: the answer, then the supporting figures. Prints nothing.
 
-Its tables are tabulate's.
+tabulate formats its tables.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _LOSSES = {
 
 
 def silent_syns(number: int) -> str:
-    """How many clients of a suspected SYN flood there are."""
+    """The phrase for the number of clients in a suspected SYN flood."""
     one = number == 1
     return f"{grouped(number)} silent SYN{'' if one else 's'} look{'s' * one} like a flood"
 
@@ -50,7 +50,7 @@ class SummaryText:
         self._page = page
 
     def lines(self, summary: Summary) -> Iterator[str]:
-        """The answer first, then what supports it."""
+        """The answer, then the supporting figures."""
         # Imported only where it is used: it would delay every start, and JSON needs no tables.
         from tabulate import tabulate
 
@@ -146,7 +146,7 @@ class SummaryText:
         yield ""
 
     def _listeners(self, summary: Summary) -> Iterator[str]:
-        """Lines for listeners that sent cookies or dropped something for a full queue."""
+        """Lines for the listeners that sent cookies or dropped segments for a full queue."""
         for listener in summary.listeners:
             if not listener.suffered:
                 continue

@@ -1,1 +1,1 @@
-"""Who gets a SYN-ACK once more, and how it is sent."""
+"""Selects the stuck clients whose SYN-ACK is repeated, and sends it."""

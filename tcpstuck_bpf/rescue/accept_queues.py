@@ -1,12 +1,12 @@
-"""How many SYN-ACKs may be under way to a listener's clients: as many as its accept queue takes.
+"""Limits the unanswered SYN-ACKs per listener to the free places in its accept queue. Pure.
 
-A client's answer that meets a full accept queue is dropped like its first ACK. So a listener whose
-queue overflowed gets one SYN-ACK at a time, a pathfinder, until a completed handshake shows how
-much room there is. A listener whose queue never overflowed has no limit. Pure.
+An answer that meets a full accept queue is dropped like the client's first ACK. A listener whose
+queue overflowed therefore gets one SYN-ACK at a time, a pathfinder, until a completed handshake
+shows how many places are free. A listener whose queue never overflowed has no limit.
 
-Sockets that share a port (SO_REUSEPORT) have a queue each, and a client's segments go to one of
-them as long as none joins or leaves. A handshake that completes at one says nothing about the room
-at another.
+Sockets that share a port (SO_REUSEPORT) have a queue each. A client's segments go to the same
+socket as long as none joins or leaves the group. A handshake completed at one socket shows nothing
+about the queue of another.
 
 Times are CLOCK_MONOTONIC nanoseconds.
 """
@@ -18,13 +18,13 @@ from collections.abc import Collection
 from tcpstuck_bpf.model import SECOND_NS, Event, ListenerId, listener_of
 
 ANSWER_NS = SECOND_NS
-"""How long an answer may take."""
+"""Longest time that an answer may take."""
 MAX_LISTENERS = 4096
-"""Number of queues after which those without clients are forgotten."""
+"""Largest number of queues before unused ones are forgotten."""
 
 
 class AcceptQueue:
-    """What is known of one listener's accept queue that overflowed."""
+    """The state of one listener's accept queue that overflowed."""
 
     __slots__ = ("as_of_ns", "retry_ns", "room")
 
@@ -33,10 +33,10 @@ class AcceptQueue:
         """Places that were free at `as_of_ns`."""
         self.as_of_ns = 0
         self.retry_ns = 0
-        """When a full queue may be tried again."""
+        """Earliest time of the next pathfinder while the queue is full."""
 
     def may_send(self, under_way: int, now_ns: int) -> bool:
-        """Whether one more SYN-ACK may be under way besides these."""
+        """Whether another SYN-ACK may be sent while `under_way` SYN-ACKs are unanswered."""
         if self.room == 0:
             return under_way == 0 and now_ns >= self.retry_ns
         return under_way < self.room
@@ -54,18 +54,18 @@ class AcceptQueues:
 
     @property
     def crowded(self) -> bool:
-        """Whether it is time to forget queues that are not in use."""
+        """Whether unused queues should be forgotten now."""
         return len(self._queues) > self._limit
 
     def get(self, listener: ListenerId) -> AcceptQueue | None:
-        """The queue; None where it never overflowed."""
+        """The listener's queue; None if it never overflowed."""
         return self._queues.get(listener)
 
     def note_overflow(self, event: Event, is_answer: bool) -> None:
-        """Take in an ACK that met a full queue; `is_answer`: a repeated SYN-ACK drew it.
+        """Note an ACK that met a full queue. `is_answer`: it answers a repeated SYN-ACK.
 
-        Only an answer or the first overflow puts off the next pathfinder. Otherwise a listener
-        whose other clients keep sending ACKs would never be tried again.
+        Only an answer or the first overflow delays the next pathfinder. Otherwise a listener whose
+        other clients keep sending ACKs would never be tried again.
         """
         listener = listener_of(event.four_tuple, event.handshake)
         queue = self._queues.get(listener)
@@ -80,7 +80,7 @@ class AcceptQueues:
         queue.as_of_ns = event.time_ns
 
     def note_completion(self, event: Event) -> None:
-        """Take in a completed handshake: its event has the queue's length before it came in.
+        """Note a completed handshake. Its event has the queue's length before it was added.
 
         The queue is full when it is longer than its limit (sk_acceptq_is_full).
         """
@@ -90,9 +90,9 @@ class AcceptQueues:
             queue.as_of_ns = event.time_ns
 
     def forget_unused(self, in_use: Collection[ListenerId]) -> None:
-        """Forget the oldest queues that are not in use, down to half of `MAX_LISTENERS`.
+        """Forget the oldest unused queues, until at most half of `MAX_LISTENERS` remain.
 
-        A queue in use must stay: one that is forgotten counts as one that never overflowed.
+        Queues in use are kept: a forgotten queue would count as one that never overflowed.
         """
         unused = [listener for listener in self._queues if listener not in in_use]
         for listener in unused[: max(0, len(self._queues) - MAX_LISTENERS // 2)]:

@@ -1,4 +1,4 @@
-"""A stuck client as the rescue tracks it, and the facts that forbid to write to it. Pure.
+"""A stuck client as the rescue tracks it, and the facts that forbid sending to it. Pure.
 
 Times are CLOCK_MONOTONIC nanoseconds.
 """
@@ -9,15 +9,15 @@ from tcpstuck_bpf.handshake.flow import TCP_FLAG_FIN, FlowFlags, FlowReport, Sta
 from tcpstuck_bpf.model import SECOND_NS, Event, EventKind, HandshakeId, Moved
 
 MAX_TRIES = 3
-"""SYN-ACKs without an answer, after which a client is left alone."""
+"""Number of unanswered SYN-ACKs after which a client is left alone."""
 SPACING_NS = SECOND_NS
-"""The least time between two tries."""
+"""Least time between two tries."""
 LAST_TRY_AFTER_NS = 20 * SECOND_NS
-"""Time between the last two tries of a silent client. A short fault may pass meanwhile, and the
-cookie lives three times as long."""
+"""Time between the last two tries of a silent client, so that a short fault may pass. A cookie is
+valid for three times as long."""
 COOKIE_LIFE_S = 60
-"""A cookie is valid in the minute it was made in and the next (MAX_SYNCOOKIE_AGE is 2 periods of
-TCP_SYNCOOKIE_PERIOD, 60 s): for 60 s at the least."""
+"""Least lifetime of a cookie in seconds. It is valid in the minute it was made in and in the next
+(MAX_SYNCOOKIE_AGE is 2 periods of TCP_SYNCOOKIE_PERIOD, 60 s)."""
 EXPIRY_MARGIN_NS = 2 * SECOND_NS
 """Time for the answer to arrive before the cookie expires."""
 
@@ -33,9 +33,9 @@ FLOOD_SUSPECTED = "flood suspected"
 NO_ANSWER = "no answer"
 NO_ROOM = "no room"
 DROPPED_AGAIN = "ACK dropped again"
-"""The client answered, and its answer was dropped, but not for a full accept queue."""
+"""The client's answer was dropped for another reason than a full accept queue."""
 NOT_SENT = "sending failed"
-"""Not all tries left this host."""
+"""At least one try could not be sent."""
 DRY_RUN = "dry run"
 GONE = "its namespace is gone"
 
@@ -45,14 +45,15 @@ _SYN_KINDS = frozenset({EventKind.SYN_REPEATED, EventKind.SYN_DROPPED})
 
 
 def next_sequence(sequence: int) -> int:
-    """The sequence number after this one."""
+    """The sequence number that follows."""
     return (sequence + 1) % 2**32
 
 
 def overflowed(event: Event) -> bool:
     """Whether a dropped ACK met a full accept queue.
 
-    Where the kernel's counters cannot be read, by sk_acceptq_is_full: longer than its limit.
+    If the kernel's counters are unknown, this uses the rule of sk_acceptq_is_full: the queue is
+    longer than its limit.
     """
     if event.counters & Moved.UNKNOWN:
         return event.accept_queue > event.accept_queue_limit
@@ -60,7 +61,7 @@ def overflowed(event: Event) -> bool:
 
 
 class Candidate:
-    """A handshake that was reported as stuck: its facts, and what was tried."""
+    """A handshake that was reported as stuck: its facts and the tries so far."""
 
     __slots__ = (
         "acknowledged",
@@ -99,14 +100,14 @@ class Candidate:
         self.acks_seen = 0
         self.acknowledged: int | None = None
         self.known: bool | None = None
-        """Whether its address is known to the listener; None while nobody has asked."""
+        """Whether the client's address is known to the listener; None if not looked up yet."""
         self.asked_ns = 0
         self.active = False
-        """A try is under way or may come."""
+        """A try is in progress or may follow."""
         self.reason: str | None = None
         """Why a stuck client that is not active is left alone."""
         self.budget = False
-        """Whether it takes its place among the silent ones."""
+        """Whether it counts against the limit for silent clients."""
         self.number = 0
         """Number of attempts."""
         self.tries = 0
@@ -115,7 +116,7 @@ class Candidate:
         self.under_way = False
         """The last SYN-ACK may still draw an answer."""
         self.answer_owed = False
-        """No answer to the last SYN-ACK has come."""
+        """The last SYN-ACK has drawn no answer yet."""
         self.dropped_again = False
         self.failed = 0
         self.would_send = False
@@ -124,23 +125,23 @@ class Candidate:
 
     @property
     def id(self) -> HandshakeId:
-        """What tells its handshake from the others."""
+        """Identifies the handshake."""
         return HandshakeId(self.four_tuple, self.handshake.first_syn_ns)
 
     @property
     def silent(self) -> bool:
-        """Whether no ACK of this client was validated: it may be spoofed, or gone.
+        """Whether no ACK of this client was validated: the client may be spoofed or dead.
 
-        An ACK that was dropped before TCP proves nothing: nobody has looked at its cookie.
+        An ACK that was dropped before TCP proves nothing: its cookie was never checked.
         """
         return self.handshake.acks_dropped == 0
 
     @property
     def cookie_ns(self) -> int:
-        """When its cookie was made at the earliest.
+        """Earliest time at which its cookie may have been made.
 
-        A repeated SYN may have been dropped. Then the client holds the SYN-ACK of an earlier SYN,
-        whose cookie is another if the minute has changed since.
+        A repeated SYN may have been dropped. Then the client holds the SYN-ACK of an earlier SYN.
+        The cookies of the two differ if the minute has changed in between.
         """
         entry = self.handshake
         holds_last = self.acknowledged == next_sequence(entry.cookie_isn)
@@ -150,12 +151,12 @@ class Candidate:
 
     @property
     def last_ns(self) -> int:
-        """Until when its cookie is surely valid for an answer."""
+        """Last time at which an answer to its cookie is certainly valid."""
         return self.cookie_ns + COOKIE_LIFE_S * SECOND_NS - EXPIRY_MARGIN_NS
 
     @property
     def next_try_ns(self) -> int:
-        """When it may be tried at the earliest, as far as its own tries matter."""
+        """Earliest time of the next try, as far as its own earlier tries decide."""
         if self.number == 0:
             return 0
         if self.silent and not self.under_way and self.tries == MAX_TRIES - 1:
@@ -163,7 +164,7 @@ class Candidate:
         return self.tried_ns + SPACING_NS
 
     def absorb(self, report: FlowReport) -> None:
-        """Take in a report of this handshake."""
+        """Merge a report of this handshake."""
         self.handshake = merge(self.handshake, report.handshake)
         self.gone = report.state is State.NAMESPACE_GONE
         self.sent_data |= bool(report.flags & FlowFlags.CLIENT_SENT_DATA)
@@ -174,7 +175,7 @@ class Candidate:
             self._note_ack(segment.sequence, segment.acknowledgement)
 
     def note(self, event: Event) -> None:
-        """Take in an event of this handshake."""
+        """Merge an event of this handshake."""
         self.handshake = merge(self.handshake, event.handshake)
         if event.kind not in _SYN_KINDS:
             self.sent_data |= event.payload_length > 0
@@ -185,11 +186,11 @@ class Candidate:
 
     def _note_ack(self, sequence: int, acknowledgement: int) -> None:
         self.acknowledged = acknowledgement
-        # A valid cookie with another sequence number: the first bytes are on their way or lost.
+        # A valid cookie with another sequence number: its first bytes are in flight or lost.
         self.sent_data |= sequence != next_sequence(self.handshake.client_isn)
 
     def note_answer(self, event: Event) -> bool:
-        """Take in a dropped ACK as the answer to the last SYN-ACK; whether it can be that."""
+        """Note a dropped ACK; whether it may answer the last SYN-ACK."""
         if self.number == 0 or event.time_ns < self.tried_ns:
             return False
         self.under_way = False
@@ -202,7 +203,7 @@ class Candidate:
         return True
 
     def obstacle(self) -> str | None:
-        """Why these facts forbid to write to it, whatever the time; None: they allow it."""
+        """The fact that forbids sending to this client, whatever the time; None if none does."""
         entry = self.handshake
         repeated = entry.syn_count > 1 and (
             self.silent or entry.last_syn_ns > entry.last_ack_dropped_ns
@@ -210,7 +211,7 @@ class Candidate:
         obstacles = (
             (self.gone, GONE),
             (self.excluded, EXCLUDED),
-            # Nobody knows how old its cookie is and what its SYN-ACK was.
+            # The age of its cookie and the content of its SYN-ACK are unknown.
             (not entry.syn_count, SYN_NOT_SEEN),
             (self.sent_data, SENT_DATA),
             (self.closed, CLOSED),

@@ -1,4 +1,4 @@
-"""Token buckets: SYN-ACKs per second in all, and to the silent clients of one address. Pure.
+"""Token buckets that limit SYN-ACKs per second, in total and per address of silent clients. Pure.
 
 Times are nanoseconds of any one clock.
 """
@@ -11,10 +11,10 @@ from tcpstuck_bpf.model import SECOND_NS, FourTuple
 
 
 class TokenBucket:
-    """`rate` tokens per second, and no more than that at once; full at first.
+    """`rate` tokens per second, with a burst of `rate`; full at first.
 
-    In whole numbers, so that no rounding lets more through: the level is in tokens times 10**9.
-    Raises ValueError for a rate below 1.
+    The level is an integer in units of 1e-9 tokens, so rounding never exceeds the rate. Raises
+    ValueError for a rate below 1.
     """
 
     def __init__(self, rate: int) -> None:
@@ -39,13 +39,13 @@ class TokenBucket:
         return True
 
     def next_ns(self, now_ns: int) -> int:
-        """When there is a token at the earliest."""
+        """Earliest time at which a token is available."""
         self._fill(now_ns)
         missing = max(0, SECOND_NS - self._level)
         return now_ns + -(-missing // self._rate)
 
     def is_full(self, now_ns: int) -> bool:
-        """Whether the bucket is as good as new."""
+        """Whether the bucket is full."""
         self._fill(now_ns)
         return self._level == self._rate * SECOND_NS
 

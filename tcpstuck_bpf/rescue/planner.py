@@ -1,14 +1,14 @@
-"""Which stuck clients get their SYN-ACK once more, and when. Pure: no clock, no sockets, no BCC.
+"""Decides which stuck clients get their SYN-ACK again, and when. Pure: no clock, sockets or BCC.
 
 An established client answers a repeated SYN-ACK with a challenge ACK (tcp_validate_incoming, RFC
-5961, 4), which carries the cookie: for the listener it is the ACK that was missing. A client sends
-one challenge ACK in 500 ms (tcp_invalid_ratelimit). If the client has sent data, its challenge ACK
-does not validate, and the RST that it draws ends a connection that would have mended itself. The
-rescue never writes to such a client.
+5961 section 4). It carries the cookie, so the listener accepts it as the missing ACK. A client
+sends one challenge ACK per 500 ms (tcp_invalid_ratelimit). If the client has sent data, its
+challenge ACK does not validate, and the resulting RST ends a connection that would have recovered
+by itself. The rescue never sends to such a client.
 
-News moves a client between those that may be tried and those that are left alone. `plan` looks
-through the first, at most once in `TICK_NS`: there are never more of them than can be written to
-before their cookies expire.
+Events and reports move a client between the active ones, which may be tried, and those left alone.
+`plan` walks through the active ones at most once per `TICK_NS`. Their number is bounded by what can
+be sent before their cookies expire.
 
 Times are CLOCK_MONOTONIC nanoseconds.
 """
@@ -42,16 +42,16 @@ from tcpstuck_bpf.rescue.pace import AddressPace, TokenBucket
 from tcpstuck_bpf.rescue.policy import RescuePolicy
 
 TICK_NS = SECOND_NS // 10
-"""The least time between two looks through the clients."""
+"""Least time between two passes over the active clients."""
 LOOK_COST_NS = 2_000
-"""About what a look costs for each client; of the time, looks take no more than one part in
-`LOOK_SHARE`."""
+"""Approximate cost of a pass per client. Passes take at most one part in `LOOK_SHARE` of the
+time."""
 LOOK_SHARE = 10
 LOOK_AGAIN_NS = 2 * SECOND_NS
-"""Time between two looks at the clients that are left alone for what may change without an event:
-an address that becomes known, a place that becomes free."""
+"""Time between two checks of the left-alone clients for changes that cause no event: an address
+becomes known, or a place becomes free."""
 MAX_UNKNOWN_ADDRESSES = 1000
-"""Number of addresses that one look asks about: a flood of spoofed ones shall cost little."""
+"""Most addresses looked up per check, so that a flood of spoofed addresses costs little."""
 MAX_LEFT_ALONE = 32_768
 
 _NEVER_NS = -1
@@ -63,16 +63,16 @@ class Plan(NamedTuple):
     handshake_id: HandshakeId
     handshake: Handshake
     number: int
-    """Number of this attempt for the handshake, from 1."""
+    """Attempt number for the handshake, from 1."""
 
 
 class Rescuer:
-    """Takes in events and reports, plans the SYN-ACKs to repeat, and takes in their outcome.
+    """Takes events and reports, plans the SYN-ACKs to repeat, and takes their outcome.
 
-    At most `max_candidates` silent clients may be tried at a time, and as many whose ACK was
-    dropped, so that a flood of silent ones takes no place from these. By default that is as many
-    as the rate allows in a cookie's life. The oldest of the clients that are left alone are
-    forgotten, but stay counted.
+    At most `max_candidates` silent clients are active at a time, and as many whose ACK was dropped:
+    a flood of silent clients takes no place from the latter. The default is the number that the
+    rate allows within a cookie's life. The oldest left-alone clients are forgotten but stay
+    counted.
     """
 
     def __init__(self, policy: RescuePolicy, max_candidates: int | None = None) -> None:
@@ -101,12 +101,12 @@ class Rescuer:
 
     @property
     def pending(self) -> int:
-        """Number of stuck clients to which a try is under way or may yet come."""
+        """Number of active stuck clients: a try is in progress or may follow."""
         return len(self._active)
 
     @property
     def due_ns(self) -> int | None:
-        """When `plan` has something to do at the latest; None where only news can bring it."""
+        """Latest time for the next call of `plan`; None if only events or reports can cause one."""
         return self._due_ns
 
     @property
@@ -118,7 +118,7 @@ class Rescuer:
         self._due_ns = soon_ns if self._due_ns is None else min(self._due_ns, soon_ns)
 
     def report(self, report: FlowReport) -> None:
-        """Take in a report of the correlator."""
+        """Take a report of the correlator."""
         client = self._tracked(report.four_tuple, report.handshake.first_syn_ns)
         if report.state in STUCK_STATES:
             if client is None:
@@ -133,12 +133,12 @@ class Rescuer:
             self._remove(client)
         elif client is not None:
             client.absorb(report)
-            # A client that is left alone because its namespace is gone stays counted for that.
+            # A client in a removed namespace stays counted for that reason.
             client.stuck = client.stuck and client.gone
             self._place(client)
 
     def observe(self, event: Event) -> None:
-        """Take in an event. The events of a moment come before its reports."""
+        """Take an event. Events must come before the reports of the same moment."""
         client = self._tracked(event.four_tuple, event.handshake.first_syn_ns)
         is_answer = False
         if client is not None:
@@ -161,7 +161,7 @@ class Rescuer:
             self._place(client)
 
     def _tracked(self, four_tuple: FourTuple, first_syn_ns: int) -> Candidate | None:
-        """The client of that handshake. A newer handshake of its 4-tuple ends it."""
+        """The client of a handshake. A newer handshake of the same 4-tuple removes the old one."""
         client = self._active.get(four_tuple) or self._left.get(four_tuple)
         if client is None or client.handshake.first_syn_ns == first_syn_ns:
             return client
@@ -176,9 +176,9 @@ class Rescuer:
         return why
 
     def _place(self, client: Candidate) -> None:
-        """Put a client where its facts put it."""
+        """Make a client active or leave it alone, according to its facts."""
         why = self._obstacle(client)
-        # Nothing but an ACK of the client ends what time or a flood has decided.
+        # Only an ACK of the client overrides these two reasons.
         lasts = client.silent and client.reason in (candidate.TOO_LATE, candidate.FLOOD_SUSPECTED)
         if why is not None or not client.stuck:
             self._leave_alone(client, why)
@@ -204,7 +204,7 @@ class Rescuer:
         self._active_by_budget[client.budget] -= 1
 
     def _leave_alone(self, client: Candidate, why: str | None) -> None:
-        """Remember a client, for its tries. One that is not stuck is not counted."""
+        """Keep a client and its tries. Only stuck clients are counted."""
         reason = why if client.stuck else None
         if client.active:
             self._deactivate(client)
@@ -235,9 +235,9 @@ class Rescuer:
             self._forget_left(client)
 
     def plan(self, now_ns: int, is_known: Callable[[FourTuple], bool]) -> list[Plan]:
-        """What to send now.
+        """The SYN-ACKs to send now.
 
-        `is_known` says whether a client's address has completed a handshake with its listener.
+        `is_known`: whether a client's address has completed a handshake with its listener.
         """
         now_ns = self._now_ns = max(now_ns, self._now_ns)
         if self._due_ns is None or now_ns < self._due_ns:
@@ -275,7 +275,7 @@ class Rescuer:
     def _look_at(
         self, client: Candidate, now_ns: int, is_known: Callable[[FourTuple], bool]
     ) -> None:
-        """Ask about a client and see what time has done to it."""
+        """Look up the client's address; check for a missing answer and an expired cookie."""
         changed = client.under_way and now_ns >= client.tried_ns + ANSWER_NS
         if changed:
             client.under_way = False
@@ -301,7 +301,7 @@ class Rescuer:
             self._flood_ns = now_ns
 
     def _try_all(self, now_ns: int) -> tuple[list[Plan], list[int]]:
-        """Try the clients whose turn it is. Returns the plans, and when the others may be due."""
+        """Plan the tries that are due. Returns the plans, and the times of later tries."""
         under_way: Counter[ListenerId] = Counter()
         ready: defaultdict[ListenerId, list[Candidate]] = defaultdict(list)
         for client in self._active.values():
@@ -316,7 +316,8 @@ class Rescuer:
             listener, clients = turns.popleft()
             queue = self._queues.get(listener)
             if queue is not None and not queue.may_send(under_way[listener], now_ns):
-                # What ends a wait or shows room is news. Only time has to be waited for.
+                # Answers and completions cause a new pass themselves; only the retry time must
+                # be awaited.
                 waking += [queue.retry_ns] * (not under_way[listener])
                 continue
             if self._bucket.next_ns(now_ns) > now_ns:
@@ -334,7 +335,7 @@ class Rescuer:
     def _in_turn(
         self, ready: Mapping[ListenerId, list[Candidate]]
     ) -> deque[tuple[ListenerId, Iterator[Candidate]]]:
-        """The listeners with their clients, first the one after that which had the last turn."""
+        """The listeners with their clients, in turn, beginning after the last one served."""
         listeners = sorted(ready)
         after = bisect.bisect_right(listeners, self._last_turn)
         return deque(
@@ -345,7 +346,7 @@ class Rescuer:
     def _choose(
         self, clients: Iterator[Candidate], now_ns: int, waking: list[int]
     ) -> Candidate | None:
-        """Take the first of a listener's clients whose address has a token, token and all."""
+        """The first client of a listener that may be tried now; takes its address's token."""
         for client in clients:
             if not client.silent:
                 return client
@@ -380,7 +381,7 @@ class Rescuer:
         return max(min(times), now_ns + self._tick_ns) if times else None
 
     def attempted(self, attempts: Iterable[Attempt]) -> None:
-        """Take in what became of the plans. An answer is awaited only where a packet was sent."""
+        """Take the outcome of the plans. An answer is expected only if a packet was sent."""
         for attempt in attempts:
             client = self._active.get(attempt.handshake.four_tuple)
             if attempt.sent or client is None or client.id != attempt.handshake:
@@ -393,7 +394,7 @@ class Rescuer:
             self._place(client)
 
     def unanswered(self) -> list[HandshakeId]:
-        """Handshakes all of whose tries were made and drew no answer, each once."""
+        """Handshakes with all tries made and none answered; each is returned once."""
         found, self._unanswered = self._unanswered, []
         return found
 
@@ -406,7 +407,7 @@ def _listener(client: Candidate) -> ListenerId:
 
 
 def _in_order(clients: list[Candidate]) -> Iterator[Candidate]:
-    """Those with fewer tries first. Sorted when the first is asked for: a full queue asks none."""
+    """Clients with fewer tries first. Sorted lazily: a full queue needs no order."""
     yield from sorted(clients, key=_order)
 
 

@@ -16,17 +16,17 @@ _MAPPED = ipaddress.IPv6Network((address_bytes("0.0.0.0"), 96))
 
 @dataclass(frozen=True)
 class RescuePolicy:
-    """What the user allows. Raises ValueError for a rate below 1."""
+    """Limits set by the user. Raises ValueError for a rate below 1."""
 
     include_unknown: bool = False
-    """Silent clients of addresses that never completed a handshake, too."""
+    """Also try silent clients whose address never completed a handshake."""
     rate: int = 100
-    """SYN-ACKs per second, and how many at once."""
+    """SYN-ACKs per second, and the largest burst."""
     rate_per_address: int = 20
-    """The same for the silent clients of one address."""
+    """The same limit for the silent clients of one address."""
     excluded: tuple[IPNetwork, ...] = ()
     after_expiry: bool = False
-    """Also when the cookie may have expired, and the client would get an RST."""
+    """Also try when the cookie may have expired, so that the client would get an RST."""
 
     def __post_init__(self) -> None:
         for rate in (self.rate, self.rate_per_address):
@@ -35,7 +35,7 @@ class RescuePolicy:
     def excludes(self, address: bytes) -> bool:
         """Whether nothing may be sent to an address (16 bytes).
 
-        An IPv4 client is meant by a network of IPv4-mapped addresses too, but not by ::/0.
+        A network of IPv4-mapped addresses excludes IPv4 clients too, but ::/0 does not.
         """
         ip = ipaddress.IPv6Address(address)
         if ip not in _MAPPED:

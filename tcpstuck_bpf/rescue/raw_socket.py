@@ -1,4 +1,4 @@
-"""Sends finished IP packets from inside network namespaces, through raw sockets."""
+"""Sends complete IP packets from within network namespaces, through raw sockets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tcpstuck_bpf.model import FourTuple
 MAX_SOCKETS = 64
 KEPT_FOR_NS = 2_000_000_000
 _LINK_LOCAL = ipaddress.IPv6Network("fe80::/10")
-# Python names these two only in part (linux/in.h, linux/in6.h).
+# Python's socket module lacks these constants in some versions (linux/in.h, linux/in6.h).
 _IP_PKTINFO = 8
 _IPV6_FREEBIND = 78
 
@@ -26,21 +26,21 @@ _ControlMessage = tuple[int, int, bytes]
 
 
 def _raw_socket(family: socket.AddressFamily) -> socket.socket:
-    # IPPROTO_RAW: the packet has its IP header (raw(7)), and nothing is ever received.
+    # IPPROTO_RAW: the packet includes its IP header (raw(7)), and the socket receives nothing.
     made = socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)
     if family == socket.AF_INET6:
-        # A server's address need not be an interface's (an AnyIP route, a transparent proxy);
-        # for IPv4 the header that comes with the packet says so much (inet_sk_flowi_flags).
+        # The server's address may belong to no interface (AnyIP route, transparent proxy). For
+        # IPv4, the supplied header suffices (inet_sk_flowi_flags).
         made.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
     made.setblocking(False)
     return made
 
 
 def _from_server(four_tuple: FourTuple) -> _ControlMessage:
-    """Has the packet routed as one from the server's address.
+    """A control message that routes the packet as one from the server's address.
 
-    The kernel does not look for that in the header that it is given, and rules by source may
-    decide which uplink a client is answered by.
+    The kernel ignores the source address in the supplied header for routing. Rules by source may
+    choose the uplink for a client.
     """
     if four_tuple.family == 4:
         source = struct.pack("=I4s4s", 0, four_tuple.server_address[12:], bytes(4))
@@ -50,12 +50,11 @@ def _from_server(four_tuple: FourTuple) -> _ControlMessage:
 
 
 class Resender:
-    """Keeps a socket for each namespace and family, for KEPT_FOR_NS.
+    """Keeps a socket per namespace and family, for KEPT_FOR_NS.
 
-    A socket stays in the namespace it was opened in, and keeps that alive, with its network
-    devices. So none stays open for long, not even while it is in use: where the namespace has been
-    removed, there is no way back into it. `close_old` is to be called every now and then.
-    `clock_ns` is any monotonic clock.
+    A socket keeps the namespace in which it was opened alive, with its network devices. So every
+    socket is closed after KEPT_FOR_NS, even one in use: a removed namespace cannot be entered
+    again. `close_old` must be called regularly. `clock_ns` is any monotonic clock.
     """
 
     def __init__(self, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
@@ -79,12 +78,12 @@ class Resender:
     def send(self, four_tuple: FourTuple, packet: bytes) -> None:
         """Send a packet, IP header included, to the client of a 4-tuple, in its namespace.
 
-        The calling thread stays in its own namespace. Raises OSError where the namespace is gone
-        or cannot be entered, the kernel refuses the packet, or the address means nothing without
-        an interface (RFC 4007), which nobody has noted.
+        The calling thread stays in its own namespace. Raises OSError if the namespace is gone or
+        cannot be entered, if the kernel refuses the packet, or if the address is link-local: it
+        would need an interface (RFC 4007), which is not recorded.
         """
         if ipaddress.IPv6Address(four_tuple.client_address) in _LINK_LOCAL:
-            raise OSError(errno.EINVAL, "a link-local address, and its interface is not known")
+            raise OSError(errno.EINVAL, "link-local address with unknown interface")
         try:
             place = (four_tuple.client_ip, 0)
             self._socket(four_tuple).sendmsg([packet], [_from_server(four_tuple)], 0, place)
@@ -108,7 +107,7 @@ class Resender:
         oldest.close()
 
     def close_old(self) -> None:
-        """Close the sockets that were opened KEPT_FOR_NS ago."""
+        """Close the sockets that were opened at least KEPT_FOR_NS ago."""
         now_ns = self._clock_ns()
         while self._sockets:
             _, opened_ns = next(iter(self._sockets.values()))
@@ -117,6 +116,6 @@ class Resender:
             self._close_oldest()
 
     def close(self) -> None:
-        """Close every socket; a later `send` would open one again. Raises OSError after all."""
+        """Close every socket, then raise any OSError. A later `send` opens new sockets."""
         sockets, self._sockets = self._sockets, OrderedDict()
         close_all(one.close for one, _ in sockets.values())

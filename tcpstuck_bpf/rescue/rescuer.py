@@ -1,6 +1,6 @@
-"""Acts on the rescuer's plans: asks the kernel's tables, sends, and says what was done.
+"""Carries out the planner's plans: looks clients up in the kernel's tables, sends, and reports.
 
-The policy is `rescue`, the packet is `synack`, the socket is `resend`; here they meet the source.
+`planner` decides, `synack` makes the packet, and `raw_socket` sends it; this module connects them.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from tcpstuck_bpf.rescue.planner import Plan, Rescuer
 from tcpstuck_bpf.synack import is_synack_of, synack_packet
 
 KNOWN_FOR_NS = 3600 * SECOND_NS
-"""How long a completed handshake makes a client's address known to a listener."""
+"""How long a completed handshake keeps a client's address known to a listener."""
 
 
 class RescueSource(Protocol):
-    """What the kernel's tables tell about a client."""
+    """The entries of the kernel's tables about a client."""
 
     def handshake(self, four_tuple: FourTuple) -> Handshake | None:
-        """The entry of the awaiting-ACK table as it is now."""
+        """The current entry of the awaiting-ACK table; None if there is none."""
 
     def synack(self, four_tuple: FourTuple) -> bytes | None:
-        """The TCP segment of the last SYN-ACK with a cookie."""
+        """The TCP segment of the last SYN-ACK with a cookie; None if it was not kept."""
 
     def last_completion_ns(self, four_tuple: FourTuple) -> int | None:
-        """When a client of that address last completed a handshake with that listener."""
+        """Time of the address's last completed handshake with that listener; None if none."""
 
 
 def _progress(entry: Handshake) -> tuple[int, ...]:
@@ -46,20 +46,20 @@ def _progress(entry: Handshake) -> tuple[int, ...]:
 
 
 class Sender(Protocol):
-    """The way out; `resend.Resender` is the real one."""
+    """Sends packets; the real one is `raw_socket.Resender`."""
 
     def send(self, four_tuple: FourTuple, packet: bytes) -> None:
         """Send a packet to a 4-tuple's client, in its namespace. Raises OSError."""
 
     def close_old(self) -> None:
-        """Let go of what has been open for some seconds."""
+        """Close what has been open for some seconds."""
 
     def close(self) -> None:
-        """Nothing more is to be sent."""
+        """Close everything; nothing more will be sent."""
 
 
 class Rescuing:
-    """One run's rescue."""
+    """The rescue of one run."""
 
     def __init__(
         self,
@@ -79,18 +79,18 @@ class Rescuing:
 
     @property
     def due_ns(self) -> int | None:
-        """When `act` has something to do at the latest, if anything."""
+        """Latest time for the next call of `act`; None if there is nothing to do."""
         return self._rescuer.due_ns
 
     def take_in(self, events: Iterable[Event], reports: Iterable[FlowReport]) -> None:
-        """What is new; the events of a moment before its reports."""
+        """Take new events and reports; events come before the reports of the same moment."""
         for event in events:
             self._rescuer.observe(event)
         for report in reports:
             self._rescuer.report(report)
 
     def act(self) -> Rescue | None:
-        """Repeat the SYN-ACKs whose time has come; None where there is nothing to tell."""
+        """Repeat the SYN-ACKs that are due; None if nothing was sent and no count changed."""
         now_ns = self._clock_ns()
         plans = self._rescuer.plan(now_ns, self._is_known)
         attempts = tuple(map(self._attempt, plans))
@@ -104,7 +104,7 @@ class Rescuing:
         return Rescue(attempts, unanswered, left_alone)
 
     def close(self) -> None:
-        """Nothing more is to be sent."""
+        """Close the sender; nothing more will be sent."""
         self._sender.close()
 
     def _is_known(self, four_tuple: FourTuple) -> bool:
@@ -112,14 +112,14 @@ class Rescuing:
         return completed_ns is not None and self._clock_ns() - completed_ns < KNOWN_FOR_NS
 
     def _attempt(self, plan: Plan) -> Attempt:
-        # Before the packet leaves: on a veth pair the answer is here when sendto() returns.
+        # Taken before sending: on a veth pair the answer has arrived when sendto() returns.
         begun_ns = self._clock_ns()
         outcome = self._repeat(plan.handshake_id, plan.handshake)
         return Attempt(plan.handshake_id, begun_ns, plan.number, outcome)
 
     def _repeat(self, handshake_id: HandshakeId, handshake: Handshake) -> str:
         four_tuple = handshake_id.four_tuple
-        # An event that was lost, or is still on its way, may be of data that the client sent.
+        # The client may have sent data: its event may be lost or still unread.
         now = self._source.handshake(four_tuple)
         if now is None or _progress(now) != _progress(handshake):
             return "failed: its handshake has changed since"

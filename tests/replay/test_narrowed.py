@@ -198,7 +198,7 @@ def test_what_cannot_be_told_apart_any_more_is_said(
         assert part[figure] == whole[figure]
     first, note = part["notes"]
     assert first == "a note"
-    assert note.startswith("findings and listeners are those of port 25. Cookies sent")
+    assert note.startswith("findings and listeners cover port 25 only. Cookies sent")
     assert "whole recording (every port)" in note
 
 
@@ -218,16 +218,16 @@ def watching(**changes: Any) -> Header:
 @pytest.mark.parametrize(
     ("words", "start", "what"),
     [
-        (["-p", "25"], watching(ports=(3311,)), "-p asks"),
-        (["-p", "25,3311"], watching(ports=(3311,)), "-p asks"),
-        (["-6"], watching(family=4), "-4 or -6 asks"),
+        (["-p", "25"], watching(ports=(3311,)), "-p selects"),
+        (["-p", "25,3311"], watching(ports=(3311,)), "-p selects"),
+        (["-6"], watching(family=4), "-4 or -6 selects"),
         (
             ["--listener", "192.0.2.9"],
             watching(listener_address=four_tuple().server_address),
-            "--listener asks",
+            "--listener selects",
         ),
-        (["--netns", "web"], watching(netns=OWN), "--netns asks"),
-        (["--netns", "wb"], watching(), "names no network namespace wb"),
+        (["--netns", "web"], watching(netns=OWN), "--netns selects"),
+        (["--netns", "wb"], watching(), "has no network namespace wb"),
         (["-t", "2"], EVERY_PORT, "-t 2.0 s is too short"),
         (["-t", "15m"], EVERY_PORT, "-t 15 min 00 s is too long"),
     ],
@@ -326,11 +326,11 @@ def test_clients_that_a_full_table_let_go_of_forbid_a_longer_time_out(
     )
     path = recorded(tmp_path / "run", steps, start)
     assert main(["--replay", str(path), "-t", "5"]) == EXIT_USAGE
-    assert "made room in a full table: 3 clients" in capsys.readouterr().err
+    assert "table was full, and 3 clients" in capsys.readouterr().err
     with path.open() as file:
         monkeypatch.setattr("sys.stdin", file)
         assert main(["--replay", "-", "-t", "5"]) == EXIT_USAGE
-    assert "standard input can be read once" in capsys.readouterr().err
+    assert "standard input does not allow" in capsys.readouterr().err
 
 
 def test_all_of_a_recording_is_replayed_as_it_was(tmp_path: Path) -> None:

@@ -281,8 +281,8 @@ def lines_of(stream: io.StringIO) -> list[dict[str, Any]]:
     ("method", "note"),
     [
         ("poll", "events that waited"),
-        ("sweep", "the table was not read"),
-        ("forget", "the table was not read"),
+        ("sweep", "the last sweep of the table failed"),
+        ("forget", "the last sweep of the table failed"),
         ("counts", "the counters were not compared"),
         ("losses", "the losses"),
         ("counters", "the counters were not compared"),

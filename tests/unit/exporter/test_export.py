@@ -121,7 +121,7 @@ def test_metrics_that_fail_take_nothing_from_the_run() -> None:
         return stream.getvalue(), notes
 
     without, _ = told(beside=False)
-    assert told(beside=True) == (without, ["the metrics stay as they are: a bug"])
+    assert told(beside=True) == (without, ["the metrics are no longer updated: a bug"])
     assert '"ack-missing"' in without
 
 
