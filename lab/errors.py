@@ -22,7 +22,7 @@ class LabTimeoutError(LabError):
 
     def __init__(self, what: str, limit_s: float, seen: str) -> None:
         super().__init__(
-            f"timed out waiting: {what}",
+            f"timed out waiting for {what}",
             f"not within {limit_s:g} s; last seen: {seen}",
             "on a slow machine, set TCPSTUCK_LAB_PATIENCE (multiplies every limit) above 1",
         )
