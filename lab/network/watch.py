@@ -76,7 +76,9 @@ class Watch:
         _, lost = struct.unpack("II", self._socket.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))
         if lost:
             raise LabError(
-                f"{lost} packets were missed", "the packet socket's buffer is full", "use fewer clients"
+                f"{lost} packets were missed",
+                "the packet socket's buffer is full",
+                "use fewer clients",
             )
 
     def count(self, condition: Callable[[WireRecord], bool]) -> int:
