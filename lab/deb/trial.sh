@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs the package, uses every feature that works without tracing, and purges the package.
+# Installs the package, uses features that need no traceable kernel, and purges the package.
 # Runs as root in a fresh Debian tree with the package's dependencies but not the package itself.
 # Arguments: the package, its version, a recording of a client refused by a full accept queue.
 set -eu
