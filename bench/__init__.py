@@ -1,1 +1,1 @@
-"""What tracing costs: instructions per packet in the kernel, and the tool's own share."""
+"""Measures the cost of tracing: kernel instructions per packet, and the tool's own CPU time."""

@@ -1,4 +1,4 @@
-"""`python -m bench`: run the measurement in a guest that counts instructions, print its table."""
+"""`python -m bench`: measure in a guest that counts instructions, and print a table."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ BARS = {
 
 
 def cost(values: Sequence[float]) -> float:
-    """The least of a variant's rounds: instructions are exact, what disturbs only adds to them."""
+    """The minimum of a variant's rounds: instruction counts are exact, and noise only adds."""
     return min(values)
 
 
 def ratio(costs: Mapping[str, Sequence[float]], variant: str) -> float:
-    """A variant's cost over that of the untraced rounds of the same run."""
+    """A variant's cost divided by the untraced cost of the same run."""
     return cost(costs[variant]) / cost(costs["untraced"])
 
 
 def spread(values: Sequence[float]) -> float:
-    """How far above the cost the worst round was, relative to it."""
+    """The worst round's relative excess over the cost."""
     return max(values) / cost(values) - 1
 
 
 def cost_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Rows of the cost table: load, variant, instructions, ratio, spread, bar."""
+    """The rows of the cost table: load, variant, instructions, ratio, spread, bar."""
     for load, costs in found["costs"].items():
         for variant, values in costs.items():
             of_untraced = ratio(costs, variant)
@@ -60,7 +60,7 @@ def cost_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def start_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Rows of the start-up table: mode, part, median seconds of guest time."""
+    """The rows of the start-up table: mode, part, median seconds of guest time."""
     for mode, starts in found["start"].items():
         for part in starts[0]["timings"]:
             seconds = statistics.median(start["timings"][part] for start in starts)
@@ -72,9 +72,9 @@ def start_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def main() -> int:
-    """Measure and print; 1 where a bar is not met."""
+    """Measure and print; returns 1 if a bar is not met."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw figures to FILE")
     arguments = parser.parse_args()
     try:
         result = run_in_guest(
@@ -85,7 +85,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     if result.timed_out:
-        print(f"bench: cut off after {LIMIT_S:g} s; run it with less beside it", file=sys.stderr)
+        print(f"bench: cut off after {LIMIT_S:g} s; run it on an idle machine", file=sys.stderr)
     if result.status:
         sys.stderr.buffer.write(result.stderr)
         return result.status

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Programs that do nothing, on the hooks that tcpstuck.bpf.c uses: the floor of any tracer. With
- * ONE_INSERT they remember each cookie, which is the least that a tracer of handshakes must do.
+ * Empty programs on the hooks that tcpstuck.bpf.c uses: the minimum cost of any tracer. With
+ * ONE_INSERT they store each cookie, which is the least that a handshake tracer must do.
  */
 #include <uapi/linux/ptrace.h>
 

@@ -1,7 +1,7 @@
-"""What runs inside the guest: rounds of untraced, empty and our programs, interleaved.
+"""Runs inside the guest: interleaved rounds without programs, with empty ones and with ours.
 
-Prints one JSON object. Elapsed time is never used: with one CPU it would add the tool's own work
-to the kernel's.
+Prints one JSON object. Costs are CPU time, not elapsed time: on one CPU, elapsed time would add the
+tool's own work to the kernel's.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _round(loads: dict[str, Load], found: dict[str, Any]) -> None:
 
 
 def _own_cost_in_a_flood(loads: dict[str, Load]) -> dict[str, float]:
-    """The tool's own CPU seconds while spoofed SYNs come, and what it held at most (KiB)."""
+    """The tool's own CPU seconds during a flood of spoofed SYNs, and its peak memory (KiB)."""
     with tempfile.TemporaryDirectory() as directory:
         ready = Path(directory) / "ready"
         words = ["-p", str(PORT), "--summary", "--json", "--ready-file", str(ready)]
@@ -98,7 +98,7 @@ def main() -> None:
     """Measure and print."""
     found: dict[str, Any] = {"costs": {}, "start": {}}
     with all_loads() as loads:
-        _measure(loads)  # warms caches and neighbour entries; not counted
+        _measure(loads)  # warm-up of caches and neighbour entries; not counted
         for _ in range(ROUNDS):
             _round(loads, found)
         found["flood"] = _own_cost_in_a_flood(loads)

@@ -1,8 +1,8 @@
-"""The packets whose cost is measured, each load in one process on one CPU.
+"""The packets whose cost is measured. Each load runs in one process on one CPU.
 
-Everything a packet causes in the kernel, veth and softirq included, is charged to the process
-that sends it, so CLOCK_PROCESS_CPUTIME_ID of this process is the whole cost; in a guest whose
-clock counts instructions, a nanosecond is an instruction.
+All kernel work for a packet, veth and softirq included, is charged to the process that sends the
+packet. CLOCK_PROCESS_CPUTIME_ID of this process is therefore the whole cost. In a guest whose clock
+counts instructions, one nanosecond is one instruction.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DROPPED = 8000
 CONNECTIONS = 6
 
 Load = Callable[[], float]
-"""Sends its packets and returns the cost of one in ns of process CPU time."""
+"""Sends its packets and returns the cost per packet in ns of process CPU time."""
 
 
 def _listener(port: int) -> socket.socket:
@@ -58,7 +58,7 @@ def _spoofed_syns(raw: socket.socket) -> float:
 
 
 def _dropped_elsewhere(raw: socket.socket) -> float:
-    """ACKs of no connection to another port, which a rule drops."""
+    """Send ACKs without a connection to another port, where a firewall rule drops them."""
     server = SERVER_ADDRESS[4]
     flow = FourTuple(CLIENT_ADDRESS[4], 1024, server, DROPPED_PORT)
     packets = [segment_packet(flow, number, number) for number in range(DROPPED)]
@@ -83,7 +83,7 @@ def _healthy_handshakes(inside: Namespace, listener: socket.socket) -> float:
 
 
 def _unrelated_segments(inside: Namespace, listener: socket.socket) -> float:
-    """The least of several connections: a timer's phase makes some cost 80 instructions more."""
+    """The minimum over several connections: a timer's phase adds 80 instructions to some."""
     return min(_segments_of_one_connection(inside, listener) for _ in range(CONNECTIONS))
 
 
@@ -105,7 +105,7 @@ def _segments_of_one_connection(inside: Namespace, listener: socket.socket) -> f
 
 @contextmanager
 def all_loads() -> Iterator[dict[str, Load]]:
-    """The loads by name, over one topology with syncookies=2."""
+    """The loads by name, all on one topology with syncookies=2."""
     with Topology() as topology:
         topology.server.pin({"net/ipv4/tcp_syncookies": "2"})
         topology.server.command(

@@ -1,8 +1,8 @@
-"""One traced state, held until standard input ends: `python -m bench.tracer WHAT MODE`.
+"""Attach programs and keep them attached until EOF on standard input.
 
-WHAT is `ours`, `why` (that with --why), `empty` (programs that do nothing) or `insert` (that, and
-one hash insert per cookie). The process says on standard output what its start cost, as JSON, and
-then waits without running, so that only the kernel's work is measured beside it.
+Usage: `python -m bench.tracer WHAT MODE`. WHAT is `ours`, `why` (ours with --why), `empty` (empty
+programs) or `insert` (empty programs with one hash insert per cookie). The process prints its
+start-up cost as JSON on standard output, then sleeps. Only the kernel's work is measured meanwhile.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _floor(what: str, mode: str) -> Any:
 
 
 def main(what: str, mode: str) -> None:
-    """Attach, report, and wait for the end of standard input."""
+    """Attach, report, and wait for EOF on standard input."""
     tool = what in ("ours", "why")
     held = _ours(mode, why=what == "why") if tool else _floor(what, mode)
     timings = dict(getattr(held, "timings", {}))

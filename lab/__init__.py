@@ -1,1 +1,1 @@
-"""The lab: networks, loads and scenarios in which handshakes go wrong on purpose."""
+"""The lab: networks, loads and scenarios that make handshakes fail on purpose."""

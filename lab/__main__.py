@@ -14,7 +14,7 @@ from tcpstuck_bpf.errors import EXIT_INTERRUPTED, TcpstuckError
 
 
 def main() -> int:
-    """Run one sub-command; returns its exit status."""
+    """Run one sub-command and return its exit status."""
     parser = argparse.ArgumentParser(prog="python3 -m lab", description=__doc__)
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in (

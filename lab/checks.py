@@ -1,7 +1,7 @@
-"""`python3 -m lab test`: every check of the project, in groups, with one closing line for all.
+"""`python3 -m lab test`: runs the project's checks in groups and prints one closing line.
 
-The kernel group runs in guests (or natively, see `lab.guests.run`), and the other groups beside it.
-Failed checks that are no tests, such as a linter's, count as errors.
+The kernel group runs in guests (or natively, see `lab.guests.run`). The other groups run in
+parallel with it. A failed check that is not a test, such as a linter's, counts as an error.
 """
 
 from __future__ import annotations
@@ -42,27 +42,28 @@ SCRIPTS = ("lab/setup.sh", ".ci/run", "lab/deb/trial.sh", "packaging/debian/tcps
 PYTHON = (sys.executable, "-m")
 COVERAGE = BUILD / "coverage"
 QUICK_MODE = "fentry"
-"""In which mode the core scenarios are played where only they are."""
+"""The probe mode of a run that is limited to the core scenarios."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is run, and how."""
+    """What to run, and how."""
 
     selection: Selection
     guests: int = 1
-    """Over which the kernel tests are shared out."""
+    """Number of guests that share the kernel tests."""
     coverage: bool = False
-    """Measure which lines of the tool the tests execute that need no kernel.
+    """Measure which lines of the tool are executed by the tests that need no kernel.
 
-    Not in guests: the tool's doctor, on this machine, takes a sixth more of the processor by it.
+    Guests do not measure coverage. On this machine, coverage costs the tool's --doctor a sixth more
+    CPU time.
     """
     record: bool = False
-    """Write down what each kernel test took."""
+    """Record the duration of each kernel test."""
 
 
 def _tool(*command: str) -> Tally:
-    """Run a tool that prints only complaints."""
+    """Run a tool that prints nothing on success."""
     done = subprocess.run(
         command, cwd=REPOSITORY, stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
@@ -73,7 +74,7 @@ def _tool(*command: str) -> Tally:
 
 
 def _lint(_settings: Settings) -> Tally:
-    """Check style: Python, C, and shell where shellcheck is installed."""
+    """Check the style of Python and C, and of shell if shellcheck is installed."""
     total = _tool(*PYTHON, "ruff", "check", "--quiet") + _tool(*PYTHON, "ruff", "format", "--check")
     sources = (*(REPOSITORY / "bpf").glob("*.[ch]"), *(REPOSITORY / "bench").glob("*.c"))
     total += _tool("clang-format", "--dry-run", "-Werror", *sorted(map(str, sources)))
@@ -104,7 +105,7 @@ def _unit(settings: Settings) -> Tally:
 
 
 def _measured(*words: str) -> list[str]:
-    """A command of coverage.py, on what tests executed since `_forget_coverage`."""
+    """A coverage.py command on the data collected since `_forget_coverage`."""
     return ["/usr/bin/env", f"COVERAGE_FILE={COVERAGE / 'data'}", *PYTHON, "coverage", *words]
 
 
@@ -114,7 +115,7 @@ def _forget_coverage() -> None:
 
 
 def _tell_coverage() -> None:
-    """One line of how much was executed, and in a file what was not."""
+    """Print the share of executed lines, and write the lines that were missed to a file."""
     subprocess.run(_measured("combine", "--quiet"), cwd=REPOSITORY, check=True)
     table = COVERAGE / "table.txt"
     with table.open("wb") as stream:
@@ -129,9 +130,9 @@ GROUPS: dict[str, Callable[[Settings], Tally]] = {"lint": _lint, "types": _types
 
 
 def run_groups(names: Sequence[str], settings: Settings) -> Tally:
-    """Run the groups, all of them whatever fails, with a line after each.
+    """Run all groups even if one fails, and print a line after each.
 
-    The guests of the kernel group boot and run beside the others.
+    The guests of the kernel group boot and run in parallel with the other groups.
     """
     others = [name for name in names if name != KERNEL]
     total = Tally()
@@ -143,7 +144,7 @@ def run_groups(names: Sequence[str], settings: Settings) -> Tally:
         if guests is not None:
             total += _timed(KERNEL, guests, began)
     if settings.selection.narrowed and {UNIT, KERNEL} & set(names) and total == Tally():
-        print("no test is like that")
+        print("no test matches the selection")
         total = Tally(errors=1)
     return total
 
@@ -151,7 +152,10 @@ def run_groups(names: Sequence[str], settings: Settings) -> Tally:
 def _begin_guests(
     stack: contextlib.ExitStack, settings: Settings, beside: bool
 ) -> Callable[[], Tally]:
-    """What waits for the guests and counts; it says, too, that there are none to be had."""
+    """Start the guests; returns a function that waits for the guests and counts results.
+
+    If no guest can start, prints the reason; the returned function then counts one error.
+    """
     try:
         return stack.enter_context(
             kernel_tests.started(
@@ -176,13 +180,13 @@ def _timed(name: str, run: Callable[[], Tally], began: float) -> Tally:
 
 def _test_command(refuse: Callable[[str], NoReturn], arguments: argparse.Namespace) -> int:
     if arguments.record_durations and arguments.guests > 1:
-        refuse("--record-durations is for one guest: beside another everything takes longer")
+        refuse("--record-durations needs a single guest: parallel guests slow each other down")
     groups = [*GROUPS, KERNEL]
     if arguments.coverage and UNIT not in (arguments.groups or groups):
-        refuse(f"--coverage is measured in the group {UNIT}")
+        refuse(f"--coverage needs the group {UNIT}")
     for name in arguments.groups:
         if name not in groups:
-            refuse(f"there is no group {name!r}, only {', '.join(groups)}")
+            refuse(f"there is no group {name!r}; choose from {', '.join(groups)}")
     selection = Selection(
         slow=arguments.slow,
         core=arguments.core,
@@ -206,34 +210,34 @@ def add_parser(subparsers: Subparsers) -> None:
     """Add the `test` command."""
     parser = subparsers.add_parser("test", help="run the project's checks and tests")
     parser.add_argument(
-        "groups", metavar="GROUP", nargs="*", help=f"of {', '.join([*GROUPS, KERNEL])}"
+        "groups", metavar="GROUP", nargs="*", help=f"one of {', '.join([*GROUPS, KERNEL])}"
     )
-    parser.add_argument("--slow", action="store_true", help="the slow tests too")
+    parser.add_argument("--slow", action="store_true", help="include the slow tests")
     parser.add_argument(
-        "--core", action="store_true", help=f"of the kernel tests only the core, by {QUICK_MODE}"
-    )
-    parser.add_argument(
-        "-k", dest="matching", metavar="EXPR", help="only tests that match, as with pytest's -k"
+        "--core", action="store_true", help=f"run only the core kernel tests, with {QUICK_MODE}"
     )
     parser.add_argument(
-        "--lf", dest="last_failed", action="store_true", help="only what failed last time"
+        "-k", dest="matching", metavar="EXPR", help="run only matching tests, as with pytest's -k"
     )
     parser.add_argument(
-        "-x", dest="stop_early", action="store_true", help="in each guest stop at the first failure"
+        "--lf", dest="last_failed", action="store_true", help="run only tests that failed last time"
+    )
+    parser.add_argument(
+        "-x", dest="stop_early", action="store_true", help="stop each guest at its first failure"
     )
     parser.add_argument(
         "--guests",
         metavar="N",
         type=guest_count,
         default=1,
-        help="share the kernel tests out over so many; default 1",
+        help="split the kernel tests among N guests; default 1",
     )
     parser.add_argument(
-        "--coverage", action="store_true", help="measure it in the tests that need no kernel"
+        "--coverage", action="store_true", help="measure coverage of the tests that need no kernel"
     )
     parser.add_argument(
         "--record-durations",
         action="store_true",
-        help=f"write what each kernel test took to {DURATIONS.relative_to(REPOSITORY)}",
+        help=f"record kernel test durations in {DURATIONS.relative_to(REPOSITORY)}",
     )
     parser.set_defaults(run=functools.partial(_test_command, parser.error))

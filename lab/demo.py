@@ -1,6 +1,6 @@
-"""`python3 -m lab demo`: clients of a paused MariaDB get stuck under the tracer, step by step.
+"""`python3 -m lab demo`: clients of a paused MariaDB get stuck, and the tracer lists them.
 
-It runs where tracing works: on this machine's own kernel, or in a guest.
+The demo runs on this machine's own kernel if that can be traced, otherwise in a guest.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lab.scenarios.tracer import READY_PLACEHOLDER, Tracer
 
 SCENARIO = "mariadb-stall"
 LIMIT_S = 280.0
-"""The guest is cut off before the five minutes that a reader was promised."""
+"""Time limit of the guest, within the five minutes that the documentation promises."""
 EXIT_NOT_ALL_NAMED = 1
 
 
@@ -33,22 +33,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the sub-command to the lab's command line."""
     parser = subparsers.add_parser(
         "demo",
-        help="a paused MariaDB, 200 clients, and the tracer that names the stuck ones",
+        help="pause a MariaDB, connect 200 clients, and list the stuck ones with the tracer",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--here", action="store_true", help="on this kernel, whatever it allows")
+    parser.add_argument("--here", action="store_true", help="run on this kernel without a check")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Play the demo; 0 where the tracer named every stuck client."""
+    """Play the demo; returns 0 if the tracer listed every stuck client."""
     if arguments.here:
         return _play_here()
     refusal = tracing_refusal()
     if refusal is None:
         return _play_here()
-    _say(f"This kernel does not let us trace ({refusal}), so a guest is started.")
+    _say(f"This kernel cannot be traced ({refusal}); starting a guest.")
     result = run_in_guest(
         [sys.executable, "-m", "lab", "demo", "--here"],
         options=GuestOptions(
@@ -61,9 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if result.timed_out:
         _say(
-            f"The guest was cut off after {LIMIT_S:.0f} s, before the demo had ended: the machine "
-            "is too slow,\nor busy. Run it again with less beside it, or as root where tracing "
-            "works: python3 -m lab demo --here"
+            f"The guest was cut off after {LIMIT_S:.0f} s, before the demo ended: the machine is "
+            "slow or busy.\nRun the demo again on an idle machine, or as root on a kernel that can "
+            "be traced:\npython3 -m lab demo --here"
         )
     return result.status
 
@@ -78,12 +78,12 @@ def _play_here() -> int:
             outcome = play(SCENARIO, after=partial(_tell, tracer))
         named = _named(outcome, [*command, "--replay", recording, "--json"])
     _say(_clients_view(outcome))
-    _say(f"Of the {len(outcome.stuck)} stuck clients the tracer named {named}.")
+    _say(f"Of {len(outcome.stuck)} stuck clients, the tracer listed {named}.")
     return 0 if named == len(outcome.stuck) else EXIT_NOT_ALL_NAMED
 
 
 def _named(outcome: Outcome, replay: list[str]) -> int:
-    """How many of the stuck clients the recording names: the table has one line for all."""
+    """The number of stuck clients in the recording; the table shows them in one group line."""
     lines = subprocess.run(
         replay, capture_output=True, text=True, timeout=patient(COMMAND_S)
     ).stdout
@@ -96,7 +96,7 @@ def _tell(tracer: Tracer, stage: Stage) -> None:
         _say(
             f"MariaDB listens on port {PORT} with a backlog of 50 and is paused (SIGSTOP). When "
             f"the tracer is ready,\n{SCENARIOS[SCENARIO].clients} clients connect at once; then "
-            "MariaDB goes on (SIGCONT)."
+            "MariaDB resumes (SIGCONT)."
         )
     tracer.after(stage)
 
@@ -107,8 +107,8 @@ def _clients_view(outcome: Outcome) -> str:
     example = f", such as port {first.client_port}" if first else ""
     return (
         f"The clients' own view: {connected} connected, {len(outcome.healthy)} greeted, "
-        f"{len(outcome.stuck)} wait for ever{example}.\n"
-        f"MariaDB knows {len(outcome.accepted)} connections (ss at its end)."
+        f"{len(outcome.stuck)} wait forever{example}.\n"
+        f"MariaDB has {len(outcome.accepted)} connections (ss on the server)."
     )
 
 

@@ -1,4 +1,4 @@
-"""How a program of the lab ends when it is told to: by way of its own clean-up."""
+"""Lets SIGTERM end a lab program through its clean-up."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from types import FrameType
 
 @contextlib.contextmanager
 def sigterm_ends_program() -> Iterator[None]:
-    """Let SIGTERM raise SystemExit in the block, where nobody else has taken charge of it."""
+    """Let SIGTERM raise SystemExit in the block, unless SIGTERM already has a handler.
+
+    Does nothing outside the main thread.
+    """
     owner = os.getpid()
 
     def end(number: int, _frame: FrameType | None) -> None:
-        # pyroute2 forks short-lived helpers and ends them by SIGTERM: a copy of this program
-        # must not run its clean-up.
+        # pyroute2 forks short-lived helpers and ends them with SIGTERM; a forked copy of this
+        # program must not run the clean-up.
         if os.getpid() != owner:
             os._exit(128 + number)
         raise SystemExit(128 + number)

@@ -1,7 +1,7 @@
 """`python3 -m lab golden`: record every scenario once, on a real kernel, for tests/golden.
 
-The scenarios are played in one guest, each beside a tool of its own that records. A recording is
-kept only if the tool's verdicts are the oracle's. Read the difference before you commit it.
+All scenarios run in one guest; a separate tool process records each. A recording is kept only if
+the tool's verdicts match the oracle. Review the diff before you commit it.
 """
 
 from __future__ import annotations
@@ -48,34 +48,36 @@ if TYPE_CHECKING:
 
 FEW = 4
 OVERFLOWING = SMALL_BACKLOG + 10
-"""More than both queues hold: the last get cookies, and their ACKs meet a full accept queue."""
+"""More than both queues hold: the last clients get cookies and their ACKs find the accept queue
+full."""
 LIMIT_S = 600.0
-"""For one recording in an emulated guest, the cookie that expires after two minutes included."""
+"""For one recording in an emulated guest, even the one that waits two minutes for its cookie to
+expire."""
 TOOL = (sys.executable, "-m", "tcpstuck_bpf", "-p", str(PORT), "--json")
 NOBODY_IS_NAMED = "healthy"
 EXIT_REFUSED = 1
 DIFFERENCE = (
     "git diff --word-diff --word-diff-regex='[[:alpha:]]*[g-wyzG-WYZ][[:alpha:]]*' tests/golden"
 )
-"""Compares only words with a letter that no hexadecimal number has: every new recording has other
-numbers."""
+"""Compares only words that contain a letter outside a-f, because numbers change with every
+recording."""
 
 
 class Recording(NamedTuple):
-    """How one is made."""
+    """How to make one recording."""
 
     scenario: str
     clients: int = FEW
     family: str = "4"
     mode: str = "fentry"
     options: tuple[str, ...] = ()
-    """Further options of the tool."""
+    """Additional tool options."""
 
 
 def overflow_rescued(settings: Settings) -> Outcome:
-    """As `overflow`, but the stuck are told while the server sleeps; the tracer has to mend them.
+    """As `overflow`, but clients get stuck while the server sleeps, and the tracer rescues them.
 
-    It does not end before every client is greeted, so it needs a tracer with --rescue.
+    The scenario ends only when every client is greeted, so it needs a tracer with --rescue.
     """
     with Scene("overflow-rescued", settings, syncookies=1) as scene:
         server = scene.greeter(SMALL_BACKLOG)
@@ -89,7 +91,7 @@ def overflow_rescued(settings: Settings) -> Outcome:
 
 
 def ack_dropped_by_rule(settings: Settings) -> Outcome:
-    """As `ack-dropped`, but the rule still stands when the tracer looks for it."""
+    """As `ack-dropped`, but the rule is still loaded when the tracer looks for it."""
     with Scene("ack-dropped-by-rule", settings, syncookies=2) as scene:
         server = scene.greeter(LARGE_BACKLOG)
         server.resume()
@@ -126,23 +128,23 @@ def add_parser(subparsers: Subparsers) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", metavar="NAME", nargs="*", help="of these; default: all")
+    parser.add_argument("names", metavar="NAME", nargs="*", help="a recording; default: all")
     parser.add_argument(
         "--expect",
         action="store_true",
-        help="record nothing: replay what is kept, and write anew what is expected of it",
+        help="do not record; replay the kept recordings and rewrite their expected output",
     )
     parser.add_argument("--here", type=Path, metavar="DIR", help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Record, or only write anew what is expected; 1 where a recording was refused."""
+    """Record, or only rewrite expected output; returns 1 if a recording was rejected."""
     names: list[str] = arguments.names or list(RECORDINGS)
     unknown = sorted(set(names) - RECORDINGS.keys())
     if unknown:
         known = ", ".join(RECORDINGS)
-        raise LabError(f"no recording {', '.join(unknown)}", "none is named so", f"one of {known}")
+        raise LabError(f"no recording {', '.join(unknown)}", "no such name", f"one of {known}")
     if arguments.here is not None:
         left = _refused(functools.partial(_record, arguments.here), names)
     elif arguments.expect:
@@ -150,14 +152,14 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         left = _left_by_guest(names)
         if left:
-            print(f"lab: not recorded; again: python3 -m lab golden {' '.join(left)}")
+            print(f"lab: not recorded; retry: python3 -m lab golden {' '.join(left)}")
     if arguments.here is None:
         print(f"changed words: {DIFFERENCE}")
     return EXIT_REFUSED if left else 0
 
 
 def _refused(do: Callable[[str], None], names: Sequence[str]) -> list[str]:
-    """Do it with each, whatever becomes of the others; those that were refused, which it says."""
+    """Call `do` for each name even if others fail; prints and returns the rejected names."""
     refused = []
     for name in names:
         try:
@@ -169,7 +171,7 @@ def _refused(do: Callable[[str], None], names: Sequence[str]) -> list[str]:
 
 
 def _left_by_guest(names: Sequence[str]) -> list[str]:
-    """Record in a guest and keep what comes back, even where it dies; what did not come back."""
+    """Record in a guest and keep its recordings, even if it dies; returns the missing names."""
     with tempfile.TemporaryDirectory(prefix="tcpstuck-golden-") as scratch:
         share = Path(scratch)
         options = GuestOptions(
@@ -199,9 +201,9 @@ def _keep_from(share: Path, name: str) -> None:
 
 
 def _record(share: Path, name: str) -> None:
-    """Play it beside the tool; where nothing speaks against the recording it appears in `share`.
+    """Play a scenario while the tool records; store the recording in `share` unless rejected.
 
-    Raises LabError where it cannot be played, or the tool was wrong.
+    Raises LabError if the scenario cannot be played or the tool was wrong.
     """
     wanted = RECORDINGS[name]
     began = time.monotonic()
@@ -214,13 +216,13 @@ def _record(share: Path, name: str) -> None:
         against = objections(outcome, tracer.lines)
         if against:
             raise LabError(
-                f"the recording {name} is refused",
+                f"the recording {name} is rejected",
                 "; ".join(against),
-                "record it again, or mend it",
+                "record it again, or fix the tool",
             )
         recording = path.read_bytes()
     if checked_replay(name, recording, outcome).decoded() != tracer.lines:
-        raise LabError(f"the recording {name} is refused", "its replay differs", "mend the tool")
+        raise LabError(f"the recording {name} is rejected", "its replay differs", "fix the tool")
     kept_file(name, TRUTH, share).write_text(truth_text(outcome), encoding="ascii")
     (share / name).write_bytes(recording)
     told = Counter(outcome.expected.values()) or {"healthy": len(outcome.healthy)}
@@ -229,14 +231,14 @@ def _record(share: Path, name: str) -> None:
 
 
 def objections(outcome: Outcome, lines: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Why a run of the tool beside a scenario must not become golden; empty where it may."""
+    """Reasons why a recorded run must not become golden; empty if it may."""
     lines = list(lines)
     summary = next((line for line in lines if line["type"] == "summary"), None)
     if summary is None:
         return ["the tool has printed no summary"]
     against = []
     if not outcome.expected and outcome.scenario != NOBODY_IS_NAMED:
-        against.append("nothing happened: by the oracle there is nobody to name")
+        against.append("nothing happened: the oracle expects no verdict")
     comparison = compare(outcome, lines)
     if not comparison.agrees:
         reported = Counter(reported_verdicts(lines, outcome.netns).values())

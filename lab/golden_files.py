@@ -1,7 +1,7 @@
-"""The golden recordings as files in tests/golden: what is kept of each, what its replay prints.
+"""The files of the golden recordings in tests/golden.
 
-A recording is kept beside the truth that the lab's oracle told when it was made, so that a replay
-is held against both: what it printed before, and what really happened.
+Each recording is stored with the oracle's truth and with the output of its replay. A replay is
+compared with both: its earlier output, and what really happened.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class Printed(NamedTuple):
 
 
 def kept_file(name: str, suffix: str, directory: Path = DIRECTORY) -> Path:
-    """Where one of the files of a recording is kept."""
+    """The path of one of a recording's files."""
     return directory / f"{name}{suffix}"
 
 
 def keep(name: str, recording: bytes, truth: Outcome, directory: Path = DIRECTORY) -> None:
-    """Write all files. Raises LabError where the replay contradicts the truth."""
+    """Write all files. Raises LabError if the replay contradicts the truth."""
     printed = checked_replay(name, recording, truth)
     directory.mkdir(exist_ok=True)
     kept_file(name, RECORDING, directory).write_bytes(gzip.compress(recording, mtime=0))
@@ -62,13 +62,13 @@ def keep(name: str, recording: bytes, truth: Outcome, directory: Path = DIRECTOR
 
 
 def expect_again(name: str, directory: Path = DIRECTORY) -> None:
-    """Write what the kept recording prints now. Raises LabError where the truth contradicts it."""
+    """Write the recording's current replay output. Raises LabError if it contradicts the truth."""
     recording, truth = kept_recording(name, directory), kept_truth(name, directory)
     _write_printed(name, checked_replay(name, recording, truth), directory)
 
 
 def kept_recording(name: str, directory: Path = DIRECTORY) -> bytes:
-    """The recording as the tool wrote it. Raises LabError where there is none."""
+    """The recording as the tool wrote it. Raises LabError if it does not exist."""
     try:
         return gzip.decompress(kept_file(name, RECORDING, directory).read_bytes())
     except OSError as error:
@@ -76,7 +76,7 @@ def kept_recording(name: str, directory: Path = DIRECTORY) -> bytes:
 
 
 def kept_truth(name: str, directory: Path = DIRECTORY) -> Outcome:
-    """What the lab's oracle said when it was recorded. Raises LabError where there is none."""
+    """The oracle's truth at recording time. Raises LabError if it does not exist."""
     try:
         values = json.loads(kept_file(name, TRUTH, directory).read_text(encoding="ascii"))
     except OSError as error:
@@ -86,7 +86,7 @@ def kept_truth(name: str, directory: Path = DIRECTORY) -> Outcome:
 
 
 def truth_text(truth: Outcome) -> str:
-    """The part of an outcome that is kept, as JSON with a line for each connection."""
+    """The stored part of an outcome, as JSON with one line per connection."""
     values: Mapping[str, Any] = {
         "scenario": truth.scenario,
         "family": truth.family,
@@ -99,12 +99,12 @@ def truth_text(truth: Outcome) -> str:
 
 
 def checked_replay(name: str, recording: bytes, truth: Outcome) -> Printed:
-    """What a replay prints. Raises LabError where its verdicts are wrong, or it has no end."""
+    """A replay's output. Raises LabError if verdicts are wrong or the recording is truncated."""
     printed = replayed(name, recording)
     if printed.decoded()[-1]["cut_off_time"] is not None:
         raise LabError(
-            f"the recording {name} has no end",
-            "the tool was killed, or the disk of its guest was full",
+            f"the recording {name} is truncated",
+            "the tool was killed, or the guest's disk was full",
             f"record it again: python3 -m lab golden {name}",
         )
     comparison = compare(truth, printed.decoded())
@@ -112,13 +112,13 @@ def checked_replay(name: str, recording: bytes, truth: Outcome) -> Printed:
         raise LabError(
             f"the recording {name} replays to wrong verdicts",
             "; ".join(line.strip() for line in comparison_text(comparison, {}).splitlines()[1:]),
-            "mend the tool, or record again what was recorded wrongly",
+            "fix the tool, or record the scenario again",
         )
     return printed
 
 
 def replayed(name: str, recording: bytes) -> Printed:
-    """Replay a recording in this process. Raises LabError where the tool refuses it."""
+    """Replay a recording in this process. Raises LabError if the tool rejects it."""
     with tempfile.TemporaryDirectory(prefix="tcpstuck-golden-") as scratch:
         path = Path(scratch) / name
         path.write_bytes(recording)
@@ -131,7 +131,7 @@ def replayed(name: str, recording: bytes) -> Printed:
 
 @contextlib.contextmanager
 def _printing_alike(columns: int) -> Iterator[None]:
-    """While it lasts neither the time zone nor the terminal of whoever runs this matters."""
+    """Make printed output independent of the caller's time zone and terminal width."""
     try:
         with patch.dict(os.environ, {"TZ": "UTC", "COLUMNS": str(columns)}):
             time.tzset()

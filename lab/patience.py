@@ -1,6 +1,7 @@
-"""How long the lab waits: generous limits, one factor for slow machines.
+"""Time limits of the lab's waits, with one factor for slow machines.
 
-A limit only ends a wait for something that will not come; nothing here delays anything.
+The limits are generous. A limit only ends a wait that would never succeed; no limit delays a
+successful run.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ PATIENCE_VARIABLE = "TCPSTUCK_LAB_PATIENCE"
 COMMAND_S = 60.0
 """For one external command or one request to a lab process."""
 START_S = 300.0
-"""For a server or client process to be ready; an emulated guest needs 20 times a host's time."""
+"""For a server or client process to be ready; an emulated guest is 20 times slower than a host."""
 SETTLE_S = 120.0
-"""For a handful of connections to reach the state a scenario needs, SYN repetitions included."""
+"""For a few connections to reach the state that a scenario needs, SYN retransmissions included."""
 LOAD_S = 400.0
 """For thousands of connections."""
 
 
 def patient(limit_s: float) -> float:
-    """The limit in seconds with the user's factor applied; a senseless factor counts as 1."""
+    """The limit in seconds, multiplied by the user's factor; an invalid factor counts as 1."""
     try:
         factor = float(os.environ.get(PATIENCE_VARIABLE, "1"))
     except ValueError:
@@ -30,7 +31,7 @@ def patient(limit_s: float) -> float:
 
 
 class Deadline:
-    """A point in time that every step of a longer wait shares."""
+    """The end of a wait with several steps, shared by all of them."""
 
     def __init__(self, limit_s: float) -> None:
         self.limit_s = patient(limit_s)

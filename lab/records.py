@@ -1,7 +1,8 @@
-"""What a scenario hands back: the clients' own view, and the oracle made from it.
+"""The result of a scenario: the clients' own view, and the oracle derived from it.
 
-Pure data and pure functions; times are CLOCK_MONOTONIC nanoseconds, so they compare with the
-tracer's of the same machine. Nothing here comes from the tracer but the argument of `compare`.
+The module has pure data and pure functions. Times are CLOCK_MONOTONIC nanoseconds, comparable with
+the tracer's times on the same machine. Only the lines passed to `compare`, `reported_verdicts` and
+`settled_verdicts` come from the tracer.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 
 class FourTuple(NamedTuple):
-    """A connection as the client names it; addresses in text, IPv4 always dotted."""
+    """A connection as the client sees it; addresses are text, IPv4 always dotted."""
 
     client_ip: str
     client_port: int
@@ -22,7 +23,7 @@ class FourTuple(NamedTuple):
 
 @dataclass
 class ClientRecord:
-    """One client socket, as its own process saw it."""
+    """One client socket, as the client process saw it."""
 
     four_tuple: FourTuple
     opened_ns: int
@@ -32,17 +33,17 @@ class ClientRecord:
     greeted_ns: int | None = None
     """When the server's first bytes arrived."""
     greeting: bytes = b""
-    """The beginning of what the server said first."""
+    """The first bytes that the server sent."""
     error: str | None = None
-    """errno name of what ended the connection, such as ECONNRESET."""
+    """Name of the errno that ended the connection, such as ECONNRESET."""
     closed_ns: int | None = None
-    """When the socket was closed, by whichever side."""
+    """When either side closed the socket."""
     closed_by: str | None = None
-    """`client`, `server` or None while it is open or after an error."""
+    """`client` or `server`; None while the socket is open or after an error."""
 
     @property
     def waiting(self) -> bool:
-        """Connected and still waiting for the greeting: what a stuck client looks like."""
+        """Whether the client is connected and still waits for the greeting, like a stuck one."""
         return (
             self.connected_ns is not None
             and self.greeted_ns is None
@@ -53,12 +54,12 @@ class ClientRecord:
 
 @dataclass
 class WireRecord:
-    """What one connection looked like on the client's end of the wire."""
+    """One connection as captured at the client's end of the wire."""
 
     syns: int = 0
     synacks: int = 0
     acks: int = 0
-    """Segments of the client with ACK but neither SYN nor RST."""
+    """Client segments with ACK but neither SYN nor RST."""
     client_resets: int = 0
     server_resets: int = 0
     client_isn: int | None = None
@@ -67,13 +68,13 @@ class WireRecord:
 
 
 VERDICTS_OF_STUCK = frozenset({"ack-missing", "ack-filtered", "accept-queue-full", "ack-failed"})
-"""Verdicts after which a real client waits for ever."""
+"""Verdicts after which a real client waits forever."""
 VERDICTS_OF_HEALTHY = frozenset({"completed"})
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a scenario ended, all of it from the clients, the wire and the kernel's counters."""
+    """The result of a scenario, taken from the clients, the wire and the kernel's counters."""
 
     scenario: str
     family: str
@@ -82,44 +83,45 @@ class Outcome:
     clients: tuple[ClientRecord, ...] = ()
     wire: Mapping[FourTuple, WireRecord] = field(default_factory=dict)
     expected: Mapping[FourTuple, str] = field(default_factory=dict)
-    """The verdict that is true of each connection that is not simply healthy."""
+    """The true verdict of each connection that is not simply healthy."""
     healthy: frozenset[FourTuple] = frozenset()
-    """Greeted without ever having been stuck."""
+    """Connections that were greeted and never stuck."""
     accepted: Mapping[FourTuple, int | None] = field(default_factory=dict)
-    """What the server's application got from accept(), and when; None where only `ss` tells."""
+    """Connections returned by the server's accept(), with the time; None if known only from
+    `ss`."""
     counters_before: Mapping[str, int] = field(default_factory=dict)
     counters_after: Mapping[str, int] = field(default_factory=dict)
 
     def having(self, *verdicts: str) -> frozenset[FourTuple]:
-        """The connections of which one of these verdicts is true."""
+        """The connections whose true verdict is one of these."""
         return frozenset(key for key, verdict in self.expected.items() if verdict in verdicts)
 
     @property
     def stuck(self) -> frozenset[FourTuple]:
-        """Connections that are owed a greeting by a server that does not know them."""
+        """Connections that wait for a greeting from a server that has no record of them."""
         return self.having(*VERDICTS_OF_STUCK)
 
     def moved(self, counter: str) -> int:
-        """By how much a TcpExt counter of the server's namespace rose during the scenario."""
+        """The increase of a TcpExt counter in the server's namespace during the scenario."""
         return self.counters_after.get(counter, 0) - self.counters_before.get(counter, 0)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The tracer's last word on every connection beside the oracle's."""
+    """The tracer's last verdict on each connection, compared with the oracle's."""
 
     missing: Mapping[FourTuple, str]
-    """Expected verdict of connections the tracer did not name."""
+    """Expected verdict of connections that the tracer did not report."""
     extra: Mapping[FourTuple, str]
-    """Verdict of connections the tracer named although they are healthy or unknown."""
+    """Verdict of connections that the tracer reported although they are healthy or unknown."""
     different: Mapping[FourTuple, tuple[str, str]]
-    """Expected and reported verdict where both have one."""
+    """Expected and reported verdict of connections where the two differ."""
     stuck_expected: int
     stuck_reported: int
 
     @property
     def agrees(self) -> bool:
-        """Whether the tracer named each connection, with the right verdict, and no other."""
+        """Whether the tracer reported exactly the expected connections with the right verdicts."""
         return not (self.missing or self.extra or self.different)
 
 
@@ -137,15 +139,15 @@ def _last_lines(
 
 
 def reported_verdicts(lines: Iterable[Mapping[str, Any]], netns: int) -> dict[FourTuple, str]:
-    """The tracer's last verdict on every connection to one server namespace.
+    """The tracer's last verdict on each connection to one server namespace.
 
-    Takes the decoded JSON lines of `tcpstuck-trace --json`, in the order they were printed.
+    `lines` are the decoded JSON lines of `tcpstuck-trace --json`, in the order printed.
     """
     return {key: line["verdict"] for key, line in _last_lines(lines, netns).items()}
 
 
 def settled_verdicts(lines: Iterable[Mapping[str, Any]], netns: int) -> dict[FourTuple, str]:
-    """The same without those that the tracer itself says it will tell again."""
+    """As `reported_verdicts`, without verdicts that the tracer marks `to_be_updated`."""
     return {
         key: line["verdict"]
         for key, line in _last_lines(lines, netns).items()
@@ -154,7 +156,7 @@ def settled_verdicts(lines: Iterable[Mapping[str, Any]], netns: int) -> dict[Fou
 
 
 def compare(outcome: Outcome, lines: Iterable[Mapping[str, Any]]) -> Comparison:
-    """Set the tracer's JSON lines beside the oracle, connection by connection."""
+    """Compare the tracer's JSON lines with the oracle, connection by connection."""
     reported = {
         key: verdict
         for key, verdict in reported_verdicts(lines, outcome.netns).items()

@@ -1,11 +1,11 @@
 #!/bin/bash
-# Installs what the lab, the tests and the tool's development need on a Debian machine, and says
-# what it does. Does nothing, quickly, where everything is there.
+# Installs what the lab, the tests and the tool's development need on a Debian machine, and prints
+# each step. If everything is installed, the script changes nothing and ends quickly.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "$0")")/.."
 
-# mariadb-server-core and not mariadb-server, which would start a service. No kernel headers and
-# no kernel: guests boot one from a cache.
+# mariadb-server-core, because mariadb-server would start a service. Neither a kernel nor kernel
+# headers: guests boot a kernel from a cache.
 packages=(
 	python3-bpfcc python3-venv python3-pyelftools python3-tabulate
 	gcc libc6-dev make git clang-format
@@ -25,12 +25,12 @@ as_root() {
 	elif command -v sudo >/dev/null; then
 		sudo "$@"
 	else
-		say "cannot run $1: neither root nor sudo; run this as root" >&2
+		say "cannot run $1: not root and no sudo; run this as root" >&2
 		exit 1
 	fi
 }
 
-# Runs quietly; shows what was said only if it failed.
+# Runs a command quietly; prints its output only if it fails.
 quietly() {
 	local log
 	log=$(mktemp)
@@ -59,13 +59,13 @@ if [ ${#missing[@]} -gt 0 ]; then
 	apt install --no-install-recommends -y "${missing[@]}"
 fi
 
-# The distribution's interpreter, because bcc belongs to it.
+# Use the distribution's interpreter, because the bcc package is installed for it.
 fingerprint=$({ cat setup.cfg pyproject.toml; /usr/bin/python3 --version; pwd; } | sha256sum)
 if [ "$(cat $stamp 2>/dev/null)" != "$fingerprint" ]; then
-	say "making the virtual environment $venv"
+	say "creating the virtual environment $venv"
 	quietly /usr/bin/python3 -m venv --system-site-packages $venv
 	export PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1
-	# A path instead of an import hook, which each start of the interpreter would have to load.
+	# compat: a path entry instead of an import hook, which every interpreter start would load.
 	quietly $venv/bin/python -m pip install --quiet --config-settings editable_mode=compat \
 		--editable '.[dev]'
 	printf '%s\n' "$fingerprint" >$stamp
@@ -83,4 +83,4 @@ while read -r line; do
 	*) say "for guests: $line" ;;
 	esac
 done <<<"$fetched"
-say "everything is there"
+say "everything is installed"

@@ -1,1 +1,1 @@
-"""Builds the Debian package, and tries it, in fresh trees of Debian's suites."""
+"""Builds and tests the Debian package in fresh trees of Debian suites."""

@@ -1,8 +1,8 @@
-"""`python3 -m lab deb`: the package, built from what packaging/debian names and nothing else.
+"""`python3 -m lab deb`: builds the package with only the dependencies in packaging/debian.
 
-In a fresh tree, because debhelper and lintian bring a hundred packages which the lab has no other
-use for, and because a tree that has no more shows what a build needs. mmdebstrap runs the steps
-within the tree, as root or as a user, and leaves nothing of it.
+The build runs in a fresh tree for two reasons. debhelper and lintian pull in a hundred packages
+that the lab does not need otherwise, and a minimal tree reveals missing build dependencies.
+mmdebstrap runs the steps inside the tree, as root or as a user, and then deletes the tree.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 NAME = "tcpstuck-trace"
 BUILT_IN = "bookworm"
 TRIED_IN = ("bookworm", "trixie")
-"""Of one build: it holds no machine code, and Debian's newer suites take older packages."""
+"""One build serves all suites: the package has no machine code, and newer suites accept it."""
 OUTPUT = BUILD / "deb"
 PACKAGING = REPOSITORY / "packaging"
 SOURCES = (
@@ -40,21 +40,22 @@ SOURCES = (
 )
 TRIAL = Path(__file__).with_name("trial.sh")
 TRIAL_TOOLS = ("man-db", "systemd")
-"""What asks the installed package besides itself."""
+"""Packages that trial.sh uses to check the installed package."""
 RECORDING = "overflow"
 LIMIT_S = 1800.0
 LAST_LINES = 40
-"""Of what the steps print, where they fail."""
+"""Number of output lines to print if the steps fail."""
 LINTIAN = "lintian --allow-root --info --display-info --pedantic --tag-display-limit=0"
-"""Its own status (--fail-on) counts what is overridden as well."""
+"""The command greps the output for tags, because --fail-on also counts overridden tags."""
 
 
 def in_fresh_tree(
     suite: str, packages: Sequence[str], source: Path, script: str, log: Path
 ) -> None:
-    """Have a script run in a tree of a suite, as root there, beside a copy of `source`.
+    """Run a script as root in a fresh tree of a suite that contains a copy of `source`.
 
-    What it leaves in `out` comes back into `source`; what it prints is in `log`. Raises LabError.
+    Files that the script leaves in `out` are copied back into `source`; its output goes to `log`.
+    Raises LabError.
     """
     inside = f"cd /{source.name} && export LC_ALL=C.UTF-8 && mkdir out && {script}"
     hooks = (
@@ -62,7 +63,7 @@ def in_fresh_tree(
         f'chroot "$1" sh -ec {shlex.quote(inside)}',
         f"copy-out /{source.name}/out {shlex.quote(str(source))}",
     )
-    # Killed, mmdebstrap leaves /proc and more mounted in the tree: not in our mounts, though.
+    # If killed, mmdebstrap leaves /proc and more mounted; unshare keeps that out of our namespace.
     alone = ("unshare", "--mount") if os.geteuid() == 0 else ()
     words = [*alone, "mmdebstrap", "--variant=apt", "--format=null"]
     words += [f"--include={','.join(packages)}", *(f"--customize-hook={hook}" for hook in hooks)]
@@ -77,12 +78,12 @@ def in_fresh_tree(
         raise LabError(
             f"the steps in a fresh tree of {suite} failed",
             f"mmdebstrap ended with status {status}",
-            f"see above, or all of it in {log}",
+            f"see above; the whole output is in {log}",
         )
 
 
 def build_dependencies() -> list[str]:
-    """What packaging/debian/control names, and what debhelper-compat is in fact."""
+    """Build-Depends of packaging/debian/control, with debhelper for debhelper-compat."""
     control = (PACKAGING / "debian" / "control").read_text("utf-8")
     field = re.search(r"^Build-Depends:((?:.*\n)(?: .*\n)*)", control, re.MULTILINE)
     assert field is not None
@@ -105,9 +106,9 @@ def _copy_sources(target: Path) -> None:
 
 
 def build(output: Path = OUTPUT) -> Path:
-    """The package, built and found clean by lintian. Raises LabError."""
+    """Build the package and check it with lintian; returns its path. Raises LabError."""
     packages = [*build_dependencies(), "lintian"]
-    # -d: every package may take build-essential for granted, and this one has nothing to compile.
+    # -d skips the dependency check, which demands build-essential; nothing is compiled here.
     script = (
         "cd source && dpkg-buildpackage --build=binary --no-sign -d && cd .. "
         f"&& mv {NAME}_* out && {LINTIAN} out/*.changes >found "
@@ -123,13 +124,13 @@ def build(output: Path = OUTPUT) -> Path:
 
 
 def dependencies(package: Path) -> list[str]:
-    """The names in a package's Depends. Raises LabError."""
+    """The package names in a package's Depends field. Raises LabError."""
     field = run_tool(["dpkg-deb", "--field", str(package), "Depends"])
     return [re.split(r"[ :(]", one.strip())[0] for one in field.split(",")]
 
 
 def try_in(suite: str, package: Path, output: Path = OUTPUT) -> None:
-    """Have a package installed, used and purged in a fresh tree of a suite. Raises LabError."""
+    """Install, use and purge a package in a fresh tree of a suite. Raises LabError."""
     with tempfile.TemporaryDirectory(prefix="tcpstuck-deb-") as scratch:
         place = Path(scratch) / "trial"
         place.mkdir()
@@ -155,6 +156,6 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("deb", help="build the Debian package in a fresh tree")
     suites = " and ".join(TRIED_IN)
     parser.add_argument(
-        "--trial", action="store_true", help=f"install and purge it in fresh trees of {suites}"
+        "--trial", action="store_true", help=f"test the package in fresh trees of {suites}"
     )
     parser.set_defaults(run=_deb_command)

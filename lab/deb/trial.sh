@@ -1,7 +1,7 @@
 #!/bin/sh
-# Run as root in a fresh tree of Debian that holds what the package depends on, and nothing of it:
-# installs the package, uses what needs no kernel that can be traced, and purges it.
-# Arguments: the package, its version, a recording with a client at a full accept queue.
+# Installs the package, uses features that need no traceable kernel, and purges the package.
+# Runs as root in a fresh Debian tree with the package's dependencies but not the package itself.
+# Arguments: the package, its version, a recording of a client refused by a full accept queue.
 set -eu
 package=$1 version=$2 recording=$3
 
@@ -10,14 +10,14 @@ fail() {
 	exit 1
 }
 
-# Everything but what dpkg itself and the triggers of others write.
+# Lists all files except those that dpkg itself and other packages' triggers write.
 files() {
 	find / \( -path /proc -o -path /sys -o -path /dev -o -path /run -o -path /tmp -o -path /trial \
 		-o -path /var/lib/dpkg -o -path /var/log -o -path /var/cache/man \) -prune \
 		-o -print | sort
 }
 
-# What is said on standard error, with its lines counted; the exit status is as expected.
+# Runs a command, saves and prints its output, and checks its exit status.
 refused() {
 	expected=$1
 	shift
@@ -49,13 +49,13 @@ refused 3 setpriv --reuid=65534 --regid=65534 --clear-groups tcpstuck-trace -p 3
 [ "$(wc -l </trial/said)" = 3 ] || fail "not three lines"
 grep -q 'remedy: run it as root: sudo tcpstuck-trace$' /trial/said || fail "no remedy"
 python3 -c 'from bcc import BPF' || fail "BCC"
-# What the tool keeps for its next start.
+# Stand-in for the tool's cache of compiled programs.
 mkdir -m 0700 /var/cache/tcpstuck-trace
 touch /var/cache/tcpstuck-trace/kept
 
 dpkg --remove tcpstuck-trace
-[ -e /etc/default/tcpstuck-trace ] || fail "the options are gone before the purge"
+[ -e /etc/default/tcpstuck-trace ] || fail "the options file is gone before the purge"
 dpkg --purge tcpstuck-trace
 files >/trial/after
-diff /trial/before /trial/after || fail "the purge left something, or took too much"
+diff /trial/before /trial/after || fail "the purge left files, or removed too many"
 echo "trial: installed, used, removed and purged"

@@ -1,1 +1,1 @@
-"""Kernels in machines that are thrown away."""
+"""Throw-away virtual machines that boot real kernels."""

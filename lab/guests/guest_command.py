@@ -1,4 +1,4 @@
-"""`python3 -m lab guest`: any command in a throw-away guest, or natively where that will do."""
+"""`python3 -m lab guest`: runs a command in a throw-away guest, or natively if possible."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def _memory_size(text: str) -> str:
     if not re.fullmatch(r"[1-9][0-9]*[MG]", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size like 512M or 2G")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512M or 2G")
     return text
 
 
@@ -35,13 +35,13 @@ def _positive(text: str) -> float:
     except ValueError:
         number = 0.0
     if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return number
 
 
 def _cpu_count(text: str) -> int:
     if not re.fullmatch(r"[1-9][0-9]?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of CPUs from 1 to 99")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of CPUs from 1 to 99")
     return int(text)
 
 
@@ -53,7 +53,7 @@ def _assignment(text: str) -> tuple[str, str]:
 
 
 def options_from(arguments: argparse.Namespace) -> GuestOptions:
-    """The options that the `guest` command's arguments stand for."""
+    """The guest options from the `guest` command's arguments."""
     return GuestOptions(
         kernel=arguments.kernel.resolve() if arguments.kernel else None,
         root=arguments.root.resolve(),
@@ -71,7 +71,7 @@ def options_from(arguments: argparse.Namespace) -> GuestOptions:
 def _guest_command(arguments: argparse.Namespace) -> int:
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     if not command:
-        raise GuestError("nothing to run", "no command was given", "put one after --")
+        raise GuestError("nothing to run", "no command was given", "put a command after --")
     options = options_from(arguments)
     try:
         result = run_in_guest(
@@ -81,7 +81,7 @@ def _guest_command(arguments: argparse.Namespace) -> int:
             stderr_sink=write_through(sys.stderr),
         )
     except BrokenPipeError:
-        # Our reader has gone. What is still buffered must not be tried again at exit.
+        # The reader of our output is gone; Python must not flush the rest at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     if result.timed_out:
@@ -93,12 +93,12 @@ def _guest_command(arguments: argparse.Namespace) -> int:
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """The `guest` command: any command in a throw-away guest."""
+    """Add the `guest` command."""
     parser = subparsers.add_parser(
         "guest",
         help="run a command on a real Debian kernel in a throw-away guest",
-        epilog=f"Exit status: the command's; {TIMEOUT_STATUS} cut off by --timeout; "
-        f"{HARNESS_STATUS} no guest.",
+        epilog=f"Exit status: the command's; {TIMEOUT_STATUS} if cut off by --timeout; "
+        f"{HARNESS_STATUS} if no guest can run.",
     )
     defaults = GuestOptions()
     parser.add_argument("--kernel", metavar="IMAGE", type=Path, help="default: the cached one")
@@ -111,7 +111,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--icount", action="store_true", help="the guest's clock counts instructions; one CPU"
     )
     parser.add_argument(
-        "--share", metavar="DIR", type=Path, action="append", default=[], help="may be written to"
+        "--share", metavar="DIR", type=Path, action="append", default=[], help="writable"
     )
     parser.add_argument(
         "--view", metavar="DIR", type=Path, action="append", default=[], help="read-only"
@@ -124,8 +124,10 @@ def add_parser(subparsers: Subparsers) -> None:
         "--native",
         choices=("auto", "always", "never"),
         default=defaults.native,
-        help="use this machine's own kernel; auto: where it allows tracing",
+        help="use this machine's own kernel; auto: if it can be traced",
     )
-    parser.add_argument("--verbose", action="store_true", help="say where it ran and how long")
+    parser.add_argument(
+        "--verbose", action="store_true", help="print where the command ran and how long"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND...")
     parser.set_defaults(run=_guest_command)

@@ -1,7 +1,8 @@
-"""The tests that need a kernel, shared out over guests that run beside each other.
+"""Runs the tests that need a kernel in one or more parallel guests.
 
-Which tests there are pytest itself says, on this machine; each guest is given its own by name. What
-a guest prints is kept in a file, and shown whole where the guest is the only one or a bad one.
+pytest collects the tests on this machine, and each guest gets its share by name. A guest's output
+goes to a log file; the log is printed if a test of the guest fails. A guest that runs alone prints
+directly.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ BUILD = REPOSITORY / "build"
 KERNEL_DIRECTORY = "tests/kernel"
 DURATIONS = REPOSITORY / KERNEL_DIRECTORY / "durations.json"
 CACHE = BUILD / "pytest" / "kernel"
-"""Pytest's cache, which a guest cannot write: its file system is thrown away."""
+"""pytest's cache. A guest cannot write it, because the guest's file system is thrown away."""
 LAST_FAILED = CACHE / "v" / "cache" / "lastfailed"
 KERNEL_LIMIT_S = 2 * 3600.0
 SLOW_LIMIT_S = 4 * KERNEL_LIMIT_S
 KERNEL_TEST_LIMIT_S = 600
-"""For one kernel test: emulation is some 20 times slower than the machine itself."""
+"""For one kernel test; emulation is some 20 times slower than the machine itself."""
 FORCE_VARIABLE = "TCPSTUCK_FORCE_KERNEL_TESTS"
-"""Set, it turns the skip of a kernel test that cannot run here into a failure."""
+"""If set, a kernel test that cannot run on this kernel fails instead of being skipped."""
 PYTEST = (sys.executable, "-m", "pytest", "-q", "--no-header", "-rsfE")
 NO_TESTS_STATUS = 5
 REPORT_FILE = "report.xml"
@@ -62,25 +63,25 @@ ENDED_FILE = "ended"
 
 @dataclass
 class GuestRun:
-    """One guest with its tests, and what it brought back."""
+    """One guest, its tests and their results."""
 
     number: int
     share: Share
     directory: Path
-    """Shared with the guest."""
+    """A directory shared with the guest."""
     log: Path | None
-    """What it prints; None: that goes where our own output goes."""
+    """The file for the guest's output; None: our own standard output and error."""
     status: int = 0
     seconds: float = 0.0
 
     @property
     def report(self) -> str | None:
-        """Pytest's report; None where it did not come to write one."""
+        """Pytest's report; None if pytest wrote none."""
         return read_report(self.directory / REPORT_FILE)
 
     @property
     def not_run(self) -> list[str]:
-        """The tests that had not ended, where the guest did not live to report."""
+        """The tests that had not ended when a guest died without a report."""
         if self.report is not None:
             return []
         file = self.directory / ENDED_FILE
@@ -88,18 +89,18 @@ class GuestRun:
         return [test for test in self.share.tests if test not in ended]
 
     def tally(self) -> Tally:
-        """How its tests ended."""
+        """The guest's test results, counted."""
         return tally_report(self.report, self.status)
 
     def account(self, guests: int) -> str:
-        """What is told of it when it has ended: all it printed, where that is of interest."""
+        """The text to print when the guest has ended, with its log if a test failed."""
         tally = self.tally()
         lines = []
         if self.log is not None and not tally.good:
             lines.append(self.log.read_text(errors="replace").rstrip("\n"))
         if self.report is None:
             lines.append(f"guest {self.number} ended with status {self.status} and no report;")
-            lines.append(f"of its {len(self.share.tests)} tests these had not ended:")
+            lines.append(f"of its {len(self.share.tests)} tests, these had not ended:")
             lines += [f"  {test}" for test in self.not_run]
         if guests > 1:
             lines.append(f"guest {self.number} of {guests}: {tally.closing_line(self.seconds)}")
@@ -107,10 +108,10 @@ class GuestRun:
 
 
 def collected(selection: Selection) -> dict[str, str]:
-    """Each selected test's id with a name for what it shares. Raises LabError where that fails."""
+    """The ids of the selected tests, each with the name of its shared set-up. Raises LabError."""
     with tempfile.TemporaryDirectory(prefix="tcpstuck-tests-") as scratch:
         written = Path(scratch) / "tests.json"
-        # In the order of the files, so that the shares do not depend on chance.
+        # Collect in file order, so that the shares are deterministic.
         words = [*PYTEST, "--collect-only", "-p", "no:randomly", "-o", f"cache_dir={CACHE}"]
         words += [*(["--lf"] if selection.last_failed else []), *selection.kernel_words()]
         done = subprocess.run(
@@ -125,12 +126,12 @@ def collected(selection: Selection) -> dict[str, str]:
             return {}
         if done.returncode != 0:
             print(done.stdout + done.stderr, end="")
-            raise LabError("the kernel tests cannot be collected", "see above", "mend them")
+            raise LabError("the kernel tests cannot be collected", "see above", "fix them")
         return {str(test): str(name) for test, name in json.loads(written.read_text()).items()}
 
 
 def guest_command(selection: Selection, run: GuestRun) -> list[str]:
-    """What a guest runs: pytest, with its tests by name."""
+    """The guest's command: pytest with the guest's tests by name."""
     words = [*PYTEST, "-p", "no:cacheprovider", f"--junitxml={run.directory / REPORT_FILE}"]
     words += ["-o", f"timeout={KERNEL_TEST_LIMIT_S}", *(["-x"] if selection.stop_early else [])]
     return [*words, *run.share.tests]
@@ -146,7 +147,7 @@ def options_for(selection: Selection, run: GuestRun) -> GuestOptions:
 
 
 def play(selection: Selection, run: GuestRun) -> GuestRun:
-    """Run a guest to its end, or find that there is none to be had."""
+    """Run a guest to its end; if no guest can start, the run gets an error status."""
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
         says, complains = write_through(sys.stdout), write_through(sys.stderr)
@@ -159,7 +160,7 @@ def play(selection: Selection, run: GuestRun) -> GuestRun:
 
 
 def finish(playing: Sequence[Future[GuestRun]]) -> Tally:
-    """Wait for all guests, tell of each when it has ended, and remember which tests failed."""
+    """Wait for all guests, print an account of each when it ends, and record failed tests."""
     total = Tally()
     for ended in as_completed(playing):
         run = ended.result()
@@ -171,7 +172,7 @@ def finish(playing: Sequence[Future[GuestRun]]) -> Tally:
 
 
 def remember_failures(runs: Sequence[GuestRun]) -> None:
-    """Note for the next --lf, as pytest's own cache does, which tests failed or were not run."""
+    """Record the tests that failed or did not run for the next --lf, as pytest's cache does."""
     known: Mapping[str, bool] = {}
     with contextlib.suppress(OSError, ValueError):
         known = json.loads(LAST_FAILED.read_text())
@@ -187,16 +188,16 @@ def remember_failures(runs: Sequence[GuestRun]) -> None:
 def started(
     selection: Selection, guests: int, *, beside: bool, record: bool
 ) -> Iterator[Callable[[], Tally]]:
-    """Start the guests; what is yielded waits for them. Nothing is left of them afterwards.
+    """Start the guests; yields a function that waits for them. All guests end with the context.
 
-    `beside`: other groups run meanwhile, and print. `record`: write down what each test took.
-    Raises LabError.
+    `beside`: other groups run and print meanwhile. `record`: record each test's duration. Raises
+    LabError.
     """
     tests = collected(selection)
     if not tests:
         yield Tally
         return
-    # Two runs on one kernel would find each other's probes.
+    # Two runs on one kernel would see each other's probes.
     if choose_native(GuestOptions(), tracing_refusal):
         guests = 1
     shares = share_out(tests, read_durations(DURATIONS), guests)
@@ -216,7 +217,7 @@ def started(
 
 
 def _runs(shares: Sequence[Share], scratch: Path, beside: bool) -> Iterator[GuestRun]:
-    """A run for each share; says where its output can be read meanwhile."""
+    """Create a run for each share, and print where its output is."""
     BUILD.mkdir(exist_ok=True)
     for number, share in enumerate(shares, 1):
         directory = scratch / str(number)
@@ -229,7 +230,7 @@ def _runs(shares: Sequence[Share], scratch: Path, beside: bool) -> Iterator[Gues
 
 
 def guest_count(text: str) -> int:
-    """A number of guests on the command line. Raises ArgumentTypeError."""
+    """Parse a number of guests. Raises ArgumentTypeError."""
     if not re.fullmatch(r"[1-9][0-9]?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of guests from 1 to 99")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of guests from 1 to 99")
     return int(text)

@@ -1,13 +1,13 @@
-"""How a guest is put together: virtme-run's arguments and the script that the guest runs first.
+"""Generates virtme-run's arguments and the script that a guest runs first.
 
-Everything here only makes text, so that it can be tested without booting.
+All functions only generate text, so that tests need not boot a guest.
 
-virtme-run boots the kernel on a 9p export of the root tree that caches nothing, where every start
-of a Python program reads thousands of pages from the host again. The script therefore mounts the
-same tree a second time with a cache, puts a writable throw-away overlay on it and makes that the
-root: an interpreter then starts three to four times faster, and the command may write anywhere.
+virtme-run boots the kernel on a 9p export of the root tree without a cache. On it, every start of a
+Python program reads thousands of pages from the host again. The script therefore mounts the same
+tree a second time with a cache, adds a writable throw-away overlay, and makes the overlay the root.
+An interpreter then starts three to four times faster, and the command may write anywhere.
 
-A root tree of another suite holds no kernel, so the kernel's modules are exported beside it.
+A root tree of another suite contains no kernel, so the kernel's modules are exported separately.
 """
 
 from __future__ import annotations
@@ -22,75 +22,76 @@ from typing import NamedTuple
 from lab.patience import PATIENCE_VARIABLE
 
 CONTROL_MOUNT = "/run/lab/control"
-"""Where the guest sees the directory through which harness and guest talk."""
+"""The guest's mount point of the directory that harness and guest share."""
 STARTED_FILE = "started"
 STATUS_FILE = "status"
 SCRIPT_FILE = "boot.sh"
 STDOUT_PIPE = "stdout"
 STDERR_PIPE = "stderr"
 STREAM_PORTS = (STDOUT_PIPE, STDERR_PIPE, "dev_stdout", "dev_stderr")
-"""One virtio port for each writer: a port can be opened only once at a time, so that a command
-which opens /dev/stdout or /dev/stderr itself needs another one, to the same pipe on the host."""
+"""One virtio port per writer, because a port can be opened only once at a time. A command that
+opens /dev/stdout or /dev/stderr itself needs another port, connected to the same pipe on the
+host."""
 
 GUEST_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 INSTRUCTION_CLOCK = "shift=0,sleep=off"
-"""QEMU's -icount: 1 ns of guest time per instruction, and idle time skipped, not waited for."""
+"""QEMU's -icount: 1 ns of guest time per instruction; idle time is skipped without waiting."""
 _9P_OPTIONS = "trans=virtio,version=9p2000.L,access=any,msize=512000"
 
 
 class Wire(NamedTuple):
-    """One end of a cable between two guests, each with a network interface on it."""
+    """One end of a cable that connects the network interfaces of two guests."""
 
     descriptor: int
-    """A stream socket; the other guest's QEMU gets the one it is connected to."""
+    """One socket of a stream socket pair; the other guest's QEMU gets the other one."""
     address: str
     """The interface's hardware address."""
 
 
 @dataclass(frozen=True)
 class GuestOptions:
-    """What to run a command in; the defaults suit the kernel tests."""
+    """The properties of a guest; the defaults suit the kernel tests."""
 
     kernel: Path | None = None
-    """Kernel image, its modules in the lib/modules of the tree it lies in; None: the cached one."""
+    """Kernel image, with its modules in lib/modules of the same tree; None: the cached kernel."""
     root: Path = Path("/")
     """The tree that becomes the guest's root; the guest cannot change it."""
     cpus: int = 2
     memory: str = "2G"
     icount: bool = False
-    """Let the guest's clock count instructions (one CPU, emulation)."""
+    """The guest's clock counts instructions (one CPU, emulation)."""
     shares: tuple[Path, ...] = ()
-    """Directories the guest sees at the same path and may write to."""
+    """Directories that the guest sees at the same path and may write to."""
     views: tuple[Path, ...] = ()
-    """Directories the guest sees at the same path; what it writes there is thrown away."""
+    """Directories that the guest sees at the same path; the guest's writes are discarded."""
     wire: Wire | None = None
-    """The guest's only network interface; its driver is left to the command to load."""
+    """The guest's only network interface; the command must load its driver."""
     environment: Mapping[str, str] = field(default_factory=dict)
     timeout_s: float = 600.0
     """For boot and command together."""
     native: str = "auto"
-    """Run on this machine's kernel instead: "auto" where it lets us trace, "always", "never"."""
+    """Run on this machine's kernel instead: "auto" (if it can be traced), "always" or "never"."""
 
     @property
     def needs_guest(self) -> bool:
-        """Whether something was asked for that only a guest has."""
+        """Whether an option requires a guest."""
         own = (self.kernel, self.wire)
         return self.icount or self.has_own_root or any(one is not None for one in own)
 
     @property
     def has_own_root(self) -> bool:
-        """Whether the root is another tree than this machine's, one without a kernel."""
+        """Whether the root is a tree without a kernel, not this machine's root."""
         return self.root != Path("/")
 
 
 def command_line(command: Sequence[str], environment: Mapping[str, str]) -> str:
-    """The command as shell text, with just these additions to an empty environment."""
+    """The command as shell text, with only these variables in its environment."""
     settings = [f"{name}={value}" for name, value in environment.items()]
     return shlex.join(["/usr/bin/env", "-i", *settings, *command])
 
 
 def guest_environment(additions: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a command in a guest: nothing of the host's but the user's patience."""
+    """A command's environment in a guest; from the host's it has only PATIENCE_VARIABLE."""
     basis = {"PATH": GUEST_PATH, "HOME": "/root", "LANG": "C.UTF-8", "TERM": "dumb"}
     passed_on = {name: os.environ[name] for name in (PATIENCE_VARIABLE,) if name in os.environ}
     return {**basis, **passed_on, **additions}
@@ -105,7 +106,7 @@ def _view_tag(index: int) -> str:
 
 
 def _modules_lines() -> str:
-    """Let what the guest still lacks, such as the stream ports' driver, be loaded."""
+    """Shell lines that load missing modules, such as the stream ports' driver."""
     return f"""mkdir -p /lib/modules
 mount -t 9p -o ro,{_9P_OPTIONS},cache=loose lab.modules /lib/modules
 modprobe virtio_console
@@ -114,7 +115,7 @@ udevadm settle
 
 
 def _view_lines(index: int, path: Path) -> str:
-    """A read-only export under a writable overlay, as the root tree has it."""
+    """Shell lines that mount a read-only export under a writable overlay, as for the root."""
     place = f"$lab/over/view{index}"
     target = f'"$root"{shlex.quote(str(path))}'
     layers = f"lowerdir={place}/lower,upperdir={place}/upper,workdir={place}/work"
@@ -125,10 +126,10 @@ mount -t overlay -o {layers} lab {target}
 
 
 def boot_script(command: Sequence[str], options: GuestOptions, cwd: Path) -> str:
-    """The script the guest runs as root; it never returns, it resets the machine.
+    """The script that the guest runs as root; it ends with a reset of the machine.
 
-    A reset at the end, because with QEMU's -no-reboot that is the fastest way to switch off;
-    what the command wrote has reached the host by then (ports and shares are synchronous).
+    With QEMU's -no-reboot, a reset is the fastest way to power off. The command's output has
+    reached the host by then, because ports and shares are synchronous.
     """
     shares = "\n".join(
         f'mkdir -p "$root"{shlex.quote(str(path))}\n'
@@ -174,9 +175,9 @@ echo b > /proc/sysrq-trigger
 
 
 def native_script(command: Sequence[str], environment: Mapping[str, str]) -> str:
-    """The same command for this machine's own kernel, with the environment added to ours.
+    """The script that runs a command on this machine's own kernel, with `environment` added.
 
-    A limit on locked memory that cannot be lifted here is for the command to meet and report.
+    If the limit on locked memory cannot be raised, the command must report that itself.
     """
     exports = "".join(
         f"export {name}={shlex.quote(value)}\n" for name, value in environment.items()
@@ -185,13 +186,13 @@ def native_script(command: Sequence[str], environment: Mapping[str, str]) -> str
 
 
 def _quoted(path: Path) -> str:
-    """A path inside a QEMU option, where a comma separates and two commas mean one."""
+    """A path for a QEMU option: commas are separators there, and `,,` is a literal comma."""
     return str(path).replace(",", ",,")
 
 
 def _export(path: Path, tag: str, read_only: bool) -> list[str]:
     access = ",readonly=on" if read_only else ""
-    # Files of several file systems in one export need their inode numbers kept apart.
+    # multidevs=remap keeps inode numbers of several file systems in one export distinct.
     return [
         "-virtfs",
         f"local,path={_quoted(path)},mount_tag={tag},security_model=none,multidevs=remap{access}",
@@ -199,12 +200,12 @@ def _export(path: Path, tag: str, read_only: bool) -> list[str]:
 
 
 def modules_of(kernel: Path) -> Path:
-    """The modules beside a kernel image: lib/modules of the tree whose boot the image is in."""
+    """The modules of a kernel image: lib/modules of the tree that has the image in boot."""
     return kernel.parent.parent / "lib" / "modules"
 
 
 def qemu_arguments(options: GuestOptions, control: Path, kernel: Path) -> list[str]:
-    """What QEMU gets beyond virtme-run's own: exports, stream ports, wire, instruction clock."""
+    """QEMU arguments in addition to virtme-run's: exports, stream ports, wire, -icount."""
     arguments = _export(options.root, "lab.root", read_only=True)
     arguments += _export(control, "lab.control", read_only=False)
     for index, path in enumerate(options.shares):
@@ -232,8 +233,8 @@ def virtme_arguments(
 ) -> list[str]:
     """virtme-run's arguments for one guest.
 
-    9p is forced because virtme-ng would otherwise first try, for three seconds and in vain, the
-    virtiofsd that Debian 12 ships.
+    9p is forced because virtme-ng would first try the virtiofsd of Debian 12 for three seconds,
+    which always fails.
     """
     first = (
         f"mkdir -p {CONTROL_MOUNT} && "
@@ -245,10 +246,10 @@ def virtme_arguments(
     arguments += [] if use_kvm and not options.icount else ["--disable-kvm"]
     arguments += ["--cpus", "1" if options.icount else str(options.cpus)]
     arguments += ["--memory", options.memory]
-    # Modules of a kernel that is not installed are linked into /lib/modules by virtme-ng.
+    # virtme-ng links the modules of a kernel that is not installed into /lib/modules.
     arguments += ["--overlay-rwdir", "/lib", "--overlay-rwdir", "/etc"]
-    # On a busy host an emulated timer can come too late for the kernel, which panics without it:
-    # "IO-APIC + timer doesn't work!" (check_timer in arch/x86/kernel/apic/io_apic.c).
+    # On a busy host, an emulated timer interrupt can come too late, and the kernel panics without
+    # this option: "IO-APIC + timer doesn't work!" (check_timer in arch/x86/kernel/apic/io_apic.c).
     arguments += ["--kopt", "no_timer_check"]
     arguments += ["--show-boot-console", "--kopt", "loglevel=5", "--script-sh", first]
     return [*arguments, "--qemu-opts", *qemu_arguments(options, control, kernel)]

@@ -1,8 +1,8 @@
-"""The kernel tests on every kernel of the matrix, with the BCC of its suite, in both probe modes.
+"""Runs the kernel tests on every kernel of the matrix, with its suite's BCC, in both probe modes.
 
-Both modes run in one guest per row; which test belongs to which mode is read from its id. What is
-printed of a row's kernel and BCC is what its guest said they are. A mode in which nothing passed
-is a failure, whatever the reason: a matrix that quietly tested nothing would look green.
+Both modes run in one guest per row; a test's id gives its mode. The printed kernel and BCC versions
+come from the guest itself. A mode in which no test passed is a failure, whatever the reason:
+otherwise a matrix without any test would look green.
 """
 
 from __future__ import annotations
@@ -63,29 +63,29 @@ if TYPE_CHECKING:
     from lab.guests.run import Sink
 
 ROW_LIMIT_S = 3 * 3600.0
-"""For the tests of one guest: a slow machine is not a failure."""
+"""For the tests of one guest; generous, so that a slow machine does not fail."""
 REPORTING_S = 900.0
-"""What boots the guest, and what is left to pytest for its report when the limit has passed."""
+"""For booting the guest, and for pytest's report after the limit has passed."""
 REPORT_FILE = "report.xml"
 KERNEL_FILE = "kernel"
 BCC_FILE = "bcc"
 MESSAGE_LENGTH = 300
 HEARD_LINES = 3
-"""As many as an error of the tool has: what, why, remedy."""
+"""Number of lines in a tool error: what, why, remedy."""
 
 
 def mode_of(test: str) -> str:
-    """The mode that a test's id names, such as the first in `test_x[fentry-overflow-120]`."""
+    """The mode in a test's id, such as fentry in `test_x[fentry-overflow-120]`."""
     parameters = re.search(r"\[(.*)\]$", test)
     words = parameters[1].split("-") if parameters else []
     return next((mode for mode in MODES if mode in words), ANY_MODE)
 
 
 def cells_of(report: str) -> dict[str, Cell]:
-    """The results by mode in a JUnit XML report, as pytest writes it.
+    """The results by mode in pytest's JUnit XML report.
 
-    A test that failed and then broke while it was cleaned up has two entries in such a report. One
-    that was interrupted has an entry like one that passed, but the suite does not count it.
+    A test that failed and then broke during clean-up has two entries in the report. An interrupted
+    test has an entry like a passed test, but the suite's count excludes it.
     """
     cells = {mode: Cell() for mode in MODES}
     known: dict[str, ElementTree.Element] = {}
@@ -112,22 +112,22 @@ def _complaint(case: ElementTree.Element) -> ElementTree.Element | None:
 
 
 def first_line(complaint: ElementTree.Element) -> str:
-    """Why a test failed: pytest's own first line of it."""
+    """The first line of pytest's failure message."""
     told = (complaint.get("message") or complaint.text or "").strip()
     return (told.splitlines() or ["no message"])[0][:MESSAGE_LENGTH]
 
 
 def _heard(case: ElementTree.Element) -> str:
-    """What a test's processes said last on standard error: the tool says there why it ended."""
+    """The last lines of a test's standard error, where the tool reports why it ended."""
     lines = (case.findtext("system-err") or "").splitlines()
     said = [line.strip() for line in lines if line.strip() and not line.startswith("---")]
     return f" (heard: {'; '.join(said[-HEARD_LINES:])[:MESSAGE_LENGTH]})" if said else ""
 
 
 def pytest_command(share: Path, selection: Selection, limit_s: float) -> list[str]:
-    """What a guest runs: it notes its versions, then the tests, by the distribution's Python.
+    """The guest's command: record versions, then run the tests with the distribution's Python.
 
-    After the limit pytest is interrupted, so that it still reports what it has.
+    After the limit, pytest is interrupted with SIGINT, so that it still writes its report.
     """
     settings = (f"timeout={KERNEL_TEST_LIMIT_S}", "junit_logging=all")
     tests = [
@@ -155,7 +155,7 @@ def run_row(
     sink: Sink,
     demanded: tuple[str, ...] = MODES,
 ) -> RowResult:
-    """Boot a row's guest and run the tests in it; no LabError gets out, it is a result."""
+    """Boot a row's guest and run its tests; a LabError becomes part of the result."""
     result = empty_result(row, demanded)
     with tempfile.TemporaryDirectory(prefix="tcpstuck-matrix-") as scratch:
         share = Path(scratch)
@@ -218,10 +218,11 @@ def run_rows(
     demanded: tuple[str, ...],
     tell: Callable[[RowResult], object],
 ) -> list[RowResult]:
-    """Run the rows, at most so many at a time, and tell of each that ends; results in their order.
+    """Run the rows, at most `guests` at a time; returns results in row order.
 
-    What they boot is made before the first starts: apt locks its package lists, suites share trees
-    and kernels, and a tree that is found stale must not have a guest over it.
+    `tell` is called with each result. All boot files are prepared before the first guest starts:
+    apt locks its package lists, suites share trees and kernels, and a stale tree can only be
+    replaced while no guest uses it.
     """
     results: dict[Row, RowResult] = {}
     with guests_beside(guests) as pool:
@@ -235,14 +236,14 @@ def run_rows(
         running = {pool.submit(run, row, boot): row for row, boot in prepared.items()}
         for ended in as_completed(running):
             row, wrong = running[ended], ended.exception()
-            # What goes wrong with one must not cost the hours of the others.
+            # An error in one row must not discard hours of results from the others.
             results[row] = empty_result(row, demanded, repr(wrong)) if wrong else ended.result()
             tell(results[row])
     return [results[row] for row in rows]
 
 
 def _results(arguments: argparse.Namespace) -> list[RowResult]:
-    # Whoever selects tests by name may mean such as have nothing to do with the modes.
+    # Tests selected by name may be independent of the modes.
     demanded = () if arguments.select else MODES
     selection = Selection(core=arguments.core, matching=arguments.select)
 
@@ -268,9 +269,9 @@ def _results(arguments: argparse.Namespace) -> list[RowResult]:
 
 def _matrix_command(refuse: Callable[[str], NoReturn], arguments: argparse.Namespace) -> int:
     if arguments.verbose and arguments.guests > 1:
-        refuse("--verbose is for one guest at a time: what several print would be mixed")
+        refuse("--verbose needs a single guest: the output of several would be mixed")
     if arguments.place and (arguments.guests > 1 or len(arguments.rows or ROWS) > 1):
-        refuse("--place is for one row")
+        refuse("--place needs exactly one row")
     results = _results(arguments)
     print(table(results), *complaints(results), sep="\n", flush=True)
     if arguments.json is not None:
@@ -281,25 +282,27 @@ def _matrix_command(refuse: Callable[[str], NoReturn], arguments: argparse.Names
 
 def add_parser(subparsers: Subparsers) -> None:
     """Add the `matrix` command."""
-    parser = subparsers.add_parser("matrix", help="the kernel tests on every kernel")
+    parser = subparsers.add_parser("matrix", help="run the kernel tests on every kernel")
     suites = ", ".join(row.suite for row in ROWS)
     parser.add_argument(
-        "--rows", metavar="ROW", nargs="+", type=trees.row_named, help=f"of {suites}"
+        "--rows", metavar="ROW", nargs="+", type=trees.row_named, help=f"one of {suites}"
     )
-    parser.add_argument("--all", action="store_true", help="the newest kernels' rows count too")
     parser.add_argument(
-        "--guests", metavar="N", type=guest_count, default=1, help="rows at a time; default 1"
+        "--all", action="store_true", help="the newest kernels can fail the run too"
+    )
+    parser.add_argument(
+        "--guests", metavar="N", type=guest_count, default=1, help="parallel rows; default 1"
     )
     parser.add_argument(
         "--place",
         metavar=("IMAGE", "TREE"),
         nargs=2,
         type=Path,
-        help="boot this kernel over this tree, not what is newest for the one row",
+        help="boot this kernel over this tree instead of the row's newest",
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the table there as JSON")
-    parser.add_argument("--verbose", action="store_true", help="show what the guests print")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the table to FILE as JSON")
+    parser.add_argument("--verbose", action="store_true", help="print the guests' output")
     subset = parser.add_mutually_exclusive_group()
-    subset.add_argument("--core", action="store_true", help="only what is marked so")
+    subset.add_argument("--core", action="store_true", help="run only tests marked core")
     subset.add_argument("--select", metavar="EXPRESSION", help="pytest's -k")
     parser.set_defaults(run=functools.partial(_matrix_command, parser.error))

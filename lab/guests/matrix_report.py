@@ -1,4 +1,4 @@
-"""What the rows of the matrix brought back, as a table, as complaints and as a file."""
+"""Formats the results of the kernel matrix as a table, as complaints and as JSON."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lab.guests.trees import Row
 
 MODES = ("fentry", "kprobe")
 ANY_MODE = "any"
-"""For tests whose id names no mode: the tool chooses, or it does not matter."""
+"""For tests without a mode in their id: the tool chooses the mode, or none is needed."""
 UNKNOWN = "?"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A test that failed or broke, and in one line why."""
+    """A test that failed or broke, with the reason in one line."""
 
     test: str
     message: str
@@ -30,34 +30,34 @@ class Failure:
 
 @dataclass
 class Cell:
-    """How the tests of one row in one mode ended; what broke counts as failed."""
+    """The test results of one row in one mode; a test that broke counts as failed."""
 
     passed: int = 0
     failures: list[Failure] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
-    """Number of tests by the reason they were skipped for."""
+    """Number of skipped tests by reason."""
 
 
 @dataclass
 class RowResult:
-    """What a row's guest brought back."""
+    """The results of one row's guest."""
 
     row: Row
     cells: dict[str, Cell]
-    """By mode; each of MODES is there, ANY_MODE where a test belongs to it."""
+    """Results by mode: always each of MODES, and ANY_MODE if a test belongs to it."""
     kernel: str = UNKNOWN
-    """The release, as uname -r has it."""
+    """The kernel release from uname -r."""
     bcc: str = UNKNOWN
-    """The version of Debian's package."""
+    """The version of Debian's BCC package."""
     trouble: str | None = None
-    """What went wrong outside the tests, in one line."""
+    """An error outside the tests, in one line."""
     seconds: float = 0.0
     demanded: tuple[str, ...] = MODES
-    """Modes that tests must have been run in; without any, at least some test must have passed."""
+    """Modes in which a test must have passed; if empty, a test must have passed in any mode."""
 
     @property
     def untested(self) -> list[str]:
-        """Modes in which something should have passed, or was only skipped."""
+        """Modes without a passed test that were demanded or that have other results."""
         empty = Cell()
         bare = [mode for mode in MODES if not self.cells[mode].passed]
         found = [mode for mode in bare if mode in self.demanded or self.cells[mode] != empty]
@@ -66,37 +66,37 @@ class RowResult:
 
     @property
     def good(self) -> bool:
-        """Whether something passed wherever it should, and nothing failed."""
+        """Whether tests passed in every demanded mode, and no test failed."""
         failed = any(cell.failures for cell in self.cells.values())
         return not self.untested and not failed and self.trouble is None
 
 
 def empty_result(row: Row, demanded: tuple[str, ...], trouble: str | None = None) -> RowResult:
-    """A row in which nothing was tested yet."""
+    """The result of a row without any test run."""
     cells = {mode: Cell() for mode in MODES}
     return RowResult(row, cells, trouble=trouble, demanded=demanded)
 
 
 def log_of(row: Row) -> Path:
-    """The file, in the cache, for what a row's guest prints; its directory is made."""
+    """The log file of a row's guest, in the cache; creates its directory."""
     path = cache_directory() / "matrix" / f"{row.suite}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def progress(result: RowResult) -> str:
-    """The line for a row that has just ended."""
+    """The progress line of a row that has just ended."""
     state = "good" if result.good else f"BAD, see {log_of(result.row)}"
     return f"{result.row.suite}: {state}, {result.seconds:.0f} s in its guest"
 
 
 def upstream(version: str) -> str:
-    """The upstream part of a Debian version, without what repacking added."""
+    """The upstream part of a Debian version, without repacking suffixes."""
     return re.split(r"[+-]", version)[0]
 
 
 def table(results: Sequence[RowResult]) -> str:
-    """A line for each row and mode."""
+    """A table with a line for each row and mode."""
     lines = [
         (
             result.row.suite,
@@ -123,13 +123,13 @@ def _skips(cell: Cell) -> str:
 
 
 def complaints(results: Sequence[RowResult]) -> list[str]:
-    """A line for each cause of failures with the first test that met it, and for all else."""
+    """A line for each failure message with its first test, and for each other problem."""
     lines = []
     for result in results:
         where = f"{result.row.suite} ({result.kernel}, BCC {upstream(result.bcc)})"
         lines += [f"{where}: {result.trouble}"] if result.trouble else []
         lines += [
-            f"{where}: nothing was tested in mode {mode}"
+            f"{where}: no test passed in mode {mode}"
             for mode in result.untested
             if not result.cells.get(mode, Cell()).failures
         ]
@@ -143,7 +143,7 @@ def complaints(results: Sequence[RowResult]) -> list[str]:
 
 
 def as_json(results: Sequence[RowResult]) -> list[dict[str, Any]]:
-    """The table's lines with the reasons, for a file."""
+    """The table's lines with failure and skip reasons, as JSON values."""
     return [
         {
             "row": result.row.suite,
@@ -166,6 +166,6 @@ def as_json(results: Sequence[RowResult]) -> list[dict[str, Any]]:
 
 
 def verdict(results: Sequence[RowResult], all_count: bool) -> int:
-    """The exit status: 1 where a row that counts is not good."""
+    """The exit status: 1 if a row that counts is not good."""
     counted = [result for result in results if all_count or result.row.counts]
     return 0 if all(result.good for result in counted) else 1

@@ -1,9 +1,10 @@
-"""Debian kernels, and the few tools their guests need, without installing them on this machine.
+"""Downloads Debian kernels and the tools that guests need, without installing them.
 
-Installing a kernel package would add a boot entry and might be booted next time, so the packages
-are downloaded with apt and only unpacked, below `$XDG_CACHE_HOME/tcpstuck-trace/guest`. Symbolic
-links there, such as `kernel` and `busybox`, name what is current; a link moves only once its
-packages are completely unpacked, so that an interrupted download is never booted.
+An installed kernel package would add a boot entry, and this machine might boot it next time.
+Therefore apt only downloads the packages, and dpkg-deb unpacks them below
+`$XDG_CACHE_HOME/tcpstuck-trace/guest`. Symbolic links there, such as `kernel` and `busybox`, point
+to the current packages. A link changes only after its packages are completely unpacked, so no guest
+boots an interrupted download.
 """
 
 from __future__ import annotations
@@ -26,15 +27,16 @@ if TYPE_CHECKING:
 
 DOWNLOAD_LIMIT_S = 600.0
 IMAGE_VARIABLE = "TCPSTUCK_LAB_KERNEL_IMAGE"
-"""Names, in a guest, the image it was booted from."""
+"""In a guest, the path of the image that the guest was booted from."""
 BUSYBOX_PACKAGE = "busybox-static"
-"""Static, because virtme-ng copies this one file into the guest's initial file system."""
+"""A static busybox, because virtme-ng copies only this file into the guest's initramfs."""
 PROMETHEUS_PACKAGE = "prometheus"
-"""With promtool. 19 MB to download and 95 MB unpacked (2.42, Debian 12): only who asks gets it."""
+"""Prometheus with promtool; fetched only on request: 19 MB download, 95 MB unpacked (2.42, Debian
+12)."""
 
 
 class CacheError(LabError):
-    """The kernel to boot is not there, or cannot be fetched."""
+    """A package for guests is missing from the cache, or cannot be fetched."""
 
     exit_status: ClassVar[int] = 125
 
@@ -47,34 +49,34 @@ class Package(NamedTuple):
 
     @property
     def directory_name(self) -> str:
-        """The name of the directory it is unpacked into."""
+        """The name of the directory for the unpacked package."""
         return f"{self.name}_{self.version}"
 
 
 def cache_directory(environment: Mapping[str, str] = os.environ) -> Path:
-    """Where packages for guests are kept, by the XDG base directory specification."""
+    """The directory of packages for guests, according to the XDG base directory specification."""
     base = environment.get("XDG_CACHE_HOME", "")
     root = Path(base) if base.startswith("/") else Path.home() / ".cache"
     return root / "tcpstuck-trace" / "guest"
 
 
 def cached_kernel(link: str = "kernel") -> Path:
-    """The kernel image of the last fetch under that link; its modules lie in the same tree.
+    """The last kernel image fetched under that link; its modules are in the same tree.
 
-    Raises CacheError where none has been fetched.
+    Raises CacheError if none has been fetched.
     """
     images = sorted((cache_directory() / link / "boot").glob("vmlinu[xz]-*"))
     if not images:
         raise CacheError(
             "no kernel to boot a guest with",
-            f"{cache_directory() / link} holds none",
+            f"{cache_directory() / link} contains none",
             "run `make setup`, or name an image with --kernel",
         )
     return images[0].resolve()
 
 
 def running_kernel_image() -> Path | None:
-    """The file that the running kernel was booted from, None where it is not here."""
+    """The image file of the running kernel; None if it is not on this machine."""
     named = os.environ.get(IMAGE_VARIABLE)
     release = os.uname().release
     try:
@@ -85,11 +87,11 @@ def running_kernel_image() -> Path | None:
 
 
 def cached_busybox() -> Path:
-    """The static busybox of the last fetch. Raises CacheError where none has been fetched."""
+    """The static busybox of the last fetch. Raises CacheError if none has been fetched."""
     busybox = cache_directory() / "busybox" / "bin" / "busybox"
     if not busybox.exists():
         raise CacheError(
-            "no busybox for the guest's initial file system",
+            "no busybox for the guest's initramfs",
             f"{busybox} does not exist",
             "run `make setup`",
         )
@@ -97,11 +99,11 @@ def cached_busybox() -> Path:
 
 
 def cached_prometheus() -> Path:
-    """The directory of `prometheus` and `promtool`. Raises CacheError where none was fetched."""
+    """The directory of `prometheus` and `promtool`. Raises CacheError if none was fetched."""
     programs = cache_directory() / PROMETHEUS_PACKAGE / "usr" / "bin"
     if not (programs / "promtool").exists():
         raise CacheError(
-            "no Prometheus to try the metrics with",
+            "no Prometheus to test the metrics with",
             f"{programs} has no promtool",
             "run `python3 -m lab fetch --prometheus`",
         )
@@ -109,7 +111,7 @@ def cached_prometheus() -> Path:
 
 
 def parse_record(record: str) -> dict[str, str]:
-    """The one-line fields of the first paragraph of `apt-cache show` output."""
+    """The one-line fields in the first paragraph of `apt-cache show` output."""
     fields: dict[str, str] = {}
     for line in record.split("\n\n", 1)[0].splitlines():
         name, colon, value = line.partition(":")
@@ -119,22 +121,22 @@ def parse_record(record: str) -> dict[str, str]:
 
 
 def dependencies(record: str) -> list[str]:
-    """The first alternative of each dependency in a record, without its version."""
+    """The first alternative of each dependency in a record, without versions."""
     wanted = parse_record(record).get("Depends", "").split(",")
     names = [one.split("|")[0].split("(")[0].strip() for one in wanted]
     return [name for name in names if name]
 
 
 def kernel_dependency(record: str) -> str | None:
-    """The package that a kernel meta-package's record leads to, or None."""
+    """The image package that a kernel meta-package's record depends on, or None."""
     return next((n for n in dependencies(record) if n.startswith("linux-image-")), None)
 
 
 def kernel_parts(image: str, record: str) -> list[str]:
-    """The packages that an image package's record splits its kernel into.
+    """The packages that contain the kernel of an image package, according to its record.
 
-    Since 7.2 Debian's linux-image-RELEASE is empty and depends on linux-binary-RELEASE and
-    linux-modules-RELEASE; before, it holds everything itself.
+    Since 7.2, Debian's linux-image-RELEASE is empty and depends on linux-binary-RELEASE and
+    linux-modules-RELEASE. Older image packages contain everything themselves.
     """
     release = image[len("linux-image-") :]
     return [name for name in dependencies(record) if name.endswith(f"-{release}")]
@@ -147,12 +149,12 @@ def run_tool(
     environment: Mapping[str, str] | None = None,
     limit_s: float = DOWNLOAD_LIMIT_S,
 ) -> str:
-    """Standard output of an external command, its environment added to ours.
+    """Run an external command with `environment` added to ours; returns its standard output.
 
-    Raises CacheError with its error line.
+    Raises CacheError with the command's error line.
     """
     named = textwrap.shorten(f"`{' '.join(command)}`", 120)
-    remedy = "run `make setup`, which refreshes the package lists, and look at the network"
+    remedy = "run `make setup`, which refreshes the package lists, and check the network"
     try:
         done = subprocess.run(
             command,
@@ -172,7 +174,7 @@ def run_tool(
 
 
 def _error_line(done: subprocess.CompletedProcess[str]) -> str:
-    """The first that apt marks as an error: what follows is what came of it."""
+    """The first line that apt marks as an error; later ones are consequences."""
     lines = done.stderr.strip().splitlines()
     marked = [line for line in lines if line.startswith("E: ")]
     return (marked[:1] or lines[-1:] or [f"status {done.returncode}"])[0]
@@ -180,51 +182,51 @@ def _error_line(done: subprocess.CompletedProcess[str]) -> str:
 
 @dataclass(frozen=True)
 class Apt:
-    """apt, asked about this machine's own archives or, with a configuration, about others."""
+    """apt for this machine's archives or, with a configuration, for others."""
 
     configuration: Path | None = None
-    """A file of apt.conf(5) that is read before all others; None: this machine as it is."""
+    """An apt.conf(5) file that apt reads before all others; None: this machine's configuration."""
 
     def run(self, *command: str, cwd: Path | None = None) -> str:
-        """Standard output of one of apt's commands. Raises CacheError."""
+        """Run an apt command; returns its standard output. Raises CacheError."""
         given = {} if self.configuration is None else {"APT_CONFIG": str(self.configuration)}
         return run_tool(command, cwd=cwd, environment=given)
 
     def record(self, name: str) -> str:
-        """What `apt-cache show` says of the candidate. Raises CacheError where there is none."""
+        """The candidate's record from `apt-cache show`. Raises CacheError if there is none."""
         return self.run("apt-cache", "show", "--no-all-versions", name)
 
     def candidates(self, names: Sequence[str]) -> list[Package]:
-        """The versions of these packages that apt would install. Raises CacheError for none.
+        """The versions of the packages that apt would install. Raises CacheError if one has none.
 
-        All in one call, because apt may have to read its lists anew for each.
+        One call handles all packages, because apt may read its lists again for each call.
         """
         records = self.run("apt-cache", "show", "--no-all-versions", *names).split("\n\n")
         fields = [parse_record(record) for record in records]
         versions = {one["Package"]: one["Version"] for one in fields if "Version" in one}
         for name in names:
             if name not in versions:
-                why, remedy = "apt knows none", "run `make setup`"
+                why, remedy = "apt finds no version", "run `make setup`"
                 raise CacheError(f"package {name} has no candidate", why, remedy)
         return [Package(name, versions[name]) for name in names]
 
     def kernel(self) -> list[Package]:
-        """What the kernel meta-package for this architecture stands for now, the image first.
+        """The packages of the current kernel for this architecture, the image package first.
 
-        Raises CacheError where there is no such package or it leads to no image.
+        Raises CacheError if there is no meta-package, or if it depends on no image.
         """
         meta = f"linux-image-{architecture()}"
         image = kernel_dependency(self.record(meta))
         if image is None:
             raise CacheError(
-                f"package {meta} leads to no kernel image",
-                "none of its dependencies is one",
+                f"package {meta} depends on no kernel image",
+                "none of its dependencies is a linux-image package",
                 "name an image with --kernel",
             )
         return self.candidates([image, *kernel_parts(image, self.record(image))])
 
     def download_and_unpack(self, packages: Sequence[Package], target: Path) -> None:
-        """Make the directory `target` of the packages' files. Raises CacheError."""
+        """Download packages and unpack them into a new directory `target`. Raises CacheError."""
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as scratch:
             here = Path(scratch)
             # apt's unprivileged download user cannot enter a private cache directory.
@@ -247,10 +249,11 @@ def architecture() -> str:
 
 
 def give_one_layout(tree: Path) -> None:
-    """Let files be found where older packages have them, wherever newer ones put them.
+    """Give newer packages' files the paths that older packages use.
 
-    Debian 13's packages have bin and lib only below usr, and since 7.2 a kernel's image lies
-    beside its modules. A hard link, because what it lies in tells virtme-ng where the modules are.
+    Debian 13's packages have bin and lib only below usr. Since 7.2, a kernel's image is in the
+    directory of its modules. The image gets a hard link, because virtme-ng finds the modules by the
+    image's directory.
     """
     for name in ("bin", "sbin", "lib"):
         if (tree / "usr" / name).is_dir() and not (tree / name).exists():
@@ -261,9 +264,9 @@ def give_one_layout(tree: Path) -> None:
 
 
 def fetch(packages: Sequence[Package], link: str, apt: Apt = THIS_MACHINE) -> bool:
-    """Make `link` in the cache name the unpacked packages; False if it already did.
+    """Point `link` in the cache to the unpacked packages; returns False if it already did.
 
-    The first package names the directory. Raises CacheError where one cannot be had.
+    The first package gives the directory its name. Raises CacheError if a download fails.
     """
     cache = cache_directory()
     unpacked = cache / "packages" / packages[0].directory_name
@@ -283,7 +286,7 @@ def fetch(packages: Sequence[Package], link: str, apt: Apt = THIS_MACHINE) -> bo
 
 
 def _remove_unless_linked(unpacked: Path) -> None:
-    """Two links may name the same directory: two suites may have the same kernel."""
+    """Remove a directory unless another link points to it: two suites may share a kernel."""
     links = (path for path in cache_directory().iterdir() if path.is_symlink())
     if all(link.resolve() != unpacked for link in links):
         shutil.rmtree(unpacked, ignore_errors=True)
@@ -302,11 +305,11 @@ def _fetch_command(arguments: argparse.Namespace) -> int:
 
 
 def add_parser(subparsers: Subparsers) -> None:
-    """The `fetch` command: bring the guest's kernel and busybox into the cache."""
+    """Add the `fetch` command, which downloads the guest's kernel and busybox."""
     parser = subparsers.add_parser("fetch", help="download the kernel that guests boot")
     parser.add_argument(
         "--prometheus",
         action="store_true",
-        help="instead Debian's Prometheus (19 MB), which a test of the metrics runs if it is there",
+        help="fetch Debian's Prometheus (19 MB) instead, for an optional test of the metrics",
     )
     parser.set_defaults(run=_fetch_command)

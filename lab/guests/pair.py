@@ -1,8 +1,9 @@
-"""`python3 -m lab pair`: the rescue between two kernels, a guest for each, joined by a wire.
+"""`python3 -m lab pair`: tests --rescue between two kernels, in two guests joined by a wire.
 
-What a repeated SYN-ACK draws is up to the client's kernel, and what that answer is worth to the
-server's; on one machine they are the same kernel. Here the server and the tool run on one, the
-clients on another. `lab.guests.pair_end` is what runs in the guests; the clients' own view decides.
+The client's kernel decides how it answers a retransmitted SYN-ACK, and the server's kernel decides
+whether to accept that answer. On one machine both are the same kernel. Here the server and the tool
+run on one kernel, the clients on another. `lab.guests.pair_end` runs in the guests. The clients'
+own view decides the result.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from lab.guests.packages import Subparsers
 
 PAIR_LIMIT_S = 1800.0
-"""For both guests of a pair: a slow machine is not a failure."""
+"""For both guests of a pair; generous, so that a slow machine does not fail."""
 HEADERS = (
     *("server", "kernel", "client", "kernel", "family", "options", "in the SYN-ACK"),
     *("stuck", "rescued/greeted"),
@@ -42,7 +43,7 @@ UNKNOWN = "?"
 
 
 class Pair(NamedTuple):
-    """Which row's kernel plays which part."""
+    """The rows that provide the server's and the client's kernel."""
 
     server: Row
     client: Row
@@ -50,16 +51,16 @@ class Pair(NamedTuple):
 
 @dataclass
 class PairResult:
-    """What the clients' guest told."""
+    """The result that the clients' guest reported."""
 
     pair: Pair
     tries: list[dict[str, Any]] = field(default_factory=list)
     closing: dict[str, Any] = field(default_factory=dict)
-    """The kernels' releases, and how the clients ended whom the tool knew nothing of."""
+    """The kernel releases, and the final state of the clients that the tool did not trace."""
     trouble: str | None = None
 
     def take_in(self, said: bytes) -> None:
-        """The clients' lines of JSON; one that was cut off says nothing."""
+        """Parse the clients' JSON lines; an incomplete last line is ignored."""
         whole, _, _ = said.rpartition(b"\n")
         for line in map(json.loads, whole.splitlines()):
             if "family" in line:
@@ -69,7 +70,7 @@ class PairResult:
 
     @property
     def good(self) -> bool:
-        """Whether all was tried, whoever was stuck got all that it was owed, and nobody else."""
+        """Whether all tries ran, all stuck clients were rescued, and no untraced client was."""
         untraced = self.closing.get("untraced", 0)
         controlled = untraced and untraced == self.closing["waiting"]
         complete = len(self.tries) == len(FAMILIES) * len(OPTION_SETS)
@@ -77,19 +78,19 @@ class PairResult:
 
 
 def is_good(one: dict[str, Any]) -> bool:
-    """Whether every client of a try was stuck, then greeted, and got its bytes back."""
+    """Whether every client of a try was stuck, was rescued and greeted, and got its bytes back."""
     counts = (one["stuck"], one["greeted"], one["equal"], one["rescued"])
     return one["clients"] > 0 and all(count == one["clients"] for count in counts)
 
 
 def ring(rows: Sequence[Row]) -> list[Pair]:
-    """Each row once as server and once as client, its partner as far from it as can be."""
+    """Each row once as server and once as client, paired with the most distant row."""
     half = len(rows) // 2
     return [Pair(row, rows[(at + half) % len(rows)]) for at, row in enumerate(rows)]
 
 
 def table(results: Sequence[PairResult]) -> str:
-    """A line for each try."""
+    """A table with a line for each try."""
     lines = [
         (
             result.pair.server.suite,
@@ -109,7 +110,7 @@ def table(results: Sequence[PairResult]) -> str:
 
 
 def complaints(results: Sequence[PairResult]) -> list[str]:
-    """A line for all that is not as it should be."""
+    """A line for each problem."""
     lines = []
     for result in results:
         where = f"{result.pair.server.suite} with {result.pair.client.suite}"
@@ -120,12 +121,12 @@ def complaints(results: Sequence[PairResult]) -> list[str]:
     return lines
 
 
-# Apt is asked once a run what the newest is.
+# One run asks apt only once for the newest packages.
 _place_of = functools.lru_cache(trees.prepare)
 
 
 def options_for(row: Row, part: str, descriptor: int) -> GuestOptions:
-    """The guest that plays a part, on its end of the wire. Raises CacheError."""
+    """The options of the guest for a part, with its end of the wire. Raises CacheError."""
     place = _place_of(row)
     return GuestOptions(
         kernel=place.kernel,
@@ -140,12 +141,12 @@ def options_for(row: Row, part: str, descriptor: int) -> GuestOptions:
 
 
 def command_for(part: str) -> list[str]:
-    """What its guest runs, by the distribution's Python."""
+    """The command of a part's guest, with the distribution's Python."""
     return ["/usr/bin/python3", "-m", "lab.guests.pair_end", part]
 
 
 def run_pair(pair: Pair, log: IO[bytes]) -> PairResult:
-    """Boot both guests and let the clients tell; no LabError gets out, it is a result."""
+    """Boot both guests and collect the clients' report; a LabError becomes part of the result."""
     result = PairResult(pair)
     said = bytearray()
 
@@ -160,7 +161,7 @@ def run_pair(pair: Pair, log: IO[bytes]) -> PairResult:
         ends = [stack.enter_context(end) for end in socket.socketpair()]
         pool = stack.enter_context(guests_beside(1))
         try:
-            # Whatever has to be made is made before either guest waits for the other.
+            # Prepare both guests' files before one guest waits for the other.
             ours = options_for(pair.server, SERVER, ends[0].fileno())
             theirs = options_for(pair.client, CLIENT, ends[1].fileno())
         except LabError as error:
@@ -179,7 +180,7 @@ def run_pair(pair: Pair, log: IO[bytes]) -> PairResult:
 def _pair_command(arguments: argparse.Namespace) -> int:
     named = [bool(arguments.server), bool(arguments.client)]
     if any(named) if arguments.all else not all(named):
-        raise LabError("which pairs?", "name rows for both parts, or --all", "see --help")
+        raise LabError("no pairs selected", "name rows for both parts, or use --all", "see --help")
     chosen = [Pair(server, client) for server in arguments.server for client in arguments.client]
     results = []
     for pair in ring(ROWS) if arguments.all else chosen:
@@ -199,7 +200,7 @@ def _pair_command(arguments: argparse.Namespace) -> int:
 
 def add_parser(subparsers: Subparsers) -> None:
     """Add the `pair` command."""
-    parser = subparsers.add_parser("pair", help="the rescue between two different kernels")
+    parser = subparsers.add_parser("pair", help="test --rescue between two kernels")
     suites = ", ".join(row.suite for row in ROWS)
     for part in (SERVER, CLIENT):
         parser.add_argument(
@@ -208,8 +209,8 @@ def add_parser(subparsers: Subparsers) -> None:
             nargs="+",
             default=[],
             type=trees.row_named,
-            help=f"of {suites}",
+            help=f"one of {suites}",
         )
-    parser.add_argument("--all", action="store_true", help="each row in both parts")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
+    parser.add_argument("--all", action="store_true", help="use each row in both parts")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures to FILE")
     parser.set_defaults(run=_pair_command)

@@ -1,9 +1,8 @@
-"""What `pair` runs in its two guests: a server with the tool, and clients that wait for it.
+"""Runs in the two guests of `pair`: a server with the tool, and clients that wait for a greeting.
 
-Started as `python3 -m lab.guests.pair_end server|client`. The client's end asks the server's over
-the wire itself (XML-RPC), at a port that neither the tool nor the firewall's rule looks at. What
-the clients see goes to the client's standard output: a line of JSON for each try, and one for the
-pair.
+Usage: `python3 -m lab.guests.pair_end server|client`. The client's end controls the server's end
+with XML-RPC over the same wire, at a port that neither the tool nor the firewall rule matches. The
+client's end prints the clients' view: one JSON line per try, and one for the pair.
 """
 
 from __future__ import annotations
@@ -50,21 +49,22 @@ OPTION_SETS: Mapping[str, Mapping[str, str]] = {
     "no timestamps": {"net/ipv4/tcp_timestamps": "0"},
 }
 CLIENTS = 8
-"""In each try; fewer than the tool writes to in a second at one address."""
+"""Clients per try; fewer than the tool's limit of rescues per second and address."""
 UNTRACED = 2
-"""In each family, stuck before the tool is there: nobody can rescue them."""
+"""Clients per family that are stuck before the tool starts, so the tool cannot rescue them."""
 BULK = 256 * 1024
 NEGOTIATED = ("timestamps", "SACK", "scaling")
-"""By bit, from the lowest, of tcpi_options in linux/tcp.h."""
+"""Names of the bits of tcpi_options in linux/tcp.h, lowest first."""
 OPTIONS_OF_TCP_INFO = 5
-"""Where that byte is."""
+"""Offset of tcpi_options in struct tcp_info."""
 TRY_S = 5.0
-"""A SYN that comes before the other guest has its interface is lost; its repetitions get rare."""
+"""Timeout of one connection attempt. A SYN is lost before the other guest's interface is up, and
+retransmissions become rare."""
 TOOL = ("-m", "tcpstuck_bpf", "-p", str(PORT), "--json", "--rescue", "-t", "1")
 
 
 class GreetAndEcho(socketserver.BaseRequestHandler):
-    """Speaks first, then says again what it hears."""
+    """Sends the greeting, then echoes the received data."""
 
     def handle(self) -> None:
         """Serve one connection to its end."""
@@ -75,7 +75,7 @@ class GreetAndEcho(socketserver.BaseRequestHandler):
 
 
 class EchoServer(socketserver.ThreadingTCPServer):
-    """Listens for both families."""
+    """A TCP server that listens for both families."""
 
     address_family = socket.AF_INET6
     allow_reuse_address = True
@@ -85,7 +85,7 @@ class EchoServer(socketserver.ThreadingTCPServer):
 
 @contextlib.contextmanager
 def echoing(port: int) -> Iterator[int]:
-    """A server of `GreetAndEcho` while the context lasts; the port it listens on."""
+    """Run a `GreetAndEcho` server while the context lasts; yields the server's port."""
     with EchoServer(("::", port), GreetAndEcho) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
@@ -97,7 +97,7 @@ def echoing(port: int) -> Iterator[int]:
 
 
 def is_greeted(client: socket.socket, deadline: Deadline) -> bool:
-    """Whether the greeting, which is one segment, comes in time."""
+    """Whether the greeting, which is one segment, arrives in time."""
     with contextlib.suppress(OSError):
         client.settimeout(deadline.left() or 0.001)
         return client.recv(len(GREETING)) == GREETING
@@ -105,7 +105,7 @@ def is_greeted(client: socket.socket, deadline: Deadline) -> bool:
 
 
 def echoes(client: socket.socket) -> bool:
-    """Whether what is sent comes back as it was, more at once than a window without scaling."""
+    """Whether data larger than an unscaled window comes back unchanged."""
     data = os.urandom(BULK)
     client.settimeout(patient(COMMAND_S))
     with ThreadPoolExecutor(1) as thread, contextlib.suppress(OSError):
@@ -118,19 +118,19 @@ def echoes(client: socket.socket) -> bool:
 
 
 def negotiated(client: socket.socket) -> str:
-    """The options that a connection's SYN-ACK agreed to, by the client's kernel."""
+    """The TCP options that a connection's SYN-ACK accepted, from the client's kernel."""
     info = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, OPTIONS_OF_TCP_INFO + 1)
     bits = info[OPTIONS_OF_TCP_INFO]
     return " ".join(name for at, name in enumerate(NEGOTIATED) if bits >> at & 1) or "none"
 
 
 def four_tuple_of(client: socket.socket) -> FourTuple:
-    """A client's own name for its connection."""
+    """The 4-tuple of a client's connection."""
     return FourTuple(*client.getsockname()[:2], *client.getpeername()[:2])
 
 
 def join_wire(place: OwnNamespace, ours: str) -> None:
-    """Bring up this end's interface, the neighbour entered by hand as in the other topology."""
+    """Bring up this end's interface, with a permanent neighbour entry as in `Topology`."""
     theirs = CLIENT if ours == SERVER else SERVER
     place.pin(SYSCTLS)
     place.pin(SYSCTLS_OF_SOME_KERNELS, if_known=True)
@@ -147,7 +147,7 @@ def join_wire(place: OwnNamespace, ours: str) -> None:
 
 
 class Server:
-    """The server's end: what the client's end may ask for."""
+    """The server's end, with the methods that the client's end may call."""
 
     def __init__(self, place: OwnNamespace, tracer: Tracer) -> None:
         self._place = place
@@ -156,63 +156,63 @@ class Server:
         self._asked_to_end = False
 
     def trace(self) -> str:
-        """Start the tool; answers with the kernel's release once it traces."""
+        """Start the tool; returns the kernel release once the tool traces."""
         self._tracer.start()
         return platform.release()
 
     def silence(self, family: int) -> None:
-        """Drop bare ACKs from now on; the tool pauses, or its tries would be used up in vain."""
+        """Drop bare ACKs from now on; the tool pauses, so that it does not waste its attempts."""
         self._tracer.pause()
         self._rules.enter_context(dropping(self._place, ack_rule(PORT), family))
 
     def known(self) -> list[list[Any]]:
-        """The established connections, by `ss`; no ACK sent before this was asked comes after."""
+        """The established connections, from `ss`; ACKs sent before this call have arrived."""
         rows = self._place.sockets("established", f"sport = :{PORT}")
         return [[row.peer_ip, row.peer_port, row.local_ip, row.local_port] for row in rows]
 
     def listen(self) -> None:
-        """Drop nothing any more."""
+        """Stop dropping ACKs, and resume the tool."""
         self._rules.close()
         self._tracer.resume()
 
     def rescued(self, clients: Sequence[Sequence[Any]]) -> int:
-        """How many of these the tool says it has rescued."""
+        """The number of these clients that the tool reports as rescued."""
         wanted, netns = [FourTuple(*client) for client in clients], self._place.inode
         self._tracer.await_reported(dict.fromkeys(wanted, "rescued"), netns)
         told = reported_verdicts(self._tracer.lines, netns)
         return sum(told.get(client) == "rescued" for client in wanted)
 
     def end(self) -> None:
-        """Answer this, and nothing after it."""
+        """End after this request."""
         self._asked_to_end = True
 
     def serve(self, control: SimpleXMLRPCServer) -> None:
-        """Do what is asked, one thing after the other, until asked to end."""
+        """Serve requests one after the other, until `end`."""
         control.register_instance(self)
         while not self._asked_to_end:
             control.handle_request()
 
 
 def control_server(port: int) -> SimpleXMLRPCServer:
-    """Where the client's end asks."""
+    """The XML-RPC server that the client's end calls."""
     return SimpleXMLRPCServer(("", port), logRequests=False, allow_none=True)
 
 
 def run_server(place: OwnNamespace) -> None:
-    """The whole life of the server's guest."""
+    """Run the server's guest until `end`."""
     words = [sys.executable, *TOOL, "--ready-file", READY_PLACEHOLDER]
-    # The listeners are there before the interface: no connection is ever refused.
+    # Start the listeners before the interface, so that no connection is refused.
     with control_server(CONTROL_PORT) as control, echoing(PORT), Tracer(words) as tool:
         join_wire(place, SERVER)
         place.pin({"net/ipv4/tcp_syncookies": "2"})
         Server(place, tool).serve(control)
         tool.stop()
-        # For whoever has to find out why a client was not rescued.
+        # For debugging: the tool's output shows why a client was not rescued.
         print(*map(json.dumps, tool.lines), sep="\n", flush=True)
 
 
 def server_at(address: str, port: int) -> Any:
-    """The server's end, to be asked for what `Server` does. Raises LabTimeoutError."""
+    """A proxy for the server's end, with the methods of `Server`. Raises LabTimeoutError."""
     deadline = Deadline(START_S)
     while not deadline.passed():
         with contextlib.suppress(OSError), socket.create_connection((address, port), TRY_S):
@@ -221,14 +221,14 @@ def server_at(address: str, port: int) -> Any:
 
 
 def silenced(server: Any, family: int, count: int) -> list[socket.socket]:
-    """Clients whose ACKs were dropped, by a rule that is still there."""
+    """Connect clients while a rule drops their ACKs; the rule stays."""
     server.silence(family)
     place = (SERVER_ADDRESS[family], PORT)
     return [socket.create_connection(place, patient(COMMAND_S)) for _ in range(count)]
 
 
 def stuck_of(server: Any, clients: Sequence[socket.socket]) -> list[socket.socket]:
-    """Those that are connected, have heard nothing, and are unknown to the server."""
+    """The clients that are connected, have received no data, and are unknown to the server."""
     known = {FourTuple(*one) for one in server.known()}
     spoken_to, _, _ = select.select(clients, [], [], 0)
     return [
@@ -239,11 +239,15 @@ def stuck_of(server: Any, clients: Sequence[socket.socket]) -> list[socket.socke
 
 
 def play(place: OwnNamespace, server: Any, family: int, options: str) -> dict[str, Any]:
-    """One try: a client that makes the address known, then silenced ones, and what they see."""
+    """Play one try and return its figures.
+
+    A healthy client first makes the address known. Then clients connect while their ACKs are
+    dropped.
+    """
     place.pin({**SYSCTLS, **OPTION_SETS[options]})
     with socket.create_connection((SERVER_ADDRESS[family], PORT), patient(COMMAND_S)) as first:
         if not is_greeted(first, Deadline(SETTLE_S)):
-            raise LabError("no client is greeted", "nor is one that nobody silenced", "see the log")
+            raise LabError("no client is greeted", "not even one whose ACK passed", "see the log")
     clients = silenced(server, family, CLIENTS)
     stuck = stuck_of(server, clients)
     server.listen()
@@ -265,9 +269,9 @@ def play(place: OwnNamespace, server: Any, family: int, options: str) -> dict[st
 
 
 def run_client(place: OwnNamespace) -> None:
-    """The whole life of the client's guest."""
+    """Run the client's guest to its end."""
     join_wire(place, CLIENT)
-    # For an answer of the server's end, too.
+    # This timeout also limits the wait for an answer of the server's end.
     socket.setdefaulttimeout(patient(LOAD_S))
     server = server_at(SERVER_ADDRESS[4], CONTROL_PORT)
     untraced = []
@@ -285,7 +289,7 @@ def run_client(place: OwnNamespace) -> None:
 
 
 def main(part: str) -> int:
-    """Play a part to its end; the exit status."""
+    """Play a part to its end; returns the exit status."""
     try:
         {SERVER: run_server, CLIENT: run_client}[part](OwnNamespace())
     except LabError as error:

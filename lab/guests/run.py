@@ -1,8 +1,8 @@
-"""Run a command in a throw-away guest with a real Debian kernel, or natively where that will do.
+"""Runs a command in a throw-away guest with a real Debian kernel, or natively if possible.
 
-The guest is booted by virtme-ng over this machine's own file system, under software emulation
-unless KVM works here. The command's exit status, standard output and standard error come back
-apart; nothing else is mixed into them.
+virtme-ng boots the guest over this machine's own file system, under software emulation unless KVM
+works. The command's exit status, standard output and standard error come back separately, without
+any other output in them.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from lab.guests.trial import kvm_works, tracing_refusal
 __all__ = ["GuestDiedError", "GuestError", "GuestOptions", "GuestResult", "Wire", "run_in_guest"]
 
 TIMEOUT_STATUS = 124
-"""The exit status for a command that was cut off, as with coreutils' timeout."""
+"""The exit status of a command that was cut off, as in coreutils' timeout."""
 HARNESS_STATUS = 125
-"""The exit status when the harness, not the command, failed, as with coreutils' env."""
+"""The exit status if the harness failed, not the command, as in coreutils' env."""
 _CHUNK_BYTES = 65536
 _LOG_TAIL_LINES = 15
 _MORTAL = ("setpriv", "--pdeathsig", "ALRM", "timeout", "--signal=KILL", "0")
-"""Before a command: when the thread that started it has ended, whatever ended it, the command and
-all of its process group are killed. `timeout` waits for that; its own limit, 0, is none."""
+"""Prefix of a command: when the thread that started the command ends for any reason, `timeout`
+kills the command's process group. The limit 0 means no time limit."""
 _thread = threading.local()
-"""In a thread of `guests_beside`, its `stop` is the descriptor that tells its guest to end."""
+"""In a thread of `guests_beside`, `stop` holds the descriptor that signals its guest to end."""
 
 Sink = Callable[[bytes], object]
-"""Takes a piece of a stream as it arrives."""
+"""Receives each piece of a stream as it arrives."""
 
 
 class GuestError(LabError):
-    """No guest could be had."""
+    """No guest could be started."""
 
     exit_status: ClassVar[int] = HARNESS_STATUS
 
@@ -58,42 +58,42 @@ class GuestDiedError(GuestError):
     """The guest did not boot, or died or hung before the command ended."""
 
     def __init__(self, what: str, why: str, console: str) -> None:
-        remedy = "allow more with --timeout or --memory, or try another --kernel"
+        remedy = "increase --timeout or --memory, or try another --kernel"
         super().__init__(what, why, remedy)
         self.console = console
-        """Everything the guest's console and QEMU said."""
+        """All output of the guest's console and of QEMU."""
 
     def lines(self) -> list[str]:
-        """The message, after the end of the console that explains it."""
+        """The last lines of the console, then the message."""
         tail = self.console.splitlines()[-_LOG_TAIL_LINES:]
         return [*(f"  console: {line}" for line in tail), *super().lines()]
 
 
 @dataclass(frozen=True)
 class GuestResult:
-    """How a command ended."""
+    """The result of a command."""
 
     status: int
-    """Exit status; 128 + the signal's number for a signal; TIMEOUT_STATUS when cut off."""
+    """Exit status; 128 + signal number for a signal; TIMEOUT_STATUS if cut off."""
     stdout: bytes
-    """Empty where a sink took it."""
+    """Empty if a sink received the output."""
     stderr: bytes
     timed_out: bool
     native: bool
     kernel_log: str
-    """The guest's console (warnings and worse) with what QEMU said; empty when native."""
+    """Output of the guest's console (warnings and worse) and of QEMU; empty if native."""
     boot_s: float
     """From the start of the harness to the start of the command."""
     total_s: float
 
 
 def choose_native(options: GuestOptions, refusal: Callable[[], str | None]) -> bool:
-    """Whether to run on this machine's kernel. Raises GuestError where options contradict."""
+    """Whether to run on this machine's kernel. Raises GuestError if options conflict."""
     if options.native == "always":
         if options.needs_guest:
             raise GuestError(
                 "cannot run natively",
-                "a kernel, a root tree, a wire or an instruction clock was asked for",
+                "a kernel, a root tree, a wire or an instruction clock needs a guest",
                 "leave out --native always",
             )
         return True
@@ -108,10 +108,10 @@ def run_in_guest(
     stderr_sink: Sink | None = None,
     cwd: Path | None = None,
 ) -> GuestResult:
-    """Run a command to its end, or to the time limit, and kill whatever it leaves behind.
+    """Run a command to its end or to the time limit, and kill its remaining processes.
 
-    Without sinks the output is collected in the result. Raises GuestError, or CacheError where
-    there is no kernel to boot.
+    Without sinks, the result contains the output. Raises GuestError, or CacheError if there is no
+    kernel to boot.
     """
     options = options or GuestOptions()
     directory = Path.cwd() if cwd is None else cwd
@@ -137,7 +137,7 @@ def run_in_guest(
 def run_and_tell(
     command: Sequence[str], options: GuestOptions, says: Sink, complains: Sink, cwd: Path
 ) -> int:
-    """Run a command and tell what went wrong with its guest; the exit status of either."""
+    """Run a command, and write guest errors to `complains`; returns the exit status of either."""
     try:
         result = run_in_guest(
             command, options=options, stdout_sink=says, stderr_sink=complains, cwd=cwd
@@ -152,7 +152,7 @@ def run_and_tell(
 
 @contextlib.contextmanager
 def guests_beside(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads for so many guests at a time; whatever ends the block ends all of them first."""
+    """Threads for `count` guests at a time; when the block ends for any reason, all guests end."""
     stop, held = os.pipe()
     pool = ThreadPoolExecutor(count, initializer=setattr, initargs=(_thread, "stop", (stop,)))
     with sigterm_ends_program():
@@ -161,14 +161,14 @@ def guests_beside(count: int) -> Iterator[ThreadPoolExecutor]:
         finally:
             os.close(held)
             pool.shutdown(cancel_futures=True)
-            # Not where a second signal broke off the wait: the threads still look at it.
+            # Not reached if a second signal interrupts the wait: the threads still use `stop`.
             os.close(stop)
 
 
 @dataclass(frozen=True)
 class _Outcome:
     status: int | None
-    """None when the time limit passed."""
+    """None if the time limit passed."""
     kernel_log: str = ""
     boot_s: float = 0.0
 
@@ -229,18 +229,18 @@ def _run_guest(
 
 
 def _prepare(command: Sequence[str], options: GuestOptions, cwd: Path, control: Path) -> list[str]:
-    """The command line that boots the guest; writes the script it will run."""
+    """Write the guest's script, and return the command line that boots the guest."""
     virtme = shutil.which("virtme-run", path=f"{Path(sys.executable).parent}:{os.defpath}")
     if virtme is None or shutil.which("qemu-system-x86_64") is None:
         missing = "virtme-ng" if virtme is None else "qemu-system-x86_64"
         raise GuestError("cannot boot a guest", f"{missing} is missing", "run `make setup`")
     for directory in (options.root, *options.shares, *options.views):
         if not directory.is_dir():
-            why = f"{directory} is no directory"
-            raise GuestError("the guest cannot see it", why, "name an existing one")
+            why = f"{directory} is not a directory"
+            raise GuestError("cannot export a directory", why, "name an existing one")
     kernel = cached_kernel() if options.kernel is None else options.kernel
     if not kernel.is_file():
-        raise GuestError("cannot boot a guest", f"{kernel} is no file", "name a kernel image")
+        raise GuestError("cannot boot a guest", f"{kernel} is not a file", "name a kernel image")
     (control / machine.SCRIPT_FILE).write_text(machine.boot_script(command, options, cwd))
     use_kvm = not options.icount and kvm_works(kernel)
     arguments = machine.virtme_arguments(
@@ -250,7 +250,7 @@ def _prepare(command: Sequence[str], options: GuestOptions, cwd: Path, control: 
 
 
 def _status(control: Path, console: str) -> int:
-    """The command's exit status as the guest wrote it down."""
+    """The command's exit status, as recorded by the guest."""
     written = control / machine.STATUS_FILE
     digits = written.read_text().strip() if written.exists() else ""
     if not digits.isdigit():
@@ -269,7 +269,7 @@ def _session(
     env: dict[str, str] | None = None,
     pass_fds: Sequence[int] = (),
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a session of its own, of which nothing is left when the block ends."""
+    """A process in its own session; when the block ends, the process group is killed."""
     with sigterm_ends_program():
         process = subprocess.Popen(
             [*_MORTAL, *arguments],
@@ -284,7 +284,7 @@ def _session(
         try:
             yield process
         finally:
-            # Before the wait: as long as the leader is not reaped its group's number is not reused.
+            # Kill before the wait: until the leader is reaped, the group's id cannot be reused.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -294,7 +294,7 @@ def _session(
 
 
 def _pump(pid: int, streams: dict[int, Sink], limit_s: float) -> bool:
-    """Hand on what arrives until the process ends; False if the limit passed, or all is to end."""
+    """Pass output to the sinks until the process ends; returns False at the limit or at `stop`."""
     deadline = time.monotonic() + limit_s
     exited, stop = os.pidfd_open(pid), getattr(_thread, "stop", ())
     with DefaultSelector() as selector, contextlib.closing(os.fdopen(exited, "rb", 0)):
@@ -317,7 +317,7 @@ def _pump(pid: int, streams: dict[int, Sink], limit_s: float) -> bool:
 
 
 def _hand_on(stream: int, sink: Sink) -> bool | None:
-    """Hand on one piece; None where there is none now, False where there never will be."""
+    """Pass one piece to the sink; returns None if none is available now, False at EOF."""
     try:
         piece = os.read(stream, _CHUNK_BYTES)
     except BlockingIOError:
@@ -328,7 +328,7 @@ def _hand_on(stream: int, sink: Sink) -> bool | None:
 
 
 def write_through(stream: TextIO) -> Sink:
-    """Make a sink that writes each piece to a standard stream at once."""
+    """A sink that writes each piece to a standard stream at once."""
 
     def write(piece: bytes) -> None:
         stream.buffer.write(piece)

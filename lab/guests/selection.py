@@ -1,4 +1,4 @@
-"""Which tests are run, in the words that pytest understands."""
+"""The selection of tests, as pytest options."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Selection:
-    """Which tests of those that there are; by default all but the slow ones."""
+    """A selection of tests; the default is all tests except slow ones."""
 
     slow: bool = False
-    """The slow ones too."""
+    """Include slow tests."""
     core: bool = False
-    """Only the kernel tests that are marked so, as what matters most."""
+    """Only the most important kernel tests, marked `core`."""
     mode: str | None = None
-    """Only the kernel tests of this mode, by their ids."""
+    """Only the kernel tests with this mode in their ids."""
     matching: str | None = None
-    """An expression as pytest's -k has it."""
+    """An expression for pytest's -k."""
     last_failed: bool = False
-    """Only those that failed when they were run last; all where none did."""
+    """Only tests that failed in the last run; all tests if none failed."""
     stop_early: bool = False
-    """Nothing more after the first failure, in each guest."""
+    """Stop each guest after its first failure."""
 
     @property
     def narrowed(self) -> bool:
-        """Whether a group may be left without any test."""
+        """Whether the selection may leave a group without tests."""
         return self.matching is not None or self.last_failed
 
     def words(self) -> list[str]:
-        """Pytest's options for tests that know neither modes nor a core."""
+        """Pytest's options for tests without modes and without a `core` mark."""
         return _options([] if self.slow else ["not slow"], self.matching)
 
     def kernel_words(self) -> list[str]:

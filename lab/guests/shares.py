@@ -1,7 +1,7 @@
-"""Which guest plays which kernel tests: balanced by the durations of an earlier run.
+"""Distributes the kernel tests to guests, balanced by the durations of an earlier run.
 
-What is handed out is not a test but all tests that share what takes long to set up, such as a run
-of the tool. Pure: the same tests and durations always make the same shares.
+Tests that share a long set-up, such as a run of the tool, stay together. `share_out` is pure: the
+same tests and durations always give the same shares.
 """
 
 from __future__ import annotations
@@ -14,31 +14,32 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 COLLECTED_VARIABLE = "TCPSTUCK_COLLECTED_TESTS"
-"""Names the file that the kernel tests' conftest writes with each test's id and what it shares."""
+"""The path of the file where the kernel tests' conftest writes each test's id and set-up."""
 ENDED_VARIABLE = "TCPSTUCK_ENDED_TESTS"
-"""Names the file to which it adds the id of each test that has ended."""
+"""The path of the file where conftest appends the id of each test that has ended."""
 UNKNOWN_S = 10.0
-"""For a test where no duration is known at all."""
+"""The assumed duration of a test if no durations are recorded."""
 
 Durations = Mapping[str, float]
-"""Seconds by a test's id: its call, and what it set up and took down."""
+"""Seconds by test id: the test's call, set-up and tear-down."""
 
 
 @dataclass
 class Share:
-    """What one guest has to do."""
+    """The tests of one guest."""
 
     seconds: float = 0.0
-    """As long as it takes by the known durations."""
+    """The expected duration, from recorded durations."""
     tests: list[str] = field(default_factory=list)
-    """Ids, in the order in which they were collected."""
+    """Test ids, in the order of collection."""
 
 
 def share_out(sharing: Mapping[str, str], durations: Durations, guests: int) -> list[Share]:
-    """The tests for each of so many guests, none without tests: the longest first, to the idlest.
+    """Distribute the tests to at most `guests` guests; no guest is without tests.
 
-    `sharing` has a name for each test's id: tests of the same name stay together. A test without a
-    duration counts as the median of those that have one.
+    The longest group goes first, each to the guest with the least work. `sharing` maps each test's
+    id to a group name; tests of a group stay together. A test without a duration counts as the
+    median of the recorded durations.
     """
     typical = statistics.median(durations.values()) if durations else UNKNOWN_S
     units: dict[str, Share] = {}
@@ -60,7 +61,7 @@ def share_out(sharing: Mapping[str, str], durations: Durations, guests: int) -> 
 
 
 def durations_in(report: str) -> dict[str, float]:
-    """The seconds of each test that passed, from a JUnit XML report as pytest writes it."""
+    """The seconds of each passed test, from pytest's JUnit XML report."""
     found: dict[str, float] = {}
     for case in ElementTree.fromstring(report).iter("testcase"):
         if all(case.find(kind) is None for kind in ("failure", "error", "skipped")):
@@ -69,7 +70,7 @@ def durations_in(report: str) -> dict[str, float]:
 
 
 def failed_in(report: str) -> tuple[set[str], set[str]]:
-    """The ids of the tests in a JUnit XML report: of those that failed or broke, and of all."""
+    """The ids of the failed or broken tests, and of all tests, in a JUnit XML report."""
     failed, every = set(), set()
     for case in ElementTree.fromstring(report).iter("testcase"):
         every.add(test_id(case))
@@ -79,19 +80,19 @@ def failed_in(report: str) -> tuple[set[str], set[str]]:
 
 
 def test_id(case: ElementTree.Element) -> str:
-    """Pytest's id of a test, which is a function of a module, by its entry in a report."""
+    """Pytest's id of a module-level test function, from its entry in a report."""
     return f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
 
 
 def read_durations(file: Path) -> dict[str, float]:
-    """The recorded durations; none where there is no file."""
+    """The recorded durations; empty if there is no file."""
     if not file.is_file():
         return {}
     return {str(test): float(seconds) for test, seconds in json.loads(file.read_text()).items()}
 
 
 def record_durations(file: Path, reports: Iterable[str], existing: Iterable[str]) -> None:
-    """Write down what the reports' tests took; of others keep those that still exist."""
+    """Record the durations from the reports; keep older ones of tests that still exist."""
     known = set(existing)
     kept = {test: took for test, took in read_durations(file).items() if test in known}
     for report in reports:

@@ -1,4 +1,4 @@
-"""How tests ended, counted over groups and guests."""
+"""Counts test results over groups and guests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 @dataclass(frozen=True)
 class Tally:
-    """How tests ended; errors also count whatever broke outside a test."""
+    """Numbers of test results; `errors` includes errors outside a test."""
 
     passed: int = 0
     failed: int = 0
@@ -30,7 +30,7 @@ class Tally:
         return self.failed == 0 and self.errors == 0
 
     def closing_line(self, seconds: float) -> str:
-        """A line such as pytest ends with; what is 0 is left out, except passed."""
+        """A closing line like pytest's, without zero counts except passed."""
         parts = [f"{self.failed} failed"] if self.failed else []
         parts.append(f"{self.passed} passed")
         parts += [f"{self.skipped} skipped"] if self.skipped else []
@@ -39,7 +39,7 @@ class Tally:
 
 
 def tally_junit(report: str) -> Tally:
-    """The figures of a JUnit XML report, as pytest writes it."""
+    """The counts in pytest's JUnit XML report."""
     total = Tally()
     for suite in ElementTree.fromstring(report).iter("testsuite"):
         tests, failed, errors, skipped = (
@@ -50,7 +50,7 @@ def tally_junit(report: str) -> Tally:
 
 
 def tally_report(report: str | None, status: int) -> Tally:
-    """A report's figures; one error more where there is none, or the exit status is worse."""
+    """A report's counts, plus an error if there is no report or only the exit status is bad."""
     counted = tally_junit(report) if report is not None else Tally()
     if report is None or (status != 0 and counted.good):
         return counted + Tally(errors=1)
@@ -58,7 +58,7 @@ def tally_report(report: str | None, status: int) -> Tally:
 
 
 def read_report(file: Path) -> str | None:
-    """A report that is whole; None where pytest did not live to write it to its end."""
+    """A complete report; None if pytest died before it had written the whole report."""
     try:
         report = file.read_text()
         ElementTree.fromstring(report)

@@ -1,10 +1,10 @@
-"""Root trees and kernels of Debian's suites for guests, by package name, never by version.
+"""Builds root trees and gets kernels of Debian suites for guests, by package name, not version.
 
-A row of the kernel matrix is a suite's kernel over a userland with that suite's BCC. Trees are
-made by mmdebstrap below `$XDG_CACHE_HOME/tcpstuck-trace/guest`, from the archive that apt already
-uses on this machine, of Debian's packages only and without kernel headers. They are made anew when
-a package named here has a newer version or the recipe below changed; a tree appears under its name
-only once it is complete.
+A row of the kernel matrix is a suite's kernel over a userland with that suite's BCC. mmdebstrap
+builds the trees below `$XDG_CACHE_HOME/tcpstuck-trace/guest`, from the archive that this machine's
+apt uses. A tree contains only Debian packages, and no kernel headers. A tree is rebuilt if a
+package in the lists below has a newer version, or if the recipe below has changed. A tree gets its
+name only when it is complete.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ PACKAGES = (
     "udev",
     "zstd",
 )
-"""What the kernel tests need, and what the guest's own first steps do; zstd unpacks kernels."""
+"""Packages that the kernel tests and the guest's boot script need; zstd unpacks kernels."""
 VERSIONED_PACKAGES = ("mariadb-server-core", "mariadb-client-core")
-"""Older suites have these only with MariaDB's version in the name."""
+"""Packages that have MariaDB's version in their names in older suites."""
 PACKAGES_OF_SOME_SUITES = ("util-linux-extra",)
-"""Since util-linux 2.42 it has pivot_root, by which a guest changes its root."""
+"""Since util-linux 2.42 this package contains pivot_root, which the boot script needs."""
 RECIPE = (
     "--variant=essential",
     "--dpkgopt=path-exclude=/usr/share/doc/*",
@@ -66,22 +66,22 @@ RECIPE = (
 """mmdebstrap's options."""
 BUILD_LIMIT_S = 1800.0
 HEADERS = re.compile(r"^Package: (linux-(?:.*-)?headers(?:-.*)?|linux-libc-dev)$", re.MULTILINE)
-"""Packages with the kernel's declarations, in dpkg's status file."""
+"""Matches packages with kernel headers in dpkg's status file."""
 BACKPORTS = "-backports"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A kernel, and the userland it is tried with."""
+    """A kernel, and the userland to test it with."""
 
     suite: str
-    """The suite the kernel is from; a backported one runs over the tree it is backported to."""
+    """The kernel's suite; a backported kernel runs over the tree of the suite without backports."""
     counts: bool = True
-    """Whether a failure fails the matrix: the newest kernels are only reported."""
+    """Whether a failure in this row fails the matrix; the newest kernels are only reported."""
 
     @property
     def tree_suite(self) -> str:
-        """The suite the userland is from, BCC among it."""
+        """The suite of the userland, including BCC."""
         return self.suite[: -len(BACKPORTS)] if self.suite.endswith(BACKPORTS) else self.suite
 
 
@@ -96,9 +96,9 @@ ROWS = (
 
 
 def debian_mirror() -> str:
-    """The address of the Debian archive this machine's apt uses.
+    """The URL of the Debian archive that this machine's apt uses.
 
-    Raises CacheError where its package lists name none.
+    Raises CacheError if apt's package lists come from none.
     """
     conditions = ("Created-By: Packages", "Origin: Debian", "Label: Debian")
     addresses = THIS_MACHINE.run(
@@ -106,24 +106,24 @@ def debian_mirror() -> str:
     ).split()
     if not addresses:
         raise CacheError(
-            "no Debian archive to take other suites from",
-            "apt's package lists are of none",
+            "no Debian archive to get other suites from",
+            "apt has no package lists from a Debian archive",
             "run `apt-get update` with a Debian archive in apt's sources",
         )
     return addresses[0]
 
 
 def source_line(mirror: str, suite: str) -> str:
-    """The line of sources.list(5) for a suite.
+    """The sources.list(5) line for a suite.
 
-    Validity dates are not checked: those of an archived suite have passed, and those of an
-    unstable one pass where a mirror is some days behind. The signature is.
+    apt checks the signature but not the validity dates. The dates of an archived suite have passed,
+    and those of an unstable suite pass if a mirror is some days behind.
     """
     return f"deb [check-valid-until=no] {mirror} {suite} main"
 
 
 def configuration(directory: Path) -> str:
-    """An apt.conf(5) with nothing of this machine's sources, preferences and packages."""
+    """An apt.conf(5) without this machine's sources, preferences and packages."""
     places = {
         "Dir::Etc::sourcelist": str(directory / "sources.list"),
         "Dir::Etc::sourceparts": "/dev/null",
@@ -139,9 +139,9 @@ def configuration(directory: Path) -> str:
 
 
 def suite_apt(suite: str, mirror: str) -> Apt:
-    """An apt for that suite, its package lists as new as can be had. Raises CacheError.
+    """An apt for a suite, with updated package lists. Raises CacheError.
 
-    Where the archive cannot be reached the lists of the last time do.
+    If the archive cannot be reached, the lists of the last update are used.
     """
     directory = cache_directory() / "apt" / suite
     for part in ("lists/partial", "cache"):
@@ -155,7 +155,7 @@ def suite_apt(suite: str, mirror: str) -> Apt:
 
 
 def newest_of(name: str, known: Iterable[str]) -> str | None:
-    """The package of that name, or of that name and the highest version, among those known."""
+    """The known package with that name, or else with that name and the highest version suffix."""
     found: list[tuple[list[int], str]] = []
     for one in known:
         match = re.fullmatch(rf"{re.escape(name)}(?:-([0-9]+(?:\.[0-9]+)*))?", one)
@@ -167,7 +167,7 @@ def newest_of(name: str, known: Iterable[str]) -> str | None:
 
 
 def tree_packages(apt: Apt) -> list[Package]:
-    """The packages to put into a tree, in the versions it would get. Raises CacheError."""
+    """The packages of a tree, with the versions that apt would install. Raises CacheError."""
     known = set(apt.run("apt-cache", "pkgnames").split())
     versioned = [newest_of(name, known) or name for name in VERSIONED_PACKAGES]
     optional = [name for name in PACKAGES_OF_SOME_SUITES if name in known]
@@ -175,13 +175,13 @@ def tree_packages(apt: Apt) -> list[Package]:
 
 
 def tree_name(suite: str, packages: Sequence[Package]) -> str:
-    """The name of a tree; another one as soon as it would be made differently."""
+    """The name of a tree; a changed recipe or package list gives another name."""
     ingredients = json.dumps([RECIPE, sorted(packages)])
     return f"{suite}_{hashlib.sha256(ingredients.encode()).hexdigest()[:16]}"
 
 
 def headers_in(tree: Path) -> list[str]:
-    """What a tree holds of the kernel's headers, which the tool must do without."""
+    """The kernel headers in a tree; there must be none, because the tool must work without them."""
     status = tree / "var" / "lib" / "dpkg" / "status"
     packages = HEADERS.findall(status.read_text())
     places = ("usr/include/linux", "usr/src/linux-*", "lib/modules/*")
@@ -194,21 +194,22 @@ def _build(suite: str, packages: Sequence[Package], mirror: str, target: Path) -
         tree = Path(scratch) / "tree"
         contents = f"--include={','.join(package.name for package in packages)}"
         where = (suite, str(tree), source_line(mirror, suite))
-        # Killed, mmdebstrap leaves /proc and more mounted in the tree: not in our mounts, though.
+        # If killed, mmdebstrap leaves /proc and more mounted; unshare keeps that out of our
+        # namespace.
         alone = ("unshare", "--mount") if os.geteuid() == 0 else ()
         maker = (*alone, "mmdebstrap", f"--architectures={architecture()}")
         run_tool([*maker, *RECIPE, contents, *where], limit_s=BUILD_LIMIT_S)
         headers = headers_in(tree)
         if headers:
-            why = f"it would hold {', '.join(headers)}"
-            raise CacheError(f"no tree of {suite}", why, "see which package brings them")
+            why = f"it would contain {', '.join(headers)}"
+            raise CacheError(f"no tree of {suite}", why, "find the package that adds them")
         tree.rename(target)
 
 
 def current_tree(suite: str, apt: Apt, mirror: str) -> tuple[Path, bool]:
-    """The tree of a suite, and whether it had to be made, where the old one goes.
+    """The tree of a suite, and whether it was built now; a new tree replaces the old one.
 
-    Raises CacheError. A guest must not be running over the old one.
+    No guest may run over the old tree. Raises CacheError.
     """
     packages = tree_packages(apt)
     target = cache_directory() / "trees" / tree_name(suite, packages)
@@ -223,17 +224,17 @@ def current_tree(suite: str, apt: Apt, mirror: str) -> tuple[Path, bool]:
 
 @dataclass(frozen=True)
 class BootFiles:
-    """What a row's guest boots."""
+    """The kernel and the root tree of a row's guest."""
 
     kernel: Path
-    """The kernel image, its modules in the tree it lies in."""
+    """The kernel image, with its modules in the same tree."""
     root: Path
     fresh: bool
-    """Whether either had to be made."""
+    """Whether the kernel or the tree is new."""
 
 
 def prepare(row: Row) -> BootFiles:
-    """The kernel and the tree of a row, made if they are missing or stale. Raises CacheError."""
+    """The kernel and the tree of a row, fetched or built if missing or stale. Raises CacheError."""
     mirror = debian_mirror()
     kernels = suite_apt(row.suite, mirror)
     same = row.suite == row.tree_suite
@@ -245,12 +246,12 @@ def prepare(row: Row) -> BootFiles:
 
 
 def row_named(suite: str) -> Row:
-    """The row of a suite's kernel, for argparse: raises ArgumentTypeError for none."""
+    """The row of a suite's kernel, for argparse. Raises ArgumentTypeError if there is none."""
     for row in ROWS:
         if row.suite == suite:
             return row
     known = ", ".join(row.suite for row in ROWS)
-    raise argparse.ArgumentTypeError(f"{suite!r} is none of {known}")
+    raise argparse.ArgumentTypeError(f"{suite!r} is not one of {known}")
 
 
 def _trees_command(arguments: argparse.Namespace) -> int:
@@ -265,5 +266,5 @@ def add_parser(subparsers: Subparsers) -> None:
     """Add the `trees` command."""
     parser = subparsers.add_parser("trees", help="build what the kernel matrix boots")
     suites = ", ".join(row.suite for row in ROWS)
-    parser.add_argument("rows", metavar="ROW", nargs="*", type=row_named, help=f"of {suites}")
+    parser.add_argument("rows", metavar="ROW", nargs="*", type=row_named, help=f"one of {suites}")
     parser.set_defaults(run=_trees_command)

@@ -1,4 +1,4 @@
-"""What this machine can do, found out by doing it, not by looking for files or versions."""
+"""Tests whether this machine can trace and whether KVM works, by trying both."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from tcpstuck_bpf.host import bpf_syscall
 
 KVM_LIMIT_S = 10.0
-"""A kernel without a root file system panics about 1 s after power-on where KVM works."""
+"""With working KVM, a kernel without a root file system panics about 1 s after power-on."""
 
 _RETURN_0 = struct.pack("=BBhiBBhi", 0xB7, 0, 0, 0, 0x95, 0, 0, 0)
 _PROBED = "tcp_conn_request"
@@ -19,9 +19,9 @@ _PROBED = "tcp_conn_request"
 
 @functools.cache
 def tracing_refusal() -> str | None:
-    """Why this kernel will not let us trace, in one line; None if it will.
+    """The reason why this kernel cannot be traced, in one line; None if it can.
 
-    An empty program is loaded and attached to a function by kprobe, and goes at once.
+    The test loads an empty program, attaches it to a function by kprobe, and detaches it at once.
     """
     if os.geteuid() != 0:
         return "not root"
@@ -38,17 +38,17 @@ def tracing_refusal() -> str | None:
 
 @functools.cache
 def kvm_works(kernel: Path) -> bool:
-    """Whether QEMU can boot this kernel image with KVM here.
+    """Whether QEMU can boot this kernel image with KVM on this machine.
 
-    /dev/kvm may exist, open, make virtual CPUs and even run a few instructions on a machine whose
-    nested virtualization then fails, so the kernel itself is booted without a root file system:
-    it gets as far as its panic about that, and resets, which ends QEMU with status 0.
+    On a machine with broken nested virtualization, /dev/kvm may still open, create virtual CPUs and
+    run a few instructions. The test therefore boots the kernel without a root file system. If KVM
+    works, the kernel panics for lack of a root and resets, and QEMU ends with status 0.
     """
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return False
     machine = ["-machine", "accel=kvm", "-cpu", "host", "-m", "512M"]
     quiet = ["-nodefaults", "-display", "none", "-no-reboot"]
-    # Where it does not work it may run for ever; it must not outlive us.
+    # If KVM is broken, QEMU may run forever; it must not outlive us.
     mortal = ("setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64")
     try:
         trial = subprocess.run(

@@ -1,1 +1,1 @@
-"""Namespaces joined by a wire, and what goes over it."""
+"""Network namespaces joined by a veth pair, and the packets between them."""

@@ -1,8 +1,8 @@
-"""Places on the server's host where an ACK can die, one context manager each.
+"""Places on the server's host where an ACK can be dropped, one context manager each.
 
-A fault comes over a handshake whose cookie has been sent, so that nothing but its ACK can meet it,
-and is undone when its context ends. What it yields is the oracle: who dropped, by that one's own
-words and counters.
+A fault starts after the cookie has been sent, so it can drop only the handshake's ACK. The fault is
+removed when its context ends. Each context manager yields the oracle: what dropped the ACK, with
+the dropper's own names and counters.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ _ACTIVE_SECURITY_MODULES = Path("/sys/kernel/security/lsm")
 _DROP_BARE_ACKS = b"".join(
     struct.pack("=HBBI", *instruction)
     for instruction in (
-        (0x30, 0, 0, 13),  # the byte of flags, the TCP header being where the filter begins
-        (0x15, 0, 1, 0x10),  # ACK alone?
-        (0x06, 0, 0, 0),  # then no byte of it passes
+        (0x30, 0, 0, 13),  # load the flags byte; the filter's offset 0 is the TCP header
+        (0x15, 0, 1, 0x10),  # only ACK set?
+        (0x06, 0, 0, 0),  # yes: drop the whole packet
         (0x06, 0, 0, 0xFFFF_FFFF),
     )
 )
@@ -58,7 +58,7 @@ _DROP_BARE_ACKS = b"".join(
 
 @dataclass(frozen=True)
 class Spot:
-    """A server that is about to lose an ACK."""
+    """A server whose next ACK will be dropped."""
 
     server: Namespace
     listener: socket.socket
@@ -71,24 +71,24 @@ class Fault:
     """What drops the ACK."""
 
     what: str
-    """The tracer's word for it."""
+    """The tracer's name for the dropper."""
     reason: str
-    """Name in enum skb_drop_reason, without its prefix, of kernels that have one."""
+    """Name in enum skb_drop_reason without its prefix, on kernels with drop reasons."""
     packets: Callable[[], int] | None = None
-    """How many packets it has dropped, by a counter of its own; None where it has none."""
+    """Number of packets dropped, from the dropper's own counter; None if it has no counter."""
     named: Mapping[str, str] = field(default_factory=dict)
-    """Netfilter's hook, family, table and chain."""
+    """Netfilter hook, family, table and chain."""
     rules: tuple[Mapping[str, object], ...] = ()
-    """Netfilter's names for the rule, any of which is right."""
+    """Netfilter's names for the rule; the tracer may report any of them."""
     verdict: str = "ack-filtered"
     vague_reason: str | None = None
-    """What some kernels have in place of the reason."""
+    """A less specific reason that some kernels report instead."""
     what_without_reason: str = ""
-    """The tracer's word where the kernel has no reasons (before 5.17); empty: the same."""
+    """The tracer's name on kernels without drop reasons (before 5.17); empty: same as `what`."""
 
 
 def _iptables_row(server: Namespace, program: str) -> tuple[int, int]:
-    """Number and packets of the rule in INPUT that drops."""
+    """Number and packet count of the dropping rule in INPUT."""
     listed = server.command(program, "-w", "-L", "INPUT", "-nvx", "--line-numbers")
     (row,) = (
         line.split() for line in listed.splitlines() if " DROP " in line and "Chain" not in line
@@ -103,7 +103,7 @@ def _nft_rules(server: Namespace, family: str, table: str, chain: str) -> list[d
 
 @contextlib.contextmanager
 def iptables(spot: Spot, backend: str) -> Iterator[Fault]:
-    """A rule of `iptables-legacy` or `iptables-nft`, the second of INPUT."""
+    """A dropping rule of `iptables-legacy` or `iptables-nft`, second in INPUT."""
     program = f"{'iptables' if spot.family == 4 else 'ip6tables'}-{backend}"
     rules = (("-p", "udp", "-j", "ACCEPT"), (*ack_rule(spot.port), "-j", "DROP"))
     for rule in rules:
@@ -129,7 +129,7 @@ def iptables(spot: Spot, backend: str) -> Iterator[Fault]:
 
 @contextlib.contextmanager
 def nft_rule(spot: Spot, hook: str) -> Iterator[Fault]:
-    """A rule in a chain of its own at a hook, after one that matches something else."""
+    """A dropping rule in its own chain at a hook, after a rule that does not match."""
     place = f"inet {NFT_TABLE} {NFT_CHAIN}"
     match = f"tcp dport {spot.port} tcp flags & (syn | ack) == ack"
     spot.server.command(
@@ -156,7 +156,7 @@ def nft_rule(spot: Spot, hook: str) -> Iterator[Fault]:
 
 @contextlib.contextmanager
 def nft_policy(spot: Spot) -> Iterator[Fault]:
-    """A chain at the input hook that accepts nothing."""
+    """A chain at the input hook with policy drop."""
     place = f"inet {NFT_TABLE} {NFT_CHAIN}"
     spot.server.command(
         "nft",
@@ -173,7 +173,7 @@ def nft_policy(spot: Spot) -> Iterator[Fault]:
 
 @contextlib.contextmanager
 def _route(spot: Spot, *elsewhere: str) -> Iterator[None]:
-    """Another route to the addresses of SILENT_SOURCES than through the client."""
+    """Replace the route through the client to SILENT_SOURCES by another route."""
     ip, prefix = ("ip", f"-{spot.family}"), SILENT_SOURCES[spot.family]
     (before,) = json.loads(spot.server.command(*ip, "-j", "route", "show", prefix))
     way = ("via", str(before["gateway"]), "dev", INTERFACE)
@@ -188,7 +188,7 @@ def _route(spot: Spot, *elsewhere: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def rp_filter(spot: Spot) -> Iterator[Fault]:
-    """Strict reverse path filtering, and a way back through another interface."""
+    """Strict reverse path filtering, with the return route on another interface."""
     server = spot.server
     everywhere = "net/ipv4/conf/all/rp_filter"
     server.command("ip", "link", "add", ELSEWHERE, "type", "dummy")
@@ -212,7 +212,7 @@ def rp_filter(spot: Spot) -> Iterator[Fault]:
 
 @contextlib.contextmanager
 def tc_ingress(spot: Spot) -> Iterator[Fault]:
-    """A filter at the interface's ingress that drops TCP's every packet."""
+    """A tc filter at the interface's ingress that drops every TCP packet."""
     device = ("dev", INTERFACE)
     protocol = "ip" if spot.family == 4 else "ipv6"
     spot.server.command("tc", "qdisc", "add", *device, "ingress")
@@ -248,7 +248,7 @@ def _bpf(command: int, attributes: bytes) -> int:
 
 
 def _attach_dropping_xdp() -> int:
-    """The link's descriptor; closed, the program is off."""
+    """Attach the program; returns the link's descriptor. Closing it detaches the program."""
     program = ctypes.create_string_buffer(_XDP_DROP, len(_XDP_DROP))
     licence = ctypes.create_string_buffer(b"GPL")
     addresses = (ctypes.addressof(program), ctypes.addressof(licence))
@@ -265,10 +265,10 @@ def _attach_dropping_xdp() -> int:
 
 @contextlib.contextmanager
 def generic_xdp(spot: Spot) -> Iterator[Fault]:
-    """A program on the interface, after the driver, that drops whatever comes."""
+    """A generic XDP program, run after the driver, that drops every packet."""
     link = spot.server.run(_attach_dropping_xdp)
     try:
-        # netif_receive_generic_xdp frees what a program drops without a reason, at least up to 6.1.
+        # netif_receive_generic_xdp frees dropped packets without a reason, at least up to 6.1.
         yield Fault("xdp", "XDP", vague_reason="NOT_SPECIFIED")
     finally:
         os.close(link)
@@ -276,7 +276,7 @@ def generic_xdp(spot: Spot) -> Iterator[Fault]:
 
 @contextlib.contextmanager
 def socket_filter(spot: Spot) -> Iterator[Fault]:
-    """A filter on the listener that lets no bare ACK pass."""
+    """A socket filter on the listener that drops bare ACKs."""
     code = ctypes.create_string_buffer(_DROP_BARE_ACKS, len(_DROP_BARE_ACKS))
     program = struct.pack("@HP", len(_DROP_BARE_ACKS) // 8, ctypes.addressof(code))
     spot.listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
@@ -288,7 +288,7 @@ def socket_filter(spot: Spot) -> Iterator[Fault]:
 
 @contextlib.contextmanager
 def no_route(spot: Spot) -> Iterator[Fault]:
-    """No way back to the client: its cookie is valid, and its socket cannot be made."""
+    """No route to the client: the cookie is valid, but the kernel cannot create a socket."""
     before = spot.server.counters()["SyncookiesRecv"]
     with _route(spot, "unreachable", SILENT_SOURCES[spot.family]):
         yield Fault(
@@ -300,7 +300,7 @@ def no_route(spot: Spot) -> Iterator[Fault]:
 
 
 def has_bpf_security_module() -> bool:
-    """Whether BPF programs may refuse on this kernel (CONFIG_BPF_LSM, and `bpf` in lsm=)."""
+    """Whether this kernel runs BPF LSM programs (CONFIG_BPF_LSM, and `bpf` in lsm=)."""
     try:
         return "bpf" in _ACTIVE_SECURITY_MODULES.read_text("ascii").split(",")
     except OSError:
@@ -308,12 +308,12 @@ def has_bpf_security_module() -> bool:
 
 
 def _attach_refusing_program() -> int:
-    """The link's descriptor; closed, the program is off."""
+    """Attach the program; returns the link's descriptor. Closing it detaches the program."""
     hook = read_running_kernel().function("bpf_lsm_inet_conn_request")
     program = ctypes.create_string_buffer(_REFUSE, len(_REFUSE))
     licence = ctypes.create_string_buffer(b"GPL")
     addresses = (ctypes.addressof(program), ctypes.addressof(licence))
-    # union bpf_attr: what is left out is of the verifier's log, the name, and debug information.
+    # union bpf_attr: the zero padding covers the verifier log, the name and debug information.
     attributes = struct.pack(
         "=IIQQ44xI36xI", _PROG_TYPE_LSM, len(_REFUSE) // 8, *addresses, _ATTACH_TYPE_LSM, hook or 0
     )
@@ -326,7 +326,7 @@ def _attach_refusing_program() -> int:
 
 @contextlib.contextmanager
 def security_module(spot: Spot) -> Iterator[Fault]:
-    """A BPF program at the hook inet_conn_request that refuses every socket, on the whole host."""
+    """A BPF program at the LSM hook inet_conn_request that rejects every socket on the host."""
     before = spot.server.counters()["SyncookiesRecv"]
     link = _attach_refusing_program()
     try:
@@ -341,14 +341,14 @@ def security_module(spot: Spot) -> Iterator[Fault]:
 
 
 def wrong_checksums(server: Namespace) -> int:
-    """How many TCP segments of wrong checksum have come to a namespace (TcpInCsumErrors)."""
+    """Number of TCP segments with a bad checksum received in a namespace (TcpInCsumErrors)."""
     snmp = server.run(Path("/proc/thread-self/net/snmp").read_text)
     return parse_netstat(snmp, "Tcp")["InCsumErrors"]
 
 
 @dataclass(frozen=True)
 class DropSite:
-    """One place, and the families it exists in."""
+    """One drop site, and the address families it exists for."""
 
     make: Callable[[Spot], contextlib.AbstractContextManager[Fault]]
     families: tuple[int, ...] = (4, 6)
@@ -366,4 +366,4 @@ DROP_SITES: Mapping[str, DropSite] = {
     "socket-filter": DropSite(socket_filter),
     "no-route": DropSite(no_route),
 }
-"""The kernel filters reverse paths of IPv4 only."""
+"""All drop sites by name. The kernel has reverse path filtering for IPv4 only."""

@@ -1,4 +1,4 @@
-"""Faults of the network, each undone when its context ends."""
+"""Network faults; each is removed when its context ends."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ HELD_BYTES = 16 << 20
 
 
 def ack_rule(port: int) -> tuple[str, ...]:
-    """A rule that matches bare ACKs to the server, but no segment with data (PSH) or FIN."""
+    """Match bare ACKs to the server, but no segment with data (PSH) or FIN."""
     return ("-p", "tcp", "--dport", str(port), "--tcp-flags", "ALL", "ACK")
 
 
 def syn_rule(port: int) -> tuple[str, ...]:
-    """The clients' SYNs."""
+    """Match the clients' SYNs."""
     return ("-p", "tcp", "--dport", str(port), "--syn")
 
 
 def repeated_syn_rule(port: int) -> tuple[str, ...]:
-    """The clients' SYNs but the first from each address and port; the kernel repeats them by time.
+    """Match the clients' SYN retransmissions: every SYN but the first of each address and port.
 
-    For the chain OUTPUT of the clients' own namespace.
+    The rule is for the chain OUTPUT in the clients' namespace.
     """
     allowed_once = "--hashlimit-above 1/hour --hashlimit-burst 1 --hashlimit-htable-expire 3600000"
     by_client = "-m hashlimit --hashlimit-name lab-syns --hashlimit-mode srcip,srcport"
@@ -38,12 +38,12 @@ def repeated_syn_rule(port: int) -> tuple[str, ...]:
 
 
 def no_syn_rule(port: int) -> tuple[str, ...]:
-    """Whatever comes to the server but SYNs: ACKs, data, the end."""
+    """Match every segment to the server except SYNs: ACK, data, FIN, RST."""
     return ("-p", "tcp", "--dport", str(port), "!", "--syn")
 
 
 def synack_rule(port: int) -> tuple[str, ...]:
-    """The server's SYN-ACKs, for the client's side."""
+    """Match the server's SYN-ACKs, at the client."""
     return ("-p", "tcp", "--sport", str(port), "--tcp-flags", "SYN,ACK", "SYN,ACK")
 
 
@@ -51,9 +51,10 @@ def synack_rule(port: int) -> tuple[str, ...]:
 def dropping(
     namespace: Namespace, rule: tuple[str, ...], family: int, chain: str = "INPUT"
 ) -> Iterator[None]:
-    """Drop what arrives in the namespace and matches an iptables rule, while the context lasts.
+    """Drop packets that match an iptables rule in a namespace while the context lasts.
 
-    With the chain OUTPUT what the namespace sends: nobody else ever sees it.
+    The chain INPUT drops received packets. The chain OUTPUT drops sent packets before they reach
+    the wire.
     """
     program = "iptables" if family == 4 else "ip6tables"
     namespace.command(program, "-w", "-A", chain, *rule, "-j", "DROP")
@@ -65,12 +66,14 @@ def dropping(
 
 @contextlib.contextmanager
 def held_back(namespace: Namespace) -> Iterator[None]:
-    """Hold what the namespace sends; when the context ends it goes out in one batch.
+    """Hold the packets that a namespace sends; when the context ends, they leave in one batch.
 
-    A virtual machine batches packets like this: all SYN-ACKs arrive at once, and so do the ACKs
-    they draw. The queueing discipline `plug` passes nothing on until told to (plug_dequeue).
+    Virtual machines batch packets in this way: all SYN-ACKs arrive at once, and so do the ACKs that
+    answer the SYN-ACKs. The queueing discipline `plug` passes no packet on until its release
+    (plug_dequeue).
 
-    The process that lets go is started before anything is held: to start one takes long.
+    The process that releases the queue starts before any packet is held, because starting a process
+    takes long.
     """
     plug = f"dev {INTERFACE} root plug"
     letting_go = namespace.popen(
@@ -88,7 +91,7 @@ def held_back(namespace: Namespace) -> Iterator[None]:
 
 
 def _finished(process: subprocess.Popen[bytes], text: str) -> str:
-    """What it complains of, given this text as all its input."""
+    """Send `text` as the process's whole input; returns its standard error."""
     limit_s = patient(COMMAND_S)
     try:
         return process.communicate(text.encode(), limit_s)[1].decode()

@@ -1,4 +1,4 @@
-"""Reading what `ss`, /proc/net/tcp and /proc/net/netstat print. Pure."""
+"""Parsers for the output of `ss`, /proc/net/tcp and /proc/net/netstat. All functions are pure."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ KNOWN_STATES = ("01", "03")
 
 
 class SocketRow(NamedTuple):
-    """One TCP socket as `ss` shows it; addresses in text, IPv4-mapped ones dotted."""
+    """One TCP socket as `ss` prints it; addresses are text, IPv4-mapped ones dotted."""
 
     receive_queue: int
-    """Bytes; of a listener, the length of its accept queue."""
+    """Bytes; for a listener, the length of its accept queue."""
     send_queue: int
-    """Bytes; of a listener, its backlog."""
+    """Bytes; for a listener, its backlog."""
     local_ip: str
     local_port: int
     peer_ip: str
@@ -23,7 +23,7 @@ class SocketRow(NamedTuple):
 
 
 def plain_address(text: str) -> str:
-    """An address without brackets and zone, and dotted where it is IPv4 mapped into IPv6."""
+    """An address without brackets and zone; an IPv4-mapped IPv6 address becomes dotted."""
     bare = text.partition("%")[0].strip("[]")
     if bare in ("*", ""):
         return "*"
@@ -34,7 +34,7 @@ def plain_address(text: str) -> str:
 
 
 def parse_ss(text: str) -> list[SocketRow]:
-    """Rows of `ss -tnH state STATE`, which leaves out the state's own column."""
+    """The rows of `ss -tnH state STATE`, which has no state column."""
     rows = []
     for line in text.splitlines():
         receive_queue, send_queue, local, peer = line.split()[:4]
@@ -54,7 +54,7 @@ def parse_ss(text: str) -> list[SocketRow]:
 
 
 def count_known(text: str, port: int) -> int:
-    """The connections and handshakes at a server's port, by /proc/net/tcp or /proc/net/tcp6."""
+    """Number of connections and handshakes at a server's port in /proc/net/tcp or tcp6."""
     rows = (line.split()[1:4] for line in text.splitlines()[1:])
     return sum(
         state in KNOWN_STATES and int(local.rpartition(":")[2], 16) == port
@@ -63,9 +63,9 @@ def count_known(text: str, port: int) -> int:
 
 
 def parse_netstat(text: str, group: str = "TcpExt") -> dict[str, int]:
-    """One group of counters of /proc/net/netstat: a line of names, then a line of values.
+    """One group of counters in /proc/net/netstat: a line of names, then a line of values.
 
-    Raises ValueError where the group is not there.
+    Raises ValueError if the group is missing.
     """
     lines = [line.split() for line in text.splitlines() if line.startswith(f"{group}:")]
     if len(lines) != 2:

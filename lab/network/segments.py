@@ -1,6 +1,6 @@
-"""TCP segments as bytes: reading them, and making SYNs quickly. Pure.
+"""Parses TCP segments and builds SYNs quickly. All functions are pure.
 
-Sequence numbers and ports are in host order, addresses in text.
+Sequence numbers and ports are in host byte order; addresses are text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TIMESTAMP_OF_SYN = 100_000
 
 
 class Segment(NamedTuple):
-    """The parts of a TCP segment that the lab looks at."""
+    """The TCP segment fields that the lab uses."""
 
     source_ip: str
     source_port: int
@@ -27,9 +27,9 @@ class Segment(NamedTuple):
 
 
 def parse_segment(packet: bytes) -> Segment | None:
-    """A TCP segment from an IPv4 or IPv6 packet without link header; None for anything else.
+    """The TCP segment in an IPv4 or IPv6 packet without link header; None for any other packet.
 
-    IPv6 extension headers and fragments count as anything else: the lab makes none.
+    A packet with IPv6 extension headers, or a fragment, also returns None.
     """
     version = packet[0] >> 4 if packet else 0
     if version == 4 and len(packet) >= 40 and packet[9] == IPPROTO_TCP:
@@ -51,7 +51,7 @@ def parse_segment(packet: bytes) -> Segment | None:
 
 
 def ones_complement_sum(data: bytes) -> int:
-    """The unfolded sum of 16-bit words that RFC 1071 checksums are made from."""
+    """The unfolded sum of 16-bit words, as RFC 1071 checksums need it."""
     if len(data) % 2:
         data += b"\0"
     return sum(struct.unpack(f"!{len(data) // 2}H", data))
@@ -65,17 +65,17 @@ def checksum(unfolded: int) -> int:
 
 
 class SynTemplate:
-    """SYNs to one server that differ in source address, source port and ISN only.
+    """SYNs to one server that differ only in source address, source port and ISN.
 
-    Everything else, and its part of the checksum, is made once: thousands of SYNs then cost
-    little more than their system calls. `mss` is in bytes, by default that of Ethernet.
+    The constant bytes and their part of the checksum are computed once, so a SYN costs little more
+    than its system call. `mss` is in bytes; the default is that of Ethernet.
     """
 
     def __init__(self, server_ip: str, server_port: int, mss: int | None = None) -> None:
         self._server = ipaddress.ip_address(server_ip).packed
         self.family = 4 if len(self._server) == 4 else 6
         options = struct.pack("!BBH", 2, 4, mss or MSS[self.family])
-        # SACK permitted, timestamps, no-operation, window scale 7: as Linux sends them.
+        # SACK permitted, timestamps, NOP, window scale 7: the options and order of Linux.
         options += struct.pack("!BBBBIIBBBB", 4, 2, 8, 10, TIMESTAMP_OF_SYN, 0, 1, 3, 3, 7)
         length = 20 + len(options)
         self._after_isn = struct.pack("!IBBH", 0, length // 4 << 4, SYN, 64240)
@@ -93,9 +93,9 @@ class SynTemplate:
         )
 
     def packet(self, source: bytes, source_port: int, isn: int) -> bytes:
-        """A whole IP packet; `source` is the packed address, in the server's family.
+        """A complete IP packet; `source` is the packed address, in the server's family.
 
-        The IPv4 header checksum is left 0: the kernel fills it in for raw sockets.
+        The IPv4 header checksum stays 0; the kernel fills it in for raw sockets.
         """
         ports_and_isn = struct.pack("!HHI", source_port, self._port, isn)
         total = self._constant_sum + ones_complement_sum(source)
@@ -113,11 +113,12 @@ def segment_packet(
     wrong_by: int = 0,
     extensions: tuple[int, bytes] = (IPPROTO_TCP, b""),
 ) -> bytes:
-    """A whole IP packet from a client to a server: ACK, with PSH where there is data, no options.
+    """A complete IP packet from client to server, without TCP options: ACK, plus PSH with data.
 
-    `ends` is source address and port, then destination address and port. A `wrong_by` other than
-    a multiple of 65535 spoils TCP's checksum. The IPv4 header checksum is the kernel's to fill in.
-    `extensions` are IPv6's headers before TCP's: the number of the first, and all their bytes.
+    `ends` is source address and port, then destination address and port. `wrong_by` is added to the
+    TCP checksum; any value but a multiple of 65535 makes the checksum wrong. The kernel fills in
+    the IPv4 header checksum. `extensions` are the IPv6 headers before TCP: the number of the first
+    header, and the bytes of all headers.
     """
     source, destination = (ipaddress.ip_address(ends[which]).packed for which in (0, 2))
     flags = ACK | (PSH if payload else 0)

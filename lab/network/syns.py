@@ -1,4 +1,4 @@
-"""SYNs from addresses of our choice, through a raw socket of the client's namespace."""
+"""Sends SYNs with chosen source addresses through a raw socket in the client's namespace."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SOURCES_USED = 250
 FIRST_PORT = 1024
 LAST_PORT = 65_535
 BURST = 256
-"""SYNs sent before their SYN-ACKs are waited for; well below net.core.netdev_max_backlog (1000
-per CPU), past which the kernel drops what a veth delivers."""
+"""Number of SYNs sent before waiting for their SYN-ACKs. The number is well below
+net.core.netdev_max_backlog (1000 per CPU); above that limit the kernel drops veth packets."""
 ISN_STEP = 0x9E37_79B1
-"""Odd, so that the ISNs of up to 2^32 SYNs differ."""
+"""An odd step, so that up to 2^32 SYNs have different ISNs."""
 
 
 class Syn(NamedTuple):
-    """One SYN to be sent."""
+    """One SYN to send."""
 
     four_tuple: FourTuple
     isn: int
@@ -38,7 +38,7 @@ class Syn(NamedTuple):
 def make_syns(prefix: str, server_ip: str, server_port: int, count: int) -> Iterator[Syn]:
     """SYNs with `count` different 4-tuples, from the host addresses of a prefix.
 
-    Raises ValueError where the prefix has not enough addresses for them.
+    Raises ValueError if the prefix has too few addresses.
     """
     sources = source_addresses(prefix, SOURCES_USED)
     if count > len(sources) * (LAST_PORT - FIRST_PORT + 1):
@@ -57,9 +57,9 @@ def make_syns(prefix: str, server_ip: str, server_port: int, count: int) -> Iter
 
 
 def make_syn(four_tuple: FourTuple, isn: int, mss: int | None = None) -> Syn:
-    """The SYN of one 4-tuple; the same one with the same ISN is what a client would repeat.
+    """The SYN of one 4-tuple; a call with the same ISN gives a client's retransmission.
 
-    `mss` is in bytes, by default that of Ethernet.
+    `mss` is in bytes; the default is that of Ethernet.
     """
     source = ipaddress.ip_address(four_tuple.client_ip).packed
     template = SynTemplate(four_tuple.server_ip, four_tuple.server_port, mss)
@@ -67,10 +67,10 @@ def make_syn(four_tuple: FourTuple, isn: int, mss: int | None = None) -> Syn:
 
 
 def send_in_bursts(namespace: Namespace, watch: Watch, syns: Iterable[Syn]) -> None:
-    """Send SYNs to one server in bursts, each answered before the next.
+    """Send SYNs to one server in bursts; each burst waits for the answers to the previous one.
 
-    The answers are counted on the wire, so 4-tuples may come more than once. Raises
-    LabTimeoutError where the server does not answer all of them.
+    SYN-ACKs are counted on the wire, so a 4-tuple may occur more than once. Raises LabTimeoutError
+    if the server does not answer every SYN.
     """
     sent = 0
     watch.take_in()
@@ -95,9 +95,9 @@ def repeat_until(
     is_over: Callable[[], bool],
     note: Callable[[int], None],
 ) -> None:
-    """Send the same SYNs to one server again and again, as fast as they can be sent.
+    """Send the same SYNs to one server repeatedly, as fast as possible.
 
-    `note` is told how many were sent, each time that all have been.
+    After each round, `note` is called with the number of SYNs sent in the round.
     """
     server_ip = syns[0].four_tuple.server_ip
     with namespace.run(_raw_socket, ":" in server_ip) as raw:
@@ -110,9 +110,9 @@ def repeat_until(
 def send_syns(
     namespace: Namespace, watch: Watch, prefix: str, server_ip: str, server_port: int, count: int
 ) -> set[FourTuple]:
-    """Send SYNs with `count` different 4-tuples in bursts; returns their 4-tuples.
+    """Send SYNs with `count` different 4-tuples in bursts; returns the 4-tuples.
 
-    Raises LabTimeoutError where the server does not answer all of them.
+    Raises LabTimeoutError if the server does not answer every SYN.
     """
     syns = list(make_syns(prefix, server_ip, server_port, count))
     send_in_bursts(namespace, watch, syns)
@@ -120,7 +120,7 @@ def send_syns(
 
 
 def send_syn(namespace: Namespace, syn: Syn) -> None:
-    """Send one that may stay unanswered."""
+    """Send one SYN without waiting for an answer."""
     with namespace.run(_raw_socket, ":" in syn.four_tuple.server_ip) as raw:
         raw.sendto(syn.packet, (syn.four_tuple.server_ip, 0))
 
@@ -134,14 +134,14 @@ def send_segment(
     wrong_by: int = 0,
     extensions: tuple[int, bytes] = (IPPROTO_TCP, b""),
 ) -> None:
-    """Send an ACK of the 4-tuple's client, or data; `segment_packet` has the words."""
+    """Send an ACK or data as the 4-tuple's client; `segment_packet` describes the arguments."""
     packet = segment_packet(four_tuple, sequence, acknowledgement, payload, wrong_by, extensions)
     with namespace.run(_raw_socket, ":" in four_tuple.server_ip) as raw:
         raw.sendto(packet, (four_tuple.server_ip, 0))
 
 
 def flood(namespace: Namespace, four_tuple: FourTuple, packets: int) -> None:
-    """Send ACKs that belong to no connection, as fast as they can be sent."""
+    """Send ACKs that belong to no connection, as fast as possible."""
     packet = segment_packet(four_tuple, 1, 1)
     with namespace.run(_raw_socket, ":" in four_tuple.server_ip) as raw:
         for _ in range(packets):
@@ -149,6 +149,6 @@ def flood(namespace: Namespace, four_tuple: FourTuple, packets: int) -> None:
 
 
 def _raw_socket(ipv6: bool) -> socket.socket:
-    # IPPROTO_RAW means that we bring the IP header, for both families.
+    # IPPROTO_RAW means that the caller supplies the IP header, in both families.
     family = socket.AF_INET6 if ipv6 else socket.AF_INET
     return socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)

@@ -1,11 +1,11 @@
-"""Two network namespaces joined by a veth pair, everything that matters pinned.
+"""Two network namespaces joined by a veth pair, with all relevant sysctls pinned.
 
     client 10.9.0.2, fd09::2  veth0 ———— veth0  10.9.0.1, fd09::1 server
 
-The client also owns every address of LOCAL_SOURCES (it answers for them, a stray SYN-ACK draws
-an RST) and is the way to every address of SILENT_SOURCES, which nobody owns and nobody answers
-for. Neighbours are entered by hand: ARP and neighbour discovery queue at most a few packets and
-would distort a burst of SYNs.
+The client also owns every address of LOCAL_SOURCES and answers a stray SYN-ACK to them with RST.
+The server routes SILENT_SOURCES through the client; no host owns these addresses or answers for
+them. Neighbour entries are permanent, because ARP and neighbour discovery queue only a few packets
+and would distort a burst of SYNs.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ SYSCTLS: Mapping[str, str] = {
     "net/ipv6/conf/default/accept_ra": "0",
 }
 SYSCTLS_OF_SOME_KERNELS: Mapping[str, str] = {
-    # 6.5 (ccce324dabfe) repeats the first SYNs every second unless told not to.
+    # Since 6.5 (ccce324dabfe), the first SYN retransmissions come every second by default.
     "net/ipv4/tcp_syn_linear_timeouts": "0",
     "net/ipv4/tcp_migrate_req": "0",
 }
@@ -73,20 +73,20 @@ SYSCTLS_OF_SOME_KERNELS: Mapping[str, str] = {
 Result = TypeVar("Result")
 _instances = itertools.count(1)
 _held: dict[int, int] = {}
-"""An open file of each namespace that was made, by inode number, for the process's life. The kernel
-gives the lowest free number to the next one (ns_alloc_inum), and what a tracer tells of one that is
-gone must not be taken for a word about another."""
-# The helpers that pyroute2 forks have 1 s by default, which an emulated machine can need.
+"""Open files of the created namespaces, by inode number, kept for the life of the process. The
+kernel gives a new namespace the lowest free inode number (ns_alloc_inum). Without the open file, a
+tracer's verdict on a removed namespace could be taken for one on its successor."""
+# pyroute2's forked helpers have a default timeout of 1 s, too short on an emulated machine.
 pyroute2_settings.default_communicate_timeout = int(patient(COMMAND_S))
 
 
 class Namespace:
-    """One network namespace and a thread that lives in it.
+    """One network namespace, and a resident thread in it.
 
-    A network namespace belongs to a thread, not to a process: whatever the resident thread
-    opens, reads or starts belongs to this namespace, and the rest of the process stays where
-    it is. Its inode number is of no other namespace as long as the process lives, or until it is
-    given up. Raises LabError where the namespace cannot be made.
+    A network namespace is a property of a thread, not of a process. Everything that the resident
+    thread opens, reads or starts belongs to this namespace; the process's other threads do not
+    move. No other namespace gets the same inode number while the process lives, or until
+    `give_up_number`. Raises LabError if the namespace cannot be created.
     """
 
     def __init__(self, name: str) -> None:
@@ -95,7 +95,7 @@ class Namespace:
             netns.create(name)
         except OSError as error:
             raise LabError(
-                f"cannot make the network namespace {name}", str(error), "run the lab as root"
+                f"cannot create the network namespace {name}", str(error), "run the lab as root"
             ) from error
         held = os.open(Path(netns.NETNS_RUN_DIR) / name, os.O_RDONLY | os.O_CLOEXEC)
         self.inode = os.fstat(held).st_ino
@@ -103,7 +103,7 @@ class Namespace:
         self._resident = ThreadPoolExecutor(1, name, netns.setns, (name, 0))
 
     def run(self, function: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
-        """Call a function on the thread that lives in this namespace; raises LabTimeoutError."""
+        """Call a function on the resident thread of this namespace. Raises LabTimeoutError."""
         limit_s = patient(COMMAND_S)
         try:
             return self._resident.submit(function, *arguments, **named).result(limit_s)
@@ -113,7 +113,7 @@ class Namespace:
     def command(self, *words: str) -> str:
         """Run a command in this namespace and return its standard output.
 
-        Raises LabError where it is not installed, fails or does not end.
+        Raises LabError if the command is not installed, fails or does not end.
         """
         try:
             done = self.run(
@@ -131,13 +131,13 @@ class Namespace:
         return done.stdout
 
     def popen(self, words: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
-        """Start a process in this namespace; the caller ends it."""
+        """Start a process in this namespace; the caller must end the process."""
         return self.run(subprocess.Popen, words, **options)
 
     def pin(self, values: Mapping[str, str], if_known: bool = False) -> None:
-        """Set sysctls, named as paths below /proc/sys, in this namespace.
+        """Set sysctls in this namespace; their names are paths below /proc/sys.
 
-        Raises LabError for one this kernel does not have, unless `if_known`.
+        Raises LabError if this kernel lacks a sysctl, unless `if_known` is set.
         """
         self.run(_write_sysctls, values, if_known)
 
@@ -146,7 +146,7 @@ class Namespace:
         return parse_netstat(self.run(Path("/proc/thread-self/net/netstat").read_text))
 
     def count_known(self, port: int) -> int:
-        """The connections and handshakes at this port, without the time a start of `ss` takes."""
+        """Number of connections and handshakes at a port, read from /proc: `ss` starts slowly."""
         return sum(
             count_known(self.run(Path(f"/proc/thread-self/net/{table}").read_text), port)
             for table in ("tcp", "tcp6")
@@ -157,19 +157,19 @@ class Namespace:
         return parse_ss(self.command("ss", "-tnH", "state", state, *conditions))
 
     def give_up_number(self) -> None:
-        """From now on the namespace is gone as soon as nothing lives in it and nothing names it."""
+        """Close the held file; the namespace then ends with its last process and its name."""
         if (held := _held.pop(self.inode, None)) is not None:
             os.close(held)
 
     def close(self) -> None:
-        """Remove the name; the kernel keeps the namespace while something still lives in it."""
+        """Remove the name; the kernel keeps the namespace while a process or file uses it."""
         self._resident.shutdown(wait=True, cancel_futures=True)
         with contextlib.suppress(FileNotFoundError):
             netns.remove(self.name)
 
 
 class OwnNamespace(Namespace):
-    """The one this process is in already: for a guest that is one end and nothing else."""
+    """The network namespace of this process, for a guest that is one end of the connection."""
 
     def __init__(self) -> None:
         self.name = "own"
@@ -177,15 +177,16 @@ class OwnNamespace(Namespace):
         self._resident = ThreadPoolExecutor(1, self.name)
 
     def close(self) -> None:
-        """Let the thread go; the namespace stays."""
+        """End the resident thread; the namespace stays."""
         self._resident.shutdown(wait=True, cancel_futures=True)
 
 
 class Topology:
-    """The server's and the client's namespace; a context manager that leaves nothing behind.
+    """The server's and the client's namespace; a context manager that removes both.
 
-    Names carry the process id and a number, so several can exist at once. While it is open in
-    the main thread, SIGTERM ends the program by way of SystemExit, so that it is removed too.
+    Names contain the process id and a number, so several topologies can exist at once. If the main
+    thread opens the topology, SIGTERM raises SystemExit meanwhile, so the topology is removed then
+    as well.
     """
 
     server: Namespace
@@ -218,7 +219,7 @@ class Topology:
         self._cleanup.close()
 
     def cut(self) -> None:
-        """Take the wire away: what either end sends from here on reaches nobody."""
+        """Delete the veth pair; later packets of either end are lost."""
         with NetNS(self.client.name, flags=0) as client:
             client.link("del", index=int(client.link_lookup(ifname=INTERFACE)[0]))
 
@@ -237,14 +238,14 @@ class Topology:
                 _know_neighbour(client, client_link, SERVER_ADDRESS[family], server, server_link)
                 for sources in (LOCAL_SOURCES[family], SILENT_SOURCES[family]):
                     server.route("add", dst=sources, gateway=CLIENT_ADDRESS[family])
-                # Table 255 is `local`, scope 254 `host`: every address of the prefix is ours.
+                # Table 255 is `local`, scope 254 is `host`: every address of the prefix is local.
                 client.route(
                     "add", dst=LOCAL_SOURCES[family], type="local", table=255, scope=254, oif=1
                 )
 
 
 def source_addresses(prefix: str, count: int) -> list[str]:
-    """Up to `count` host addresses of a prefix, in text, from its first host on."""
+    """The first `count` host addresses of a prefix, as text; fewer if the prefix has fewer."""
     hosts: Iterator[ipaddress.IPv4Address | ipaddress.IPv6Address] = iter(
         ipaddress.ip_network(prefix).hosts()
     )
@@ -267,7 +268,7 @@ def _write_sysctls(values: Mapping[str, str], if_known: bool) -> None:
 def _address_link(route: IPRoute, addresses: Mapping[int, str]) -> int:
     link = int(route.link_lookup(ifname=INTERFACE)[0])
     for family, address in addresses.items():
-        # Without duplicate address detection an IPv6 address is usable at once.
+        # 0x02 (IFA_F_NODAD): without duplicate address detection, the address is usable at once.
         flags = {"flags": 0x02} if family == 6 else {}
         route.addr("add", index=link, address=address, prefixlen=PREFIX_LENGTH[family], **flags)
     for index in (int(route.link_lookup(ifname="lo")[0]), link):

@@ -1,8 +1,8 @@
-"""Clients behind a tun device: what they send is received in their own thread's context.
+"""Clients behind a tun device: the kernel receives their packets in the sending thread's context.
 
-A write to a tun runs netif_receive_skb before it returns (tun_get_user), with bottom halves off. A
-veth hands packets on to the CPU's backlog instead, which takes them one after the other, so that
-only here two packets of one CPU can meet on a PREEMPT_RT kernel.
+A write to a tun runs netif_receive_skb before it returns (tun_get_user), with bottom halves
+disabled. A veth queues packets on the CPU's backlog, which processes one packet after the other.
+Therefore only a tun lets two packets on one CPU overlap on a PREEMPT_RT kernel.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _LARGEST_PACKET = 2048
 
 
 class TunClients:
-    """One client address that a server's namespace reaches by a tun of its own; IPv6.
+    """One IPv6 client address that a server's namespace reaches through its own tun device.
 
-    A context manager; the device goes with it. `number` tells devices of one namespace apart.
-    Raises LabError without the kernel module, OSError where the device cannot be made.
+    A context manager that removes the device at its end. `number` distinguishes the devices of one
+    namespace. Raises LabError without the kernel module, OSError if the device cannot be created.
     """
 
     def __init__(self, server: Namespace, number: int) -> None:
@@ -61,9 +61,9 @@ class TunClients:
         os.close(self._tun)
 
     def shake_hands(self, client_port: int, server_port: int, isn: int, answer: bool) -> FourTuple:
-        """SYN, SYN-ACK and, if `answer`, the ACK, all from the calling thread.
+        """Send the SYN, await the SYN-ACK and, if `answer`, send the ACK from the calling thread.
 
-        Raises LabTimeoutError where no SYN-ACK comes.
+        Raises LabTimeoutError if no SYN-ACK arrives.
         """
         who, ack = self.connect(client_port, server_port, isn)
         if answer:
@@ -71,9 +71,9 @@ class TunClients:
         return who
 
     def connect(self, client_port: int, server_port: int, isn: int) -> tuple[FourTuple, bytes]:
-        """SYN and SYN-ACK; the client, and the packet with the ACK that is due.
+        """Send the SYN and await the SYN-ACK; returns the 4-tuple and the ACK packet to send.
 
-        Raises LabTimeoutError where no SYN-ACK comes.
+        Raises LabTimeoutError if no SYN-ACK arrives.
         """
         template = SynTemplate(self.server_ip, server_port)
         source = ipaddress.ip_address(self.client_ip).packed
@@ -83,11 +83,11 @@ class TunClients:
         return who, segment_packet(who, isn + 1, cookie + 1)
 
     def send(self, packet: bytes) -> None:
-        """Have the kernel receive a packet, whole, before this returns."""
+        """Send a packet; the kernel has processed it completely when the call returns."""
         os.write(self._tun, packet)
 
     def _synack(self, client_port: int) -> int:
-        """The sequence number of the SYN-ACK to a port, in host order."""
+        """The sequence number of the SYN-ACK to a port, in host byte order."""
         deadline = Deadline(SETTLE_S)
         while not deadline.passed():
             select.select([self._tun], [], [], deadline.left())

@@ -1,4 +1,4 @@
-"""Watching a namespace's end of the wire through a packet socket."""
+"""Captures the packets at a namespace's end of the wire with a packet socket."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ PACKET_STATISTICS = 6
 SO_RCVBUFFORCE = 33
 RECEIVE_BUFFER = 64 << 20
 RECHECK_S = 0.25
-"""A condition is looked at again after this time at the latest: the segment that makes it true
-can pass the packet socket before the kernel has acted on it."""
+"""Longest time between two checks of a condition. The packet socket can see a segment before the
+kernel has acted on the segment, so a check on arrival alone may be too early."""
 
 
 class Watch:
-    """Every TCP segment to and from one server port, kept as a record per connection.
+    """All TCP segments to and from one server port, as one record per connection.
 
-    A context manager. It sees what leaves and arrives at the interface, before the namespace's
-    own netfilter on the way in and after it on the way out.
+    A context manager. The capture is at the interface: before the namespace's netfilter for
+    received packets, after netfilter for sent ones.
     """
 
     def __init__(self, namespace: Namespace, server_port: int) -> None:
         self.records: dict[FourTuple, WireRecord] = {}
         self.synacks = 0
-        """All together."""
+        """Number of SYN-ACKs to all clients."""
         self._port = server_port
         self._socket = namespace.run(_packet_socket)
 
@@ -53,9 +53,9 @@ class Watch:
         self._socket.close()
 
     def until(self, condition: Callable[[], bool], what: str, limit_s: float = SETTLE_S) -> None:
-        """Wait until a condition holds, looking again whenever a segment passes.
+        """Wait until a condition holds; checks again whenever a segment passes.
 
-        Raises LabTimeoutError with `what` where it does not come about within `limit_s` seconds.
+        Raises LabTimeoutError with `what` if the condition does not hold within `limit_s` seconds.
         """
         deadline = Deadline(limit_s)
         self.take_in()
@@ -70,27 +70,29 @@ class Watch:
             self.take_in()
 
     def take_in(self) -> None:
-        """Note every segment seen so far; raises LabError where the kernel had to drop some."""
+        """Record all segments seen so far. Raises LabError if the kernel dropped some."""
         for packet in self._waiting_packets():
             self._note(packet)
         _, lost = struct.unpack("II", self._socket.getsockopt(SOL_PACKET, PACKET_STATISTICS, 8))
         if lost:
             raise LabError(
-                f"{lost} packets were not seen", "the packet socket's buffer is full", "use fewer"
+                f"{lost} packets were missed",
+                "the packet socket's buffer is full",
+                "use fewer clients",
             )
 
     def count(self, condition: Callable[[WireRecord], bool]) -> int:
-        """How many connections' records fulfil a condition."""
+        """The number of connections whose record meets a condition."""
         return sum(condition(record) for record in self.records.values())
 
     def summary(self) -> str:
-        """One line on what passed."""
+        """One line that counts the captured segments."""
         records = self.records.values()
         return (
             f"{len(records)} connections, {sum(record.syns for record in records)} SYNs, "
             f"{sum(record.synacks for record in records)} SYN-ACKs, "
             f"{sum(record.acks for record in records)} ACKs, "
-            f"{sum(record.client_resets for record in records)} RSTs of clients"
+            f"{sum(record.client_resets for record in records)} RSTs from clients"
         )
 
     def _waiting_packets(self) -> Iterator[bytes]:
@@ -143,7 +145,7 @@ class Watch:
 
 
 def _packet_socket() -> socket.socket:
-    # SOCK_DGRAM leaves the link header away.
+    # SOCK_DGRAM removes the link header.
     watcher = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
     watcher.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER)
     watcher.bind((INTERFACE, ETH_P_ALL))

@@ -1,1 +1,1 @@
-"""What is made from the parser and the documentation when a package is built."""
+"""Generates the manual page and the completions when a package is built."""

@@ -1,6 +1,6 @@
-"""What pip calls to build a wheel (PEP 517): setuptools, with the pages written before.
+"""The PEP 517 build backend: writes the pages, then calls setuptools.
 
-setup.cfg names them as data files, so they must be there when a wheel is built.
+setup.cfg lists the pages as data files, so the pages must exist before a wheel is built.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes the pages that packages carry: the manual and the completions."""
+"""Writes the pages for packages: the manual page and the completions."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DIRECTORY = Path("build") / "pages"
-"""Below the root of the source; setup.cfg and packaging/debian name it too."""
+"""Relative to the source root; setup.cfg uses the same path."""
 MANUAL = f"{NAME}.{SECTION}"
 BASH = NAME
-"""So called, bash-completion finds it once the command is typed."""
+"""bash-completion loads a file with the name of the command."""
 ZSH = f"_{NAME}"
 DATE_VARIABLE = "SOURCE_DATE_EPOCH"
-"""Whoever builds packages again has the same bytes by it (reproducible-builds.org)."""
+"""Sets the date, so that a rebuild gives identical bytes (reproducible-builds.org)."""
 
 
 def manual_lines() -> Iterator[str]:

@@ -1,9 +1,9 @@
-"""Completions for bash and zsh, from the parser: its options, and what their metavars stand for.
+"""Completions for bash and zsh, generated from the parser's options and their metavars.
 
-Own code, because shtab 1.5 (Debian 12) completes neither `--rescue=VALUE` nor a list of verdicts,
-takes an optional value for a required one in zsh, and needs functions beside the parser for the
-rest. What a metavar says is enough: `known|all|dry-run` are words, `FILE` is a file,
-`VERDICT[,VERDICT]` a list.
+shtab 1.5 (Debian 12) is not used, for three reasons. It completes neither `--rescue=VALUE` nor a
+list of verdicts. In zsh it treats an optional value as required. The rest would need functions
+outside the parser. The metavars are sufficient: `known|all|dry-run` are words, `FILE` is a file,
+`VERDICT[,VERDICT]` is a list.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ FUNCTION = "_tcpstuck_trace"
 NETWORK_NAMESPACE = "netns"
 _NAMED_NAMESPACES = "/run/netns"
 _KINDS = {"FILE": "file", "PATH": "file", "DIR": "directory"}
-"""What is completed, by what the metavar says; any other word in capitals is typed by hand."""
+"""The kind of completion for each metavar; other metavars in capitals are not completed."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """What may follow an option."""
+    """The values that an option accepts."""
 
     words: tuple[str, ...] = ()
     kind: str = ""
-    """`file`, `directory` or NETWORK_NAMESPACE; empty: no more than the words."""
+    """`file`, `directory` or NETWORK_NAMESPACE; empty: only `words`."""
     is_list: bool = False
-    """Whether several words may stand there, separated by commas."""
+    """Whether the value may be a comma-separated list of words."""
     optional: bool = False
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to propose."""
+        """Whether there is no completion."""
         return not (self.words or self.kind)
 
 
 def value(action: argparse.Action) -> Value | None:
-    """What may follow an option; None where nothing may."""
+    """The values that an option accepts; None if it takes no value."""
     shown = value_of(action)
     if not shown:
         return None
@@ -62,7 +62,7 @@ def value(action: argparse.Action) -> Value | None:
 
 
 def _combinations(action: argparse.Action, words: list[str]) -> Iterator[str]:
-    """Two words with a comma, where the parser takes that: all,dry-run."""
+    """Pairs of words with a comma that the parser accepts, such as all,dry-run."""
     if not callable(action.type) or action.choices:
         return
     for pair in itertools.permutations(words, 2):
@@ -73,7 +73,7 @@ def _combinations(action: argparse.Action, words: list[str]) -> Iterator[str]:
 
 
 _BASH = """\
-# Completion of NAME for bash, made from the options it takes.
+# bash completion for NAME, generated from its options.
 
 FUNCTION_words() {
 	mapfile -t COMPREPLY < <(compgen -W "$1" -- "$word")
@@ -102,7 +102,7 @@ FUNCTION_netns() {
 FUNCTION() {
 	local word=${COMP_WORDS[COMP_CWORD]} option=${COMP_WORDS[COMP_CWORD - 1]} joined=""
 	COMPREPLY=()
-	# Readline takes --option=value apart at the =, which it takes for a word.
+	# Readline splits --option=value at the =, and makes the = a separate word.
 	if [[ $word == = ]]; then
 		word="" joined=yes
 	elif [[ $option == = ]]; then
@@ -125,7 +125,7 @@ complete -F FUNCTION NAME
 
 _ZSH = """\
 #compdef NAME
-# Completion of NAME for zsh, made from the options it takes.
+# zsh completion for NAME, generated from its options.
 
 FUNCTION_netns() {
 	local -a names=(all NAMESPACES/*(N:t))
@@ -154,7 +154,7 @@ def _named(text: str) -> str:
 
 
 def bash(parser: argparse.ArgumentParser) -> str:
-    """The completion for bash, as a file."""
+    """The text of the bash completion file."""
     options: list[str] = []
     cases = []
     for _, actions in groups_of(parser):
@@ -183,7 +183,7 @@ def _zsh_value(action: argparse.Action) -> str:
 
 
 def _zsh_spec(action: argparse.Action, excluded: list[str]) -> str:
-    """The argument of _arguments for one option: what it excludes, its names, help and value."""
+    """The _arguments spec of one option: excluded options, names, help and value."""
     takes_value = value(action) is not None
     names = [
         option if not takes_value else f"{option}{'=' if option.startswith('--') else '+'}"
@@ -198,7 +198,7 @@ def _zsh_spec(action: argparse.Action, excluded: list[str]) -> str:
 
 
 def zsh(parser: argparse.ArgumentParser) -> str:
-    """The completion for zsh, as a file."""
+    """The text of the zsh completion file."""
     specs = []
     for _, actions in groups_of(parser):
         for action in actions:

@@ -1,8 +1,8 @@
-"""The page tcpstuck-trace(8), from the parser and README.md, which are the only texts there are.
+"""Generates tcpstuck-trace(8) from its only two sources, the parser and README.md.
 
-Own code, because what Debian has for this loses what the parser knows. argparse-manpage 1.2 (Debian
-12) drops the groups of options and the examples, and takes no further sections; help2man reads the
-printed help, and takes a usage of several lines for a list of options. Neither reads Markdown.
+Debian's tools are not used, because they lose information that the parser has. argparse-manpage 1.2
+(Debian 12) drops option groups and examples, and accepts no further sections. help2man reads the
+printed help, and mistakes a usage of several lines for a list of options. Neither reads Markdown.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 NAME = "tcpstuck-trace"
 SECTION = 8
 WIDEST = 78
-"""Columns of the source; longer lines are bad style (mandoc)."""
+"""Maximum columns in the roff source; mandoc warns about longer lines."""
 OPTIONS = "OPTIONS"
 SEE_ALSO = ("bpf(2)", "nft(8)", "nstat(8)", "ss(8)", "tcpdump(8)", "tcp(7)")
 
 _UNNAMED = ("options", "optional arguments")
-"""What argparse calls the options that are in no group of ours; before Python 3.10 the latter."""
+"""argparse's title for options outside our groups; the second one before Python 3.10."""
 _ESCAPES = {
     "\\": "\\e",
     "-": "\\-",
@@ -39,18 +39,18 @@ _METAVAR_WORD = re.compile(r"[A-Z]+|[^A-Z]+")
 
 
 def escaped(text: str) -> str:
-    """Text as roff takes it, whatever it holds."""
+    """Text with all characters escaped for roff."""
     ascii_only = "".join(one if one.isascii() else f"\\[u{ord(one):04X}]" for one in text)
     return re.sub(r"\\(?!\[u[0-9A-F]{4,6}\])|[-'`^~]", lambda m: _ESCAPES[m[0]], ascii_only)
 
 
 def _bold(text: str) -> str:
-    # A break between words would leave the next line in the same font, which is right.
+    # If the text wraps, the next line keeps the font, as it should.
     return f"\\fB{escaped(text)}\\fR"
 
 
 def inline(markdown: str) -> str:
-    """A paragraph's Markdown as roff, in one line."""
+    """A Markdown paragraph as one line of roff."""
     found, at = [], 0
     markdown = " ".join(markdown.replace("\\|", "|").split())
     for match in _INLINE.finditer(markdown):
@@ -68,13 +68,13 @@ def inline(markdown: str) -> str:
 
 
 def filled(roff: str) -> Iterator[str]:
-    """Text lines of the source, none of them taken for a request."""
+    """Wrapped text lines; lines that roff would read as requests are protected."""
     lines = textwrap.wrap(roff, WIDEST, break_long_words=False, break_on_hyphens=False)
     yield from (f"\\&{line}" if line[0] in ".'" else line for line in lines)
 
 
 def section_of(markdown: str, heading: str) -> str:
-    """What is below a heading of the second level. Raises ValueError where there is none."""
+    """The text below a second-level heading. Raises ValueError if the heading is missing."""
     _, found, rest = markdown.partition(f"\n## {heading}\n")
     if not found:
         raise ValueError(f"README.md has no section {heading}")
@@ -82,7 +82,7 @@ def section_of(markdown: str, heading: str) -> str:
 
 
 def table_rows(markdown: str) -> list[list[str]]:
-    """The rows of the table in a text, as cells, the headings first and without the rule."""
+    """The cells of a Markdown table, row by row: headings first, without the separator row."""
     return [
         [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
         for line in markdown.splitlines()
@@ -97,7 +97,7 @@ def _entry(tag: str, text: str) -> Iterator[str]:
 
 
 def _table(markdown: str) -> Iterator[str]:
-    """A list instead of a table: the first cell above the others, which keep their headings."""
+    """A table as a list: the first cell is the tag, the other cells follow with their headings."""
     (_, *headings), *rows = table_rows(markdown)
     told = [f"{one[:1].upper()}{one[1:].rstrip('?')}: " if one else "" for one in headings]
     for first, *others in rows:
@@ -106,7 +106,7 @@ def _table(markdown: str) -> Iterator[str]:
 
 
 def _paragraphs(markdown: str) -> Iterator[str]:
-    """Paragraphs, and the items of lists; no code and no table."""
+    """Paragraphs and list items; code and tables are not supported."""
     for number, block in enumerate(re.split(r"\n\s*\n", markdown.strip())):
         items = re.split(r"^- ", block, flags=re.MULTILINE)
         if items[0].strip():
@@ -123,7 +123,7 @@ def _paragraphs(markdown: str) -> Iterator[str]:
 
 
 def _metavar(text: str) -> str:
-    """What stands for a value in italics, what is written as it is in bold."""
+    """A metavar with placeholders in italics and literal words in bold."""
     return "".join(
         f"\\fI{escaped(word)}\\fR"
         if word.isupper()
@@ -133,7 +133,7 @@ def _metavar(text: str) -> str:
 
 
 def value_of(action: argparse.Action) -> str:
-    """The value of an option as the help has it: PORT[,PORT]; empty for none."""
+    """An option's value as shown in the help, such as PORT[,PORT]; empty if it takes none."""
     if action.nargs == 0:
         return ""
     if isinstance(action.metavar, str):
@@ -147,18 +147,18 @@ def _written(option: str, action: argparse.Action) -> str:
         return _bold(option)
     shown = _metavar(value)
     if action.nargs == argparse.OPTIONAL:
-        # With = alone: a word of its own could be meant as something else.
+        # An optional value needs the =; a separate word could be another argument.
         return f"{_bold(option)}[{_bold('=')}{shown}]"
     return f"{_bold(option)} {shown}"
 
 
 def help_of(action: argparse.Action) -> str:
-    """The help of an option, in one line."""
+    """An option's help, in one line."""
     return " ".join((action.help or "").replace("%%", "%").split())
 
 
 def groups_of(parser: argparse.ArgumentParser) -> Iterator[tuple[str, list[argparse.Action]]]:
-    """The groups of the parser that have options, with these."""
+    """The parser's groups that have options, each with its options."""
     for group in parser._action_groups:
         if group._group_actions:
             yield group.title or "", group._group_actions
@@ -196,7 +196,7 @@ def _examples(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def _summary(repository: Path) -> str:
-    """What the package's description says, as part of a sentence."""
+    """The package's description, with a lower-case first letter."""
     config = configparser.ConfigParser()
     config.read(repository / "setup.cfg", "utf-8")
     text = config["metadata"]["description"]
@@ -206,7 +206,7 @@ def _summary(repository: Path) -> str:
 def manual(
     parser: argparse.ArgumentParser, repository: Path, version: str, date: str
 ) -> Iterator[str]:
-    """The lines of the page. Raises ValueError where README.md lacks a section, and OSError."""
+    """The lines of the page. Raises OSError, and ValueError if README.md lacks a section."""
     readme = (repository / "README.md").read_text("utf-8")
     yield f'.TH {escaped(NAME).upper()} {SECTION} {date} "{NAME} {version}"'
     yield ".SH NAME"

@@ -1,1 +1,1 @@
-"""Clients and servers, each a process of its own."""
+"""Clients and servers, each in its own process."""

@@ -1,7 +1,7 @@
-"""A process of the lab inside a namespace, and the conversation with it.
+"""A lab process inside a namespace, and the requests to it.
 
-Parent and child talk over a socket pair with multiprocessing's own framing: one request, one
-answer. The child ends when its end of the pair is closed, so it cannot outlive its parent.
+Parent and child use a socket pair with multiprocessing's framing: one request, one answer. The
+child ends when the parent's end of the pair is closed, so the child cannot outlive its parent.
 """
 
 from __future__ import annotations
@@ -28,51 +28,51 @@ _START = (
     "import importlib, json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "importlib.import_module(sys.argv[2]).main()"
 )
-"""With our own search path: to find it anew (`site`) takes longer than all the rest of a start."""
+"""Passes our own sys.path to the child: `site` takes longer than the rest of a start."""
 IMPORT_ROOT = Path(__file__).resolve().parents[2]
 
 
 class End(Protocol):
-    """Where processes can be started: a `Namespace`, or a stand-in for one."""
+    """A place to start processes in: a `Namespace`, or a stand-in for one."""
 
     def popen(self, words: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
-        """Start a process there."""
+        """Start a process in this place."""
 
 
 class Running(Protocol):
-    """A process that was started; as `subprocess.Popen` has it."""
+    """A started process, with the methods of `subprocess.Popen`."""
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """The process id."""
 
     def poll(self) -> int | None:
-        """Its exit status once it has ended, below zero for a signal."""
+        """The exit status if the process has ended, negative for a signal; otherwise None."""
 
     def wait(self, timeout: float | None = None) -> int:
-        """Its exit status when it has ended. Raises subprocess.TimeoutExpired."""
+        """Wait for the process to end; returns the status. Raises subprocess.TimeoutExpired."""
 
     def send_signal(self, number: int, /) -> None:
-        """Send it a signal, unless it has ended."""
+        """Send a signal to the process, unless it has ended."""
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL to the process."""
 
 
 def pause(process: Running) -> None:
-    """SIGSTOP, and wait until the process has stopped: it takes nothing in and does nothing."""
+    """Send SIGSTOP and wait until the process has stopped; returns at once if it has ended."""
     if process.poll() is not None:
         return
     process.send_signal(signal.SIGSTOP)
     try:
-        # WNOWAIT leaves an exit status, should there be one, to Popen.
+        # With WNOWAIT, Popen can still collect an exit status.
         os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
     except ChildProcessError:
-        # Nobody but its parent is told.
+        # Only the parent can wait for a process; others must poll its state.
         deadline = Deadline(COMMAND_S)
         while process.poll() is None and _runs(process.pid):
             if deadline.passed():
-                why = "it runs on"
+                why = "still running"
                 raise LabTimeoutError(
                     f"process {process.pid} to stop", deadline.limit_s, why
                 ) from None
@@ -80,7 +80,10 @@ def pause(process: Running) -> None:
 
 
 def _runs(pid: int) -> bool:
-    """Whether any thread of a process is not stopped; a process that has ended has none."""
+    """Whether any thread of a process is not stopped; False if the process has ended.
+
+    True if a thread ends during the check; the caller then checks again.
+    """
     try:
         threads = [
             thread.read_text("ascii", "replace")
@@ -98,15 +101,15 @@ class Started(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """A child's answer to a request it could not fulfil."""
+    """A child's answer to a request that failed."""
 
     what: str
 
 
 class Child:
-    """A module's `main`, in a process of its own in a namespace, that answers requests.
+    """A child process in a namespace that runs a module's `main` and answers requests.
 
-    A context manager. Raises LabError where the child ends or does not answer in time.
+    A context manager. Raises LabError if the child ends or does not answer in time.
     """
 
     def __init__(self, end: End, module: str) -> None:
@@ -123,7 +126,7 @@ class Child:
         self._answer(Started, START_S)
 
     def ask(self, request: object, limit_s: float = COMMAND_S) -> Any:
-        """Send a request and return its answer, within a limit in seconds."""
+        """Send a request and return the answer; `limit_s` is the limit in seconds."""
         try:
             self._channel.send(request)
         except OSError as error:
@@ -132,14 +135,14 @@ class Child:
 
     def _answer(self, request: object, limit_s: float) -> Any:
         if not self._channel.poll(patient(limit_s)):
-            raise LabTimeoutError(f"an answer of {self._module} to {request!r}", limit_s, "silence")
+            raise LabTimeoutError(f"an answer of {self._module} to {request!r}", limit_s, "nothing")
         try:
             answer = self._channel.recv()
         except (EOFError, OSError) as error:
             raise self._ended() from error
         if isinstance(answer, Failure):
             raise LabError(
-                f"{self._module} could not do what it was asked", answer.what, "read the scenario"
+                f"{self._module} could not carry out a request", answer.what, "read the scenario"
             )
         return answer
 
@@ -149,7 +152,7 @@ class Child:
         )
 
     def close(self) -> None:
-        """End the child and wait for it; its sockets are closed by the kernel."""
+        """End the child and wait for it; the kernel closes its sockets."""
         self._channel.close()
         try:
             self._process.wait(patient(COMMAND_S))
@@ -172,7 +175,7 @@ class Child:
 
 
 def channel_of_child() -> Connection[Any, Any]:
-    """A child's end of the channel, from its command line; says that the child has started."""
+    """Open the child's end of the channel, named on its command line, and report the start."""
     _allow_many_files()
     channel: Connection[Any, Any] = Connection(int(sys.argv[-1]))
     channel.send(Started(os.getpid()))

@@ -1,6 +1,6 @@
-"""The process that holds the client sockets: one thread, one selector, nothing blocking.
+"""The process that owns the client sockets: one thread, one selector, no blocking call.
 
-Started by `lab.processes.clients.Clients`.
+`lab.processes.clients.Clients` starts the process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lab.processes.clients import ALL, Close, Connect, Report, Send, WaitFor
 from lab.records import ClientRecord, FourTuple
 
 OPENED_PER_ROUND = 64
-"""So that opening thousands does not starve those that are already on their way."""
+"""A limit, so that opening thousands of sockets does not starve those that already connect."""
 GREETING_KEPT = 80
 IP_BIND_ADDRESS_NO_PORT = 24
 """From linux/in.h; the socket module has no name for it before Python 3.14."""
@@ -37,7 +37,7 @@ class Client:
         self.socket.setblocking(False)
         self.then_close = order.then_close
         if source is not None:
-            # Without it bind() would reserve a port of its own before the peer is known.
+            # Without this option, bind() would reserve a port before the peer is known.
             self.socket.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
             self.socket.bind((source, 0))
         opened_ns = time.monotonic_ns()
@@ -55,7 +55,7 @@ class Client:
 
 
 class ClientLoop:
-    """All client sockets and the requests about them."""
+    """All client sockets, and the loop that serves requests."""
 
     def __init__(self, channel: Connection[Any, Any]) -> None:
         self.channel = channel
@@ -125,7 +125,7 @@ class ClientLoop:
             self.channel.send([client.record for client in self.clients])
         elif isinstance(request, Connect):
             if self.left_to_open:
-                self.channel.send(Failure("the connections asked for before are not all open"))
+                self.channel.send(Failure("earlier connections are not all open yet"))
                 return
             self.order = request
             self.left_to_open = request.how_many

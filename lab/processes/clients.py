@@ -1,7 +1,7 @@
-"""Clients that connect and wait for the server to speak first, as MySQL's do.
+"""Clients that connect and wait for the server to speak first, like MySQL clients.
 
-One process in the client's namespace holds all sockets (`client_process`); this is the
-scenario's side of it, and the words both sides use.
+One process in the client's namespace owns all sockets (`client_process`). This module has the
+scenario's side and the request types that both sides use.
 """
 
 from __future__ import annotations
@@ -20,25 +20,24 @@ WAITING = "waiting"
 
 
 class Connect(NamedTuple):
-    """Open connections; `sources` are used in turn, none means the kernel chooses."""
+    """Open connections; `sources` are used in turn, or the kernel chooses if there are none."""
 
     how_many: int
     in_flight: int
-    """At most so many at a time on their way: to being connected, or to their end with
-    `then_close`."""
+    """Maximum number of sockets that are still connecting or, with `then_close`, not yet closed."""
     server_ip: str
     server_port: int
     sources: tuple[str, ...] = ()
     then_close: bool = False
-    """Close as soon as the greeting is there."""
+    """Close as soon as the greeting arrives."""
 
 
 class WaitFor(NamedTuple):
-    """Answer as soon as every count is reached (True) or the limit has passed (False)."""
+    """Answer True as soon as every count is reached, or False when the limit passes."""
 
     counts: Mapping[str, int]
     """`opened`, `connected`, `settled` (connected or failed), `greeted`, `failed` or `ended`
-    (closed or failed), each counting all sockets since the start."""
+    (closed or failed). Each counts all sockets since the start."""
     limit_s: float
 
 
@@ -57,7 +56,7 @@ class Close(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Answer with every socket's record, in the order they were opened."""
+    """Answer with every socket's record, in the order of opening."""
 
 
 class Clients(Child):
@@ -85,11 +84,11 @@ class Clients(Child):
         )
 
     def reach(self, limit_s: float, **counts: int) -> bool:
-        """Wait for counts such as `settled=200`; False where `limit_s` seconds passed first."""
+        """Wait for counts such as `settled=200`; returns False if `limit_s` seconds pass first."""
         return bool(self.ask(WaitFor(counts, limit_s), limit_s + LOAD_S))
 
     def await_counts(self, limit_s: float = SETTLE_S, **counts: int) -> None:
-        """Like `reach`, but patient, and raises LabTimeoutError where the limit passed first."""
+        """As `reach`, with a `patient` limit. Raises LabTimeoutError if the limit passes first."""
         limit_s = patient(limit_s)
         if not self.reach(limit_s, **counts):
             raise LabTimeoutError(f"clients to reach {counts}", limit_s, self.summary())
@@ -107,7 +106,7 @@ class Clients(Child):
         return tuple(self.ask(Report()))
 
     def summary(self) -> str:
-        """One line on where the clients stand."""
+        """One line with the number of clients in each state."""
         records = self.records()
         connected = sum(record.connected_ns is not None for record in records)
         greeted = sum(record.greeted_ns is not None for record in records)

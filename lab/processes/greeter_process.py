@@ -1,6 +1,6 @@
-"""A server that speaks first: accepts, greets, and closes when the client does.
+"""A server that speaks first: it accepts, greets, and closes after the client.
 
-Started by `lab.processes.servers.Greeter`.
+`lab.processes.servers.Greeter` starts the process.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from lab.processes.servers import (
 )
 
 IP_TRANSPARENT = 19
-"""include/uapi/linux/in.h; the socket module has it from Python 3.14 on."""
+"""From include/uapi/linux/in.h; the socket module has the name since Python 3.14."""
 
 
 class GreeterLoop:
-    """The listener, its connections and the requests about them."""
+    """The listener and its connections, and the loop that serves requests."""
 
     def __init__(self, channel: Connection[Any, Any]) -> None:
         self.channel = channel
@@ -110,7 +110,7 @@ class GreeterLoop:
             try:
                 connection.send(GREETING)
             except OSError:
-                # The client has gone already; that it was accepted is on record.
+                # The client has already gone; its connection is recorded as accepted.
                 connection.close()
                 continue
             self.selector.register(

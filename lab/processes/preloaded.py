@@ -1,8 +1,8 @@
-"""The tool in a process that has its modules already, as several hundred tests need it.
+"""Runs the tool in a process that has already imported its modules, for several hundred tests.
 
-To start the interpreter and read the modules takes an emulated guest as long as to load the
-programs and more. A process of multiprocessing's fork server has read them once; what it forks runs
-the tool's own entry point with its own words, environment and standard streams.
+In an emulated guest, starting the interpreter and importing the modules takes longer than loading
+the BPF programs. multiprocessing's fork server imports the modules once. Each forked process runs
+the tool's entry point with its own arguments, environment and standard streams.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ MODULES = [
     "tcpstuck_bpf.kernel.source",
     "tcpstuck_bpf.rescue.rescuer",
 ]
-"""What a live run imports, some of it late."""
+"""Modules that a live run imports, some of them late."""
 TOOL = [sys.executable, "-m", "tcpstuck_bpf"]
 
 
 def start_tool(words: Sequence[str], output: int) -> Running:
-    """Start the tool beside us, as `subprocess.Popen` would, with our environment.
+    """Start the tool with our environment, as `subprocess.Popen` would.
 
-    `words` begin with TOOL; `output` is the file its standard output goes to. What it says on
-    standard error goes where ours does. Raises ValueError for another command.
+    `words` begin with TOOL; `output` is the descriptor of the tool's standard output. The tool
+    shares our standard error. Raises ValueError for another command.
     """
     if list(words[: len(TOOL)]) != TOOL:
         raise ValueError(f"{words[0]} is not the tool")
@@ -42,7 +42,7 @@ def start_tool(words: Sequence[str], output: int) -> Running:
 
 
 class Preloaded:
-    """A process of the fork server; what `subprocess.Popen` has and a tracer needs."""
+    """A process of the fork server, with the `subprocess.Popen` methods that `Tracer` needs."""
 
     def __init__(self, words: Sequence[str], output: int) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -55,15 +55,15 @@ class Preloaded:
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """The process id."""
         return int(self._process.pid or 0)
 
     def poll(self) -> int | None:
-        """Its exit status once it has ended, below zero for a signal."""
+        """The exit status if the process has ended, negative for a signal; otherwise None."""
         return self._process.exitcode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Its exit status when it has ended. Raises subprocess.TimeoutExpired."""
+        """Wait for the process to end; returns the status. Raises subprocess.TimeoutExpired."""
         self._process.join(timeout)
         status = self.poll()
         if status is None:
@@ -71,30 +71,30 @@ class Preloaded:
         return status
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal, unless it has ended."""
+        """Send a signal to the process, unless it has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """SIGKILL."""
+        """Send SIGKILL to the process."""
         self.send_signal(signal.SIGKILL)
 
 
 class _Streams:
-    """Files for the standard streams of a process that is about to be forked elsewhere."""
+    """The files for the standard streams of a process that the fork server will fork."""
 
     def __init__(self, output: int, errors: int) -> None:
         self._numbers = (output, errors)
 
     def __getstate__(self) -> tuple[Any, ...]:
-        # Called while the process is described to the fork server: only then can files be passed.
+        # Pickle calls this during the request to the fork server; DupFd works only then.
         return tuple(map(DupFd, self._numbers))
 
     def __setstate__(self, passed: tuple[Any, ...]) -> None:
         self._numbers = (passed[0].detach(), passed[1].detach())
 
     def take(self) -> None:
-        """Make them our own standard streams; standard input is empty."""
+        """Make these files our standard output and error; standard input is /dev/null."""
         nothing = os.open(os.devnull, os.O_RDONLY)
         for number, file in enumerate((nothing, *self._numbers)):
             os.dup2(file, number)

@@ -1,6 +1,6 @@
-"""Servers that speak first: a small one of our own and a real MariaDB.
+"""Servers that speak first: the lab's own small server and a real MariaDB.
 
-Both can be paused, so that the kernel goes on with the handshakes while nobody accepts.
+Both can be paused; the kernel then still handles handshakes, but no process accepts connections.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from lab.processes.child import Child, End, pause
 GREETING = b"220 lab at your service\r\n"
 MARIADB_BINARY = "/usr/sbin/mariadbd"
 MARIADB_UID = 65534
-"""nobody's: mariadbd does not run as root, and the user `mysql` comes only with the whole server
-package, which would start a service."""
+"""The user `nobody`. mariadbd does not run as root, and the user `mysql` comes only with the full
+server package, which would start a service."""
 
 
 class Listen(NamedTuple):
-    """Open the listening socket; nothing is accepted before Resume."""
+    """Open the listening socket; the server accepts no connection before Resume."""
 
     address: str
     port: int
     backlog: int
     both_families: bool
     shares_port: bool = False
-    """With others (SO_REUSEPORT)."""
+    """Share the port with other listeners (SO_REUSEPORT)."""
     transparent: bool = False
-    """For what is sent to other addresses and ports (IP_TRANSPARENT)."""
+    """Accept packets sent to other addresses and ports (IP_TRANSPARENT)."""
 
 
 class Listening(NamedTuple):
@@ -46,26 +46,26 @@ class Listening(NamedTuple):
 
 
 class Resume(NamedTuple):
-    """Accept and greet from now on, first of all what waits in the accept queue."""
+    """Start to accept and greet; connections in the accept queue come first."""
 
 
 class Pause(NamedTuple):
-    """Accept nothing from now on."""
+    """Stop accepting."""
 
 
 class Peers(NamedTuple):
-    """Answer with everyone accepted so far."""
+    """Answer with all connections accepted so far."""
 
 
 class AwaitAccepted(NamedTuple):
-    """Answer as soon as `how_many` connections were accepted (True) or the limit passed (False)."""
+    """Answer True once `how_many` connections are accepted, or False when the limit passes."""
 
     how_many: int
     limit_s: float
 
 
 class Accepted(NamedTuple):
-    """What accept() returned, and when (CLOCK_MONOTONIC ns)."""
+    """The peer that accept() returned, and the time (CLOCK_MONOTONIC ns)."""
 
     peer_ip: str
     peer_port: int
@@ -73,9 +73,9 @@ class Accepted(NamedTuple):
 
 
 class Greeter(Child):
-    """Our own server process; a context manager. It listens at once and begins paused.
+    """The lab's own server process; a context manager. It listens at once and starts paused.
 
-    Port 0 lets the kernel choose; `port` is the one it listens on.
+    With port 0 the kernel chooses; the attribute `port` is the actual port.
     """
 
     def __init__(
@@ -102,19 +102,19 @@ class Greeter(Child):
         return self
 
     def resume(self) -> None:
-        """Begin to accept and greet."""
+        """Start to accept and greet."""
         self.ask(Resume())
 
     def pause(self) -> None:
-        """Stop accepting; the kernel goes on filling the accept queue."""
+        """Stop accepting; the kernel still fills the accept queue."""
         self.ask(Pause())
 
     def accepted(self) -> list[Accepted]:
-        """Everyone accepted so far."""
+        """All connections accepted so far."""
         return list(self.ask(Peers()))
 
     def await_accepted(self, count: int, limit_s: float = SETTLE_S) -> None:
-        """Wait until `count` connections were accepted; raises LabTimeoutError."""
+        """Wait until `count` connections are accepted. Raises LabTimeoutError."""
         limit_s = patient(limit_s)
         if not self.ask(AwaitAccepted(count, limit_s), limit_s + LOAD_S):
             seen = f"{len(self.accepted())} accepted"
@@ -124,9 +124,9 @@ class Greeter(Child):
 class MariaDb:
     """A real mariadbd in a namespace; a context manager.
 
-    It runs without grant tables and storage engines it does not need: the greeting is sent
-    before either matters, and starting takes a tenth of a second instead of many. Raises
-    LabError where it cannot be started.
+    mariadbd runs without grant tables and unneeded storage engines, because it sends the greeting
+    before it uses them. It then starts in a tenth of a second instead of many seconds. Raises
+    LabError if mariadbd cannot be started.
     """
 
     def __init__(self, end: End, address: str, port: int, *, backlog: int) -> None:
@@ -153,18 +153,18 @@ class MariaDb:
         self._remove_directory()
 
     def pause(self) -> None:
-        """SIGSTOP, and wait until the process has stopped."""
+        """Send SIGSTOP and wait until the process has stopped."""
         pause(self._process)
         if self._process.poll() is not None:
             raise self._cannot_start("it ended before it could be paused")
 
     def resume(self) -> None:
-        """SIGCONT."""
+        """Send SIGCONT."""
         os.kill(self._process.pid, signal.SIGCONT)
 
     def _words(self, address: str, port: int, backlog: int) -> list[str]:
         return [
-            # The death of the lab must not leave a stopped database behind.
+            # If the lab dies, no stopped database may stay behind.
             *("setpriv", f"--reuid={MARIADB_UID}", f"--regid={MARIADB_UID}", "--clear-groups"),
             *("--pdeathsig", "KILL", MARIADB_BINARY, "--no-defaults"),
             f"--datadir={self._directory}",
@@ -175,7 +175,7 @@ class MariaDb:
             f"--back-log={backlog}",
             "--max-connections=500",
             "--max-connect-errors=1000000",
-            # Clients that only read the greeting must not be thrown out while we look.
+            # mariadbd must not disconnect clients that only read the greeting.
             "--connect-timeout=3600",
             "--skip-networking=0",
             "--skip-name-resolve",
@@ -211,7 +211,7 @@ class MariaDb:
         """Wait for READY=1 of sd_notify(3), which mariadbd sends once it listens."""
         deadline = Deadline(START_S)
         while not deadline.passed():
-            # Short enough to notice that the process has ended, which sends no notice.
+            # A short timeout: a process that ends sends no notice.
             notices.settimeout(min(1.0, deadline.left() or 0.001))
             try:
                 if b"READY=1" in notices.recv(4096):

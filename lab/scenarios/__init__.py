@@ -1,1 +1,1 @@
-"""What the lab plays."""
+"""The lab's scenarios, and the tracer that runs with them."""

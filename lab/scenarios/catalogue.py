@@ -1,8 +1,7 @@
-"""The scenarios: handshakes that go wrong in known ways, each with an oracle.
+"""The scenarios: handshakes that fail in known ways, each with an oracle.
 
-Every function plays one scenario from an empty topology to its end and returns its Outcome. No
-scenario knows the tracer; a caller that wants one watching starts and stops it in the hook
-`Settings.after`.
+Each function plays one scenario from an empty topology to the end, and returns an Outcome. The
+scenarios do not know the tracer; a caller starts and stops a tracer in the hook `Settings.after`.
 """
 
 from __future__ import annotations
@@ -25,16 +24,17 @@ LARGE_BACKLOG = 4096
 HEALTHY_IN_FLIGHT = 100
 SYNS_PER_CLIENT = 3
 COOKIE_LIFE_S = 125.0
-"""A cookie is refused once its minute is the last but one, at most 120 s after it was made
-(MAX_SYNCOOKIE_AGE in include/net/tcp.h); some seconds more for the kernel's clock tick."""
+"""The kernel rejects a cookie whose age is two ticks of the minute counter, at most 120 s after
+its creation (MAX_SYNCOOKIE_AGE in include/net/tcp.h). A few seconds allow for the kernel's clock
+tick."""
 
 
 def mariadb_stall(settings: Settings) -> Outcome:
-    """A paused MariaDB, more clients than its backlog, then it goes on.
+    """More clients than its backlog connect to a paused MariaDB, then MariaDB resumes.
 
-    The SYNs arrive at once: the first fill the SYN queue, the others are answered by cookies.
-    The SYN-ACKs reach the clients in one batch, their ACKs fill the accept queue, and the
-    kernel throws away the ACKs of the rest. After SIGCONT the server greets whom it knows.
+    The SYNs arrive at once. The first SYNs fill the SYN queue; the kernel answers the others with
+    cookies. The SYN-ACKs reach the clients in one batch. The first ACKs fill the accept queue; the
+    kernel drops the other ACKs. After SIGCONT the server greets the connections that it has.
     """
     with (
         Scene("mariadb-stall", settings, syncookies=1) as scene,
@@ -54,9 +54,10 @@ def mariadb_stall(settings: Settings) -> Outcome:
 
 
 def overflow(settings: Settings) -> Outcome:
-    """The same without MariaDB: our own server sleeps with a backlog of 50, then goes on.
+    """As `mariadb-stall`, but with the lab's own server, which is paused with a backlog of 50.
 
-    On the wire as in `mariadb-stall`; also for IPv6, and IPv4 clients of an IPv6 listener.
+    The packets are those of `mariadb-stall`. The scenario also runs with IPv6, and with IPv4
+    clients of an IPv6 listener.
     """
     with Scene("overflow", settings, syncookies=1) as scene:
         server = scene.greeter(SMALL_BACKLOG)
@@ -70,10 +71,10 @@ def overflow(settings: Settings) -> Outcome:
 
 
 def ack_dropped(settings: Settings) -> Outcome:
-    """A firewall drops bare ACKs: every client gets its SYN-ACK, and no bare ACK arrives.
+    """A firewall drops bare ACKs: each client gets its SYN-ACK, but no bare ACK arrives.
 
-    Every SYN is answered by a cookie. The rule is gone again when the scenario ends; the
-    clients wait for a greeting from a server that is awake and knows nothing of them.
+    The kernel answers every SYN with a cookie. The rule is removed before the scenario ends. The
+    clients wait for a greeting from a running server that has no record of them.
     """
     with Scene("ack-dropped", settings, syncookies=2) as scene:
         server = scene.greeter(LARGE_BACKLOG)
@@ -84,9 +85,9 @@ def ack_dropped(settings: Settings) -> Outcome:
 
 
 def ack_lost(settings: Settings) -> Outcome:
-    """As `ack-dropped`, but no ACK gets as far as the server's host: it is lost on the way.
+    """As `ack-dropped`, but the ACKs are lost before they reach the server's host.
 
-    The client's own rule stands for the network: the server cannot tell the one from the other.
+    A firewall rule at the client stands in for the network; the server cannot see the difference.
     """
     with Scene("ack-lost", settings, syncookies=2) as scene:
         server = scene.greeter(LARGE_BACKLOG)
@@ -101,10 +102,10 @@ def ack_lost(settings: Settings) -> Outcome:
 
 
 def late_fin(settings: Settings) -> Outcome:
-    """As `ack-dropped`; then the stuck applications lose patience and close.
+    """As `ack-dropped`; then the stuck clients give up and close.
 
-    Their FIN carries ACK and the sequence number after the ISN: the cookie validates, the
-    server accepts a connection that its client has already left.
+    Their FIN carries ACK and the sequence number after the ISN, so the cookie is valid. The server
+    accepts a connection that its client has already closed.
     """
     with Scene("late-fin", settings, syncookies=2) as scene:
         server = scene.greeter(LARGE_BACKLOG)
@@ -119,10 +120,11 @@ def late_fin(settings: Settings) -> Outcome:
 
 
 def cookie_expired(settings: Settings) -> Outcome:
-    """As `ack-dropped`; after the cookies' two minutes the stuck clients send data.
+    """As `ack-dropped`; after the cookies expire (two minutes), the stuck clients send data.
 
-    One healthy client just before renews the listener's note of a recent overflow, so that the
-    cookies are examined and found too old. The server answers each with RST.
+    A healthy client connects just before and renews the listener's timestamp of the last overflow.
+    The kernel therefore checks the cookies and finds them too old. The server answers each stuck
+    client with RST.
     """
     with Scene("cookie-expired", settings, syncookies=2) as scene:
         server = scene.greeter(LARGE_BACKLOG)
@@ -132,7 +134,7 @@ def cookie_expired(settings: Settings) -> Outcome:
         scene.stuck(expected)
         if scene.clients.reach(COOKIE_LIFE_S, ended=1):
             raise LabError(
-                "a client ended before its cookie did", scene.clients.summary(), "play it again"
+                "a client ended before its cookie expired", scene.clients.summary(), "play it again"
             )
         scene.clients.connect(1, scene.server_ip, settings.port)
         scene.clients.await_counts(greeted=1)
@@ -145,9 +147,9 @@ def cookie_expired(settings: Settings) -> Outcome:
 
 
 def healthy(settings: Settings) -> Outcome:
-    """Thousands of connections by cookie: connect, greeting, close; nothing goes wrong.
+    """Thousands of clients connect by cookie, get the greeting and close; none fails.
 
-    At most a hundred at a time, so that the accept queue never fills.
+    At most a hundred clients are active at a time, so that the accept queue never fills.
     """
     with Scene("healthy", settings, syncookies=2, watched=False) as scene:
         server = scene.greeter(LARGE_BACKLOG)
@@ -159,7 +161,7 @@ def healthy(settings: Settings) -> Outcome:
 
 
 def spoofed(settings: Settings) -> Outcome:
-    """SYNs from addresses that nobody owns: the SYN-ACKs go to where nobody answers."""
+    """SYNs come from addresses that no host owns, so no SYN-ACK gets an answer."""
     with Scene("spoofed", settings, syncookies=2) as scene:
         scene.greeter(LARGE_BACKLOG).resume()
         scene.ready()
@@ -168,9 +170,9 @@ def spoofed(settings: Settings) -> Outcome:
 
 
 def client_reset(settings: Settings) -> Outcome:
-    """SYNs from addresses that the client owns, but without a socket.
+    """SYNs come from addresses that the client owns, but without a socket.
 
-    The client's kernel knows nothing of the SYN-ACK and answers it by RST.
+    The client's kernel has no socket for the SYN-ACK and answers with RST.
     """
     with Scene("client-reset", settings, syncookies=2) as scene:
         scene.greeter(LARGE_BACKLOG).resume()
@@ -184,9 +186,9 @@ def client_reset(settings: Settings) -> Outcome:
 
 
 def synack_dropped(settings: Settings) -> Outcome:
-    """No SYN-ACK gets through to the clients, so they repeat their SYNs, after 1 s and 3 s.
+    """No SYN-ACK reaches the clients, so they retransmit their SYNs after 1 s and 3 s.
 
-    It ends when each client has sent three; none of them believes to be connected.
+    The scenario ends when each client has sent three SYNs; no client is connected by then.
     """
     with Scene("synack-dropped", settings, syncookies=2) as scene:
         scene.greeter(LARGE_BACKLOG).resume()
@@ -209,14 +211,14 @@ class Scenario:
 
     play: Callable[[Settings], Outcome]
     clients: int
-    """How many by default."""
+    """Default number of clients or SYNs."""
     slow: bool = False
-    """Takes minutes everywhere, because a kernel timer has to run out."""
+    """Whether the scenario takes minutes on any machine, because it waits for a kernel timer."""
     families: tuple[str, ...] = FAMILIES
 
     @property
     def summary(self) -> str:
-        """The first line of what happens."""
+        """The first line of the function's docstring."""
         return (self.play.__doc__ or "").strip().splitlines()[0]
 
 
@@ -242,40 +244,40 @@ def play(
     port: int = PORT,
     after: Callable[[Stage], None] = go_on,
 ) -> Outcome:
-    """Play a scenario by its name, by default with its own number of clients.
+    """Play a scenario by name; `clients` defaults to the scenario's own number.
 
-    Raises LabError where there is no such scenario, it cannot be played in that family (MariaDB
-    opens its IPv6 socket for IPv6 only), or it does not go as it should.
+    Raises LabError if there is no such scenario, if the scenario cannot use that family (MariaDB
+    opens its IPv6 socket for IPv6 only), or if the scenario fails.
     """
     scenario = SCENARIOS.get(name)
     if scenario is None:
         raise LabError(
-            f"no scenario {name}", "it is not one of the lab's", f"one of {', '.join(SCENARIOS)}"
+            f"no scenario {name}", "the name is unknown", f"use one of {', '.join(SCENARIOS)}"
         )
     if family not in scenario.families:
         raise LabError(
             f"cannot play {name} in family {family}",
-            "its server does not listen so",
-            f"one of {', '.join(scenario.families)}",
+            "its server does not listen in that family",
+            f"use one of {', '.join(scenario.families)}",
         )
     return scenario.play(Settings(clients or scenario.clients, family, port, after))
 
 
 def connect_in_one_batch(scene: Scene) -> None:
-    """All clients connect, their SYNs reach the server together, and so do its answers them.
+    """Connect all clients, with all SYNs in one batch and all answers in another.
 
-    The requests in a SYN queue that is more than half full live for 7 s (reqsk_timer_handler), and
-    to open the sockets may take longer than that: so the SYNs are held until all are open.
+    Requests in a SYN queue that is more than half full live for 7 s (reqsk_timer_handler). Opening
+    all sockets may take longer, so the SYNs are held until all sockets are open.
 
-    No SYN is repeated, however long that takes. The first ACKs make room in the SYN queue, and a
-    SYN that came before its client has heard of the cookie would be taken into it: that client's
-    ACK would be dropped because of its own request, not because of the accept queue.
+    A rule drops SYN retransmissions. The first ACKs free slots in the SYN queue. If a client
+    retransmitted its SYN before its cookie arrived, the kernel would put the SYN into the queue.
+    The client's ACK would then be dropped because of that request, not because of the accept queue.
 
-    Raises LabError where a request has expired all the same.
+    Raises LabError if a request expires nevertheless.
     """
     clients = scene.settings.clients
     repeated = repeated_syn_rule(scene.settings.port)
-    # The rule is there before anything is held back: to make one may take seconds.
+    # Add the rule before packets are held back, because adding a rule may take seconds.
     with dropping(scene.topology.client, repeated, scene.ip_version, "OUTPUT"):
         with held_back(scene.topology.server):
             with held_back(scene.topology.client):
@@ -288,14 +290,14 @@ def connect_in_one_batch(scene: Scene) -> None:
         scene.clients.await_counts(settled=clients)
     if expired := scene.moved("SyncookiesFailed"):
         raise LabError(
-            f"{expired} requests left the SYN queue before their clients' ACKs came",
-            "this machine took more than 7 s to let the SYN-ACKs go",
-            "play it again on an idler machine",
+            f"{expired} requests left the SYN queue before their clients' ACKs arrived",
+            "this machine took more than 7 s to release the SYN-ACKs",
+            "play the scenario again on a less busy machine",
         )
 
 
 def _stuck_once_all_is_quiet(scene: Scene) -> frozenset[FourTuple]:
-    """Wait until the server has greeted everyone it knows; the others are stuck."""
+    """Wait until the server has greeted all its connections; the other clients are stuck."""
 
     def quiet() -> bool:
         if not scene.server_is_idle():
@@ -303,19 +305,19 @@ def _stuck_once_all_is_quiet(scene: Scene) -> frozenset[FourTuple]:
         greeted = {r.four_tuple for r in scene.clients.records() if r.greeted_ns is not None}
         return greeted == scene.known_to_server()
 
-    scene.watch.until(quiet, "the server to greet everyone it knows")
+    scene.watch.until(quiet, "the server to greet all its connections")
     return scene.verified_stuck()
 
 
 def _connect_without_acks(scene: Scene) -> dict[FourTuple, str]:
-    """All clients connect while the firewall drops their ACKs; none is known to the server."""
+    """Connect all clients while the firewall drops their ACKs; the server has no record of any."""
     with dropping(scene.topology.server, ack_rule(scene.settings.port), scene.ip_version):
         connect_in_vain(scene)
     return dict.fromkeys(scene.verified_stuck(), "ack-filtered")
 
 
 def connect_in_vain(scene: Scene) -> None:
-    """All clients connect, and every one's ACK is on its way to where it is dropped."""
+    """Connect all clients and wait until each has sent the ACK that will be dropped."""
     clients = scene.settings.clients
     scene.connect()
     scene.clients.await_counts(settled=clients)

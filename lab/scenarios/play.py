@@ -1,4 +1,4 @@
-"""`python3 -m lab play`: one scenario, with a tracer beside it if one is named."""
+"""`python3 -m lab play`: plays one scenario, with a tracer if one is given."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser = subparsers.add_parser(
         "play",
-        help="play a scenario and say how it went",
+        help="play a scenario and print the outcome",
         description=f"Play a scenario in two network namespaces (needs root).\n\n{names}",
-        epilog="Everything after --tracer is the command of a tracer to run beside it; {ready} "
-        "in it\nbecomes the path of a file that the tracer creates when it traces. With --json in "
-        "it,\nits verdicts are compared with the clients' own view.",
+        epilog="The words after --tracer are the command of a tracer to run during the scenario. "
+        "In it, {ready}\nbecomes the path of a file that the tracer creates once it traces. With "
+        "--json in the command,\nthe tracer's verdicts are compared with the clients' own view.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("scenario", choices=sorted(SCENARIOS))
-    parser.add_argument("--clients", type=_positive, help="how many clients or SYNs")
+    parser.add_argument("--clients", type=_positive, help="number of clients or SYNs")
     parser.add_argument("--family", choices=FAMILIES, default="4")
     parser.add_argument("--port", type=_port, default=PORT, help="the server's TCP port")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcome there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcome to FILE")
     parser.add_argument(
         "--tracer", nargs=argparse.REMAINDER, metavar="WORD", help="a tracer's command; comes last"
     )
@@ -53,7 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Play what the command line asks for; 1 where the tracer and the oracle differ."""
+    """Play the scenario; returns 1 if the tracer and the oracle differ."""
     with contextlib.ExitStack() as stack:
         tracer = stack.enter_context(Tracer(arguments.tracer)) if arguments.tracer else None
         hook = {} if tracer is None else {"after": tracer.after}
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def outcome_text(outcome: Outcome) -> str:
-    """What happened, by the clients, the wire and the kernel's counters."""
+    """The outcome as text, from the clients and the kernel's counters."""
     verdicts = Counter(outcome.expected.values())
     rows: list[tuple[str, int]] = [
         ("clients", len(outcome.clients)),
@@ -93,12 +93,12 @@ def outcome_text(outcome: Outcome) -> str:
 
 
 def comparison_text(comparison: Comparison, reported: dict[str, int]) -> str:
-    """The tracer's verdicts beside the oracle's, differences by name."""
+    """The tracer's verdicts, and each connection where the oracle differs."""
     said = ", ".join(f"{count} {verdict}" for verdict, count in sorted(reported.items()))
     lines = [
         f"tracer: {said or 'nothing'}",
-        f"stuck: {comparison.stuck_expected} by the clients, "
-        f"{comparison.stuck_reported} by the tracer",
+        f"stuck: {comparison.stuck_expected} according to the clients, "
+        f"{comparison.stuck_reported} according to the tracer",
     ]
     lines += _named("missing", comparison.missing)
     lines += _named("extra", comparison.extra)
@@ -107,7 +107,7 @@ def comparison_text(comparison: Comparison, reported: dict[str, int]) -> str:
         for key, (truth, report) in comparison.different.items()
     }
     lines += _named("different", different)
-    lines.append("the tracer and the oracle agree" if comparison.agrees else "they DIFFER")
+    lines.append("tracer and oracle agree" if comparison.agrees else "tracer and oracle DIFFER")
     return "\n".join(lines)
 
 
@@ -122,7 +122,7 @@ def _named(what: str, connections: Mapping[FourTuple, str]) -> list[str]:
 
 
 def outcome_json(outcome: Outcome, comparison: Comparison | None) -> dict[str, Any]:
-    """The outcome as JSON can hold it; 4-tuples become lists, greetings hexadecimal text."""
+    """The outcome as JSON values; 4-tuples become lists, greetings become hexadecimal text."""
     clients = []
     for record in outcome.clients:
         client = dataclasses.asdict(record)

@@ -1,4 +1,4 @@
-"""What every scenario begins with: a topology, a watch on the wire, counters, stages."""
+"""The common setup of all scenarios: topology, packet capture, counters and stages."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from lab.records import FourTuple, Outcome
 FAMILIES = ("4", "6", "mapped")
 """IPv4, IPv6, and IPv4 clients of a listener on `::`."""
 PORT = 3311
-"""The one in Evan Jones, A TCP "stuck" connection mystery (2011), which began all this."""
+"""The port in Evan Jones, A TCP "stuck" connection mystery (2011), the origin of this tool."""
 
 READY = "ready"
-"""The server listens, nothing has been sent: a tracer may start now."""
+"""The server listens and no packet has been sent: a tracer may start now."""
 STUCK = "stuck"
-"""Only where something follows: what is stuck now will not stay so."""
+"""Clients are stuck for now, and more will happen to them. Not all scenarios have this stage."""
 DONE = "done"
-"""Nothing more will happen; every socket and namespace is still there."""
+"""Nothing more will happen; every socket and namespace still exists."""
 
 
 class Stage(NamedTuple):
-    """Told to the caller's hook while the scenario waits for it to return."""
+    """The argument of the caller's hook; the scenario waits until the hook returns."""
 
     name: str
     expected: Mapping[FourTuple, str]
-    """The verdict that is true now of each connection that is not simply healthy."""
+    """The current true verdict of each connection that is not simply healthy."""
     netns: int
     """Inode number of the server's network namespace."""
 
 
 def go_on(stage: Stage) -> None:
-    """A hook that waits for nothing."""
+    """A hook that does nothing."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a caller can choose."""
+    """The caller's choices for a scenario."""
 
     clients: int
     family: str = "4"
@@ -53,7 +53,7 @@ class Settings:
 
 
 class Scene:
-    """The topology of one scenario in play; a context manager."""
+    """The running setup of one scenario; a context manager."""
 
     topology: Topology
     watch: Watch
@@ -89,12 +89,12 @@ class Scene:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # The ends are taken down one after the other, and a tracer that lives on must not see it.
+        # Cut the wire first: a tracer that runs on must not see one end closed before the other.
         self._cleanup.callback(self.topology.cut)
         self._cleanup.close()
 
     def greeter(self, backlog: int) -> Greeter:
-        """Our own server, listening and paused, until the scene ends."""
+        """The lab's own server: listening, paused, and closed when the scene ends."""
         server = Greeter(
             self.topology.server,
             self.listen_ip,
@@ -106,7 +106,7 @@ class Scene:
         return server
 
     def connect(self, *, in_flight: int | None = None, then_close: bool = False) -> None:
-        """Let all clients begin to connect."""
+        """Start to connect all clients."""
         self.clients.connect(
             self.settings.clients,
             self.server_ip,
@@ -116,12 +116,12 @@ class Scene:
         )
 
     def ready(self) -> None:
-        """Tell the hook that the server listens; what the kernel counts is counted from here."""
+        """Call the hook once the server listens; then read the counters as the baseline."""
         self.settings.after(Stage(READY, {}, self.topology.server.inode))
         self._before = self.topology.server.counters()
 
     def stuck(self, expected: Mapping[FourTuple, str]) -> None:
-        """Tell the hook what is stuck for now."""
+        """Call the hook with the connections that are stuck for now."""
         self.settings.after(Stage(STUCK, expected, self.topology.server.inode))
 
     def done(
@@ -129,7 +129,7 @@ class Scene:
         expected: Mapping[FourTuple, str],
         accepted: Mapping[FourTuple, int | None] | None = None,
     ) -> Outcome:
-        """Tell the hook that all has happened, and make the outcome."""
+        """Call the hook at the end of the scenario, and return the outcome."""
         if self._watched:
             self.watch.take_in()
         self.settings.after(Stage(DONE, expected, self.topology.server.inode))
@@ -149,15 +149,15 @@ class Scene:
         )
 
     def syns_answered(self) -> int:
-        """How many clients the server has answered: by cookie, or known to it."""
+        """Number of SYNs answered with a cookie, plus connections and handshakes at the server."""
         return self.moved("SyncookiesSent") + self.topology.server.count_known(self.settings.port)
 
     def moved(self, counter: str) -> int:
-        """By how much a TcpExt counter of the server's namespace has risen since `ready`."""
+        """The increase of a TcpExt counter in the server's namespace since `ready`."""
         return self.topology.server.counters()[counter] - self._before[counter]
 
     def accepted_by(self, server: Greeter) -> dict[FourTuple, int]:
-        """The connections our own server has accepted, and when."""
+        """The connections that the lab's own server has accepted, with the time."""
         return {
             FourTuple(
                 peer.peer_ip, peer.peer_port, self.server_ip, self.settings.port
@@ -166,25 +166,25 @@ class Scene:
         }
 
     def waiting(self) -> frozenset[FourTuple]:
-        """The clients that are connected and wait for the greeting, by their own record."""
+        """The clients that are connected and wait for the greeting, from the clients' records."""
         return frozenset(record.four_tuple for record in self.clients.records() if record.waiting)
 
     def known_to_client(self) -> frozenset[FourTuple]:
-        """The established connections at the client's end, by `ss`."""
+        """The established connections at the client's end, from `ss`."""
         rows = self.topology.client.sockets("established", f"dport = :{self.settings.port}")
         return frozenset(
             FourTuple(row.local_ip, row.local_port, row.peer_ip, row.peer_port) for row in rows
         )
 
     def known_to_server(self) -> frozenset[FourTuple]:
-        """The established connections at the server's end, by `ss`."""
+        """The established connections at the server's end, from `ss`."""
         rows = self.topology.server.sockets("established", f"sport = :{self.settings.port}")
         return frozenset(
             FourTuple(row.peer_ip, row.peer_port, row.local_ip, row.local_port) for row in rows
         )
 
     def forgotten(self) -> frozenset[FourTuple]:
-        """The clients that the server knows nothing of, not even in its SYN queue; by `ss`."""
+        """The clients that the server has no record of, not even in its SYN queue, from `ss`."""
         rows = self.topology.server.sockets("syn-recv", f"sport = :{self.settings.port}")
         asked = {
             FourTuple(row.peer_ip, row.peer_port, row.local_ip, row.local_port) for row in rows
@@ -201,16 +201,16 @@ class Scene:
         )
 
     def verified_stuck(self) -> frozenset[FourTuple]:
-        """The stuck clients: waiting, established at their end and unknown at the server's.
+        """The stuck clients: waiting, established at their end and unknown at the server's end.
 
-        Raises LabError where the clients' own view and `ss` on both ends do not agree.
+        Raises LabError if the clients' own view and `ss` on both ends disagree.
         """
         waiting = self.waiting()
         by_ss = self.known_to_client() - self.known_to_server()
         if waiting != by_ss:
             raise LabError(
                 f"the oracle of {self.name} contradicts itself",
-                f"{len(waiting)} clients wait for a greeting, ss finds {len(by_ss)} half-known",
-                "play it again; if it persists, the scenario is wrong",
+                f"{len(waiting)} clients wait for a greeting, but ss finds {len(by_ss)} stuck",
+                "play it again; if the error persists, the scenario is wrong",
             )
         return waiting

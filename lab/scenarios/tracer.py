@@ -1,6 +1,7 @@
-"""A tracer beside a scenario: started when the server is ready, stopped when all is done.
+"""Runs a tracer with a scenario: from when the server is ready until the scenario is done.
 
-The tracer is any command; `{ready}` in it stands for the file that it creates once it traces.
+The tracer is any command. `{ready}` in the command stands for the file that the tracer creates once
+it traces.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ from lab.scenarios.scene import DONE, READY, Stage
 
 READY_PLACEHOLDER = "{ready}"
 REPORT_S = 120.0
-"""For the tracer to name what is expected; its own time-out is 3 s, and thousands take it longer
-in an emulated guest."""
+"""For the tracer to report all expected verdicts. The tracer's own time-out is 3 s; thousands of
+connections take it longer in an emulated guest."""
 IN_CREATE = 0x100
 IN_MOVED_TO = 0x80
 
 
 def start_command(words: list[str], output: int) -> subprocess.Popen[bytes]:
-    """Start a command whose standard output goes to that file. Raises OSError."""
+    """Start a command with `output` as its standard output. Raises OSError."""
     return subprocess.Popen(words, stdout=output, stdin=subprocess.DEVNULL)
 
 
@@ -49,7 +50,7 @@ _GROUP_ROW = re.compile(r"^[\d:]{8} !(\S+) +(\d+(?: \d{3})*) .*?(\S+:\d+)(?:  .*
 
 
 def clients_in_groups(table: str) -> int:
-    """Number of stuck clients by the rows of groups in a table: the last row of each counts."""
+    """Number of stuck clients in a table's group rows; each group's last row counts."""
     groups = {(verdict, at): number for verdict, number, at in _GROUP_ROW.findall(table)}
     return sum(int(number.replace(" ", "")) for number in groups.values())
 
@@ -57,16 +58,17 @@ def clients_in_groups(table: str) -> int:
 class Tracer:
     """A tracer's process, its output, and the hook that makes a scenario wait for it.
 
-    A context manager that ends the process whatever happens. With `--json` among its words its
-    output is decoded; otherwise it is passed on to our own standard output, through a terminal
-    where that is one. Raises LabError where the tracer cannot be started or ends by itself.
+    A context manager that kills the process if it still runs. If the command has `--json`, the
+    tracer's output is decoded. Otherwise the output is copied to our standard output; if that is a
+    terminal, the tracer gets a terminal too. Raises LabError if the tracer cannot be started or
+    ends before it traces.
     """
 
     def __init__(
         self, words: Sequence[str], start: Callable[[list[str], int], Running] = start_command
     ) -> None:
         self.lines: list[Mapping[str, Any]] = []
-        """The decoded JSON lines so far, or since they were forgotten."""
+        """The decoded JSON lines since the start, or since `forget_lines`."""
         self.exit_status: int | None = None
         self._words = list(words)
         self._start = start
@@ -92,13 +94,13 @@ class Tracer:
 
     @property
     def pid(self) -> int:
-        """The process that was started. Raises LabError before."""
+        """The tracer's process id. Raises LabError before the start."""
         if self._process is None:
             raise LabError("the tracer has not been started", "it has no process", "start it")
         return self._process.pid
 
     def after(self, stage: Stage) -> None:
-        """The hook for a scenario's settings."""
+        """The hook for `Settings.after`."""
         if stage.name == READY:
             self.start()
             return
@@ -107,7 +109,7 @@ class Tracer:
             self.stop()
 
     def start(self) -> None:
-        """Start the tracer; returns when its ready file is there, if the command names one."""
+        """Start the tracer; if the command names a ready file, returns once the file exists."""
         with tempfile.TemporaryDirectory(prefix="tcpstuck-ready-") as directory:
             ready = Path(directory) / "ready"
             words = [word.replace(READY_PLACEHOLDER, str(ready)) for word in self._words]
@@ -117,12 +119,12 @@ class Tracer:
                     self._await_file(ready, inotify, self._process)
 
     def await_reported(self, expected: Mapping[FourTuple, str], netns: int) -> bool:
-        """Wait until the tracer has named everything expected; False where it does not in time.
+        """Wait until the tracer has reported all expected verdicts; False if the time runs out.
 
-        What it says it will tell again has to be told again.
+        A verdict that the tracer marks `to_be_updated` does not count; the final one must follow.
 
-        Undecoded output counts as soon as it contains every client's address and port, or rows of
-        groups that have as many clients.
+        Undecoded output is complete if it contains every client's address and port, or if its group
+        rows count as many clients.
         """
 
         def reported() -> bool:
@@ -136,12 +138,12 @@ class Tracer:
             return self._news.wait_for(reported, patient(REPORT_S))
 
     def await_lines(self, count: int, limit_s: float = REPORT_S) -> bool:
-        """Wait until the tracer has printed so many decoded lines; False where it does not."""
+        """Wait until the tracer has printed `count` decoded lines; False if the time runs out."""
         with self._news:
             return self._news.wait_for(lambda: len(self.lines) >= count, patient(limit_s))
 
     def seconds_to_summary(self) -> float:
-        """Interrupt the tracer, and say how long its summary takes. Raises LabTimeoutError."""
+        """Interrupt the tracer; returns the seconds until its summary. Raises LabTimeoutError."""
         begun = time.monotonic()
         os.kill(self.pid, signal.SIGINT)
         with self._news:
@@ -159,7 +161,7 @@ class Tracer:
         return self._process is not None and self._process.poll() is None
 
     def forget_lines(self) -> None:
-        """Begin anew with the decoded lines: what comes from now on is of another scenario."""
+        """Discard the decoded lines, before another scenario starts."""
         with self._news:
             self.lines.clear()
 
@@ -168,24 +170,24 @@ class Tracer:
         return re.search(rf"{re.escape(endpoint(key))}(?!\d)", self._text) is not None
 
     def pause(self) -> None:
-        """SIGSTOP, and wait until the process has stopped: it takes nothing in and does nothing."""
+        """Send SIGSTOP and wait until the process has stopped."""
         if self._process is not None:
             pause(self._process)
 
     def resume(self) -> None:
-        """SIGCONT."""
+        """Send SIGCONT."""
         if self._process is not None:
             self._process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
-        """End the tracer as Ctrl-C does, and read its output to the end."""
+        """Stop the tracer with SIGINT, as Ctrl-C does, and read its output to the end."""
         if self._process is None or self._reader is None:
             return
         self._process.send_signal(signal.SIGINT)
         self.await_end()
 
     def await_end(self) -> None:
-        """Wait for the end of a tracer that was asked to end, and read its output to the end."""
+        """Wait until a tracer that is about to end has ended, and read its output to the end."""
         if self._process is None or self._reader is None:
             return
         try:
@@ -196,7 +198,9 @@ class Tracer:
             ) from error
         self._reader.join(patient(COMMAND_S))
         if self._not_json is not None:
-            raise LabError("the tracer's output is not JSON Lines", self._not_json, "mend it")
+            raise LabError(
+                "the tracer's output is not JSON Lines", self._not_json, "fix the tracer"
+            )
 
     def _begin(self, words: list[str]) -> Running:
         if not self._decodes and sys.stdout.isatty():
@@ -209,7 +213,7 @@ class Tracer:
             process = self._start(words, theirs)
         except OSError as error:
             os.close(ours)
-            raise LabError(f"cannot start {words[0]}", str(error), "see its path") from error
+            raise LabError(f"cannot start {words[0]}", str(error), "check its path") from error
         finally:
             os.close(theirs)
         self._reader = threading.Thread(target=self._read, args=(ours,), daemon=True)
@@ -218,7 +222,7 @@ class Tracer:
 
     def _read(self, source: int) -> None:
         undecoded = b""
-        # A terminal whose other end is closed answers EIO, a pipe an empty read.
+        # Once the other end is closed, a terminal returns EIO; a pipe returns an empty read.
         with contextlib.suppress(OSError), os.fdopen(source, "rb", buffering=0) as output:
             while chunk := output.read(65_536):
                 if self._decodes:
@@ -256,7 +260,7 @@ class Tracer:
                     raise LabError(
                         f"{self._words[0]} ended before it traced",
                         f"exit status {status}",
-                        "read what it said above",
+                        "read its output above",
                     )
                 if not readable:
                     raise LabTimeoutError(
@@ -268,14 +272,14 @@ class Tracer:
 
 
 def endpoint(key: FourTuple) -> str:
-    """A client's address and port as people write them, IPv6 in brackets."""
+    """A client's address and port as text, with IPv6 in brackets."""
     address = f"[{key.client_ip}]" if ":" in key.client_ip else key.client_ip
     return f"{address}:{key.client_port}"
 
 
 @contextlib.contextmanager
 def _file_appearing(directory: str) -> Iterator[int]:
-    """A descriptor that is readable once something appears in the directory."""
+    """A descriptor that becomes readable once a file appears in the directory."""
     inotify = Inotify(path=())
     inotify.bind()
     try:

@@ -64,7 +64,7 @@ class TestPairs:
         parser = argparse.ArgumentParser()
         pair.add_parser(parser.add_subparsers())
         arguments = parser.parse_args(["pair", *words])
-        with pytest.raises(LabError, match="which pairs"):
+        with pytest.raises(LabError, match="no pairs selected"):
             arguments.run(arguments)
 
 
