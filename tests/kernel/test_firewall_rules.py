@@ -48,7 +48,7 @@ def drop_told(tracer: Tracer, topology: Topology, family: int = 4) -> dict[str, 
     server = (SERVER_ADDRESS[family], PORT)
     limit_s = patient(COMMAND_S)
     with topology.client.run(socket.create_connection, server, limit_s) as client:
-        who = FourTuple(*client.getsockname()[:2], *server)
+        who = FourTuple._make((*client.getsockname()[:2], *server))
         line = told(tracer, topology.server.inode, who, "ack-filtered")
     assert (line["stuck"], line["certainty"]) == (True, "certain")
     drop = dict(line["drop"])
@@ -141,7 +141,7 @@ def test_a_verdict_before_the_rules_are_read_is_told_again_with_them(
         named = {"handle": handle(topology.server, "inet", "guard", "acks")}
         limit_s = patient(COMMAND_S)
         with topology.client.run(socket.create_connection, server, limit_s) as client:
-            who = FourTuple(*client.getsockname()[:2], *server)
+            who = FourTuple._make((*client.getsockname()[:2], *server))
             assert tracer.await_lines(1)
             let_go()
             second = told(tracer, topology.server.inode, who, "ack-filtered")
@@ -178,7 +178,7 @@ def test_a_queue_that_no_program_reads_is_told_with_its_rule(shared_tracer: Trac
         queue = ("-j", "NFQUEUE", "--queue-num", "77")
         topology.server.command("iptables-legacy", "-w", "-A", "INPUT", *ack_rule(PORT), *queue)
         with topology.client.run(socket.create_connection, server, limit_s) as client:
-            who = FourTuple(*client.getsockname()[:2], *server)
+            who = FourTuple._make((*client.getsockname()[:2], *server))
             line = told(shared_tracer, topology.server.inode, who, "ack-filtered")
     assert (line["stuck"], line["certainty"]) == (True, "certain")
     drop = line["drop"]

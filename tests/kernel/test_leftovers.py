@@ -234,7 +234,7 @@ def await_repeated_syn(topology: Topology, watch: Watch, family: int) -> None:
     ):
         asking.setblocking(False)
         asking.connect_ex(server)
-        who = FourTuple(*asking.getsockname()[:2], *server)
+        who = FourTuple._make((*asking.getsockname()[:2], *server))
         watch.until(
             lambda: who in watch.records and watch.records[who].syns > 2,
             "a SYN to be repeated twice",

@@ -27,7 +27,7 @@ CLIENTS = 120
 class Played(NamedTuple):
     """What the tool said of the listener, and what `ss` and the kernel's counters did."""
 
-    told: dict[str, Any]
+    reported: dict[str, Any]
     shown: SocketRow
     cookies: int
     overflows: tuple[int, int]

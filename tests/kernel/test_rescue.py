@@ -172,7 +172,7 @@ def test_all_asks_for_every_silent_client_but_not_for_one_whose_data_this_host_d
             topology.client.run(socket.create_connection, server, patient(COMMAND_S)) as sender,
         ):
             sender.sendall(DATA)
-            who = FourTuple(*sender.getsockname()[:2], *server)
+            who = FourTuple._make((*sender.getsockname()[:2], *server))
             assert tracer.await_reported({who: "ack-filtered"}, netns)
             # One that is told after it gets its SYN-ACK: so would have it by now.
             with silenced(topology, 6) as silent:

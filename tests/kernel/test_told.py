@@ -60,7 +60,7 @@ class Stage:
     def send(self, *syns: Syn) -> None:
         send_in_bursts(self.topology.client, self.watch, syns)
 
-    def told(self) -> Counter[tuple[int, FourTuple, str]]:
+    def reported(self) -> Counter[tuple[int, FourTuple, str]]:
         return Counter(told_by(self.tracer))
 
 
