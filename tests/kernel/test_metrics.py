@@ -13,7 +13,7 @@ import pytest
 from lab.patience import COMMAND_S, Deadline, patient
 from lab.processes.preloaded import start_tool
 from lab.scenarios.catalogue import play
-from lab.scenarios.scene import STUCK, Stage
+from lab.scenarios.scene import DONE, Stage
 from lab.scenarios.tracer import READY_PLACEHOLDER, Tracer
 from tests.kernel.conftest import TOOL
 
@@ -55,11 +55,10 @@ def test_who_scrapes_a_run_gets_what_the_clients_know(tmp_path: Path) -> None:
     with Tracer([*TOOL, *metrics, "--ready-file", READY_PLACEHOLDER], start_tool) as tracer:
 
         def after(stage: Stage) -> None:
-            if stage.name == STUCK:
+            if stage.name == DONE:
                 tracer.await_reported(stage.expected, stage.netns)
                 fetched.append(_fetched(port, len(stage.expected)))
-            else:
-                tracer.after(stage)
+            tracer.after(stage)
 
         outcome = play("overflow", clients=CLIENTS, after=after)
     stuck = len(outcome.stuck)
