@@ -31,7 +31,7 @@ from tests.exposed_documents import ALERTS, alert_names, queries
 from tests.unit.exporter.test_exposition import text_of
 
 RECORDING = "overflow"
-"""Of which clients are left stuck."""
+"""Its clients are left stuck."""
 STUCK = "TcpstuckClientsStuck"
 STEP_S = 0.25
 

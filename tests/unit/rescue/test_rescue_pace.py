@@ -164,7 +164,7 @@ def test_a_listener_is_not_limited_by_another_ones_queue() -> None:
 
 
 def test_listeners_take_turns_also_from_one_second_to_the_next() -> None:
-    """Of one packet a second each port gets as many as the others."""
+    """Each port gets as many packets as the others, at one packet per second."""
     world = silent_world(RescuePolicy(rate=1))
     ports = (3311, 3312, 3313)
     for number in range(12):
