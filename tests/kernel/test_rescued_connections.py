@@ -30,7 +30,7 @@ OPTION_SETS = {
 }
 EVERY_TIME = ("all options", "bare")
 SCALED, SELECTIVE, STAMPED = 4, 2, 1
-"""Bits of tcpi_options (TCPI_OPT_* in linux/tcp.h); a cookie keeps the first two in the timestamp."""
+"""Bits of tcpi_options (TCPI_OPT_*, linux/tcp.h); a cookie keeps the first two in the timestamp."""
 OPTIONS_OF = {
     "all options": SCALED | SELECTIVE | STAMPED,
     "no timestamps": 0,

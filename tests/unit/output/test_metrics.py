@@ -56,7 +56,7 @@ from tests.scripted_run import FakeKernel
 from tests.unit.judge.test_listener import facts, seen
 
 MOST_COMBINATIONS = 64
-"""Number of pairs of verdict and cause at one listener: every verdict, and every word for a cause, once."""
+"""Pairs of verdict and cause at one listener: every verdict, and every word for a cause, once."""
 STUCK = {rule.name for rule in RULES if rule.stuck}
 
 
