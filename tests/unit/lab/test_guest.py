@@ -40,8 +40,10 @@ run_in_guest(sys.argv[2:], options=options, stdout_sink=write_through(sys.stdout
 GUESTS_BESIDE = (
     "-c",
     """
-import sys
+import signal, sys
 from concurrent.futures import wait
+# A background job of a shell has SIGINT ignored, and its children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from lab.guests.run import GuestOptions, guests_beside, run_in_guest, write_through
 options = GuestOptions(native="always", timeout_s=30)
 with guests_beside(2) as pool:
