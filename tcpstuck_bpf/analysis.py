@@ -236,10 +236,22 @@ class Analysis:
         return bool(self._tallies)
 
     @property
+    def begun_ns(self) -> int:
+        """Time of the first tally, when the run began. Needs at least one tally."""
+        return self._tallies[0].time_ns
+
+    @property
     def saw_cookies(self) -> bool:
         """Whether a cookie's SYN-ACK or ACK was counted between the first tally and the last."""
         counted = total_counted(self._tallies[0].traced, self._tallies[-1].traced)
         return any(counted[which] for which in (NetnsCount.COOKIES_SENT, *_ACKS))
+
+    def is_stuck(self, identity: HandshakeId) -> bool:
+        """Whether a client that was reported stuck still is.
+
+        A client whose flow has been forgotten stays stuck, until its 4-tuple is used again.
+        """
+        return identity in self._stuck or identity.four_tuple not in self.correlator.flows
 
     def status(self, counts: NetnsCounts, now_ns: int) -> Status:
         """The current figures for the status line."""
@@ -251,7 +263,7 @@ class Analysis:
             completed=counted[NetnsCount.COMPLETED],
             waiting=stats.pending,
             still_stuck=stats.still_stuck,
-            running_ns=now_ns - self._tallies[0].time_ns,
+            running_ns=now_ns - self.begun_ns,
             now_ns=now_ns,
             flood_suspected=stats.flood_suspected,
         )

@@ -40,7 +40,7 @@ _OUTPUT_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, 
 """Errors of the disk or terminal behind standard output. Other files have messages of their own."""
 
 _REPLAY_OPTIONS = frozenset(
-    {"replay", "json", "each", "verbose", "only", "summary", "metrics_file"}
+    {"replay", "json", "each", "verbose", "only", "summary", "live", "metrics_file"}
     | {"port", "family", "listener", "netns", "timeout"}
 )
 _DOCTOR_OPTIONS = frozenset({"doctor", "vmlinux", "against", "json", "verbose"})
@@ -66,7 +66,7 @@ def _replay(options: argparse.Namespace) -> int:
         options,
         "the recording determines what was traced, and how",
         "leave it out; -p, -4, -6, --listener, --netns and -t choose what is judged; --json, "
-        "--only, --each, -v and --summary choose what is shown, and --metrics-file "
+        "--only, --each, -v, --summary and --live choose what is shown, and --metrics-file "
         "writes metrics",
     )
     from tcpstuck_bpf.analysis import Analysis
@@ -75,6 +75,10 @@ def _replay(options: argparse.Namespace) -> int:
     from tcpstuck_bpf.narrowing import NarrowedReplay, Wanted
     from tcpstuck_bpf.run import exit_status, exporter_for, listener_address, output_for
 
+    if options.live:
+        from tcpstuck_bpf.view.command import refuse_without_terminal, replay_view
+
+        refuse_without_terminal(options)
     ports = ports_of(options)
     wanted = Wanted(
         ports=frozenset(ports),
@@ -89,6 +93,9 @@ def _replay(options: argparse.Namespace) -> int:
     output = output_for(options, replay.header)
     exporter = exporter_for(options)
     with Ending(remark) as ending:
+        if options.live:
+            output = replay_view(analysis, output)
+            ending.add("the terminal was not given back", output.close)
         if exporter is not None:
             ending.add("the metrics are not those of the end", exporter.close)
             output = exporter.beside_replay(output, analysis)

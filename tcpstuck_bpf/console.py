@@ -18,6 +18,8 @@ from tcpstuck_bpf.errors import (
 
 WIDTH_OF_A_PIPE = 200
 """Width in columns if standard output is not a terminal."""
+MOST_HELD = 100
+"""Largest number of lines that wait for standard error while a view has the terminal."""
 _FRAMES_PRINTED = 3
 """Number of callers printed with an unexpected error."""
 
@@ -83,7 +85,44 @@ def complain(lines: Iterable[str]) -> None:
     _write("".join(map(terminal.line, lines)))
 
 
+class Held:
+    """Lines for standard error that wait while a view has the whole terminal."""
+
+    def __init__(self) -> None:
+        self.lines: tuple[str, ...] = ()
+        """The latest lines, at most MOST_HELD."""
+
+    def add(self, text: str) -> None:
+        """Add the lines of a text."""
+        self.lines = (*self.lines, *text.splitlines())[-MOST_HELD:]
+
+
+_held: Held | None = None
+
+
+def hold() -> Held:
+    """Keep everything for standard error until `release`, if it leads to the terminal.
+
+    The lines can be read meanwhile, wherever they lead to.
+    """
+    global _held
+    _held = _held or Held()
+    return _held
+
+
+def release() -> None:
+    """Write what was held; from now on, lines are written at once again."""
+    global _held
+    held, _held = _held, None
+    if held is not None and sys.stderr.isatty():
+        _write("".join(map(terminal.line, held.lines)))
+
+
 def _write(text: str) -> None:
+    if _held is not None:
+        _held.add(text)
+        if sys.stderr.isatty():
+            return
     try:
         sys.stderr.write(text)
         sys.stderr.flush()

@@ -232,6 +232,12 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     )
     output.add_argument("--summary", action="store_true", help="show only the summary")
     output.add_argument(
+        "--live",
+        action="store_true",
+        help="show the run on the whole terminal, with keys to sort, fold and open; with --replay, "
+        "show the recording's end",
+    )
+    output.add_argument(
         "--heartbeat",
         metavar="TIME|off",
         type=heartbeat_interval,

@@ -22,7 +22,9 @@ from tcpstuck_bpf.app.ready_file import remove_ready_file, write_ready_file
 from tcpstuck_bpf.console import (
     WIDTH_OF_A_PIPE,
     discard,
+    hold,
     print_lines,
+    release,
     remark,
     say,
     unforeseen,
@@ -201,6 +203,11 @@ class Interrupts:
         """Ignore further signals: the run is over, and releasing everything must not be cut off."""
         self._ignored = True
 
+    def end(self) -> None:
+        """End the run with its summary, as SIGTERM does. May be called from any thread."""
+        if self.live is not None:
+            self.live.stop = True
+
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
             # Output to the lost terminal must not fail, so that the recording still gets its end.
@@ -300,17 +307,25 @@ def trace(options: argparse.Namespace) -> int:
     with contextlib.suppress(OSError):  # writing it later fails for the same reason
         remove_ready_file(options.ready_file)
     refuse_unusable_files(options)
+    if options.live and not options.dry_run:
+        from tcpstuck_bpf.view.command import refuse_without_terminal
+
+        refuse_without_terminal(options)
     settings = _settings(options)
     watched = _watched(options, settings.trace_filter)
     exporter = exporter_for(options)
     source = _open_source(settings, _attach_request(options))
     with Ending(remark) as ending:
         ending.add("the programs were not detached cleanly", source.close)
+        if options.live and not options.dry_run:
+            # The view shows the remarks from here on.
+            ending.add("what was held back was not written", release)
+            hold()
         for text in source.notes:
             remark(text)
         if options.dry_run:
             return _able(options, source)
-        live = _live(options, settings, watched, source, ending, exporter)
+        live = _live(options, settings, watched, source, ending, exporter, interrupts)
         # Added last, so called first: further Ctrl-C must not interrupt the ending.
         ending.add("signals", interrupts.ignore)
         interrupts.live = live
@@ -339,6 +354,7 @@ def _live(
     source: KernelSource,
     ending: Ending,
     exporter: Exporter | None,
+    interrupts: Interrupts,
 ) -> Live:
     """A run with all its parts; everything that must be closed is added to `ending`."""
     run_clock = RunClock()
@@ -355,7 +371,13 @@ def _live(
         netns_owners.KnownNames(),
     )
     analysis = Analysis(header)
-    output = _with_heartbeat(output_for(options, header), header, _heartbeat_interval(options))
+    output = output_for(options, header)
+    if options.live:
+        from tcpstuck_bpf.view.command import live_view
+
+        output = live_view(analysis, source.counts, source.losses, output, interrupts.end)
+    else:
+        output = _with_heartbeat(output, header, _heartbeat_interval(options))
     if exporter is not None:
         ending.add("the last metrics were not written", exporter.close)
         output = exporter.beside_live(output, analysis, source.counts, source.losses)

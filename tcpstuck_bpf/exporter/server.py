@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from tcpstuck_bpf.errors import UsageError
 from tcpstuck_bpf.exporter.exposition import Exposition
-from tcpstuck_bpf.exporter.threads import start_beside
+from tcpstuck_bpf.threads import start_beside
 
 LIMIT_S = 5.0
 MOST_CLIENTS = 8

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 from tcpstuck_bpf.errors import UsageError, words_of
 from tcpstuck_bpf.exporter.exposition import PLAIN, Exposition, Text
-from tcpstuck_bpf.exporter.threads import start_beside
 from tcpstuck_bpf.files import OutputFile, write_whole
+from tcpstuck_bpf.threads import start_beside
 
 INTERVAL_S = 5.0
 LAST_WRITE_S = 5.0

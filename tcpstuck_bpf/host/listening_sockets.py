@@ -8,6 +8,7 @@ are read. The socket's inode number leads to the processes.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -34,6 +35,8 @@ class ListeningSocket(NamedTuple):
     """Local address: 16 bytes, IPv4 mapped."""
     port: int
     inode: int
+    accept_queue: int
+    """Present length of the accept queue, in entries: sk_ack_backlog (get_tcp4_sock)."""
 
     def fit(self, address: bytes) -> int:
         """How well the socket matches a destination address, like compute_score; 0: no match.
@@ -48,28 +51,53 @@ class ListeningSocket(NamedTuple):
         return 0 if any(self.address) else 1
 
 
-def parse_listeners(text: str) -> Iterator[ListeningSocket]:
-    """Listening sockets in a /proc/net/tcp or tcp6. Addresses are 32-bit words in host order."""
-    for line in text.splitlines()[1:]:
+def parse_listeners(lines: Iterable[str]) -> Iterator[ListeningSocket]:
+    """Listening sockets in the lines of a /proc/net/tcp or tcp6, the heading included.
+
+    Reads up to the first other socket: the kernel lists all listening sockets before any other
+    (tcp_get_idx), and a busy server has many others. Addresses are 32-bit words in host order.
+    """
+    for line in itertools.islice(lines, 1, None):
         words = line.split()
         if words[3] != _LISTEN:
-            continue
+            return
         address, _, port = words[1].partition(":")
         swapped = b"".join(
             bytes.fromhex(address[at : at + 8])[::-1] for at in range(0, len(address), 8)
         )
         full = IPV4_MAPPED_PREFIX + swapped if len(swapped) == 4 else swapped
-        yield ListeningSocket(full, int(port, 16), int(words[9]))
+        _sent, _, received = words[4].partition(":")
+        yield ListeningSocket(full, int(port, 16), int(words[9]), int(received, 16))
 
 
 def own_listeners() -> tuple[ListeningSocket, ...]:
     """The listening TCP sockets of the calling thread's network namespace."""
     found: list[ListeningSocket] = []
     for name in ("tcp", "tcp6"):
-        with contextlib.suppress(OSError):
-            text = Path("/proc/thread-self/net", name).read_text("ascii")
-            found += parse_listeners(text)
+        with (
+            contextlib.suppress(OSError),
+            Path("/proc/thread-self/net", name).open(encoding="ascii") as lines,
+        ):
+            found += parse_listeners(lines)
     return tuple(found)
+
+
+def accept_queues(listeners: Iterable[ListenerFacts]) -> dict[ListenerId, int]:
+    """Present lengths of these listeners' accept queues, in entries.
+
+    A listener is left out if its socket is unknown, is gone, or cannot be reached.
+    """
+    wanted: dict[int, dict[int, ListenerId]] = {}
+    for facts in listeners:
+        if facts.socket:
+            wanted.setdefault(facts.netns, {})[facts.socket] = facts.listener
+    found: dict[ListenerId, int] = {}
+    for netns_inode, by_socket in wanted.items():
+        with contextlib.suppress(OSError):
+            for one in netns.run_in(netns_inode, own_listeners):
+                if one.inode in by_socket:
+                    found[by_socket[one.inode]] = one.accept_queue
+    return found
 
 
 def sockets_for(

@@ -29,6 +29,21 @@ class StuckGroup(NamedTuple):
     """What dropped their ACKs, as one stable word (`Drop.what`)."""
 
 
+def group_of(finding: Finding) -> StuckGroup:
+    """The group of a stuck client."""
+    who = finding.four_tuple
+    return StuckGroup(
+        who.netns,
+        who.server_ip,
+        who.server_port,
+        finding.listener_socket,
+        finding.verdict,
+        finding.certainty,
+        finding.cause,
+        "" if finding.drop is None else finding.drop.what,
+    )
+
+
 class StuckNow:
     """The group of each stuck client, by the latest finding of its connection.
 
@@ -47,20 +62,14 @@ class StuckNow:
         self.leave(identity)
         if not finding.stuck or finding.flood_suspected:
             return
-        who = finding.four_tuple
-        group = StuckGroup(
-            who.netns,
-            who.server_ip,
-            who.server_port,
-            finding.listener_socket,
-            finding.verdict,
-            finding.certainty,
-            finding.cause,
-            "" if finding.drop is None else finding.drop.what,
-        )
+        group = group_of(finding)
         # One object for all clients of a group: there may be a hundred thousand of them.
         self._groups[identity] = self._same.setdefault(group, group)
         self._counts[group] += 1
+
+    def __contains__(self, identity: HandshakeId) -> bool:
+        """Whether a connection is stuck and its state may still change."""
+        return identity in self._groups
 
     def settle(self, may_change: Callable[[HandshakeId], bool]) -> None:
         """Drop the entries of connections that cannot change any more; they stay counted."""

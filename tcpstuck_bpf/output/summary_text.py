@@ -43,6 +43,35 @@ def silent_syns(number: int) -> str:
     return f"{grouped(number)} silent SYN{'' if one else 's'} look{'s' * one} like a flood"
 
 
+def losses_of(summary: Summary) -> Iterator[str]:
+    """A phrase for everything that was lost or not seen; lost events are not among them."""
+    lost = [
+        (summary.pending, "handshakes too young for a verdict at the end"),
+        (summary.superseded, "stuck clients that gave up and reused their port"),
+        (
+            summary.untracked - summary.losses.get("table_busy", 0),
+            "handshakes not tracked: the table was full (--max-handshakes)",
+        ),
+        (
+            summary.unseen_syn,
+            "ACKs whose SYN was not seen (before tracing began, or entry removed)",
+        ),
+        *(
+            (number, _LOSSES.get(name, name.replace("_", " ")))
+            for name, number in summary.losses.items()
+        ),
+    ]
+    for number, what in lost:
+        if number:
+            yield f"{grouped(number)} {what}"
+
+
+def gaps_of(summary: Summary) -> Iterator[str]:
+    """A sentence for each probe that could not be attached."""
+    for gap in summary.gaps:
+        yield f"gap: no {gap.probe} ({gap.why}): {gap.lost}"
+
+
 class SummaryText:
     """Lines of the summary, for one page."""
 
@@ -55,7 +84,7 @@ class SummaryText:
         from tabulate import tabulate
 
         yield ""
-        yield from self._answer(summary)
+        yield from self.answer(summary)
         yield ""
         rows = list(self._verdict_rows(summary))
         table = tabulate(
@@ -96,7 +125,8 @@ class SummaryText:
         if summary.data_lost:
             yield f"{grouped(summary.data_lost)} connected with data lost"
 
-    def _answer(self, summary: Summary) -> Iterator[str]:
+    def answer(self, summary: Summary) -> Iterator[str]:
+        """The answer: which clients are stuck, or why none is, and how many cookies were seen."""
         seen = (
             f"{grouped(summary.cookies_sent)} cookies sent in "
             f"{duration_text(summary.duration_ns)} at {summary.watched}, traced by {summary.mode}"
@@ -180,30 +210,11 @@ class SummaryText:
             yield ""
 
     def _losses(self, summary: Summary) -> Iterator[str]:
-        lost = [
-            (summary.pending, "handshakes too young for a verdict at the end"),
-            (summary.superseded, "stuck clients that gave up and reused their port"),
-            (
-                summary.untracked - summary.losses.get("table_busy", 0),
-                "handshakes not tracked: the table was full (--max-handshakes)",
-            ),
-            (
-                summary.unseen_syn,
-                "ACKs whose SYN was not seen (before tracing began, or entry removed)",
-            ),
-            *(
-                (number, _LOSSES.get(name, name.replace("_", " ")))
-                for name, number in summary.losses.items()
-            ),
-        ]
         yield f"lost events: {grouped(summary.lost_events)}, untracked handshakes: " + grouped(
             summary.untracked
         )
-        for number, what in lost:
-            if number:
-                yield from self._page.wrapped(f"{grouped(number)} {what}", "")
-        for gap in summary.gaps:
-            yield from self._page.wrapped(f"gap: no {gap.probe} ({gap.why}): {gap.lost}", "")
+        for sentence in (*losses_of(summary), *gaps_of(summary)):
+            yield from self._page.wrapped(sentence, "")
         yield ""
 
     def _reconciliation(self, summary: Summary) -> Iterator[str]:

@@ -19,13 +19,14 @@ FLOORS = (
     ("__main__",),
     ("cli",),
     ("run", "doctor"),
+    ("view",),
     ("preflight", "heartbeat", "narrowing", "exporter"),
     ("options", "kernel", "app"),
     ("rescue", "output", "typeinfo", "analysis", "option_values"),
     ("host", "summary"),
     ("console", "ending", "recording", "judge", "usage"),
     ("synack", "errors", "handshake", "steps", "json_text", "wire"),
-    ("model", "terminal", "files"),
+    ("model", "terminal", "files", "threads"),
 )
 """The rooms, and the modules that are in none, top floor first. A room imports from lower floors
 alone: so there is no circle, and what is below can be read without what is above."""
@@ -35,6 +36,7 @@ PURE = (
     *("terminal", "usage", "wire"),
     *(f"rescue.{name}" for name in ("accept_queues", "candidate", "pace", "planner", "policy")),
     *("host.netns_numbers", "host.ruleset_text"),
+    *(f"view.{name}" for name in ("frame", "rows", "snapshot", "state")),
 )
 """Pure modules in rooms that are not, or in none."""
 TOUCH_THE_KERNEL = ("kernel", "typeinfo", "host", "doctor")
@@ -70,6 +72,9 @@ ONLY_SOME_RUNS_NEED = {
     *(f"{PACKAGE}.output.{name}" for name in ("metric_families", "metric_listeners", "metrics")),
     "http.server",
     "prometheus_client",
+    # --live:
+    *(f"{PACKAGE}.view.{n}" for n in ("command", "frame", "output", "rows", "screen", "snapshot")),
+    "curses",
     # The table at the end of a run:
     "html",
     "tabulate",

@@ -119,7 +119,7 @@ def test_the_very_address_goes_before_any() -> None:
         socket.create_server(("0.0.0.0", own.getsockname()[1]), reuse_port=True),
     ):
         text = Path("/proc/thread-self/net/tcp").read_text()
-        listening = list(parse_listeners(text))
+        listening = list(parse_listeners(text.splitlines()))
         (found,) = sockets_for(of("127.0.0.1", own.getsockname()[1]), listening)
         assert found.inode == os.fstat(own.fileno()).st_ino
         assert owners_of([found.inode])
@@ -136,7 +136,7 @@ def test_each_family_has_a_socket_of_its_own_for_any_address(asked: str) -> None
         listening = [
             one
             for name in ("tcp", "tcp6")
-            for one in parse_listeners(Path("/proc/thread-self/net", name).read_text())
+            for one in parse_listeners(Path("/proc/thread-self/net", name).read_text().splitlines())
         ]
         (found,) = sockets_for(of(asked, port), listening)
         meant = for_ipv6 if ":" in asked else for_ipv4
