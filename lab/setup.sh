@@ -12,7 +12,7 @@ packages=(
 	qemu-system-x86 udev kmod file mmdebstrap zstd lz4 lzop
 	iproute2 iptables nftables tcpdump
 	mariadb-server-core mariadb-client-core
-	python3-jsonschema man-db mandoc zsh
+	python3-jsonschema man-db mandoc zsh tmux
 )
 venv=.venv
 stamp=$venv/.setup-stamp

@@ -39,9 +39,9 @@ s                     sort the section in another way
 ?                     show or leave this help
 q Ctrl-C              end the run, and print its summary
 
-Queue lengths are in connections. An accept queue is full when it is longer than
-its limit. Peaks are those of the whole run. The kernel does not tell the present
-length of a SYN queue; that of an accept queue is read about once a second.
+Queue lengths are in connections. An accept queue is full when it is longer
+than its limit. Its present length is read about once a second. The kernel does
+not show the present length of a SYN queue. Peaks are those of the whole run.
 Rates are averages of the last 10 s.
 """
 
