@@ -49,6 +49,13 @@ def test_nobody_is_named_as_its_maintainer() -> None:
         assert {one.partition("@")[2] for one in addresses} == {"example.org"}
 
 
+def test_its_description_fits_a_terminal() -> None:
+    """lintian's limit of 80 characters (extended-description-line-too-long), without a tree."""
+    lines = (DEBIAN / "control").read_text("utf-8").splitlines()
+    description = [line for line in lines if line.startswith(" ")]
+    assert [line for line in description if len(line) > 80] == []
+
+
 def test_what_fails_in_a_tree_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
