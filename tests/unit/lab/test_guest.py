@@ -139,6 +139,18 @@ class TestVirtmeArguments:
         assert made == set(re.findall(r"/dev/virtio-ports/(lab\.\w+)", "".join(by_stream)))
 
     @pytest.mark.parametrize(
+        ("use_kvm", "icount", "hastened"),
+        [(False, False, True), (True, False, False), (False, True, False)],
+    )
+    def test_only_an_emulated_guest_that_counts_no_instructions_is_hastened(
+        self, use_kvm: bool, icount: bool, hastened: bool
+    ) -> None:
+        arguments = virtme(GuestOptions(icount=icount), use_kvm)
+        given = {word for before, word in zip(arguments, arguments[1:]) if before == "--kopt"}
+        assert (set(machine.EMULATED) <= given) == hastened
+        assert hastened or not given & set(machine.EMULATED)
+
+    @pytest.mark.parametrize(
         ("use_kvm", "icount", "disabled"),
         [(True, False, False), (True, True, True), (False, False, True), (False, True, True)],
     )
