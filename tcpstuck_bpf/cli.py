@@ -94,7 +94,7 @@ def _replay(options: argparse.Namespace) -> int:
     exporter = exporter_for(options)
     with Ending(remark) as ending:
         if options.live:
-            output = replay_view(analysis, output)
+            output = replay_view(analysis, lambda: output_for(options, replay.header))
             ending.add("the terminal was not given back", output.close)
         if exporter is not None:
             ending.add("the metrics are not those of the end", exporter.close)

@@ -375,7 +375,13 @@ def _live(
     if options.live:
         from tcpstuck_bpf.view.command import live_view
 
-        output = live_view(analysis, source.counts, source.losses, output, interrupts.end)
+        output = live_view(
+            analysis,
+            source.counts,
+            source.losses,
+            lambda: output_for(options, header),
+            interrupts.end,
+        )
     else:
         output = _with_heartbeat(output, header, _heartbeat_interval(options))
     if exporter is not None:

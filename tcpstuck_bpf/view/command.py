@@ -77,10 +77,10 @@ def live_view(
     analysis: Analysis,
     counts: Callable[[], NetnsCounts],
     losses: Callable[[], Mapping[str, int]],
-    afterwards: Output,
+    afterwards: Callable[[], Output],
     end: Callable[[], None],
 ) -> Output:
-    """The view of a run. `end` asks the run to end; `afterwards` prints the summary."""
+    """The view of a run. `end` asks the run to end; `afterwards` makes the summary's output."""
     from tcpstuck_bpf.view.output import LiveView
     from tcpstuck_bpf.view.screen import Screen
     from tcpstuck_bpf.view.snapshot import Book
@@ -98,7 +98,7 @@ def live_view(
     )
 
 
-def replay_view(analysis: Analysis, afterwards: Output) -> Output:
+def replay_view(analysis: Analysis, afterwards: Callable[[], Output]) -> Output:
     """The view of a recording's end. SIGINT, SIGTERM and SIGHUP quit it too."""
     from tcpstuck_bpf.view.output import ReplayView
     from tcpstuck_bpf.view.screen import Screen

@@ -22,9 +22,9 @@ COST_SHARE = 20
 class LiveView:
     """Shows the run on the screen until `summary` or `close`.
 
-    The screen is taken over at the first status, when the run has begun. `afterwards` prints the
-    summary once the terminal is free again. `held` has the lines for standard error. `clock_ns` is
-    CLOCK_MONOTONIC.
+    The screen is taken over at the first status, when the run has begun. `afterwards` makes the
+    output that prints the summary, once the terminal is free again and has its last size. `held`
+    has the lines for standard error. `clock_ns` is CLOCK_MONOTONIC.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class LiveView:
         screen: Screen,
         book: Book,
         so_far: Callable[[int], Summary],
-        afterwards: Output,
+        afterwards: Callable[[], Output],
         held: Held,
         clock_ns: Callable[[], int],
     ) -> None:
@@ -68,7 +68,7 @@ class LiveView:
     def summary(self, summary: Summary) -> None:
         """Give the terminal back, and print the summary."""
         self.close()
-        self._afterwards.summary(summary)
+        self._afterwards().summary(summary)
 
     def close(self) -> None:
         """Give the terminal back, and write what waited for standard error."""
@@ -78,7 +78,8 @@ class LiveView:
 class ReplayView:
     """Shows the end of a recording on the screen until the user quits, then prints the summary.
 
-    `wait` returns when the user has quit. `now_ns` gives the recording's last time.
+    `afterwards` and `held` are those of `LiveView`. `wait` returns when the user has quit. `now_ns`
+    gives the recording's last time.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class ReplayView:
         screen: Screen,
         book: Book,
         now_ns: Callable[[Summary], int],
-        afterwards: Output,
+        afterwards: Callable[[], Output],
         held: Held,
         wait: Callable[[], object],
     ) -> None:
@@ -114,7 +115,7 @@ class ReplayView:
         self._screen.start()
         self._wait()
         self.close()
-        self._afterwards.summary(summary)
+        self._afterwards().summary(summary)
 
     def close(self) -> None:
         """Give the terminal back, and write what waited for standard error."""

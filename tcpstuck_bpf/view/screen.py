@@ -58,8 +58,8 @@ _KEYS = {
 class Screen:
     """The terminal, from `start` to `close`.
 
-    `on_quit` is called once, in the thread: when the user quits, when the terminal is gone, or after
-    an error, which is then in `failure`.
+    `on_quit` is called once, in the thread: when the user quits, when the terminal is gone, or
+    after an error, which is then in `failure`.
     """
 
     def __init__(self, frames: Frames, on_quit: Callable[[], None], *, colour: bool) -> None:

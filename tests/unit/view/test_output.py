@@ -82,7 +82,7 @@ class Shown:
             self.screen,  # type: ignore[arg-type]
             self.world.book,
             lambda now_ns: self.world.analysis.so_far({}, now_ns, {}),
-            FakeOutput(self.log),  # type: ignore[arg-type]
+            lambda: FakeOutput(self.log),  # type: ignore[arg-type, return-value]
             console.hold(),
             self._clock,
         )
@@ -171,7 +171,7 @@ def test_of_a_recording_the_end_is_shown_until_the_user_has_seen_it(errors: Erro
         FakeScreen(log),  # type: ignore[arg-type]
         world.book,
         lambda _summary: at(5),
-        FakeOutput(log),  # type: ignore[arg-type]
+        lambda: FakeOutput(log),  # type: ignore[arg-type, return-value]
         console.hold(),
         lambda: log.append("waited"),
     )

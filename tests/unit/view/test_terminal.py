@@ -82,8 +82,14 @@ def test_it_follows_the_size_of_the_terminal(recording: str, tmp_path: Path) -> 
             shown = one.until(partial(is_whole, lines=lines))
             if columns == 200:
                 assert not any(line.endswith("...") for line in shown.splitlines())
+        one.resize(60, 70)
+        one.until(partial(is_whole, lines=70))
         one.press("q")
         assert one.exit_status() == EXIT_STUCK
+        # The summary fits the last size: the terminal breaks none of its words.
+        assert "4 clients of python" in one.screen()
+        sentence = one.screen().partition("4 clients")[2].partition("\n\n")[0]
+        assert "in network\nnamespace tcpstuck-276-13-server are stuck" in sentence
 
 
 @needs_tmux
