@@ -97,6 +97,8 @@ class Live:
     """Returns a note if the wall clock was changed during the run; empty if not."""
     failure: Exception | None = field(default=None, init=False)
     """The error that ended the run early."""
+    _left_at_end: int = field(default=0, init=False)
+    """Number of events that may still be read beside rows once the run is to end."""
     _noted_at_end: list[str] = field(default_factory=list, init=False)
     _sweeps: Cadence = field(init=False)
     """The schedule of sweeps. Their cost is reading and correlating, without printing: a burst of
@@ -106,6 +108,7 @@ class Live:
 
     def __post_init__(self) -> None:
         interval_ns = min(SECOND_NS, self.analysis.header.settings.timeout_ns // 3)
+        self._left_at_end = self.source.most_waiting
         self._sweeps, self._choices = Cadence(interval_ns), Cadence(interval_ns)
 
     def run(self, duration_ns: int | None, ready_file: str | None) -> Summary:
@@ -206,15 +209,11 @@ class Live:
             self._rescue((), self.analysis.reports)
 
     def _observe_waiting(self) -> None:
-        """Process the events that wait at the end of the run, but no endless stream of new ones.
-
-        Repeated SYNs are skipped. A flood may have filled the ring buffer with them, and the table
-        entry, which is read right after, has the same facts.
-        """
+        """Process the events that wait at the end of the run, but no endless stream of new ones."""
         left = self.source.most_waiting
         while left > 0 and (events := self._poll(0)):
             left -= len(events)
-            self._observe(tuple(e for e in events if e.kind is not EventKind.SYN_REPEATED))
+            self._observe(_news(events))
 
     def _read_log(self) -> None:
         warnings = () if self.kernel_log is None else self.kernel_log.warnings(self.clock_ns())
@@ -233,17 +232,23 @@ class Live:
         A program changes an entry, then emits the event. If this process did not run for some
         seconds, the rows show what events say that still wait, and judging the rows alone would
         miss, for example, how long the accept queue was. The ring buffer's size bounds the events,
-        so a flood does not keep the rows from being judged. The end of a run has read the events
-        before (`_observe_waiting`).
+        so a flood does not keep the rows from being judged. Once the run is to end, it bounds them
+        for all readings together, so a flood does not delay the end.
         """
         self._name(sweep.rows)
         self._step(Swept(sweep))
-        left = 0 if self.stop else self.source.most_waiting
+        if not self.stop:
+            self._left_at_end = self.source.most_waiting
+        left = self._left_at_end
         while left > 0 and (events := self._poll(0)):
             left -= len(events)
-            self._rescue(events, ())
-            self._name(Row(event.four_tuple, event.handshake) for event in events)
-            self._step(Observed(events))
+            told = _news(events) if self.stop else events
+            self._rescue(told, ())
+            self._name(Row(event.four_tuple, event.handshake) for event in told)
+            if told:
+                self._step(Observed(told))
+        if self.stop:
+            self._left_at_end = left
 
     def _rescue(self, events: Sequence[Event], reports: Sequence[FlowReport]) -> None:
         if self.rescuing is None or self.stop:
@@ -380,3 +385,12 @@ class Live:
         summary = self.analysis.summary(ended)
         self.printer.summary(summary)
         return summary
+
+
+def _news(events: tuple[Event, ...]) -> tuple[Event, ...]:
+    """The events without repeated SYNs.
+
+    At the end of a run a flood may have filled the ring buffer with them, and the table's entries,
+    which are read then, have the same facts.
+    """
+    return tuple(event for event in events if event.kind is not EventKind.SYN_REPEATED)

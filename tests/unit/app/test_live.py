@@ -22,6 +22,7 @@ from tcpstuck_bpf.model import (
     KernelCounters,
     KernelWarning,
     Moved,
+    Row,
     Sweep,
 )
 from tcpstuck_bpf.output.writers import JsonOutput, Selection
@@ -120,11 +121,16 @@ class Stalling(FakeKernel):
         return super().chosen()
 
 
+@pytest.mark.parametrize("stop", [False, True])
 @pytest.mark.parametrize("at_once", [512, 1])
 def test_what_the_table_shows_is_judged_with_the_events_that_waited_beside_it(
-    at_once: int,
+    at_once: int, stop: bool
 ) -> None:
-    """Without the kernel's counters only the event says that the accept queue was full."""
+    """Without the kernel's counters only the event says that the accept queue was full.
+
+    With `stop` the process stalls while the run ends: for long enough that its last reading of the
+    table judges the client.
+    """
     kernel = Stalling()
     kernel.at_once = at_once
     entry = handshake(accept_queue=0)
@@ -132,13 +138,14 @@ def test_what_the_table_shows_is_judged_with_the_events_that_waited_beside_it(
     for time_ns in (at(1.2), at(1.4), at(1.6)):
         entry = ack_dropped(entry, time_ns, Moved.UNKNOWN)
         kernel.at(time_ns, entry, event(EventKind.ACK_DROPPED, entry, time_ns))
-    verdicts = [line for line in live(kernel, 8) if line["type"] == "verdict"]
+    verdicts = [line for line in live(kernel, 8, stop=stop) if line["type"] == "verdict"]
     assert [line["verdict"] for line in verdicts] == ["accept-queue-full"]
     assert "accept queue 51 of 50" in " ".join(verdicts[0]["evidence"])
 
 
-def test_a_flood_of_events_does_not_keep_the_table_from_being_judged() -> None:
-    """No more events are read than the ring buffer holds."""
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_flood_of_events_does_not_keep_the_table_from_being_judged(stop: bool) -> None:
+    """No more events are read than the ring buffer holds; at the end, in all batches together."""
 
     class Flooded(Stalling):
         polls = 0
@@ -152,7 +159,12 @@ def test_a_flood_of_events_does_not_keep_the_table_from_being_judged() -> None:
 
     kernel = Flooded()
     kernel.at(at(0), handshake())
-    assert live(kernel, 8)[-1]["type"] == "summary"
+    if stop:
+        kernel.crowd = [Row(four_tuple(n), handshake()) for n in range(2, 202)]
+    assert live(kernel, 8, stop=stop)[-1]["type"] == "summary"
+    if stop:
+        # Once before the last sweep, and once beside all its batches; each reads a little more.
+        assert kernel.polls * 100 <= 3 * kernel.most_waiting
 
 
 def test_an_ack_that_no_program_saw_may_be_of_who_seems_silent() -> None:
@@ -293,7 +305,8 @@ def test_a_flood_of_events_neither_holds_up_the_duration_nor_the_end() -> None:
     assert len(kernel.sweeps) >= 2
     stopped = Flooded(1000)
     live(stopped, None, stop=True)
-    assert stopped.waiting <= stopped.read < stopped.waiting + 100
+    # Before the last reading of the table, and beside it.
+    assert stopped.waiting <= stopped.read < 2 * (stopped.waiting + 100)
 
 
 def test_what_waits_at_the_end_is_told_but_for_what_the_table_says_as_well() -> None:
