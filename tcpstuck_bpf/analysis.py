@@ -335,6 +335,7 @@ class Analysis:
             seen=self._listeners.seen,
             flood_suspected=stats.flood_suspected,
             stuck=self._stuck.groups(),
+            selection=self.header.selection,
         )
 
     def _rescue_totals(self, rescued: int) -> RescueTotals | None:

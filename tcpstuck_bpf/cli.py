@@ -116,11 +116,12 @@ def _doctor(options: argparse.Namespace) -> int:
     from tcpstuck_bpf.doctor.command import consult
     from tcpstuck_bpf.run import one_vmlinux
 
-    width = shutil.get_terminal_size((WIDTH_OF_A_PIPE, 24)).columns
+    size = shutil.get_terminal_size((WIDTH_OF_A_PIPE, 24))
     able, lines = consult(
         one_vmlinux(options),
         options.against,
-        width=width,
+        width=size.columns,
+        height=size.lines if sys.stdout.isatty() else None,
         json=options.json,
         verbose=options.verbose,
     )

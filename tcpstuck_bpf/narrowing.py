@@ -204,7 +204,7 @@ def _refuse_timeout(path: str, timeout_ns: int, recorded: Header) -> None:
     if timeout_ns < shortest_ns and not recorded.settings.tell_healthy:
         raise UsageError(
             f"-t {duration_text(timeout_ns)} is too short for this recording",
-            f"it omits clients that connected within {duration_text(shortest_ns)} of the SYN (3/4 "
+            f"it omits clients that connected within {shortest_ns / SECOND_NS:g} s of the SYN (3/4 "
             "of its time-out): they would look stuck",
             f"write -t {shortest_ns / SECOND_NS:g} or more, or record with a shorter -t or --all",
         )

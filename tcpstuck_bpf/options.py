@@ -33,6 +33,7 @@ examples:
 exit status:
   0  ran, nothing stuck      1  ran, something was stuck or lost data
   2  wrong use               3  cannot trace here
+  4  nothing seen stuck, but not all was seen, or all was too young to judge
   130  Ctrl-C before any verdict
 """
 

@@ -19,6 +19,8 @@ def refuse_unusable_files(options: argparse.Namespace) -> None:
     """Raises UsageError if an option's file or directory is unusable for it."""
     for option, path in (("--record", options.record), ("--ready-file", options.ready_file)):
         why = None if path is None else obstacle(path)
+        if path == "-":
+            why = "a file of that name is rarely meant, and standard output is for the verdicts"
         if why is not None:
             raise UsageError(
                 f"{option} {path} cannot be written",

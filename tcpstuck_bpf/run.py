@@ -127,12 +127,14 @@ def _watched(options: argparse.Namespace, wanted: TraceFilter) -> str:
 
 def output_for(options: argparse.Namespace, header: Header) -> Output:
     """The output for a run's or a recording's findings: JSON or a table."""
-    selection = Selection(options.only, options.summary)
+    selection = Selection(options.only, options.summary or options.live)
     if options.json:
         return JsonOutput(sys.stdout, header.clock, selection)
+    size = shutil.get_terminal_size((WIDTH_OF_A_PIPE, 24))
     renderer = TableRenderer(
         clock=header.clock,
-        width=shutil.get_terminal_size((WIDTH_OF_A_PIPE, 24)).columns,
+        width=size.columns,
+        height=size.lines if sys.stdout.isatty() else None,
         colour=understands_escapes(sys.stdout) and not os.environ.get("NO_COLOR"),
         verbose=options.verbose,
         each=options.each,
@@ -431,4 +433,5 @@ def exit_status(summary: Summary) -> int:
     """The exit status for a summary, as listed in README.md."""
     if summary.ever_stuck or summary.data_lost:
         return EXIT_STUCK
-    return EXIT_NOT_KNOWN if summary.unwatched else EXIT_NOTHING_STUCK
+    known = not (summary.unwatched or summary.nothing_judged)
+    return EXIT_NOTHING_STUCK if known else EXIT_NOT_KNOWN

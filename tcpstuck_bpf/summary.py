@@ -85,12 +85,23 @@ class Summary(NamedTuple):
     stuck: tuple[tuple[StuckGroup, int], ...] = ()
     """Number of clients that are stuck at the end, by listener, verdict and cause. The largest
     group comes first."""
+    selection: str = ""
+    """The part of a recording that was judged, in words; empty for all of it. The figures of
+    cookies, losses and counters still cover the whole recording."""
 
     @property
     def saw_nothing(self) -> bool:
         """Whether no cookie was seen, so that no client could get stuck under one."""
+        if self.selection:
+            sent = any(one.facts.suffered for one in self.seen)
+            return not (sent or self.ever_stuck or self.pending or any(self.verdicts.values()))
         seen = (self.cookies_sent, self.unseen_syn, self.ever_stuck, self.unwatched)
         return not any(seen) and not any(self.verdicts.values())
+
+    @property
+    def nothing_judged(self) -> bool:
+        """Whether every handshake was too young for a verdict when the run ended."""
+        return bool(self.pending) and not (self.ever_stuck or any(self.verdicts.values()))
 
     @property
     def unwatched(self) -> int:

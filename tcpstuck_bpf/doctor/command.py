@@ -10,9 +10,17 @@ from tcpstuck_bpf.kernel.kernel_report import KernelReport, changes, describe
 
 
 def consult(
-    vmlinux: str | None, against: str | None, *, width: int, json: bool, verbose: bool
+    vmlinux: str | None,
+    against: str | None,
+    *,
+    width: int,
+    height: int | None,
+    json: bool,
+    verbose: bool,
 ) -> tuple[bool, Iterable[str]]:
     """Whether tracing is possible on the machine or kernel, and the lines to print.
+
+    `width` and `height` are the terminal's, in columns and lines; `height` is None for a pipe.
 
     Raises UsageError for a file that is not a kernel, CannotTraceError for one that cannot be read.
     """
@@ -23,11 +31,12 @@ def consult(
                 "it compares two kernel images",
                 "write --doctor --vmlinux FILE --against FILE",
             )
-        return _this_machine(width, json, verbose)
+        able, lines = _this_machine(width, json, verbose)
+        return able, lines if json else render.in_sight(lines, height)
     first = _described(vmlinux)
     if against is None:
         lines = render.kernel_json(first) if json else render.kernel_lines(first, width, verbose)
-        return not first.trouble, lines
+        return not first.trouble, lines if json else render.in_sight(lines, height)
     second = _described(against)
     found = changes(first, second)
     lines = (
@@ -35,7 +44,8 @@ def consult(
         if json
         else render.change_lines(first, second, found, width)
     )
-    return not (first.trouble or second.trouble), lines
+    able = not (first.trouble or second.trouble)
+    return able, lines if json else render.in_sight(lines, height)
 
 
 def _this_machine(width: int, json: bool, verbose: bool) -> tuple[bool, Iterable[str]]:

@@ -5,8 +5,9 @@ The JSON keys are a public interface, like those of `export`.
 
 from __future__ import annotations
 
+import itertools
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tabulate import tabulate
@@ -86,6 +87,17 @@ def _listed(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int) -
 
 def _wrapped(text: str, width: int, following: str = "  ") -> Iterator[str]:
     yield from _wrap(printable(text), width, following)
+
+
+def in_sight(lines: Iterable[str], height: int | None) -> Iterator[str]:
+    """The lines. The answer, up to the first empty line, comes again if it has scrolled off.
+
+    `height`: number of lines of the terminal; None if the lines do not go to one.
+    """
+    shown = [*lines]
+    yield from shown
+    if height is not None and len(shown) >= height:
+        yield from itertools.takewhile(bool, shown)
 
 
 def machine_lines(report: MachineReport, width: int, verbose: bool) -> Iterator[str]:

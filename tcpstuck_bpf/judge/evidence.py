@@ -36,7 +36,7 @@ COOKIE_SURELY_VALID_NS = 60 * SECOND_NS
 
 
 def duration_text(nanoseconds: int) -> str:
-    """A length of time as a person writes it: 3.6 s, 12 min 05 s, 8 h 05 min."""
+    """A length of time as a person writes it: 3.6 s, 5 min, 12 min 05 s, 8 h 05 min."""
     # By what is printed, so that nothing is rounded up to 1000.0 ms or 60.0 s.
     if round(nanoseconds / MILLISECOND_NS, 1) < 1000:
         return f"{nanoseconds / MILLISECOND_NS:.1f} ms"
@@ -46,8 +46,10 @@ def duration_text(nanoseconds: int) -> str:
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     if days:
-        return f"{days} d {hours:02} h"
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
+        return f"{days} d" + f" {hours:02} h" * bool(hours)
+    if hours:
+        return f"{hours} h" + f" {minutes:02} min" * bool(minutes)
+    return f"{minutes} min" + f" {seconds:02} s" * bool(seconds)
 
 
 def _bytes_text(number: int) -> str:

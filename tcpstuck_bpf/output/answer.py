@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from tcpstuck_bpf.judge.backlog import ListenerReport
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
 from tcpstuck_bpf.judge.stuck_now import StuckGroup
+from tcpstuck_bpf.model import address_bytes, listener_id
 from tcpstuck_bpf.output.page import Page, counted, endpoint, grouped
 from tcpstuck_bpf.summary import Summary
 
@@ -18,6 +21,16 @@ _WHY = {
 }
 
 
+class _Server(NamedTuple):
+    """What is known of the listener that clients are stuck at."""
+
+    owners: tuple[str, ...]
+    limit: int
+    needs: int | None
+    """The backlog that would have been enough; None if unknown."""
+    advice: tuple[str, ...] = ()
+
+
 def stuck_sentence(summary: Summary, page: Page) -> str:
     """One sentence on the stuck clients. Needs at least one stuck client.
 
@@ -27,51 +40,83 @@ def stuck_sentence(summary: Summary, page: Page) -> str:
     groups = summary.stuck
     total = summary.still_stuck
     are = "is" if total == 1 else "are"
-    if len(groups) == 1 and groups[0][1] == total:
-        group = groups[0][0]
-        listener = _listener(summary, group)
-        clients = f"{counted(total, 'client')} of {_where(group, listener, page)}"
-        return f"{clients} {are} stuck: {_why(group, listener)}"
+    places = {_where(group, _server(summary, group), page) for group, _ in groups}
+    together = len(places) == 1 and sum(number for _, number in groups) == total
+    of = f" of {places.pop()}" if together else ""
     named = []
     for group, number in groups[:NAMED]:
-        listener = _listener(summary, group)
-        where = _where(group, listener, page)
-        named.append(f"{grouped(number)} of {where}: {_why(group, listener)}")
+        server = _server(summary, group)
+        why = _why(group, server)
+        if not together:
+            why = f"{grouped(number)} of {_where(group, server, page)}: {why}"
+        elif len(groups) > 1:
+            why = f"{grouped(number)}: {why}"
+        named.append(why)
     others = total - sum(number for _, number in groups[:NAMED])
     if named and others > 0:
         named.append(f"{grouped(others)} others")
     why = f": {'; '.join(named)}" if named else ""
-    return f"{counted(total, 'client')} {are} stuck{why}"
+    return f"{counted(total, 'client')}{of} {are} stuck{why}"
 
 
-def _listener(summary: Summary, group: StuckGroup) -> ListenerReport | None:
+def what_to_do(summary: Summary, advice: Mapping[StuckGroup, str]) -> Iterator[tuple[str, str]]:
+    """For the groups of the sentence, a verdict and what to do about it; each advice once.
+
+    `advice`: that of the findings.
+    """
+    said = set()
+    for group, _ in summary.stuck[:NAMED]:
+        text = advice_for(summary, group, advice.get(group, ""))
+        if text and text not in said:
+            said.add(text)
+            yield group.verdict, text
+
+
+def advice_for(summary: Summary, group: StuckGroup, advice: str) -> str:
+    """What to do about a group. A known backlog of its listener goes before a finding's advice."""
+    server = _server(summary, group)
+    if group.verdict == "accept-queue-full" and server is not None and server.advice:
+        return " ".join(server.advice)
+    return advice
+
+
+def _server(summary: Summary, group: StuckGroup) -> _Server | None:
     """The listener of a group; None if it is not in the summary."""
     for listener in summary.listeners:
         if listener.netns != group.netns:
             continue
         if group.socket and listener.socket:
-            if listener.socket == group.socket:
-                return listener
-        elif listener.port == group.server_port and group.server_ip in listener.addresses:
-            return listener
+            found = listener.socket == group.socket
+        else:
+            at_port = listener.port == group.server_port
+            found = at_port and group.server_ip in listener.addresses
+        if found:
+            facts = listener.facts
+            return _Server(
+                listener.owners, facts.limit, listener.advised_backlog, tuple(listener.advice)
+            )
+    address = address_bytes(group.server_ip)
+    wanted = listener_id(group.netns, group.socket, address, group.server_port)
+    for one in summary.seen:
+        if one.facts.listener == wanted:
+            return _Server(one.owners, one.facts.limit, None)
     return None
 
 
-def _where(group: StuckGroup, listener: ListenerReport | None, page: Page) -> str:
+def _where(group: StuckGroup, server: _Server | None, page: Page) -> str:
     where = endpoint(group.server_ip, group.server_port)
-    if listener is not None and listener.owners:
-        where = f"{', '.join(listener.owners)} at {where}"
+    if server is not None and server.owners:
+        where = f"{', '.join(server.owners)} at {where}"
     return where + page.in_netns(group.netns)
 
 
-def _why(group: StuckGroup, listener: ListenerReport | None) -> str:
+def _why(group: StuckGroup, server: _Server | None) -> str:
     words = [_WHY[group.verdict]]
     if group.cause:
         words.append(f"({group.cause})")
     if group.certainty != "certain":
         words.append(f"({group.certainty})")
-    if group.verdict == "accept-queue-full" and listener is not None:
-        needs = listener.advised_backlog
-        needed = "" if needs is None else f", needs {grouped(needs)}"
-        words.append(f"(backlog {grouped(listener.facts.limit)}{needed})")
+    if group.verdict == "accept-queue-full" and server is not None:
+        needed = "" if server.needs is None else f", needs {grouped(server.needs)}"
+        words.append(f"(backlog {grouped(server.limit)}{needed})")
     return " ".join(words)

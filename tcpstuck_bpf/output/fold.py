@@ -1,7 +1,7 @@
 """Folds findings with equal listener, verdict and cause into groups: one line for a thousand. Pure.
 
-A group is due to be printed soon after its first finding, and again at most every `REPEAT_NS`
-while it grows.
+A group is due to be printed soon after its first finding, and again while it grows: after
+`REPEAT_NS`, then after twice that time, and so on up to `LONGEST_REPEAT_NS`.
 
 Times are CLOCK_MONOTONIC nanoseconds.
 """
@@ -18,7 +18,8 @@ from tcpstuck_bpf.model import SECOND_NS, FourTuple
 GATHER_NS = SECOND_NS
 """Time that a new group waits for more findings, unless it is requested earlier."""
 REPEAT_NS = 10 * SECOND_NS
-"""Least time between two lines of the same group."""
+"""Least time from the first line of a group to the second; it doubles with each line."""
+LONGEST_REPEAT_NS = 600 * SECOND_NS
 MAX_GROUPS = 4096
 """Largest number of groups. Beyond it the oldest are removed; a removed group that grows again
 counts as new. Clients can give a TPROXY listener any number of server addresses."""
@@ -72,7 +73,10 @@ class Group:
         self.first = first
         self.since_ns = first.verdict_ns
         """Time of the first finding that is not printed yet."""
+        self.latest_ns = first.verdict_ns
+        """Time of the latest finding."""
         self.printed_ns = 0
+        self._repeat_ns = REPEAT_NS
         self.printed = 0
         """Number of findings when the group was last printed; 0 if it was never printed."""
         self.number = 0
@@ -97,6 +101,7 @@ class Group:
             self.from_ns = self.until_ns = finding.first_syn_ns
             self.corrected = 0
         self.number += 1
+        self.latest_ns = finding.verdict_ns
         self.corrected += finding.updates is not None
         address = finding.four_tuple.client_ip
         if address in self.addresses or len(self.addresses) < MAX_ADDRESSES:
@@ -114,7 +119,13 @@ class Group:
             return now_ns - self.since_ns >= REPEAT_NS
         if not self.printed:
             return now_ns - self.since_ns >= GATHER_NS
-        return now_ns - self.printed_ns >= REPEAT_NS
+        return now_ns - self.printed_ns >= self._repeat_ns
+
+    def note_printed(self, now_ns: int) -> None:
+        """Note that the group was printed."""
+        if self.printed and not self.key.flood_suspected:
+            self._repeat_ns = min(2 * self._repeat_ns, LONGEST_REPEAT_NS)
+        self.printed, self.printed_ns = self.number, now_ns
 
 
 class Folding:
@@ -163,5 +174,4 @@ class Folding:
     def _print(group: Group, now_ns: int) -> Iterator[Group]:
         if group.growth:
             yield group
-            group.printed = group.number
-            group.printed_ns = now_ns
+            group.note_printed(now_ns)

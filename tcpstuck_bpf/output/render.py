@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from tcpstuck_bpf.handshake.timeline import attempt_text
 from tcpstuck_bpf.judge.evidence import duration_text
+from tcpstuck_bpf.judge.stuck_now import StuckGroup, group_of
 from tcpstuck_bpf.judge.verdict import Finding
 from tcpstuck_bpf.model import Attempt
-from tcpstuck_bpf.output.fold import Folding, Group
+from tcpstuck_bpf.output.fold import MAX_GROUPS, Folding, Group
 from tcpstuck_bpf.output.page import Page, endpoint, grouped
 from tcpstuck_bpf.output.rows import Rows
 from tcpstuck_bpf.output.summary_text import SummaryText, silent_syns
@@ -30,7 +31,8 @@ class TableRenderer:
     """Lines for a terminal or a pipe of a given width in columns.
 
     `each` prints a row per finding; without it, equal findings make one group. `verbose` prints all
-    details. The clients of a suspected SYN flood are always a group.
+    details. The clients of a suspected SYN flood are always a group. `height` is the terminal's
+    number of lines; None if the lines do not go to one.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class TableRenderer:
         own_netns: int | None,
         netns_names: Mapping[int, str],
         each: bool = False,
+        height: int | None = None,
     ) -> None:
         self._page = Page(
             clock=clock, width=width, colour=colour, own_netns=own_netns, netns_names=netns_names
@@ -51,6 +54,16 @@ class TableRenderer:
         self._each = each or verbose
         self._rows = Rows(self._page, each=self._each, verbose=verbose)
         self._folding = Folding()
+        self._height = height
+        self._advice: OrderedDict[StuckGroup, str] = OrderedDict()
+
+    def note(self, findings: Iterable[Finding]) -> None:
+        """Note what to do about the findings, shown or not; the summary may say it."""
+        for finding in findings:
+            if finding.stuck and not finding.flood_suspected:
+                self._advice[group_of(finding)] = finding.advice
+        while len(self._advice) > MAX_GROUPS:
+            self._advice.popitem(last=False)
 
     def findings(self, findings: Sequence[Finding]) -> Iterator[str]:
         """Rows of these findings, or of the groups that are due at their times."""
@@ -107,11 +120,18 @@ class TableRenderer:
             f"{stuck}, watching {status.watched} for {running}: {sent} cookies sent, {rest}",
             f"{stuck} after {running}: {sent} cookies sent, {rest}",
             f"{stuck}, {running}: {sent} cookies, {rest}",
+            f"{stuck}, {running}: {sent} cookies",
+            f"{stuck}, {running}",
+            stuck,
         )
         fitting = (line for line in map(printable, lines) if len(line) < self._page.width)
         return next(fitting, printable(lines[-1])[: self._page.width - 1])
 
-    def summary(self, summary: Summary) -> Iterator[str]:
-        """The rows that are still unprinted, then the summary."""
+    def summary(self, summary: Summary, *, advise: bool = False) -> Iterator[str]:
+        """The rows that are still unprinted, then the summary.
+
+        `advise`: say what to do, because no row said it.
+        """
         yield from self.rest()
-        yield from SummaryText(self._page).lines(summary)
+        text = SummaryText(self._page, self._height, self._advice, advise=advise)
+        yield from text.lines(summary)

@@ -21,6 +21,7 @@ NARROW = 100
 """Below this page width in columns, age, SYNs and meaning go below each row."""
 AGE_WIDTH = len("23 h 59 min")
 VERDICT_WIDTH = max(len(rule.name) for rule in RULES)
+VERDICT_HEADING = " verdict (! stuck)"
 MEANING_WIDTH = 45
 _BELOW = " " * 10
 
@@ -37,7 +38,7 @@ class Column(NamedTuple):
 
 GROUP_COLUMNS = (
     Column("time", 8, " "),
-    Column(" verdict", VERDICT_WIDTH + 1, " "),
+    Column(VERDICT_HEADING, VERDICT_WIDTH + 1, " "),
     Column("clients", 7, " "),
     Column("from", None),
     Column("at", None),
@@ -46,7 +47,7 @@ EACH_COLUMNS = (
     Column("time", 8),
     Column("client", None),
     Column("server", None),
-    Column(" verdict", VERDICT_WIDTH + 1),
+    Column(VERDICT_HEADING, VERDICT_WIDTH + 1),
 )
 WIDE_COLUMNS = (Column("age".rjust(AGE_WIDTH), AGE_WIDTH), Column("SYNs", 4))
 """Additional columns if the page is wide enough."""
@@ -126,10 +127,11 @@ class Rows:
         elif group.number > 1:
             client = addresses[0]
         yield from self._before(group.key.netns, client, server)
-        time = self._page.time(group.since_ns)
+        time = self._page.time(group.latest_ns if group.printed else group.since_ns)
         cells = [time, _marked(first), grouped(group.number).rjust(7), client, server]
         if group.printed:
-            texts = [f"{grouped(group.growth)} more since {self._page.time(group.printed_ns)}"]
+            more = f"{grouped(group.growth)} more since {self._page.time(group.printed_ns)}"
+            texts = [more + f": {first.cause}" * bool(first.cause)]
         elif group.number == 1:
             texts = [meaning(first), f"{duration_text(first.age_ns)}, {_syns(first)}"]
         else:

@@ -5,12 +5,13 @@ tabulate formats its tables.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from tcpstuck_bpf.judge.evidence import duration_text
+from tcpstuck_bpf.judge.stuck_now import StuckGroup
 from tcpstuck_bpf.judge.verdict import RULES
-from tcpstuck_bpf.output.answer import stuck_sentence
-from tcpstuck_bpf.output.page import INDENT, Page, endpoint, grouped
+from tcpstuck_bpf.output.answer import stuck_sentence, what_to_do
+from tcpstuck_bpf.output.page import INDENT, Page, counted, endpoint, grouped
 from tcpstuck_bpf.summary import RescueTotals, Summary
 from tcpstuck_bpf.terminal import printable
 
@@ -72,19 +73,64 @@ def gaps_of(summary: Summary) -> Iterator[str]:
         yield f"gap: no {gap.probe} ({gap.why}): {gap.lost}"
 
 
-class SummaryText:
-    """Lines of the summary, for one page."""
+def _nothing_stuck(summary: Summary) -> str:
+    """Why nothing is stuck, or why nothing is known."""
+    if summary.saw_nothing and summary.selection:
+        return f"nothing to see: no listener of {summary.selection} is seen to send a SYN cookie"
+    if summary.saw_nothing:
+        return "nothing to see: no SYN cookie was sent, so no client could get stuck under one"
+    young = f"{counted(summary.pending, 'handshake')} too young for a verdict"
+    if summary.nothing_judged:
+        return f"nothing is known yet: {young}, and no other"
+    return f"nothing stuck; {young}" if summary.pending else "nothing stuck"
 
-    def __init__(self, page: Page) -> None:
+
+class SummaryText:
+    """Lines of the summary, for one page.
+
+    `height`: number of lines of the terminal; None if the lines do not go to one. `advice`: what to
+    do about each group of stuck clients. `advise`: say it below the answer, because no row said it.
+    """
+
+    def __init__(
+        self,
+        page: Page,
+        height: int | None = None,
+        advice: Mapping[StuckGroup, str] | None = None,
+        *,
+        advise: bool = False,
+    ) -> None:
         self._page = page
+        self._height = height
+        self._advice = advice or {}
+        self._advise = advise
 
     def lines(self, summary: Summary) -> Iterator[str]:
-        """The answer, then the supporting figures."""
+        """The answer, then the supporting figures.
+
+        If the answer has scrolled off the terminal by then, it is repeated with what to do.
+        """
+        lines = [*self._lines(summary)]
+        yield from lines
+        if self._height is not None and len(lines) >= self._height:
+            yield ""
+            yield from self.verdict(summary)
+            yield from self._what_to_do(summary)
+
+    def _what_to_do(self, summary: Summary) -> Iterator[str]:
+        advised = [*what_to_do(summary, self._advice)]
+        for verdict, text in advised:
+            what = f" ({verdict})" if len(advised) > 1 else ""
+            yield from self._page.wrapped(text, f"{INDENT}do{what}: ")
+
+    def _lines(self, summary: Summary) -> Iterator[str]:
         # Imported only where it is used: it would delay every start, and JSON needs no tables.
         from tabulate import tabulate
 
         yield ""
         yield from self.answer(summary)
+        if self._advise:
+            yield from self._what_to_do(summary)
         yield ""
         rows = list(self._verdict_rows(summary))
         table = tabulate(
@@ -127,10 +173,15 @@ class SummaryText:
 
     def answer(self, summary: Summary) -> Iterator[str]:
         """The answer: which clients are stuck, or why none is, and how many cookies were seen."""
+        yield from self.verdict(summary)
         seen = (
             f"{grouped(summary.cookies_sent)} cookies sent in "
             f"{duration_text(summary.duration_ns)} at {summary.watched}, traced by {summary.mode}"
         )
+        yield from self._page.wrapped(seen, "")
+
+    def verdict(self, summary: Summary) -> Iterator[str]:
+        """The answer without the figures."""
         flood = f"; {silent_syns(summary.flood_suspected)}" if summary.flood_suspected else ""
         if summary.still_stuck:
             line = stuck_sentence(summary, self._page)
@@ -142,16 +193,13 @@ class SummaryText:
         elif summary.ever_stuck:
             ended = ", ".join(self._no_longer(summary)) or "their clients gave up"
             yield f"nothing is stuck any more: {ended}{flood}"
-        elif summary.saw_nothing:
-            yield "nothing to see: no SYN cookie was sent, so no client could get stuck under one"
         elif not summary.unwatched:
-            yield f"nothing stuck{flood}"
+            yield from self._page.wrapped(f"{_nothing_stuck(summary)}{flood}", "")
         if summary.unwatched:
             yield from self._unwatched(summary)
         if summary.cut_off_ns is not None:
             until = self._page.time(summary.cut_off_ns)
             yield f"The recording ends early, at {until}: this summary covers the time until then."
-        yield from self._page.wrapped(seen, "")
 
     def _unwatched(self, summary: Summary) -> Iterator[str]:
         number = summary.unwatched
@@ -184,7 +232,7 @@ class SummaryText:
             where = ", ".join(endpoint(address, listener.port) for address in listener.addresses)
             owners = f" of {', '.join(listener.owners)}" if listener.owners else ""
             yield from self._page.wrapped(
-                f"listener {where}{owners} in {self._page.netns(listener.netns)}: "
+                f"listener {where}{owners}{self._page.in_netns(listener.netns)}: "
                 f"limit {grouped(facts.limit)}, at most {grouped(facts.peak_syn_queue)} in the "
                 f"SYN queue and {grouped(facts.peak_accept_queue)} in the accept queue",
                 "",

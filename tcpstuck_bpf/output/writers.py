@@ -51,6 +51,7 @@ class TableOutput:
 
     def findings(self, findings: list[Finding]) -> None:
         """Print rows below those already printed."""
+        self._renderer.note(findings)
         self._put(list(self._renderer.findings(self._selection.of(findings))))
 
     def _put(self, lines: Sequence[str]) -> None:
@@ -87,7 +88,7 @@ class TableOutput:
     def summary(self, summary: Summary) -> None:
         """Print the summary."""
         self._clear()
-        for line in self._renderer.summary(summary):
+        for line in self._renderer.summary(summary, advise=self._selection.nothing):
             self._stream.write(terminal.line(line))
         self._stream.flush()
 

@@ -44,6 +44,7 @@ from tcpstuck_bpf.steps import (
 FORMAT = "tcpstuck-recording"
 VERSION = 1
 STANDARD_INPUT = "-"
+_GZIP = b"\x1f\x8b"
 """In place of a file's name."""
 _LONGEST_HEADER_BYTES = 1 << 20
 _LONGEST_LINE_BYTES = 1 << 28
@@ -179,6 +180,12 @@ class Replay:
         return self._path.replace("on standard input", "standard input")
 
     def _header(self, line: bytes) -> Header:
+        if line.startswith(_GZIP):
+            raise RecordingError(
+                f"{self._what} is compressed",
+                "it begins like a file of gzip",
+                "write: zcat FILE | tcpstuck-trace --replay -",
+            )
         values = self._decoded(line) if line.startswith(b"{") else {}
         if values.get("format") != FORMAT:
             raise RecordingError(

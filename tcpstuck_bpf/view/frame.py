@@ -17,9 +17,9 @@ from tcpstuck_bpf.output.page import grouped
 from tcpstuck_bpf.output.rows import Rows
 from tcpstuck_bpf.output.summary_text import SummaryText
 from tcpstuck_bpf.terminal import printable
-from tcpstuck_bpf.view.rows import ListRows, Row, Style
+from tcpstuck_bpf.view.rows import Key, ListRows, Row, Style
 from tcpstuck_bpf.view.snapshot import Snapshot, identity_of
-from tcpstuck_bpf.view.state import Page, Press, State, place, press
+from tcpstuck_bpf.view.state import Page, Press, State, chosen, place, press
 
 KEYS = {
     Page.LIST: "Enter open  f fold  s sort  ? help  q quit",
@@ -30,19 +30,20 @@ _HELP = """\
 Up Down k j           move the cursor, or scroll
 PageUp PageDown       move by a screen
 Home End g G          move to the first or the last row
-Enter Right           on a cause: show what to do, and its newest clients
+Enter Right           on a cause: list its newest clients
                       on a client: show its timeline and evidence
                       on a heading: fold or unfold the section
-Left Esc Backspace    go back
+Left Esc Backspace    go back, or close the cause
 f                     fold or unfold the section
 s                     sort the section in another way
 ?                     show or leave this help
 q Ctrl-C              end the run, and print its summary
 
 Queue lengths are in connections. An accept queue is full when it is longer
-than its limit. Its present length is read about once a second. The kernel does
-not show the present length of a SYN queue. Peaks are those of the whole run.
-Rates are averages of the last 10 s.
+than its limit. Its present length is read about once a second; a recording
+does not have it. The kernel does not show the present length of a SYN queue.
+Peaks are those of the whole run. Rates are averages of the last 10 s, and of
+the whole run at the end of a recording.
 """
 
 
@@ -105,28 +106,36 @@ class Frames:
     def _edges(
         self, snapshot: Snapshot | None, state: State, page: text_page.Page, height: int
     ) -> tuple[list[Row], list[Row]]:
-        """The rows above and below the middle. A low screen has fewer of them."""
-        foot = [Row(KEYS[state.page], Style.BOLD)]
+        """The rows above and below the middle. On a low screen the answer is cut."""
+        foot = [Row(KEYS[state.page], Style.BOLD)] if height > 2 else []
         if snapshot is None:
             return [Row("tcpstuck-trace: no figures yet", Style.BOLD)], foot
-        head = list(self._head(snapshot, page))
-        return head[: max(1, height // 3)], foot if height > 2 else []
-
-    def _head(self, snapshot: Snapshot, page: text_page.Page) -> Iterator[Row]:
         summary = snapshot.summary
         bad = summary.still_stuck or summary.data_lost or summary.unwatched
-        for line in SummaryText(page).answer(summary):
-            yield Row(line, Style.RED if bad else Style.BOLD)
-            bad = 0
+        style = Style.RED if bad else Style.BOLD
+        answer = [Row(line, style) for line in SummaryText(page).verdict(summary)]
+        most = max(1, height // 3 - 1)
+        if len(answer) > most:
+            answer[most - 1 :] = [Row(f"{answer[most - 1].text} ...", style)]
+        return [*answer, *self._figures(snapshot, page)][: max(1, height - 2)], foot
+
+    @staticmethod
+    def _figures(snapshot: Snapshot, page: text_page.Page) -> Iterator[Row]:
+        """One line of figures, and an empty one."""
+        summary = snapshot.summary
         lost = summary.lost_events + summary.untracked
+        rate = f"{snapshot.cookies_per_second:.1f} cookies/s{' on average' * snapshot.ended}"
         figures = (
-            f"{snapshot.cookies_per_second:.1f} cookies/s",
+            f"{grouped(lost)} lost" if lost else "nothing lost",
+            f"{grouped(summary.cookies_sent)} cookies",
+            rate,
             f"{grouped(summary.verdicts.get('completed', 0))} completed",
             f"{grouped(summary.pending)} waiting",
-            f"{grouped(lost)} lost" if lost else "nothing lost",
             *([f"{grouped(summary.rescue.rescued)} rescued"] if summary.rescue else []),
+            f"{summary.watched} by {summary.mode}",
         )
-        when = "end of the recording" if snapshot.ended else page.time(snapshot.now_ns)
+        ran = duration_text(summary.duration_ns)
+        when = f"end, after {ran}" if snapshot.ended else f"{page.time(snapshot.now_ns)}, {ran}"
         yield Row(f"{when}: {', '.join(figures)}", Style.RED if lost else Style.PLAIN)
         yield Row("")
 
@@ -139,9 +148,18 @@ class Frames:
             return []
         if state.page is Page.CLIENT and state.client is not None:
             return list(_timeline(snapshot, state.client, page))
-        return list(
-            ListRows(snapshot, page, state.folded, state.opened, dict(state.sorted_by)).rows()
-        )
+        return self._list(snapshot, state, page)
+
+    @staticmethod
+    def _list(snapshot: Snapshot, state: State, page: text_page.Page) -> list[Row]:
+        """The list, with the row under the cursor in full."""
+
+        def rows(under_cursor: Key | None) -> list[Row]:
+            order = dict(state.sorted_by)
+            made = ListRows(snapshot, page, under_cursor, state.folded, state.opened, order)
+            return list(made.rows())
+
+        return rows(state.cursor) if state.moved else rows(chosen(state, rows(None)))
 
 
 def _clients(snapshot: Snapshot | None) -> dict[HandshakeId, Finding]:

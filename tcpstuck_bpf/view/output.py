@@ -68,7 +68,7 @@ class LiveView:
     def summary(self, summary: Summary) -> None:
         """Give the terminal back, and print the summary."""
         self.close()
-        self._afterwards().summary(summary)
+        _print(summary, self._book, self._afterwards())
 
     def close(self) -> None:
         """Give the terminal back, and write what waited for standard error."""
@@ -115,11 +115,17 @@ class ReplayView:
         self._screen.start()
         self._wait()
         self.close()
-        self._afterwards().summary(summary)
+        _print(summary, self._book, self._afterwards())
 
     def close(self) -> None:
         """Give the terminal back, and write what waited for standard error."""
         _leave(self._screen)
+
+
+def _print(summary: Summary, book: Book, output: Output) -> None:
+    """Print the summary. The output needs a finding of each cause, for what to do about it."""
+    output.findings(book.examples())
+    output.summary(summary)
 
 
 def _leave(screen: Screen) -> None:

@@ -13,6 +13,7 @@ from tcpstuck_bpf.judge.evidence import duration_text
 from tcpstuck_bpf.judge.stuck_now import StuckGroup
 from tcpstuck_bpf.judge.verdict import RULES, Finding
 from tcpstuck_bpf.model import HandshakeId, ListenerId, address_text
+from tcpstuck_bpf.output.answer import advice_for
 from tcpstuck_bpf.output.page import INDENT, Page, counted, endpoint, grouped
 from tcpstuck_bpf.output.summary_text import gaps_of, losses_of
 from tcpstuck_bpf.terminal import printable
@@ -21,6 +22,10 @@ from tcpstuck_bpf.view.snapshot import Cause, ListenerView, Snapshot, identity_o
 _Item = TypeVar("_Item", Cause, Finding, ListenerView)
 
 _MEANING = {rule.name: rule.meaning for rule in RULES}
+
+
+OPENED = 10
+"""Largest number of clients listed below an opened cause."""
 
 
 class Style(Enum):
@@ -35,8 +40,8 @@ class Section(Enum):
     """The sections of the list, by their headings."""
 
     CAUSES = "causes of stuck clients"
-    CLIENTS = "stuck clients, the newest"
     LISTENERS = "listeners that sent cookies"
+    CLIENTS = "stuck clients, the newest"
     UNSEEN = "losses, gaps and notes"
 
 
@@ -95,20 +100,23 @@ def _fullness(one: ListenerView) -> float:
 class ListRows:
     """Makes the rows of one snapshot for one width.
 
-    `folded`: sections of which only the heading is shown. `opened`: causes whose clients are shown.
-    `sorted_by`: the number of the chosen order, by section.
+    `chosen`: the row under the cursor, which is shown in full. `folded`: sections of which only
+    the heading is shown. `opened`: causes whose clients are shown. `sorted_by`: the number of the
+    chosen order, by section.
     """
 
     def __init__(
         self,
         snapshot: Snapshot,
         page: Page,
+        chosen: Key | None,
         folded: frozenset[Section],
         opened: frozenset[StuckGroup],
         sorted_by: dict[Section, int],
     ) -> None:
         self._snapshot = snapshot
         self._page = page
+        self._chosen = chosen
         self._folded = folded
         self._opened = opened
         self._sorted_by = sorted_by
@@ -117,9 +125,9 @@ class ListRows:
         """All rows, in order."""
         shown = self._snapshot
         yield from self._section(Section.CAUSES, len(shown.causes), self._causes)
+        yield from self._section(Section.LISTENERS, len(shown.listeners), self._listeners)
         more = sum(cause.number for cause in shown.causes) - len(shown.clients)
         yield from self._section(Section.CLIENTS, len(shown.clients), self._clients, more)
-        yield from self._section(Section.LISTENERS, len(shown.listeners), self._listeners)
         unseen = list(self._unseen())
         yield from self._section(Section.UNSEEN, len(unseen), lambda: self._wrapped(unseen))
 
@@ -154,8 +162,12 @@ class ListRows:
         lines = _columns([("clients", "verdict", "at", "why"), *cells], "rlll")
         yield from (Row(next(lines), Style.BOLD) for _ in causes[:1])
         for cause, line in zip(causes, lines):
-            yield Row(line, Style.RED, Key(Section.CAUSES, cause.group))
-            if cause.group in self._opened:
+            key = Key(Section.CAUSES, cause.group)
+            yield Row(line, Style.RED, key)
+            is_open = cause.group in self._opened
+            if is_open or key == self._chosen:
+                yield from self._what_to_do(cause)
+            if is_open:
                 yield from self._opened_cause(cause)
 
     def _cause_cells(self, cause: Cause) -> tuple[str, ...]:
@@ -166,17 +178,20 @@ class ListRows:
         at = endpoint(group.server_ip, group.server_port)
         return (grouped(cause.number), group.verdict, at, why + self._page.in_netns(group.netns))
 
-    def _opened_cause(self, cause: Cause) -> Iterator[Row]:
-        """What to do, the cause in full, and the newest clients."""
+    def _what_to_do(self, cause: Cause) -> Iterator[Row]:
+        """The cause in full, and what to do."""
         *_, why = self._cause_cells(cause)
-        for text, first in (
-            (why, f"{INDENT}why: "),
-            (cause.clients[0].advice if cause.clients else "", f"{INDENT}do: "),
-        ):
+        told = cause.clients[0].advice if cause.clients else ""
+        advice = advice_for(self._snapshot.summary, cause.group, told)
+        for text, first in ((why, f"{INDENT}why: "), (advice, f"{INDENT}do: ")):
             if text:
                 yield from (Row(line) for line in self._page.wrapped(text, first))
-        yield from self._client_rows(Section.CAUSES, cause.clients)
-        more = cause.number - len(cause.clients)
+
+    def _opened_cause(self, cause: Cause) -> Iterator[Row]:
+        """The newest clients of a cause."""
+        shown = cause.clients[:OPENED]
+        yield from self._client_rows(Section.CAUSES, shown)
+        more = cause.number - len(shown)
         if more > 0:
             yield Row(f"{INDENT}and {counted(more, 'more client')} (all of them in --json)")
 
@@ -186,7 +201,10 @@ class ListRows:
         )
 
     def _client_rows(self, section: Section, findings: Sequence[Finding]) -> Iterator[Row]:
-        lines = _columns([self._client_cells(finding) for finding in findings], "llllr")
+        cells = [self._client_cells(finding) for finding in findings]
+        heading = ("verdict at", "client", "server", "verdict", "age")
+        lines = _columns([heading, *cells], "llllr")
+        yield from (Row(f"{INDENT}{next(lines)}", Style.BOLD) for _ in findings[:1])
         for finding, line in zip(findings, lines):
             yield Row(f"{INDENT}{line}", Style.PLAIN, Key(section, identity_of(finding)))
 
@@ -210,8 +228,13 @@ class ListRows:
         lines = _columns([*heading, *map(self._listener_cells, listeners)], "lrrrrrrl")
         yield from (Row(next(lines), Style.BOLD) for _ in heading if listeners)
         for one, line in zip(listeners, lines):
-            style = Style.RED if one.stuck else Style.PLAIN
-            yield Row(line, style, Key(Section.LISTENERS, one.listener))
+            key = Key(Section.LISTENERS, one.listener)
+            yield Row(line, Style.RED if one.stuck else Style.PLAIN, key)
+            if key == self._chosen:
+                who = ", ".join(one.seen.owners) or "owner unknown"
+                where = self._page.netns(one.seen.facts.netns)
+                text = f"{who}, in network namespace {where}"
+                yield from (Row(below) for below in self._page.wrapped(text, INDENT))
 
     def _listener_cells(self, one: ListenerView) -> tuple[str, ...]:
         facts = one.seen.facts
@@ -219,7 +242,7 @@ class ListRows:
         return (
             where,
             grouped(facts.peak_syn_queue),
-            "?" if one.accept_queue is None else grouped(one.accept_queue),
+            "-" if one.accept_queue is None else grouped(one.accept_queue),
             grouped(facts.peak_accept_queue),
             grouped(facts.limit),
             f"{one.cookies_per_second:.1f}",

@@ -153,6 +153,10 @@ class Book:
         if not clients:
             del self._clients[group]
 
+    def examples(self) -> list[Finding]:
+        """The newest finding of each cause that has clients."""
+        return [next(reversed(clients.values())) for clients in self._clients.values()]
+
     def snapshot(
         self, summary: Summary, now_ns: int, remarks: tuple[str, ...], *, ended: bool = False
     ) -> Snapshot:
@@ -173,6 +177,8 @@ class Book:
             one.facts.listener: one.facts.cookies_sent for one in summary.seen
         }
         counters[None] = summary.cookies_sent
+        if ended:
+            self._rates = _Rates()
         self._rates.note(now_ns, counters, now_ns - summary.duration_ns)
         return Snapshot(
             now_ns,

@@ -62,16 +62,20 @@ def place(state: State, rows: Sequence[Row], height: int) -> State:
 
     `height`: number of rows that fit on the screen.
     """
-    wanted = _first_item(rows) if not state.moved else state.cursor
-    at = next((n for n, row in enumerate(rows) if row.key == wanted), None)
+    at = next((n for n, row in enumerate(rows) if row.key == chosen(state, rows)), None)
     if at is None:
-        chosen = [n for n, row in enumerate(rows) if row.key is not None]
-        if not chosen:
+        with_key = [n for n, row in enumerate(rows) if row.key is not None]
+        if not with_key:
             return state._replace(cursor_at=0, top=0)
-        at = min(chosen, key=lambda n: abs(n - state.cursor_at))
+        at = min(with_key, key=lambda n: abs(n - state.cursor_at))
     key = rows[at].key
     assert key is not None
     return state._replace(cursor=key, cursor_at=at, top=_top(state.top, at, len(rows), height))
+
+
+def chosen(state: State, rows: Sequence[Row]) -> Key | None:
+    """The row under the cursor; before a key was pressed, the first one that is no heading."""
+    return state.cursor if state.moved else _first_item(rows)
 
 
 def _first_item(rows: Sequence[Row]) -> Key | None:
@@ -108,7 +112,7 @@ def press(
     if key is Press.OPEN:
         return _open(state, clients)
     if key is Press.BACK:
-        return _close(state)
+        return _close(state, rows)
     if key is Press.FOLD:
         return state._replace(
             folded=state.folded ^ {state.cursor.section},
@@ -159,9 +163,13 @@ def _open(state: State, clients: Mapping[HandshakeId, Finding]) -> State:
     return state._replace(page=Page.CLIENT, client=finding, scrolled=0)
 
 
-def _close(state: State) -> State:
-    """Close the cause under the cursor."""
-    item = state.cursor.item
-    if isinstance(item, StuckGroup):
-        return state._replace(opened=state.opened - {item})
+def _close(state: State, rows: Sequence[Row]) -> State:
+    """Close the cause under the cursor, or the one whose client is under the cursor."""
+    if state.cursor.section is not Section.CAUSES:
+        return state
+    for row in reversed(rows[: state.cursor_at + 1]):
+        if row.key is not None and isinstance(row.key.item, StuckGroup):
+            return state._replace(
+                opened=state.opened - {row.key.item}, cursor=row.key, cursor_at=state.cursor_at
+            )
     return state

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tcpstuck_bpf.cli import main
-from tcpstuck_bpf.errors import EXIT_NOTHING_STUCK, EXIT_STUCK, EXIT_USAGE
+from tcpstuck_bpf.errors import EXIT_NOT_KNOWN, EXIT_NOTHING_STUCK, EXIT_STUCK, EXIT_USAGE
 from tcpstuck_bpf.model import (
     Attempt,
     EventKind,
@@ -183,7 +183,38 @@ def test_the_exit_status_is_that_of_the_part(
     path = recorded(tmp_path / "run", STEPS, EVERY_PORT)
     assert main(["--replay", str(path), *words]) == (EXIT_STUCK if chosen else EXIT_NOTHING_STUCK)
     shown = capsys.readouterr().out
-    assert ("nothing stuck" in shown) == (not chosen)
+    assert "nothing stuck" not in shown
+    assert ("no listener of port 80 is seen to send a SYN cookie" in shown) == (not chosen)
+
+
+@pytest.mark.parametrize("cookies", [0, 7])
+def test_a_part_without_findings_is_an_all_clear_only_where_its_listener_sent_cookies(
+    cookies: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The cookies of the whole recording are no evidence for one port of it."""
+    port_80 = MYSQL._replace(server_port=80)
+    quiet = listening(port_80, cookies_sent=cookies, acks_refused=0)
+    steps = (*STEPS[:-2], Listened((quiet,)), *STEPS[-2:])
+    path = recorded(tmp_path / "run", steps, EVERY_PORT)
+    assert main(["--replay", str(path), "-p", "80"]) == EXIT_NOTHING_STUCK
+    shown = capsys.readouterr().out.splitlines()
+    assert ("nothing stuck" in shown) == bool(cookies)
+    (summary,) = of_kind(replayed(path, capsys, "-p", "80"), "summary")
+    assert summary["saw_nothing"] == (not cookies)
+
+
+@pytest.mark.parametrize("narrowed", [[], ["-4"]])
+def test_handshakes_that_are_all_too_young_are_no_all_clear(
+    narrowed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = recorded(tmp_path / "run", STEPS, EVERY_PORT)
+    words = ["--replay", str(path), "-t", "60", *narrowed]
+    assert main(words) == EXIT_NOT_KNOWN
+    shown = capsys.readouterr().out
+    number = 6 - len(narrowed)
+    answer = f"nothing is known yet: {number} handshakes too young for a verdict, and no other"
+    assert answer in shown.splitlines()
+    assert "nothing stuck" not in shown
 
 
 def test_what_cannot_be_told_apart_any_more_is_said(
@@ -229,7 +260,7 @@ def watching(**changes: Any) -> Header:
         (["--netns", "web"], watching(netns=OWN), "--netns selects"),
         (["--netns", "wb"], watching(), "has no network namespace wb"),
         (["-t", "2"], EVERY_PORT, "-t 2.0 s is too short"),
-        (["-t", "15m"], EVERY_PORT, "-t 15 min 00 s is too long"),
+        (["-t", "15m"], EVERY_PORT, "-t 15 min is too long"),
     ],
 )
 def test_what_the_recording_does_not_hold_is_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import json
 import signal
@@ -390,6 +391,7 @@ def test_values_that_cannot_be_are_damage(tmp_path: Path) -> None:
         (b"\x7fELF\x02\x01\x01\x00", "not a recording"),
         (b'{"format": "something else"}\n', "not a recording"),
         (b"[1, 2]\n", "not a recording"),
+        (gzip.compress(b"anything"), "compressed"),
         (b"[" * 100_000, "not a recording"),
         (b'{"format": "tcpstuck-recording", "version": 2}\n', "newer"),
         (b'{"format": "tcpstuck-recording", "version": 1}\n', "damaged"),

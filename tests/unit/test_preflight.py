@@ -49,6 +49,17 @@ def test_a_file_that_cannot_be_written_is_wrong_use(
     assert why in err.splitlines()[1]
 
 
+@pytest.mark.parametrize("option", ["--record", "--ready-file"])
+def test_standard_output_is_not_what_a_file_is_written_to(
+    option: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--replay - reads standard input, so people try it."""
+    monkeypatch.chdir(place)
+    assert main([option, "-"]) == EXIT_USAGE
+    assert "standard output is for the verdicts" in capsys.readouterr().err.splitlines()[1]
+    assert not (place / "-").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [

@@ -15,7 +15,13 @@ import pytest
 from tcpstuck_bpf.cli import main
 from tcpstuck_bpf.doctor import machine_report
 from tcpstuck_bpf.doctor.machine_report import NO, NOTE, OK, MachineReport, examine
-from tcpstuck_bpf.doctor.render import change_lines, kernel_lines, machine_json, machine_lines
+from tcpstuck_bpf.doctor.render import (
+    change_lines,
+    in_sight,
+    kernel_lines,
+    machine_json,
+    machine_lines,
+)
 from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE, EXIT_USAGE, CannotTraceError
 from tcpstuck_bpf.host import bpf_syscall, kallsyms
 from tcpstuck_bpf.kernel import features
@@ -331,6 +337,13 @@ def test_one_reason_for_both_modes_is_said_once(machine: Machine) -> None:
     machine.problems = dict.fromkeys(("fentry", "kprobe"), "not root")
     _, why, *_ = machine_lines(machine.examined(), 1000, verbose=False)
     assert why == "  why: by fentry and by kprobe: the kernel refused: not root"
+
+
+def test_an_answer_that_has_scrolled_off_comes_again(machine: Machine) -> None:
+    lines = [*machine_lines(machine.examined(), 80, verbose=False)]
+    answer = lines[: lines.index("")]
+    assert [*in_sight(lines, None)] == [*in_sight(lines, len(lines) + 1)] == lines
+    assert [*in_sight(lines, 24)] == [*lines, *answer]
 
 
 @pytest.mark.parametrize("able", [True, False])

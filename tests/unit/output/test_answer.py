@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.judge.backlog import ListenerReport
 from tcpstuck_bpf.judge.stuck_now import StuckGroup
-from tcpstuck_bpf.output.answer import stuck_sentence
+from tcpstuck_bpf.model import ListenerSeen, address_bytes
+from tcpstuck_bpf.output.answer import stuck_sentence, what_to_do
 from tcpstuck_bpf.output.page import Page
 from tcpstuck_bpf.steps import Ended, TallyTaken
+from tcpstuck_bpf.summary import Summary
 from tests.builders import at, header, tally
 from tests.unit.judge.test_listener import facts, judged
 from tests.unit.output.test_render import CLOCK
@@ -28,16 +32,24 @@ LISTENER = judged(facts())._replace(
 )
 
 
-def sentence(
-    *stuck: tuple[StuckGroup, int], listeners: tuple[ListenerReport, ...] = (LISTENER,)
-) -> str:
+def a_summary(
+    *stuck: tuple[StuckGroup, int],
+    listeners: tuple[ListenerReport, ...] = (LISTENER,),
+    seen: tuple[ListenerSeen, ...] = (),
+) -> Summary:
     analysis = Analysis(header())
     analysis.take(TallyTaken(tally(at(0))))
-    summary = analysis.summary(Ended(at(9), {}, ()))._replace(
-        stuck=stuck, still_stuck=sum(number for _, number in stuck), listeners=listeners
+    return analysis.summary(Ended(at(9), {}, ()))._replace(
+        stuck=stuck,
+        still_stuck=sum(number for _, number in stuck),
+        listeners=listeners,
+        seen=seen,
     )
+
+
+def sentence(*stuck: tuple[StuckGroup, int], **more: Any) -> str:
     page = Page(clock=CLOCK, width=200, colour=False, own_netns=1, netns_names={2: "mail"})
-    return stuck_sentence(summary, page)
+    return stuck_sentence(a_summary(*stuck, **more), page)
 
 
 def test_one_cause() -> None:
@@ -59,6 +71,41 @@ def test_several_causes_and_another_namespace() -> None:
         "(backlog 50, needs 188); 13 of [2001:db8::25]:25 in network namespace mail: this host "
         "dropped their ACKs before TCP (netfilter, inet guard acks)"
     )
+
+
+def test_where_all_are_stuck_at_one_place_it_is_named_once() -> None:
+    silent = SILENT._replace(server_port=3311)
+    assert sentence((FULL, 340), (silent, 40)) == (
+        "380 clients of mariadbd (pid 288) at 10.9.0.1:3311 are stuck: 340: accept queue full "
+        "(backlog 50, needs 188); 40: no ACK got to this host (likely)"
+    )
+
+
+def test_while_it_runs_the_owner_and_the_limit_are_those_of_the_latest_reading() -> None:
+    """The backlog that would be enough is calculated at the end only."""
+    listening = facts(
+        netns=1, server_address=address_bytes("10.9.0.1"), server_port=3311, limit=50, socket=9
+    )
+    seen = (ListenerSeen(listening, ("mariadbd (pid 288)",), (9,), {}),)
+    at_socket = FULL._replace(socket=9)
+    assert sentence((at_socket, 5), listeners=(), seen=seen) == (
+        "5 clients of mariadbd (pid 288) at 10.9.0.1:3311 are stuck: accept queue full (backlog 50)"
+    )
+    other = FULL._replace(socket=10)
+    assert "mariadbd" not in sentence((other, 5), listeners=(), seen=seen)
+
+
+def test_what_to_do_is_said_once_for_each_cause_and_the_backlog_goes_before() -> None:
+    listener = LISTENER._replace(advice=("Set back_log of MariaDB to 188 or more.",))
+    advice = {FULL: "raise the backlog", SILENT: "look for drops", FILTERED: "look for drops"}
+    summary = a_summary((FULL, 3), (SILENT, 2), (FILTERED, 1), listeners=(listener,))
+    assert [*what_to_do(summary, advice)] == [
+        ("accept-queue-full", "Set back_log of MariaDB to 188 or more."),
+        ("ack-missing", "look for drops"),
+    ]
+    assert [*what_to_do(a_summary((FULL, 3), listeners=()), advice)] == [
+        ("accept-queue-full", "raise the backlog")
+    ]
 
 
 def test_of_many_causes_the_largest_are_named_and_the_others_counted() -> None:

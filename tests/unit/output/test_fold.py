@@ -7,7 +7,14 @@ import pytest
 from tcpstuck_bpf.judge.verdict import Finding
 from tcpstuck_bpf.model import SECOND_NS, FourTuple
 from tcpstuck_bpf.output import fold
-from tcpstuck_bpf.output.fold import GATHER_NS, MAX_ADDRESSES, REPEAT_NS, Folding, Group
+from tcpstuck_bpf.output.fold import (
+    GATHER_NS,
+    LONGEST_REPEAT_NS,
+    MAX_ADDRESSES,
+    REPEAT_NS,
+    Folding,
+    Group,
+)
 from tests.builders import at, four_tuple
 from tests.unit.output.test_render import finding, lines
 
@@ -56,20 +63,47 @@ def test_the_socket_of_a_shared_port_is_no_reason_for_another_line() -> None:
     assert [g.number for g in folding.rest()] == [2]
 
 
-def test_a_group_is_printed_soon_and_then_rarely() -> None:
+def test_a_group_is_printed_soon_and_then_ever_more_rarely() -> None:
     folding = Folding()
     tenth = SECOND_NS // 10
     printed = [
         (tenths, *group)
-        for tenths in range(250)
+        for tenths in range(750)
         for group in taken(folding, found(BEGIN_NS + tenths * tenth))
     ]
     soon = GATHER_NS // tenth
     rarely = REPEAT_NS // tenth
-    times = [soon, soon + rarely, soon + 2 * rarely]
+    times = [soon, soon + rarely, soon + 3 * rarely, soon + 7 * rarely]
     assert [time for time, _, _ in printed] == times
     assert [number for _, number, _ in printed] == times
-    assert [growth for _, _, growth in printed] == [soon, rarely, rarely]
+    assert [growth for _, _, growth in printed] == [soon, rarely, 2 * rarely, 4 * rarely]
+
+
+def test_a_group_that_grows_for_long_is_still_printed_now_and_then() -> None:
+    folding = Folding()
+    times = [
+        at_s
+        for at_s in range(0, 8000, 2)
+        for _ in taken(folding, found(BEGIN_NS + at_s * SECOND_NS))
+    ]
+    gaps = [later - earlier for earlier, later in zip(times, times[1:])]
+    assert gaps[-3:] == [LONGEST_REPEAT_NS // SECOND_NS] * 3
+    assert gaps == sorted(gaps)
+
+
+def test_further_rows_name_the_cause_and_the_time_of_the_latest_client() -> None:
+    """Two rules at one listener: only the cause tells their rows apart."""
+    first = found(who=client(0), cause="rule handle 7", verdict="ack-filtered")
+    later = first._replace(verdict_ns=first.verdict_ns + REPEAT_NS, four_tuple=client(5))
+    rows = lines(
+        [first, first._replace(verdict_ns=first.verdict_ns + GATHER_NS), later], 200, each=False
+    )
+    begun, *more = (row for row in rows if "!ack-filtered" in row)
+    assert more
+    assert all(row.endswith(": rule handle 7") for row in more)
+    times = [row.split()[0] for row in (begun, *more)]
+    assert times == sorted(times)
+    assert times[-1] > times[0]
 
 
 def test_who_asks_gets_what_is_new_at_once_and_the_rest_when_it_is_due() -> None:
@@ -164,7 +198,7 @@ def test_advice_is_given_once_for_each_cause() -> None:
 
 def test_a_single_client_is_named_with_its_port() -> None:
     heading, row, *below = lines([found(who=client(0))], 80, each=False)
-    assert heading.split() == ["time", "verdict", "clients", "from", "at"]
+    assert heading.split() == ["time", "verdict", "(!", "stuck)", "clients", "from", "at"]
     assert row.split()[1:] == ["!accept-queue-full", "1", "10.0.0.0:40000", "192.0.2.1:3311"]
     assert "3.1 s, 1 SYN" in " ".join(below)
 

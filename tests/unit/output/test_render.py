@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -10,10 +11,14 @@ import pytest
 
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.judge.reconcile import Reconciled
+from tcpstuck_bpf.judge.stuck_now import StuckGroup, group_of
 from tcpstuck_bpf.judge.verdict import Finding, judge
 from tcpstuck_bpf.model import CROWDED_NETNS, GONE_NETNS, FourTuple, address_bytes
 from tcpstuck_bpf.output.export import listener_line, verdict_line
+from tcpstuck_bpf.output.page import Page
 from tcpstuck_bpf.output.render import SHOWN_AT_ONCE, TableRenderer
+from tcpstuck_bpf.output.summary_text import SummaryText
+from tcpstuck_bpf.output.writers import Selection, TableOutput
 from tcpstuck_bpf.steps import Ended, TallyTaken, WallClock
 from tcpstuck_bpf.summary import Status
 from tests.builders import (
@@ -220,6 +225,70 @@ def test_a_run_that_saw_no_cookie_is_no_all_clear() -> None:
     assert "no SYN cookie was sent, so no client could get stuck under one" in shown
     for seen in ({"unseen_syn": 1}, {"cookies_sent": 1}, {"verdicts": {"client-reset": 1}}):
         assert "nothing stuck" in summed_up(200, **seen)
+
+
+def test_who_is_too_young_is_said_beside_the_all_clear() -> None:
+    some = {"cookies_sent": 9, "verdicts": {"completed": 8}}
+    assert "nothing stuck" in summed_up(200, **some)
+    shown = summed_up(200, **some, pending=1)
+    assert "nothing stuck; 1 handshake too young for a verdict" in shown
+
+
+STUCK_TWICE = {
+    "still_stuck": 15,
+    "ever_stuck": 15,
+    "stuck": (
+        (StuckGroup(1, "10.9.0.1", 3311, 0, "accept-queue-full", "certain", ""), 10),
+        (StuckGroup(1, "10.9.0.1", 3311, 0, "ack-missing", "likely", ""), 5),
+    ),
+}
+
+
+def ending(height: int | None, *, advise: bool = False) -> list[str]:
+    """The summary of a run with two causes, on a terminal of this height."""
+    page = Page(clock=CLOCK, width=80, colour=False, own_netns=1, netns_names={})
+    analysis = Analysis(header())
+    analysis.take(TallyTaken(tally(at(0))))
+    summary = analysis.summary(Ended(at(9), {}, ()))._replace(**STUCK_TWICE)
+    groups = [group for group, _ in summary.stuck]
+    advice = dict(zip(groups, ("raise the backlog", "look for drops")))
+    return list(SummaryText(page, height, advice, advise=advise).lines(summary))
+
+
+def test_an_answer_that_has_scrolled_off_the_terminal_comes_again_with_what_to_do() -> None:
+    whole = ending(None)
+    answer = whole[1:3]
+    assert answer[0].startswith("15 clients of 10.9.0.1:3311 are stuck: 10: accept queue full")
+    assert ending(len(whole) + 1) == whole
+    for height in (3, len(whole)):
+        assert ending(height) == [
+            *whole,
+            "",
+            *answer,
+            "    do (accept-queue-full): raise the backlog",
+            "    do (ack-missing): look for drops",
+        ]
+
+
+def test_what_to_do_is_in_the_summary_where_no_row_has_said_it() -> None:
+    assert "    do (ack-missing): look for drops" in ending(None, advise=True)
+
+
+@pytest.mark.parametrize("nothing", [False, True])
+def test_with_a_summary_alone_what_to_do_is_said_all_the_same(nothing: bool) -> None:
+    stream = io.StringIO()
+    renderer = TableRenderer(
+        clock=CLOCK, width=200, colour=False, verbose=False, own_netns=1, netns_names={}
+    )
+    output = TableOutput(stream, renderer, Selection([], nothing))
+    told = finding(LONG_IPV4)
+    output.findings([told])
+    analysis = Analysis(header())
+    analysis.take(TallyTaken(tally(at(0))))
+    stuck = ((group_of(told), 1),)
+    summary = analysis.summary(Ended(at(9), {}, ()))
+    output.summary(summary._replace(still_stuck=1, ever_stuck=1, stuck=stuck))
+    assert stream.getvalue().count("do: find out why the server does not accept") == 1
 
 
 @pytest.mark.parametrize("width", range(60, 90))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tcpstuck_bpf.judge.stuck_now import StuckGroup
 from tcpstuck_bpf.output.render import TableRenderer
 from tcpstuck_bpf.view.frame import Frame
-from tcpstuck_bpf.view.rows import ORDERS, Section
+from tcpstuck_bpf.view.rows import OPENED, ORDERS, Row, Section, Style
 from tcpstuck_bpf.view.snapshot import Snapshot
 from tcpstuck_bpf.view.state import Page, Press, State
 from tests.builders import four_tuple
@@ -29,6 +29,11 @@ def played(
         state = laid_out.press(snapshot, state, key, width, height)
         frame, state = laid_out.frame(snapshot, state, width, height)
     return frame, state
+
+
+def is_cause(row: Row) -> bool:
+    """Whether a row is that of a cause."""
+    return row.key is not None and isinstance(row.key.item, StuckGroup)
 
 
 def text(frame: Frame) -> str:
@@ -74,16 +79,17 @@ def test_the_answer_is_on_top_in_the_words_of_the_summary() -> None:
         clock=one.clock, width=200, colour=False, verbose=False, own_netns=1, netns_names={}
     )
     words = next(line for line in renderer.summary(BUSY.summary) if line)
-    assert words.startswith("140 clients are stuck: 120 of 192.0.2.1:3311")
+    assert words.startswith("140 clients of greeter (pid 7) at 192.0.2.1:3311 in network namespace")
     assert frame.rows[0].text.startswith(words[:60])
 
 
 def test_the_first_screen_answers_on_eighty_columns() -> None:
-    """What is stuck, why, and at which listener, without a key."""
+    """What is stuck, why, at which listener, and what to do, without a key."""
     frame, _ = played(BUSY, [])
     shown = text(frame)
-    for words in ("140 clients are stuck", "accept queue full", "192.0.2.1:3311", "ack-filtered"):
+    for words in ("140 clients of greeter", "accept queue full", "192.0.2.1:3311", "ack-filtered"):
         assert words in shown
+    assert "    do: find out why the server does not accept" in shown
     chosen = frame.rows[frame.cursor or 0].text
     assert chosen.split()[:2] == ["120", "accept-queue-full"]
 
@@ -94,20 +100,56 @@ def test_a_run_without_news_says_so() -> None:
     assert played(None, [])[0].rows[0].text == "tcpstuck-trace: no figures yet"
 
 
-def test_enter_on_a_cause_says_what_to_do_and_lists_its_clients() -> None:
+def test_enter_on_a_cause_lists_its_newest_clients() -> None:
     frame, state = played(BUSY, [Press.OPEN], height=60)
     (opened,) = state.opened
     assert isinstance(opened, StuckGroup)
     assert opened.verdict == "accept-queue-full"
     lines = text(frame).splitlines()
-    do = next(line for line in lines if line.startswith("    do: "))
-    advice = BUSY.causes[0].clients[0].advice
-    assert advice.startswith(do.removeprefix("    do: "))
-    assert "    and 20 more clients (all of them in --json)" in text(
-        played(BUSY, [Press.OPEN], height=300)[0]
-    )
+    at = next(n for n, line in enumerate(lines) if line.startswith("    verdict at"))
+    listed = [line.split()[1] for line in lines[at + 1 : at + 1 + OPENED]]
+    newest = [finding.four_tuple.client_ip for finding in BUSY.causes[0].clients[:OPENED]]
+    assert listed == [f"{address}:40000" for address in newest]
+    assert lines[at + 1 + OPENED] == "    and 110 more clients (all of them in --json)"
     closed, _ = played(BUSY, [Press.OPEN, Press.OPEN], height=60)
     assert text(closed) == text(played(BUSY, [], height=60)[0])
+
+
+def test_left_on_a_client_of_an_opened_cause_closes_the_cause() -> None:
+    frame, state = played(BUSY, [Press.OPEN, *[Press.DOWN] * 4, Press.BACK], height=60)
+    assert state.opened == frozenset()
+    assert isinstance(state.cursor.item, StuckGroup)
+    assert text(frame) == text(played(BUSY, [], height=60)[0])
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_the_cause_under_the_cursor_is_shown_in_full_with_what_to_do(number: int) -> None:
+    frame, state = played(BUSY, [Press.DOWN] * number, height=60)
+    lines = text(frame).splitlines()
+    shown = [n for n, line in enumerate(lines) if line.startswith("    do: ")]
+    assert len(shown) == 1
+    assert isinstance(state.cursor.item, StuckGroup)
+    advice = BUSY.causes[number].clients[0].advice
+    assert advice.startswith(lines[shown[0]].removeprefix("    do: "))
+    assert frame.cursor is not None
+    assert frame.cursor < shown[0]
+
+
+def test_the_listener_under_the_cursor_has_its_owner_in_full() -> None:
+    laid_out, state = frames(), State()
+    while state.cursor.section is not Section.LISTENERS or state.cursor.item is None:
+        state = laid_out.press(BUSY, state, Press.DOWN, 80, 60)
+    assert "    greeter (pid 7), in network namespace web" in text(
+        laid_out.frame(BUSY, state, 80, 60)[0]
+    )
+
+
+def test_on_a_low_screen_the_answer_is_cut_with_a_sign_and_the_figures_stay() -> None:
+    frame, _ = played(BUSY, [], 60, 12)
+    lines = text(frame).splitlines()
+    figures = next(n for n, line in enumerate(lines) if "nothing lost" in line)
+    assert lines[figures - 1].endswith("...")
+    assert all(row.style is Style.RED for row in frame.rows[:figures])
 
 
 def test_enter_on_a_client_shows_its_timeline_and_left_goes_back_to_it() -> None:
@@ -138,6 +180,15 @@ def test_an_open_timeline_says_when_the_client_is_no_longer_stuck() -> None:
     assert f"{state.client.four_tuple.client_ip}:40000" in text(frame)
 
 
+IN_FULL = {
+    line
+    for number in range(5)
+    for line in text(played(BUSY, [Press.DOWN] * number)[0]).splitlines()
+    if line.startswith("    ")
+}
+"""The rows below a cause or a listener while the cursor is on it; folding moves the cursor."""
+
+
 @pytest.mark.parametrize("section", list(Section))
 def test_f_folds_the_section_under_the_cursor(section: Section) -> None:
     laid_out, height = frames(), 400
@@ -155,7 +206,8 @@ def test_f_folds_the_section_under_the_cursor(section: Section) -> None:
     }
     assert len(shown) < len(set(before.splitlines()))
     state = laid_out.press(BUSY, state, Press.FOLD, 80, height)
-    assert text(laid_out.frame(BUSY, state, 80, height)[0]) == before
+    unfolded = laid_out.frame(BUSY, state, 80, height)[0]
+    assert set(before.splitlines()) - set(text(unfolded).splitlines()) <= IN_FULL
 
 
 def test_s_sorts_the_section_under_the_cursor_in_each_order_and_then_in_the_first_again() -> None:
@@ -166,7 +218,7 @@ def test_s_sorts_the_section_under_the_cursor_in_each_order_and_then_in_the_firs
         lines = text(frame).splitlines()
         at = next(n for n, line in enumerate(lines) if line.startswith("- causes"))
         orders.append(lines[at].partition("(sorted by ")[2].rstrip(")"))
-        firsts.append([line.split()[1] for line in lines[at + 2 : at + 5]])
+        firsts.append([row.text.split()[1] for row in frame.rows if is_cause(row)])
         state = laid_out.press(BUSY, state, Press.SORT, 80, height)
     assert orders == ["clients", "listener", "verdict", "clients"]
     by_number, _, by_verdict, again = firsts
@@ -209,7 +261,7 @@ def test_the_clients_of_one_cause_can_be_sorted_by_age() -> None:
     frame, _ = laid_out.frame(BUSY, state, 80, height)
     lines = text(frame).splitlines()
     at = next(n for n, line in enumerate(lines) if "(sorted by age)" in line)
-    ages = [float(line.split()[-2]) for line in lines[at + 1 : at + 1 + len(BUSY.clients)]]
+    ages = [float(line.split()[-2]) for line in lines[at + 2 : at + 2 + len(BUSY.clients)]]
     assert ages == sorted(ages, reverse=True)
     assert len(set(ages)) > 1
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tcpstuck_bpf import console
+from tcpstuck_bpf.judge.verdict import Finding
 from tcpstuck_bpf.summary import Status, Summary
 from tcpstuck_bpf.view.output import COST_SHARE, INTERVAL_NS, LiveView, ReplayView
 from tests.builders import SECOND_NS, at
@@ -36,10 +37,13 @@ class FakeScreen:
 
 
 class FakeOutput:
-    """Notes the summary."""
+    """Notes the summary, and which verdicts it was given an example of."""
 
     def __init__(self, log: list[Any]) -> None:
         self._log = log
+
+    def findings(self, findings: list[Finding]) -> None:
+        self._log += [finding.verdict for finding in findings]
 
     def summary(self, _summary: Summary) -> None:
         self._log.append("summary")
@@ -179,7 +183,7 @@ def test_of_a_recording_the_end_is_shown_until_the_user_has_seen_it(errors: Erro
     summary = world.analysis.so_far({}, at(5), {})
     view.summary(summary)
     snapshot, *after = log
-    assert after == ["start", "waited", "close", "summary"]
+    assert after == ["start", "waited", "close", "ack-missing", "summary"]
     assert snapshot.ended
     assert [cause.number for cause in snapshot.causes] == [2]
     assert errors.getvalue() == ""
