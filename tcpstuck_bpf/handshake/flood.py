@@ -40,10 +40,13 @@ MAX_REVISED = 4096
 MAX_OF_ADDRESS = 32
 """Most handshakes per address that are reported again when the address turns out to be real."""
 _MARKS = 16
-_CHANCE_SIGMAS = 5
 _REAL_HANDSHAKES = 3
-"""Number of silent handshakes of one address that is beyond chance if spoofed addresses hardly
-ever recur."""
+"""Smallest number of silent handshakes that shows an address to be real."""
+_CHANCE = 1e-4
+"""An address is real if fewer spoofed addresses than this are expected to have as many handshakes,
+among all that were seen."""
+_TAIL = 50
+"""Number of terms of the Poisson distribution's tail that are added up."""
 _STEPS = 75
 _RISING_PERCENT = 85
 """Half of all random numbers exceed their predecessor. In `_STEPS` steps, a share this large has a
@@ -215,15 +218,34 @@ class _Listener:
         return self.floods.get(handshake.first_syn_ns // SECOND_NS, "")
 
     def is_beyond_chance(self, handshakes: int) -> bool:
-        """Whether an address has more handshakes than a spoofed one gets by chance.
+        """Whether an address has more handshakes than any spoofed one gets by chance.
 
         The number of handshakes of a random address is Poisson-distributed. If there are many
-        possible addresses, few recur, and the mean over the seen ones is 1 + expected / 2.
+        possible addresses, few recur, and the mean over the seen ones is 1 + expected / 2. One
+        recurrence more than seen is assumed, and those of this address do not count.
         """
-        mean = self.handshakes / max(1, self.addresses)
+        if handshakes < _REAL_HANDSHAKES:
+            return False
+        seen = max(1, self.addresses)
+        recurred = max(0, self.handshakes - (handshakes - 1) - self.addresses)
+        mean = 1 + (recurred + 1) / seen
         expected = min(2 * (mean - 1), mean)
-        chance = expected + _CHANCE_SIGMAS * math.sqrt(max(0.0, expected))
-        return handshakes >= _REAL_HANDSHAKES + chance
+        return handshakes > expected and seen * _share_with(handshakes, expected) < _CHANCE
+
+
+def _share_with(handshakes: int, expected: float) -> float:
+    """Share of the seen addresses that have at least so many handshakes, if all are spoofed.
+
+    `handshakes` must exceed `expected`: the terms of the tail then decrease.
+    """
+    probability = math.exp(
+        -expected + handshakes * math.log(expected) - math.lgamma(handshakes + 1)
+    )
+    tail = probability
+    for number in range(handshakes + 1, handshakes + _TAIL):
+        probability *= expected / number
+        tail += probability
+    return min(1.0, tail / -math.expm1(-expected))
 
 
 class _Acks:

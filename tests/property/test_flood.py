@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from tests.flood_world import FloodWorld, real, spoofed, with_dropped_ack
@@ -22,8 +22,11 @@ SENDERS: dict[str, dict[str, Callable[..., int]]] = {
 WITH_A_PATTERN = ("ports that count up", "one sequence number")
 
 
-# To shrink would take minutes and tell nothing: each world is one of a few, and a seed.
-@settings(max_examples=4, deadline=None, phases=(Phase.explicit, Phase.generate))
+# To shrink would take minutes and tell nothing: each world is one of a few, and a seed. The same
+# worlds every time, because by chance a spoofed address may recur as often as a real one would;
+# tests/unit/handshake/test_flood_chance.py holds how rarely.
+@settings(max_examples=4, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
+@example("from one /16", 221, 1, 15.0)
 @given(
     st.sampled_from(sorted(SENDERS)),
     st.integers(0, 2**16),
