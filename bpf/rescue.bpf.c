@@ -29,7 +29,8 @@ static __always_inline void choose(struct handshake_key *key)
 {
 	u8 yes = 1;
 
-	chosen.insert(key, &yes);
+	if (!is_full(TABLE_CHOSEN))
+		noted(TABLE_CHOSEN, chosen.insert(key, &yes));
 }
 
 static __always_inline void choose_if_known(struct handshake_key *key)

@@ -336,6 +336,7 @@ class Analysis:
             flood_suspected=stats.flood_suspected,
             stuck=self._stuck.groups(),
             selection=self.header.selection,
+            acks_unknown=max(0, counted[NetnsCount.ACKS_DROPPED_UNTRACKED] - stats.begun_by_ack),
         )
 
     def _rescue_totals(self, rescued: int) -> RescueTotals | None:

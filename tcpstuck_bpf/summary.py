@@ -85,6 +85,9 @@ class Summary(NamedTuple):
     stuck: tuple[tuple[StuckGroup, int], ...] = ()
     """Number of clients that are stuck at the end, by listener, verdict and cause. The largest
     group comes first."""
+    acks_unknown: int = 0
+    """Valid ACKs that this host dropped and that belong to no reported handshake: the SYN was not
+    seen, and the accept queue was not full."""
     selection: str = ""
     """The part of a recording that was judged, in words; empty for all of it. The figures of
     cookies, losses and counters still cover the whole recording."""
@@ -107,7 +110,8 @@ class Summary(NamedTuple):
     def unwatched(self) -> int:
         """Smallest possible number of cookie handshakes with an unknown outcome.
 
-        They had no room in the table, or the kernel counted them and no program saw them.
+        They had no room in the table, or the kernel counted them and no program saw them, or their
+        SYN was not seen and their ACK was dropped.
         """
         unseen = sum(
             row.kernel[0] - row.traced - row.outside
@@ -117,4 +121,5 @@ class Summary(NamedTuple):
             and row.kernel is not None
             and row.kernel[0] > row.traced + row.outside
         )
-        return self.untracked + self.losses.get("cookies_unmatched", 0) + unseen
+        lost = self.untracked + self.losses.get("cookies_unmatched", 0) + unseen
+        return lost + self.acks_unknown

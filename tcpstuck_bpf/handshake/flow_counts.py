@@ -41,6 +41,8 @@ class CorrelatorStats(NamedTuple):
     """Observations of a handshake older than the one known for their 4-tuple."""
     duplicate: int
     """Events that added nothing."""
+    begun_by_ack: int
+    """Flows that began with a dropped ACK, because the SYN was not seen."""
     torn: int
     """Rows read while the kernel was writing them; the next sweep reads them again."""
 
@@ -50,7 +52,7 @@ class FlowCounts:
 
     def __init__(self) -> None:
         self.evicted = self.let_go = self.unresolved = 0
-        self.late = self.duplicate = self.torn = 0
+        self.late = self.duplicate = self.torn = self.begun_by_ack = 0
         self._reported_now: Counter[State] = Counter()
         self._unreported: Counter[State] = Counter()
         self._ever_stuck = self._flood_suspected = self._taken_over = 0
@@ -116,5 +118,6 @@ class FlowCounts:
             unresolved=self.unresolved,
             late=self.late,
             duplicate=self.duplicate,
+            begun_by_ack=self.begun_by_ack,
             torn=self.torn,
         )

@@ -71,6 +71,7 @@ class FlowTable:
         """Create the flow of a new handshake; it replaces the previous flow of the 4-tuple."""
         if four_tuple not in self._flows and len(self._flows) >= self._max_flows:
             self._evict()
+        self._counts.begun_by_ack += not handshake.syn_count
         flow = self._flows[sharing(four_tuple)] = Flow(handshake)
         return flow
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tcpstuck_bpf.model import Event, EventKind, FourTuple, ListenerId, listener_of
+from tcpstuck_bpf.model import Event, EventKind, FourTuple, ListenerId, Moved, listener_of
 from tcpstuck_bpf.rescue import accept_queues
 from tcpstuck_bpf.rescue.accept_queues import ANSWER_NS, AcceptQueues
-from tests.builders import at, event, handshake
+from tcpstuck_bpf.rescue.candidate import overflowed
+from tests.builders import ack_dropped, at, event, handshake
 from tests.rescue_world import BACKLOG, client
 
 HELD = BACKLOG + 1
@@ -150,3 +151,13 @@ def test_what_completes_at_another_socket_of_the_port_opens_no_room() -> None:
     assert room(queues, at(2), socket=PAUSED) == 1
     queues.note_completion(completion(at(3), 0, client(0), PAUSED))
     assert room(queues, at(3), socket=PAUSED) == BACKLOG
+
+
+@pytest.mark.parametrize(("length", "is_full"), [(49, False), (50, False), (51, True)])
+def test_without_the_kernels_counters_a_queue_is_full_when_longer_than_its_limit(
+    length: int, is_full: bool
+) -> None:
+    """sk_acceptq_is_full(): a queue of its limit's length has one more place."""
+    entry = ack_dropped(handshake(), at(1), Moved.UNKNOWN)
+    dropped = event(EventKind.ACK_DROPPED, entry, at(1), accept_queue=length, accept_queue_limit=50)
+    assert overflowed(dropped) == is_full
