@@ -21,8 +21,8 @@ from lab.network.topology import SERVER_ADDRESS, Namespace, Topology
 from lab.patience import COMMAND_S, patient
 from lab.records import FourTuple
 from lab.scenarios.scene import PORT
-from lab.scenarios.tracer import Tracer
-from tests.kernel.conftest import summary_of, tracing
+from lab.scenarios.tracer import READY_PLACEHOLDER, Tracer
+from tests.kernel.conftest import TOOL, summary_of
 from tests.kernel.handmade import told
 from tests.kernel.rescue import cookie_server
 
@@ -107,32 +107,42 @@ def test_rules_that_changed_since_the_drop_before(either_tracer: Tracer) -> None
 
 
 @contextlib.contextmanager
-def rules_read_when_told(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[Tracer, Callable[[], object]]]:
-    """The tool with an `nft` that waits to be let go, and what lets it go once."""
-    real, gate = shutil.which("nft"), directory / "gate"
+def rules_read_when_told(directory: Path) -> Iterator[tuple[Tracer, Callable[[], object]]]:
+    """The tool with an `nft` that waits to be let go, and what lets it go.
+
+    The tool does not go by PATH, so the waiting one is mounted over the real one, where only the
+    tool sees it.
+    """
+    real = shutil.which("nft")
+    assert real is not None
+    gate, is_open, waiting = directory / "gate", directory / "open", directory / "waiting"
+    shutil.copy(real, directory / "nft")
     os.mkfifo(gate)
-    waiting = directory / "nft"
-    waiting.write_text(f'#!/bin/sh\nread _ < {gate}\nexec {real} "$@"\n')
+    waiting.write_text(
+        f'#!/bin/sh\n[ -e {is_open} ] || read _ <{gate}\nexec {directory}/nft "$@"\n'
+    )
     waiting.chmod(0o755)
     opened = os.open(gate, os.O_RDWR)
+
+    def let_go() -> None:
+        is_open.touch()
+        os.write(opened, b"\n")
+
+    alone = ["unshare", "--mount", "--propagation", "slave", "sh", "-c"]
+    mounted = f'mount --bind "$0" {Path(real).resolve()} && exec "$@"'
+    tool = [*TOOL, "-t", "1", "--ready-file", READY_PLACEHOLDER]
     try:
-        with contextlib.ExitStack() as running:
-            with monkeypatch.context() as patched:
-                patched.setenv("PATH", f"{directory}:{os.environ['PATH']}")
-                (tracer,) = running.enter_context(tracing(("-p", str(PORT), "-t", "1")))
-            yield tracer, lambda: os.write(opened, b"\n")
+        with Tracer([*alone, mounted, str(waiting), *tool]) as tracer:
+            tracer.start()
+            yield tracer, let_go
     finally:
         os.close(opened)
 
 
-def test_a_verdict_before_the_rules_are_read_is_told_again_with_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_verdict_before_the_rules_are_read_is_told_again_with_them(tmp_path: Path) -> None:
     server = (SERVER_ADDRESS[4], PORT)
     with (
-        rules_read_when_told(tmp_path, monkeypatch) as (tracer, let_go),
+        rules_read_when_told(tmp_path) as (tracer, let_go),
         cookie_server() as (topology, _),
     ):
         topology.server.command(
