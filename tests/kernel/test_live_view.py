@@ -47,8 +47,9 @@ def _look_around(one: Terminal, stuck: int) -> None:
     assert cause.split()[0] == str(stuck)
     heading, listener = _below(shown, "listener ")
     values = dict(zip(heading.split(), listener.split()))
-    # The queue holds one more than its limit, and nobody accepts: sk_acceptq_is_full().
-    assert int(values["now"]) == int(values["limit"]) + 1
+    # The queue held one more than its limit (sk_acceptq_is_full), and is accepted from by now.
+    assert int(values["peak"]) == int(values["limit"]) + 1
+    assert int(values["now"]) <= int(values["limit"])
     assert int(values["stuck"]) == stuck
     one.press("Enter")
     assert "backlog" in one.until("    do: ")
@@ -58,7 +59,7 @@ def _look_around(one: Terminal, stuck: int) -> None:
 
 
 def _below(shown: str, beginning: str) -> tuple[str, str]:
-    """The column headings and the line after them. Both `peak` columns have the same name."""
+    """The column headings and the line after them. Of the columns `peak`, the second one counts."""
     lines = shown.splitlines()
     at = next(n for n, line in enumerate(lines) if line.startswith(beginning))
     return lines[at], lines[at + 1]

@@ -32,11 +32,11 @@ def test_who_was_stuck_in_a_namespace_that_is_gone_is_counted_apart() -> None:
             who = FourTuple._make((*client.getsockname()[:2], *server))
             netns = topology.server.inode
             before = told(tracer, netns, who, "ack-filtered")
-            # The server's namespace goes first; a FIN that it could answer would connect him.
+            # He keeps his socket: while packets still find the namespace, a FIN would draw an RST.
             kept.pop_all()
         after = told(tracer, netns, who, "namespace-gone")
-        client.close()
         tracer.stop()
+        client.close()
     assert (before["stuck"], after["stuck"]) == (True, False)
     assert after["updates"] == "ack-filtered"
     summary = summary_of(tracer)
