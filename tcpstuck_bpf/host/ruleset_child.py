@@ -32,7 +32,7 @@ from tcpstuck_bpf.host.ruleset_text import (
     reachable,
     xtables_rules,
 )
-from tcpstuck_bpf.model import DropRule, Ruleset
+from tcpstuck_bpf.rulesets import DropRule, Ruleset
 
 CPU_LIMIT_S = 60
 """Seconds of processor time for this process and for each program it runs. The size of the input

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tcpstuck_bpf.model import Conditions, DropRule, Jump
+from tcpstuck_bpf.rulesets import Conditions, DropRule, Jump
 
 STRANGE = (ValueError, KeyError, TypeError, AttributeError)
 """Exceptions that a ruleset of an unknown format causes."""

@@ -13,15 +13,8 @@ from tcpstuck_bpf.handshake.flow import FlowReport, State, TimelineEntry, bytes_
 from tcpstuck_bpf.judge.drop_cause import NO_NAMES, Drop, drop_of
 from tcpstuck_bpf.judge.evidence import evidence
 from tcpstuck_bpf.judge.netfilter import rule_text
-from tcpstuck_bpf.model import (
-    SOFTIRQ_LOCK,
-    Coverage,
-    Ending,
-    EventKind,
-    FourTuple,
-    KernelNames,
-    Moved,
-)
+from tcpstuck_bpf.model import SOFTIRQ_LOCK, Coverage, Ending, EventKind, FourTuple, Moved
+from tcpstuck_bpf.rulesets import KernelNames
 
 Certainty = Literal["certain", "likely", "possible"]
 

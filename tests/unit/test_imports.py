@@ -26,14 +26,14 @@ FLOORS = (
     ("host", "summary"),
     ("console", "ending", "recording", "judge", "usage"),
     ("synack", "errors", "handshake", "steps", "json_text", "wire"),
-    ("model", "terminal", "files", "threads"),
+    ("model", "rulesets", "terminal", "files", "threads"),
 )
 """The rooms, and the modules that are in none, top floor first. A room imports from lower floors
 alone: so there is no circle, and what is below can be read without what is above."""
 PURE_ROOMS = ("handshake", "judge", "recording", "output")
 PURE = (
-    *("analysis", "errors", "json_text", "model", "narrowing", "steps", "summary", "synack"),
-    *("terminal", "usage", "wire"),
+    *("analysis", "errors", "json_text", "model", "narrowing", "rulesets", "steps", "summary"),
+    *("synack", "terminal", "usage", "wire"),
     *(f"rescue.{name}" for name in ("accept_queues", "candidate", "pace", "planner", "policy")),
     *("host.netns_numbers", "host.ruleset_text"),
     *(f"view.{name}" for name in ("frame", "rows", "snapshot", "state")),
