@@ -127,7 +127,7 @@ class Handshake(NamedTuple):
     accept_queue_limit: int
     syn_queue: int
     bytes_missed: int
-    """Sequence number of the completing segment minus ISN + 1, unsigned (see flow.bytes_missed)."""
+    """Sequence number of the completing segment minus ISN + 1, unsigned (entry.bytes_missed)."""
     mss: int
     ending: int
     drop_counters: int

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
-from tcpstuck_bpf.handshake.flow import FlowReport, State, TimelineEntry, bytes_missed, ending_of
+from tcpstuck_bpf.handshake.entry import bytes_missed, ending_of
+from tcpstuck_bpf.handshake.flow import FlowReport, State, TimelineEntry
 from tcpstuck_bpf.judge.drop_cause import NO_NAMES, Drop, drop_of
 from tcpstuck_bpf.judge.evidence import evidence
 from tcpstuck_bpf.judge.netfilter import rule_text
