@@ -24,7 +24,8 @@ from tcpstuck_bpf.judge.netfilter import (
     suspicion,
 )
 from tcpstuck_bpf.judge.rule_index import MOST_SUSPECTS
-from tcpstuck_bpf.judge.verdict import KFREE_SKB, RULES, Finding, judge
+from tcpstuck_bpf.judge.rules import RULES
+from tcpstuck_bpf.judge.verdict import KFREE_SKB, Finding, judge
 from tcpstuck_bpf.model import Coverage, CoverageGap, Handshake, Moved
 from tcpstuck_bpf.output.export import verdict_line
 from tcpstuck_bpf.rulesets import KEPT_READINGS, LET_GO, DropRule, KernelNames, Ruleset

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tcpstuck_bpf.errors import CannotTraceError
-from tcpstuck_bpf.judge.verdict import RULES
+from tcpstuck_bpf.judge.rules import RULES
 from tcpstuck_bpf.kernel.compilation import program_directory, program_text
 from tcpstuck_bpf.kernel.probes import (
     EVERY_PROBE,
