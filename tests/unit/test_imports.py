@@ -35,7 +35,7 @@ PURE = (
     *("analysis", "errors", "json_text", "model", "narrowing", "rulesets", "steps", "summary"),
     *("synack", "terminal", "usage", "wire"),
     *(f"rescue.{name}" for name in ("accept_queues", "candidate", "pace", "planner", "policy")),
-    *("host.netns_numbers", "host.ruleset_text"),
+    *("host.netns_numbers", "host.nftables_text", "host.ruleset_text", "host.xtables_text"),
     *(f"view.{name}" for name in ("frame", "rows", "snapshot", "state")),
 )
 """Pure modules in rooms that are not, or in none."""

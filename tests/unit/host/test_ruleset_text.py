@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from tcpstuck_bpf.host.ruleset_text import Parts, nftables_rules, reachable, xtables_rules
+from tcpstuck_bpf.host.nftables_text import nftables_rules
+from tcpstuck_bpf.host.ruleset_text import Parts, reachable
+from tcpstuck_bpf.host.xtables_text import xtables_rules
 from tcpstuck_bpf.rulesets import DropRule, Jump
 
 LEGACY = """\
