@@ -346,7 +346,7 @@ class ListenerSeen(NamedTuple):
     """Inode numbers of the listening sockets that share the address and port, this one included;
     empty if unknown."""
     settings: Mapping[str, int]
-    """The namespace's netns.QUEUE_SETTINGS, as far as they could be read."""
+    """The namespace's netns_counters.QUEUE_SETTINGS, as far as they could be read."""
     bound: bytes | None = None
     """Address at which the socket listens, zeros for a wildcard; None if unknown."""
 

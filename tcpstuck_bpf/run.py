@@ -39,7 +39,7 @@ from tcpstuck_bpf.errors import (
     UsageError,
 )
 from tcpstuck_bpf.heartbeat import Heartbeat
-from tcpstuck_bpf.host import netns, netns_owners
+from tcpstuck_bpf.host import netns, netns_counters, netns_owners
 from tcpstuck_bpf.host.expectations import doubts
 from tcpstuck_bpf.host.kernel_log import open_kernel_log
 from tcpstuck_bpf.host.listening_sockets import ListenerWatch
@@ -407,7 +407,7 @@ def _live(
         remark(elsewhere)
     for doubt in doubts(settings.trace_filter):
         remark(doubt)
-    reader = netns.CounterReader()
+    reader = netns_counters.CounterReader()
     rules = RulesetWatch(read_ruleset, time.monotonic_ns)
     namespaces = NamespaceWatch(
         source, netns.gone, lambda wanted: living_of(reader.read(wanted)), time.monotonic_ns
