@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tcpstuck_bpf.kernel import probes, source
+from tcpstuck_bpf.kernel import attach_plan, probes, source
 from tcpstuck_bpf.kernel.compilation import program_directory
 from tcpstuck_bpf.model import TraceFilter, TraceSettings
 
@@ -32,7 +32,7 @@ def memory_kib() -> dict[str, int]:
 
 def _ours(mode: str, *, why: bool) -> Any:
     settings = TraceSettings(trace_filter=TraceFilter(ports=(PORT,)), probe_mode=mode)
-    return source.open_source(settings, probes.AttachRequest(why=why))
+    return source.open_source(settings, attach_plan.AttachRequest(why=why))
 
 
 def _floor(what: str, mode: str) -> Any:

@@ -46,9 +46,9 @@ from tcpstuck_bpf.host.listening_sockets import ListenerWatch
 from tcpstuck_bpf.host.ruleset_reader import read_ruleset
 from tcpstuck_bpf.host.ruleset_watch import RulesetWatch
 from tcpstuck_bpf.host.wall_clock import RunClock
+from tcpstuck_bpf.kernel.attach_plan import WITHOUT_VARIABLE, AttachRequest, left_out
 from tcpstuck_bpf.kernel.drop_names import Namer
 from tcpstuck_bpf.kernel.features import synproxy_note
-from tcpstuck_bpf.kernel.probes import WITHOUT_VARIABLE, AttachRequest, left_out
 from tcpstuck_bpf.model import SECOND_NS, TraceFilter, TraceSettings, address_text, living_of
 from tcpstuck_bpf.option_values import ports_of, ports_text
 from tcpstuck_bpf.options import as_written, build_parser

@@ -16,9 +16,10 @@ from tcpstuck_bpf import wire
 from tcpstuck_bpf.console import under_way
 from tcpstuck_bpf.ending import Ending, close_all
 from tcpstuck_bpf.errors import CannotTraceError
-from tcpstuck_bpf.kernel import artifact, artifact_store, features, probes, trial
+from tcpstuck_bpf.kernel import artifact, artifact_store, attach_plan, features, probes, trial
 from tcpstuck_bpf.kernel.artifact import Artifact
 from tcpstuck_bpf.kernel.artifact_store import BuiltPrograms
+from tcpstuck_bpf.kernel.attach_plan import ATTACH_ALL, AttachRequest, ProbeRefusedError
 from tcpstuck_bpf.kernel.compilation import (
     Compilation,
     CompilerError,
@@ -30,7 +31,7 @@ from tcpstuck_bpf.kernel.description import describe_running
 from tcpstuck_bpf.kernel.kept_files import KeptFiles, cache_directory
 from tcpstuck_bpf.kernel.layout import PER_CPU_OFFSET_SYMBOL
 from tcpstuck_bpf.kernel.loader import LoadedPrograms, LoadError
-from tcpstuck_bpf.kernel.probes import ATTACH_ALL, AttachRequest, Probe, ProbeRefusedError
+from tcpstuck_bpf.kernel.probes import Probe
 from tcpstuck_bpf.kernel.ring_buffer import RingBuffer, require_libbpf
 from tcpstuck_bpf.kernel.running_kernel import RunningKernel
 from tcpstuck_bpf.kernel.softirqs import mode_to_try
@@ -110,7 +111,7 @@ class KernelSource:
         left_out = dict(request.left_out)
         if layout.drop_obstacle is not None:
             left_out.setdefault(probes.KFREE_SKB, layout.drop_obstacle)
-        mode, attached, gaps = probes.attach(
+        mode, attached, gaps = attach_plan.attach(
             symbols,
             dataclasses.replace(request, types=self._kernel.types, left_out=left_out),
             layout.has_counters,
@@ -143,7 +144,7 @@ class KernelSource:
         wished = mode_to_try(self._settings.probe_mode, gaps, features.has_kprobes())
         obstacle = None
         if wished != "kprobe":
-            obstacle = features.fentry_obstacle() or probes.fentry_obstacle(
+            obstacle = features.fentry_obstacle() or attach_plan.fentry_obstacle(
                 self._kernel.types, wanted
             )
         if obstacle and wished == "fentry":
@@ -192,7 +193,7 @@ class KernelSource:
                 self._at_work_on = probe
                 self._load_probe(programs, probe, mode)
         with self._timed("attach"):
-            for probe in probes.attach_order(wanted, mode):
+            for probe in attach_plan.attach_order(wanted, mode):
                 self._at_work_on = probe
                 _attach(programs, probe, mode)
         self._at_work_on = None

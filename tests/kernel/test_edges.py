@@ -26,7 +26,8 @@ from lab.records import FourTuple
 from lab.scenarios.scene import PORT
 from tcpstuck_bpf import model, wire
 from tcpstuck_bpf.kernel import tables
-from tcpstuck_bpf.kernel.probes import PROBES, AttachRequest
+from tcpstuck_bpf.kernel.attach_plan import AttachRequest
+from tcpstuck_bpf.kernel.probes import PROBES
 from tcpstuck_bpf.kernel.source import EVENT_PAGES, EVENTS_AT_ONCE, KernelSource, open_source
 from tcpstuck_bpf.kernel.tables import READ_AT_ONCE
 from tcpstuck_bpf.model import Ending, EventKind, NetnsCount

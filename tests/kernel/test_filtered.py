@@ -28,7 +28,7 @@ from lab.records import FourTuple
 from lab.scenarios.scene import PORT
 from lab.scenarios.tracer import Tracer
 from tcpstuck_bpf import model
-from tcpstuck_bpf.kernel import probes, source
+from tcpstuck_bpf.kernel import attach_plan, source
 from tcpstuck_bpf.kernel.running_kernel import RunningKernel
 from tests.kernel.conftest import be_greeted, summary_of, told_by, tracing
 from tests.kernel.handmade import Client, Site, site, told
@@ -279,7 +279,7 @@ def test_a_drop_is_seen_by_whichever_program_is_loaded(
         monkeypatch.setattr(RunningKernel, "tracepoint_type", lambda *_: None)
     wanted = model.TraceFilter(ports=(PORT,))
     opened = source.open_source(
-        model.TraceSettings(trace_filter=wanted), probes.AttachRequest(why=True)
+        model.TraceSettings(trace_filter=wanted), attach_plan.AttachRequest(why=True)
     )
     with contextlib.closing(opened):
         programs = opened.loaded_programs()
