@@ -382,7 +382,7 @@ def test_ctrl_c_while_modules_are_read_is_no_traceback(tmp_path: Path) -> None:
 LOSING_ITS_TERMINAL = """
 import os, signal, types
 signal.signal(signal.SIGHUP, signal.{before})
-from tcpstuck_bpf.run import Interrupts
+from tcpstuck_bpf.interrupts import Interrupts
 interrupts = Interrupts()
 interrupts.live = types.SimpleNamespace(stop=False, reading=False)
 os.kill(os.getpid(), signal.SIGHUP)

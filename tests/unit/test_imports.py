@@ -20,7 +20,7 @@ FLOORS = (
     ("cli",),
     ("run", "doctor"),
     ("view",),
-    ("preflight", "heartbeat", "narrowing", "exporter"),
+    ("preflight", "heartbeat", "narrowing", "exporter", "interrupts"),
     ("options", "kernel", "app"),
     ("rescue", "output", "typeinfo", "analysis", "option_values"),
     ("host", "summary"),
