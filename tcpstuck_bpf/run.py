@@ -217,7 +217,7 @@ def _attach_request(options: argparse.Namespace) -> AttachRequest:
 
 
 def _open_source(settings: TraceSettings, request: AttachRequest) -> KernelSource:
-    from tcpstuck_bpf.kernel.source import open_source
+    from tcpstuck_bpf.kernel.open_source import open_source
 
     return open_source(settings, request)
 

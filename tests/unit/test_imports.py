@@ -184,7 +184,7 @@ def test_a_start_imports_nothing_that_only_some_runs_need() -> None:
     """What a run without --rescue imports until the programs are attached."""
     lines = (
         "import sys",
-        f"import {PACKAGE}.cli, {PACKAGE}.run, {PACKAGE}.kernel.source",
+        f"import {PACKAGE}.cli, {PACKAGE}.run, {PACKAGE}.kernel.open_source",
         "print(*sorted(sys.modules))",
     )
     child = subprocess.run(
