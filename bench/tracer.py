@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tcpstuck_bpf.kernel import probes, source
+from tcpstuck_bpf.kernel import attach_plan, probes
 from tcpstuck_bpf.kernel.compilation import program_directory
+from tcpstuck_bpf.kernel.open_source import open_source
 from tcpstuck_bpf.model import TraceFilter, TraceSettings
 
 PORT = 3311
@@ -32,7 +33,7 @@ def memory_kib() -> dict[str, int]:
 
 def _ours(mode: str, *, why: bool) -> Any:
     settings = TraceSettings(trace_filter=TraceFilter(ports=(PORT,)), probe_mode=mode)
-    return source.open_source(settings, probes.AttachRequest(why=why))
+    return open_source(settings, attach_plan.AttachRequest(why=why))
 
 
 def _floor(what: str, mode: str) -> Any:

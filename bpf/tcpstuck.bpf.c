@@ -138,7 +138,7 @@ enum loss {
 	LOSS_MAX,
 };
 
-/* Placeholder; the loader sets the size of these tables (table_entries in source.py). */
+/* Placeholder; the loader sets the size of these tables (table_entries in open_source.py). */
 #define SIZED_WHEN_LOADED 1
 
 BPF_TABLE("hash", struct handshake_key, struct handshake, awaiting_ack, SIZED_WHEN_LOADED);

@@ -140,8 +140,8 @@ def _build(options: argparse.Namespace) -> int:
     from tcpstuck_bpf.preflight import refuse_unusable_files
 
     refuse_unusable_files(options)
+    from tcpstuck_bpf.kernel.attach_plan import AttachRequest
     from tcpstuck_bpf.kernel.builder import build
-    from tcpstuck_bpf.kernel.probes import AttachRequest
 
     request = AttachRequest(rescue=options.rescue is not None, why=options.why)
     print_lines(build(Path(options.build), options.vmlinux or [], request))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tcpstuck_bpf import __version__
-from tcpstuck_bpf.judge.verdict import RULES, VERDICT_NAMES
+from tcpstuck_bpf.judge.rules import RULES, VERDICT_NAMES
 from tcpstuck_bpf.option_values import (
     heartbeat_interval,
     length_of_time,

@@ -6,11 +6,9 @@ import argparse
 import contextlib
 import os
 import shutil
-import signal
 import sys
 import time
 from dataclasses import replace
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from tcpstuck_bpf.analysis import Analysis
@@ -21,7 +19,6 @@ from tcpstuck_bpf.app.printer import Printer
 from tcpstuck_bpf.app.ready_file import remove_ready_file, write_ready_file
 from tcpstuck_bpf.console import (
     WIDTH_OF_A_PIPE,
-    discard,
     hold,
     print_lines,
     release,
@@ -39,16 +36,17 @@ from tcpstuck_bpf.errors import (
     UsageError,
 )
 from tcpstuck_bpf.heartbeat import Heartbeat
-from tcpstuck_bpf.host import netns, netns_owners
+from tcpstuck_bpf.host import netns, netns_counters, netns_owners
 from tcpstuck_bpf.host.expectations import doubts
 from tcpstuck_bpf.host.kernel_log import open_kernel_log
 from tcpstuck_bpf.host.listening_sockets import ListenerWatch
 from tcpstuck_bpf.host.ruleset_reader import read_ruleset
 from tcpstuck_bpf.host.ruleset_watch import RulesetWatch
 from tcpstuck_bpf.host.wall_clock import RunClock
+from tcpstuck_bpf.interrupts import Interrupts
+from tcpstuck_bpf.kernel.attach_plan import WITHOUT_VARIABLE, AttachRequest, left_out
 from tcpstuck_bpf.kernel.drop_names import Namer
 from tcpstuck_bpf.kernel.features import synproxy_note
-from tcpstuck_bpf.kernel.probes import WITHOUT_VARIABLE, AttachRequest, left_out
 from tcpstuck_bpf.model import SECOND_NS, TraceFilter, TraceSettings, address_text, living_of
 from tcpstuck_bpf.option_values import ports_of, ports_text
 from tcpstuck_bpf.options import as_written, build_parser
@@ -181,51 +179,6 @@ def exporter_for(options: argparse.Namespace) -> Exporter | None:
     return Exporter(options.metrics, options.metrics_file)
 
 
-class Interrupts:
-    """The signal handlers of a run.
-
-    SIGINT, SIGTERM or SIGHUP ends the run with its summary. A second signal ends it at once.
-
-    No handler raises while events are read; see `Live.reading`.
-    """
-
-    def __init__(self) -> None:
-        self.live: Live | None = None
-        self.interrupted = False
-        self._ignored = False
-        signal.signal(signal.SIGINT, self._handle)
-        signal.signal(signal.SIGTERM, self._handle)
-        # isatty() is false once the terminal is lost, so it is asked now.
-        self._on_terminal = [one for one in (sys.stdout, sys.stderr) if one.isatty()]
-        # Under nohup the run continues.
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            signal.signal(signal.SIGHUP, self._handle)
-
-    def ignore(self) -> None:
-        """Ignore further signals: the run is over, and releasing everything must not be cut off."""
-        self._ignored = True
-
-    def end(self) -> None:
-        """End the run with its summary, as SIGTERM does. May be called from any thread."""
-        if self.live is not None:
-            self.live.stop = True
-
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGHUP:
-            # Output to the lost terminal must not fail, so that the recording still gets its end.
-            for stream in self._on_terminal:
-                discard(stream)
-        if self._ignored:
-            return
-        if self.live is None:
-            raise KeyboardInterrupt
-        if self.live.stop and not self.live.reading:
-            raise KeyboardInterrupt
-        self.live.abandoned = self.live.stop
-        self.live.stop = True
-        self.interrupted = number == signal.SIGINT
-
-
 def one_vmlinux(options: argparse.Namespace) -> str | None:
     """The only file of --vmlinux; None without the option. Raises UsageError for several files."""
     files: list[str] = options.vmlinux or []
@@ -264,7 +217,7 @@ def _attach_request(options: argparse.Namespace) -> AttachRequest:
 
 
 def _open_source(settings: TraceSettings, request: AttachRequest) -> KernelSource:
-    from tcpstuck_bpf.kernel.source import open_source
+    from tcpstuck_bpf.kernel.open_source import open_source
 
     return open_source(settings, request)
 
@@ -407,7 +360,7 @@ def _live(
         remark(elsewhere)
     for doubt in doubts(settings.trace_filter):
         remark(doubt)
-    reader = netns.CounterReader()
+    reader = netns_counters.CounterReader()
     rules = RulesetWatch(read_ruleset, time.monotonic_ns)
     namespaces = NamespaceWatch(
         source, netns.gone, lambda wanted: living_of(reader.read(wanted)), time.monotonic_ns

@@ -10,7 +10,6 @@ from typing import NamedTuple, Union
 from tcpstuck_bpf.model import (
     Coverage,
     Event,
-    KernelNames,
     KernelWarning,
     ListenerSeen,
     Rescue,
@@ -18,6 +17,7 @@ from tcpstuck_bpf.model import (
     Tally,
     TraceSettings,
 )
+from tcpstuck_bpf.rulesets import KernelNames
 
 
 def utc_text(realtime_ns: int) -> str:

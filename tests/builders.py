@@ -21,7 +21,6 @@ from tcpstuck_bpf.model import (
     FourTuple,
     Handshake,
     HandshakeId,
-    KernelNames,
     Moved,
     NetnsCount,
     Rescue,
@@ -32,6 +31,7 @@ from tcpstuck_bpf.model import (
     TraceSettings,
     address_bytes,
 )
+from tcpstuck_bpf.rulesets import KernelNames
 from tcpstuck_bpf.steps import Header, Vanished, WallClock
 
 SECOND_NS = 1_000_000_000

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lab.pages.manual import NAME, groups_of, help_of, value_of
-from tcpstuck_bpf.judge.verdict import VERDICT_NAMES
+from tcpstuck_bpf.judge.rules import VERDICT_NAMES
 
 FUNCTION = "_tcpstuck_trace"
 NETWORK_NAMESPACE = "netns"

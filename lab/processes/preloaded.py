@@ -23,7 +23,7 @@ MODULES = [
     "tcpstuck_bpf.cli",
     "tcpstuck_bpf.app.live",
     "tcpstuck_bpf.run",
-    "tcpstuck_bpf.kernel.source",
+    "tcpstuck_bpf.kernel.open_source",
     "tcpstuck_bpf.rescue.rescuer",
 ]
 """Modules that a live run imports, some of them late."""

@@ -12,13 +12,13 @@ from tcpstuck_bpf.model import (
     Coverage,
     Event,
     HandshakeId,
-    KernelNames,
     KernelWarning,
     ListenerFacts,
     NetnsCounts,
     Row,
     Sweep,
 )
+from tcpstuck_bpf.rulesets import KernelNames
 from tcpstuck_bpf.summary import Status, Summary
 
 

@@ -50,7 +50,7 @@ def consult(
 
 def _this_machine(width: int, json: bool, verbose: bool) -> tuple[bool, Iterable[str]]:
     from tcpstuck_bpf.kernel.compilation import require_bcc
-    from tcpstuck_bpf.kernel.source import open_source
+    from tcpstuck_bpf.kernel.open_source import open_source
 
     report = machine_report.examine(open_source, require_bcc)
     lines = render.machine_json(report) if json else render.machine_lines(report, width, verbose)

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 from tcpstuck_bpf.ending import Ending
 from tcpstuck_bpf.errors import CannotTraceError, as_root_remedy
-from tcpstuck_bpf.host import bpf_syscall, kallsyms, netns, netns_owners
+from tcpstuck_bpf.host import bpf_syscall, kallsyms, netns_counters, netns_owners
 from tcpstuck_bpf.kernel import features
 from tcpstuck_bpf.kernel.kept_files import KeptFiles, cache_directory
 from tcpstuck_bpf.kernel.kernel_report import KernelReport, describe
@@ -120,7 +120,7 @@ def examine(open_source: OpenSource, bcc_version: Callable[[], str]) -> MachineR
             _kept_programs(),
         ),
         trials=trials,
-        namespaces=netns.read_queue_settings(),
+        namespaces=netns_counters.read_queue_settings(),
         names=netns_owners.names(),
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 from tabulate import tabulate
 
 from tcpstuck_bpf.doctor.machine_report import NO, SYNCOOKIES, MachineReport
-from tcpstuck_bpf.host.netns import QUEUE_SETTINGS
+from tcpstuck_bpf.host.netns_counters import QUEUE_SETTINGS
 from tcpstuck_bpf.json_text import json_text
 from tcpstuck_bpf.kernel.kernel_report import Change, KernelReport, place_text
 from tcpstuck_bpf.kernel.probes import RESCUE_PROBES, WHY_PROBES, Probe

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Collection
 
 from tcpstuck_bpf.handshake.deadlines import Deadlines
+from tcpstuck_bpf.handshake.entry import is_remarkable, is_torn
 from tcpstuck_bpf.handshake.flood import FloodWatch
 from tcpstuck_bpf.handshake.flood_marks import REAL_STATES, FloodMarks
 from tcpstuck_bpf.handshake.flow import (
@@ -26,8 +27,6 @@ from tcpstuck_bpf.handshake.flow import (
     FlowReport,
     State,
     decide,
-    is_remarkable,
-    is_torn,
 )
 from tcpstuck_bpf.handshake.flow_counts import CorrelatorStats, FlowCounts
 from tcpstuck_bpf.handshake.flow_report import by_time, report_of

@@ -9,7 +9,8 @@ import heapq
 from collections import deque
 from collections.abc import ItemsView
 
-from tcpstuck_bpf.handshake.flow import ENDED_STATES, Flow, ending_of, sharing
+from tcpstuck_bpf.handshake.entry import ending_of
+from tcpstuck_bpf.handshake.flow import ENDED_STATES, Flow, sharing
 from tcpstuck_bpf.handshake.flow_counts import FlowCounts
 from tcpstuck_bpf.model import SECOND_NS, Ending, FourTuple, Handshake, HandshakeId
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from tcpstuck_bpf.host import netns
+from tcpstuck_bpf.host import netns, netns_counters
 from tcpstuck_bpf.host.listening_sockets import own_listeners
 from tcpstuck_bpf.model import TraceFilter
 
@@ -24,7 +24,7 @@ class _Seen(NamedTuple):
 
 
 def _own() -> _Seen:
-    settings = netns.own_queue_settings()
+    settings = netns_counters.own_queue_settings()
     return _Seen(frozenset(one.port for one in own_listeners()), settings.get(SYNCOOKIES))
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tcpstuck_bpf.host import netns
+from tcpstuck_bpf.host import netns, netns_counters
 from tcpstuck_bpf.model import (
     IPV4_MAPPED_PREFIX,
     ListenerFacts,
@@ -176,7 +176,7 @@ class ListenerWatch:
     def _identify(self, facts: list[ListenerFacts]) -> None:
         if not facts:
             return
-        settings = netns.read_queue_settings()
+        settings = netns_counters.read_queue_settings()
         listening: dict[int, tuple[ListeningSocket, ...]] = {}
         for inode in {one.netns for one in facts}:
             with contextlib.suppress(OSError):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tcpstuck_bpf.host.bpf_syscall import RefusedError, bpf, bpf_answering
-from tcpstuck_bpf.model import DropRule
+from tcpstuck_bpf.rulesets import DropRule
 
 _OWN_NET = Path("/proc/thread-self/net")
 _MODULES = Path("/proc/modules")

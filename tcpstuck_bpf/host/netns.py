@@ -1,6 +1,6 @@
-"""Network namespaces of this machine, and the kernel's own TCP counters in each.
+"""Network namespaces of this machine: their names, the ways into them, and which are gone.
 
-This needs only setns(2) and /proc/net/netstat, so pyroute2 would not be worth a dependency.
+This needs only setns(2) and /proc, so pyroute2 would not be worth a dependency.
 """
 
 from __future__ import annotations
@@ -17,12 +17,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from tcpstuck_bpf.errors import CannotTraceError, UsageError, as_root_remedy
-from tcpstuck_bpf.host.netns_cookie import own_cookie
-from tcpstuck_bpf.model import NETNS_COOKIE, KernelCounters
-
-COUNTERS = ("SyncookiesSent", "SyncookiesRecv", "SyncookiesFailed", "ListenOverflows")
-QUEUE_SETTINGS = ("ipv4.tcp_syncookies", "ipv4.tcp_max_syn_backlog", "core.somaxconn")
-"""Settings below /proc/sys/net that each namespace has for itself (ip-sysctl.rst)."""
 
 Result = TypeVar("Result")
 
@@ -101,7 +95,7 @@ def names() -> dict[int, str]:
 
     `pid 1's` is for a container with its own PID namespace, whose process 1 is not the host's.
     """
-    found = {inode: path.name for inode, path in _with_names().items()}
+    found = {inode: path.name for inode, path in with_names().items()}
     own, init = own_netns(), _of_process_1()
     found.setdefault(own, "own")
     if init is not None:
@@ -126,7 +120,7 @@ def _of_process_1() -> tuple[int, int] | None:
         return None
 
 
-def _with_names() -> dict[int, Path]:
+def with_names() -> dict[int, Path]:
     """Paths in /run/netns by namespace, including links that lead to one."""
     found: dict[int, Path] = {}
     with contextlib.suppress(OSError):
@@ -137,7 +131,7 @@ def _with_names() -> dict[int, Path]:
     return found
 
 
-def _pids_by_namespace() -> dict[int, list[int]]:
+def pids_by_namespace() -> dict[int, list[int]]:
     """All processes of each namespace. Any of them may end at any moment."""
     found: dict[int, list[int]] = {}
     for entry in os.scandir("/proc"):
@@ -153,37 +147,11 @@ def _pids_by_namespace() -> dict[int, list[int]]:
 def inodes() -> list[int]:
     """Inode numbers of the network namespaces that a process or a name leads to, our own first."""
     own = own_netns()
-    found = dict.fromkeys([own, *_with_names(), *_pids_by_namespace()])
+    found = dict.fromkeys([own, *with_names(), *pids_by_namespace()])
     return list(found)
 
 
-def parse_netstat(text: str) -> dict[str, int]:
-    """The TcpExt counters in a /proc/net/netstat, which has pairs of lines: names, then values."""
-    found: dict[str, int] = {}
-    lines = text.splitlines()
-    for heading, values in zip(lines[::2], lines[1::2]):
-        if heading.startswith("TcpExt:"):
-            found.update(zip(heading.split()[1:], map(int, values.split()[1:])))
-    return {name: found[name] for name in COUNTERS if name in found}
-
-
-def _own_counters() -> dict[str, int]:
-    """The counters of the calling thread's namespace, with its cookie."""
-    counters = parse_netstat(Path("/proc/thread-self/net/netstat").read_text("ascii"))
-    return {**counters, NETNS_COOKIE: own_cookie()} if counters else {}
-
-
-def own_queue_settings() -> dict[str, int]:
-    """The calling thread's namespace's QUEUE_SETTINGS. A missing setting is left out."""
-    found = {}
-    for name in QUEUE_SETTINGS:
-        path = Path("/proc/sys/net") / name.replace(".", "/")
-        with contextlib.suppress(OSError, ValueError):
-            found[name] = int(path.read_text("ascii"))
-    return found
-
-
-def _inside(path: Path, function: Callable[[], Result], inode: int | None = None) -> Result:
+def inside(path: Path, function: Callable[[], Result], inode: int | None = None) -> Result:
     """Call a function in another namespace, from a temporary thread.
 
     Raises OSError where the namespace cannot be entered, or where the path leads to a namespace
@@ -235,20 +203,12 @@ def _in_thread(enter: Callable[[ctypes.CDLL], int], function: Callable[[], Resul
     return results[0]
 
 
-def _read_inside(path: Path, read_own: Callable[[], dict[str, int]], inode: int) -> dict[str, int]:
-    """Call `read_own` in another namespace; empty if the namespace cannot be entered."""
-    try:
-        return _inside(path, read_own, inode)
-    except (OSError, ValueError):
-        return {}
-
-
 def _ways_into(inode: int) -> Iterator[Path]:
     """Paths that lead to a namespace, a name first because a process may end at any moment."""
-    path = _with_names().get(inode)
+    path = with_names().get(inode)
     if path is not None:
         yield path
-    for pid in _pids_by_namespace().get(inode, ()):
+    for pid in pids_by_namespace().get(inode, ()):
         yield Path(f"/proc/{pid}/ns/net")
 
 
@@ -263,7 +223,7 @@ def run_in(inode: int, function: Callable[[], Result]) -> Result:
     failure = _gone()
     for path in _ways_into(inode):
         try:
-            return _inside(path, function, inode)
+            return inside(path, function, inode)
         except OSError as error:
             failure = error
     raise failure
@@ -283,7 +243,7 @@ def gone(wanted: Collection[int]) -> frozenset[int]:
     init = _of_process_1()
     if init is None or init[0] != _INITIAL_PID_NAMESPACE:
         return frozenset()
-    left = {*wanted} - {own_netns(), *_with_names()}
+    left = {*wanted} - {own_netns(), *with_names()}
     try:
         for ways in (_of_processes, _of_threads, _of_mounts):
             left = left.difference(ways()) if left else left
@@ -338,93 +298,3 @@ def _of_mounts() -> Iterator[int]:
             continue
         read.add(number)
         yield from map(int, _MOUNTED.findall(text))
-
-
-def read_queue_settings() -> dict[int, dict[str, int]]:
-    """QUEUE_SETTINGS of every namespace found, by inode number.
-
-    A namespace that cannot be entered (that takes CAP_SYS_ADMIN) has no settings.
-    """
-    paths = {
-        inode: [Path(f"/proc/{pid}/ns/net") for pid in pids]
-        for inode, pids in _pids_by_namespace().items()
-    }
-    for inode, path in _with_names().items():
-        paths.setdefault(inode, []).append(path)
-    own = own_netns()
-    found = {}
-    for inode, ways in paths.items():
-        settings = own_queue_settings() if inode == own else {}
-        for way in ways:
-            settings = settings or _read_inside(way, own_queue_settings, inode)
-        found[inode] = settings
-    return found
-
-
-def _counters_by_process(pid: int, inode: int) -> dict[str, int]:
-    """Counters of a process's namespace; empty if it has ended or is no longer in `inode`.
-
-    They lack the cookie if the namespace cannot be entered.
-    """
-    with contextlib.suppress(OSError, ValueError):
-        return _inside(Path(f"/proc/{pid}/ns/net"), _own_counters, inode)
-    try:
-        counters = parse_netstat(Path(f"/proc/{pid}/net/netstat").read_text("ascii"))
-        return counters if Path(f"/proc/{pid}/ns/net").stat().st_ino == inode else {}
-    except (OSError, ValueError):
-        return {}
-
-
-class CounterReader:
-    """Reads the kernel's TcpExt counters of network namespaces.
-
-    Finding all namespaces takes a look at every process. So the process through which a namespace
-    was read is remembered, to make frequent reads of a few namespaces cheap.
-    """
-
-    def __init__(self) -> None:
-        self._processes: dict[int, int] = {}
-
-    def read(self, wanted: Collection[int] | None = None) -> KernelCounters:
-        """Counters by inode number, of the `wanted` namespaces or of all that can be reached.
-
-        A namespace that cannot be reached is left out; the reconciliation names it as unknown.
-        Raises CannotTraceError where not even our own can be read (no /proc).
-        """
-        if wanted is None:
-            return self._read_all()
-        found = {inode: self._read_again(inode) for inode in wanted}
-        if not all(found.values()):
-            for inode, path in _with_names().items():
-                if found.get(inode) == {}:
-                    found[inode] = _read_inside(path, _own_counters, inode)
-        if all(found.values()):
-            return found
-        everything = self._read_all()
-        return {inode: everything[inode] for inode in wanted if inode in everything}
-
-    def _read_again(self, inode: int) -> dict[str, int]:
-        pid = self._processes.get(inode)
-        return {} if pid is None else _counters_by_process(pid, inode)
-
-    def _read_all(self) -> KernelCounters:
-        self._processes.clear()
-        found: dict[int, dict[str, int]] = {}
-        for inode, pids in _pids_by_namespace().items():
-            for pid in pids:
-                counters = _counters_by_process(pid, inode)
-                if counters:
-                    found[inode] = counters
-                    self._processes[inode] = pid
-                    break
-        for inode, path in _with_names().items():
-            counters = {} if inode in found else _read_inside(path, _own_counters, inode)
-            if counters:
-                found[inode] = counters
-        if not found:
-            raise CannotTraceError(
-                "the kernel's TCP counters cannot be read",
-                "no /proc/PID/net/netstat is readable",
-                "mount /proc; in a container, share the host's PID namespace",
-            )
-        return found

@@ -23,16 +23,11 @@ from pathlib import Path
 
 from tcpstuck_bpf.host import kallsyms, netfilter_hooks, netns
 from tcpstuck_bpf.host.netns_cookie import own_cookie
+from tcpstuck_bpf.host.nftables_text import nftables_rules
 from tcpstuck_bpf.host.programs import ENVIRONMENT, find_program
-from tcpstuck_bpf.host.ruleset_text import (
-    STRANGE,
-    Parts,
-    nftables_rules,
-    no_parts,
-    reachable,
-    xtables_rules,
-)
-from tcpstuck_bpf.model import DropRule, Ruleset
+from tcpstuck_bpf.host.ruleset_text import STRANGE, Parts, no_parts, reachable
+from tcpstuck_bpf.host.xtables_text import xtables_rules
+from tcpstuck_bpf.rulesets import DropRule, Ruleset
 
 CPU_LIMIT_S = 60
 """Seconds of processor time for this process and for each program it runs. The size of the input

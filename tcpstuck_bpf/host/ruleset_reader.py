@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tcpstuck_bpf.model import Ruleset
 from tcpstuck_bpf.recording.values import ruleset_of
+from tcpstuck_bpf.rulesets import Ruleset
 
 LIMIT_S = 300.0
 """Seconds for one read. This ends a child that hangs; nothing else waits for it."""

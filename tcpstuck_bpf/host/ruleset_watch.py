@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tcpstuck_bpf.model import Ruleset
+from tcpstuck_bpf.rulesets import Ruleset
 
 INTERVAL_NS = 1_000_000_000
 """Shortest time between two reads of a namespace's rules, so that a flood of drops costs little."""

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from tcpstuck_bpf.handshake.flow import FlowReport, State
 from tcpstuck_bpf.judge.netfilter import BRIDGE, Suspicion, rules_after, suspicion
-from tcpstuck_bpf.model import Handshake, KernelNames, Moved
+from tcpstuck_bpf.model import Handshake, Moved
+from tcpstuck_bpf.rulesets import KernelNames
 
 NO_NAMES = KernelNames({}, {}, {}, {})
 

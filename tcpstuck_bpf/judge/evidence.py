@@ -7,15 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from tcpstuck_bpf.handshake.flow import (
-    STUCK_STATES,
-    FlowFlags,
-    FlowReport,
-    Segment,
-    State,
-    bytes_missed,
-    ending_of,
-)
+from tcpstuck_bpf.handshake.entry import bytes_missed, ending_of
+from tcpstuck_bpf.handshake.flow import STUCK_STATES, FlowFlags, FlowReport, Segment, State
 from tcpstuck_bpf.handshake.timeline import (
     counters_text,
     flags_text,

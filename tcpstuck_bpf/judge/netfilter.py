@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from tcpstuck_bpf.judge.rule_index import Packet, index_of
-from tcpstuck_bpf.model import KEPT_READINGS, DropRule, FourTuple, Ruleset
+from tcpstuck_bpf.model import FourTuple
+from tcpstuck_bpf.rulesets import KEPT_READINGS, DropRule, Ruleset
 from tcpstuck_bpf.terminal import printable
 
 BRIDGE = "bridge"

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tcpstuck_bpf.model import DropRule, FourTuple, Jump, Ruleset
+from tcpstuck_bpf.model import FourTuple
+from tcpstuck_bpf.rulesets import DropRule, Jump, Ruleset
 
 _FAMILIES = {4: frozenset({"ip", "inet", "netdev"}), 6: frozenset({"ip6", "inet", "netdev"})}
 _NFPROTO = {4: "ipv4", 6: "ipv6"}

@@ -13,7 +13,8 @@ from pathlib import Path
 from tcpstuck_bpf.errors import CannotTraceError, UsageError
 from tcpstuck_bpf.files import write_whole
 from tcpstuck_bpf.host import kallsyms
-from tcpstuck_bpf.kernel import features, probes
+from tcpstuck_bpf.kernel import attach_plan, features, probes
+from tcpstuck_bpf.kernel.attach_plan import AttachRequest
 from tcpstuck_bpf.kernel.compilation import (
     Compilation,
     CompilerError,
@@ -23,7 +24,7 @@ from tcpstuck_bpf.kernel.description import KernelDescription, describe_running
 from tcpstuck_bpf.kernel.kept_files import PROGRAMS
 from tcpstuck_bpf.kernel.kernel_report import describe
 from tcpstuck_bpf.kernel.layout import PER_CPU_OFFSET_SYMBOL, find_layout
-from tcpstuck_bpf.kernel.probes import AttachRequest, Probe
+from tcpstuck_bpf.kernel.probes import Probe
 from tcpstuck_bpf.kernel.softirqs import softirq_gaps
 from tcpstuck_bpf.typeinfo.btf import read_running_kernel
 from tcpstuck_bpf.typeinfo.vmlinux import KernelImage, read_image
@@ -98,7 +99,7 @@ def _build(
     wanted = _planned(variants[0], symbols, request)
     for mode in MODES:
         if mode == "fentry":
-            obstacle = probes.fentry_obstacle(variants[0].types, wanted)
+            obstacle = attach_plan.fentry_obstacle(variants[0].types, wanted)
             if obstacle is not None:
                 yield f"{release}: no fentry programs: {obstacle}"
                 continue
@@ -116,10 +117,10 @@ def _planned(
     kernel: KernelDescription, symbols: Collection[str], request: AttachRequest
 ) -> tuple[Probe, ...]:
     """The probes that the tracing machine will request. Raises CannotTraceError."""
-    refused = probes.misread(kernel.types, request.probes)
+    refused = attach_plan.misread(kernel.types, request.probes)
     if kernel.layout.drop_obstacle is not None:
         refused.setdefault(probes.KFREE_SKB, kernel.layout.drop_obstacle)
-    wanted, _ = probes.plan(symbols, refused, request.probes)
+    wanted, _ = attach_plan.plan(symbols, refused, request.probes)
     return wanted
 
 

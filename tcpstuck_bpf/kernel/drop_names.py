@@ -11,7 +11,8 @@ from typing import Protocol
 
 from tcpstuck_bpf.host.kallsyms import place_names
 from tcpstuck_bpf.judge.drop_cause import NO_NAMES, is_by_netfilter
-from tcpstuck_bpf.model import Handshake, KernelNames, Row, Ruleset
+from tcpstuck_bpf.model import Handshake, Row
+from tcpstuck_bpf.rulesets import KernelNames, Ruleset
 from tcpstuck_bpf.typeinfo.graph import KernelTypes
 
 _REASON_PREFIX = "SKB_DROP_REASON_"

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tcpstuck_bpf.errors import CannotTraceError
-from tcpstuck_bpf.kernel import probes
+from tcpstuck_bpf.kernel import attach_plan, probes
+from tcpstuck_bpf.kernel.attach_plan import ATTACH_ALL
 from tcpstuck_bpf.kernel.layout import (
     COUNTER_MEMBER,
     COUNTERS,
@@ -20,7 +21,7 @@ from tcpstuck_bpf.kernel.layout import (
     find_layout,
     obstacle,
 )
-from tcpstuck_bpf.kernel.probes import ATTACH_ALL, EVERY_PROBE, Probe
+from tcpstuck_bpf.kernel.probes import EVERY_PROBE, Probe
 from tcpstuck_bpf.kernel.softirqs import softirq_gaps
 from tcpstuck_bpf.model import SOFTIRQ_LOCK, CoverageGap
 from tcpstuck_bpf.typeinfo.graph import KernelTypes, MemberPlace, Prototype
@@ -71,7 +72,7 @@ class FunctionFact(NamedTuple):
             return "" if has_reason else "it has no drop reason, only the drop site"
         if self.prototype is None:
             return "no type information: kprobes only"
-        misread = probes.misread_argument(self.probe, self.prototype)
+        misread = attach_plan.misread_argument(self.probe, self.prototype)
         if misread is not None:
             return f"{misread}: {self.probe.lost}"
         count, expected = len(self.prototype.parameters), self.probe.parameters
@@ -157,12 +158,12 @@ def describe(
     try:
         there = {fact.probe.symbol for fact in functions if fact.there}
         layout = None if types is None else find_layout(types, ANY_ADDRESS)
-        refused = probes.misread(types)
+        refused = attach_plan.misread(types)
         if layout is not None and layout.drop_obstacle is not None:
             refused[probes.KFREE_SKB] = layout.drop_obstacle
-        _, gaps = probes.plan(there, refused, ATTACH_ALL.probes)
+        _, gaps = attach_plan.plan(there, refused, ATTACH_ALL.probes)
         if layout is not None and not layout.has_counters:
-            gaps = (*gaps, probes.counter_gap("the kernel's types do not contain them"))
+            gaps = (*gaps, attach_plan.counter_gap("the kernel's types do not contain them"))
         if types is not None:
             gaps = (*gaps, *softirq_gaps(types, None))
     except CannotTraceError as error:

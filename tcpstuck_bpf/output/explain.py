@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tcpstuck_bpf.errors import TcpstuckError
-from tcpstuck_bpf.judge.verdict import RULES, VERDICT_NAMES
+from tcpstuck_bpf.judge.rules import RULES, VERDICT_NAMES
 
 FILE_NAME = "verdicts.md"
 WIDEST = 100

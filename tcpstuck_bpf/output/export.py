@@ -14,7 +14,8 @@ from tcpstuck_bpf.judge.netfilter import OTHER_CODE, Suspicion
 from tcpstuck_bpf.judge.reconcile import Reconciled
 from tcpstuck_bpf.judge.stuck_now import StuckGroup
 from tcpstuck_bpf.judge.verdict import Finding
-from tcpstuck_bpf.model import Attempt, DropRule
+from tcpstuck_bpf.model import Attempt
+from tcpstuck_bpf.rulesets import DropRule
 from tcpstuck_bpf.steps import WallClock, utc_text
 from tcpstuck_bpf.summary import RescueTotals, Summary
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from tcpstuck_bpf.judge.evidence import duration_text
-from tcpstuck_bpf.judge.verdict import RULES, Finding
+from tcpstuck_bpf.judge.rules import RULES
+from tcpstuck_bpf.judge.verdict import Finding
 from tcpstuck_bpf.model import SECOND_NS
 from tcpstuck_bpf.output.fold import EXAMPLES, Group
 from tcpstuck_bpf.output.page import INDENT, Page, counted, endpoint, grouped

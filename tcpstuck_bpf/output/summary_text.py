@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from tcpstuck_bpf.judge.evidence import duration_text
+from tcpstuck_bpf.judge.rules import RULES
 from tcpstuck_bpf.judge.stuck_now import StuckGroup
-from tcpstuck_bpf.judge.verdict import RULES
 from tcpstuck_bpf.output.answer import stuck_sentence, what_to_do
 from tcpstuck_bpf.output.page import INDENT, Page, counted, endpoint, grouped
 from tcpstuck_bpf.summary import RescueTotals, Summary

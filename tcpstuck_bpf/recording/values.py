@@ -13,18 +13,13 @@ from typing import Any
 from tcpstuck_bpf import wire
 from tcpstuck_bpf.model import (
     Attempt,
-    Conditions,
-    DropRule,
     Event,
     HandshakeId,
-    Jump,
-    KernelNames,
     KernelWarning,
     ListenerFacts,
     ListenerSeen,
     NetnsCount,
     Rescue,
-    Ruleset,
     Tally,
 )
 from tcpstuck_bpf.recording.table import (
@@ -34,6 +29,7 @@ from tcpstuck_bpf.recording.table import (
     integer,
     integers,
 )
+from tcpstuck_bpf.rulesets import Conditions, DropRule, Jump, KernelNames, Ruleset
 
 _EVENT_NUMBERS = len(Event._fields) - 2
 

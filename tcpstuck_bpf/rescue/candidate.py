@@ -5,7 +5,8 @@ Times are CLOCK_MONOTONIC nanoseconds.
 
 from __future__ import annotations
 
-from tcpstuck_bpf.handshake.flow import TCP_FLAG_FIN, FlowFlags, FlowReport, State, merge
+from tcpstuck_bpf.handshake.entry import merge
+from tcpstuck_bpf.handshake.flow import TCP_FLAG_FIN, FlowFlags, FlowReport, State
 from tcpstuck_bpf.model import SECOND_NS, Event, EventKind, HandshakeId, Moved
 
 MAX_TRIES = 3

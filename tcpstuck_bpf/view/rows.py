@@ -10,8 +10,9 @@ from enum import Enum
 from typing import Any, NamedTuple, TypeVar
 
 from tcpstuck_bpf.judge.evidence import duration_text
+from tcpstuck_bpf.judge.rules import RULES
 from tcpstuck_bpf.judge.stuck_now import StuckGroup
-from tcpstuck_bpf.judge.verdict import RULES, Finding
+from tcpstuck_bpf.judge.verdict import Finding
 from tcpstuck_bpf.model import HandshakeId, ListenerId, address_text
 from tcpstuck_bpf.output.answer import advice_for
 from tcpstuck_bpf.output.page import INDENT, Page, counted, endpoint, grouped

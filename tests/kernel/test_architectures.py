@@ -17,8 +17,8 @@ from tcpstuck_bpf.kernel import artifact
 from tcpstuck_bpf.kernel.compilation import compile_in_child, decoded
 from tcpstuck_bpf.kernel.description import describe_running
 from tcpstuck_bpf.kernel.loader import LoadedPrograms
+from tcpstuck_bpf.kernel.open_source import table_entries
 from tcpstuck_bpf.kernel.probes import EVERY_PROBE, KFREE_SKB
-from tcpstuck_bpf.kernel.source import table_entries
 from tcpstuck_bpf.typeinfo.btf import Btf, read_running_kernel
 
 pytestmark = pytest.mark.kernel

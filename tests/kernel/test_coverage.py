@@ -21,7 +21,8 @@ from lab.records import FourTuple
 from lab.scenarios.catalogue import play
 from lab.scenarios.scene import PORT, READY, Stage
 from lab.scenarios.tracer import READY_PLACEHOLDER, Tracer
-from tcpstuck_bpf.kernel.probes import KERNEL_COUNTERS, OPTIONAL, PROBES, WITHOUT_VARIABLE
+from tcpstuck_bpf.kernel.attach_plan import WITHOUT_VARIABLE
+from tcpstuck_bpf.kernel.probes import KERNEL_COUNTERS, OPTIONAL, PROBES
 from tests.kernel.conftest import TOOL, Traced, summary_of, told_by, tracing
 from tests.kernel.handmade import ISN, Client, Site, site, told
 

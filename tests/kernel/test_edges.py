@@ -26,8 +26,10 @@ from lab.records import FourTuple
 from lab.scenarios.scene import PORT
 from tcpstuck_bpf import model, wire
 from tcpstuck_bpf.kernel import tables
-from tcpstuck_bpf.kernel.probes import PROBES, AttachRequest
-from tcpstuck_bpf.kernel.source import EVENT_PAGES, EVENTS_AT_ONCE, KernelSource, open_source
+from tcpstuck_bpf.kernel.attach_plan import AttachRequest
+from tcpstuck_bpf.kernel.open_source import open_source
+from tcpstuck_bpf.kernel.probes import PROBES
+from tcpstuck_bpf.kernel.source import EVENT_PAGES, EVENTS_AT_ONCE, KernelSource
 from tcpstuck_bpf.kernel.tables import READ_AT_ONCE
 from tcpstuck_bpf.model import Ending, EventKind, NetnsCount
 from tcpstuck_bpf.synack import is_synack_of

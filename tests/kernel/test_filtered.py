@@ -28,7 +28,7 @@ from lab.records import FourTuple
 from lab.scenarios.scene import PORT
 from lab.scenarios.tracer import Tracer
 from tcpstuck_bpf import model
-from tcpstuck_bpf.kernel import probes, source
+from tcpstuck_bpf.kernel import attach_plan, open_source
 from tcpstuck_bpf.kernel.running_kernel import RunningKernel
 from tests.kernel.conftest import be_greeted, summary_of, told_by, tracing
 from tests.kernel.handmade import Client, Site, site, told
@@ -252,9 +252,9 @@ def test_a_packet_where_a_dropped_one_was_is_not_taken_for_it() -> None:
 @pytest.mark.parametrize("rooms", [1, 4])
 def test_callers_without_room_are_counted(rooms: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each drop has callers of its own, of which the table keeps one for each value of a hash."""
-    monkeypatch.setattr(source, "MAX_STACKS", rooms)
+    monkeypatch.setattr(open_source, "MAX_STACKS", rooms)
     wanted = model.TraceFilter(ports=(PORT,))
-    opened = source.open_source(model.TraceSettings(trace_filter=wanted))
+    opened = open_source.open_source(model.TraceSettings(trace_filter=wanted))
     with contextlib.closing(opened), site(4) as where:
         for name in DIFFERENT_CALLERS:
             with losing_its_ack(where, name, Client(where)):
@@ -278,8 +278,8 @@ def test_a_drop_is_seen_by_whichever_program_is_loaded(
     if not typed:
         monkeypatch.setattr(RunningKernel, "tracepoint_type", lambda *_: None)
     wanted = model.TraceFilter(ports=(PORT,))
-    opened = source.open_source(
-        model.TraceSettings(trace_filter=wanted), probes.AttachRequest(why=True)
+    opened = open_source.open_source(
+        model.TraceSettings(trace_filter=wanted), attach_plan.AttachRequest(why=True)
     )
     with contextlib.closing(opened):
         programs = opened.loaded_programs()

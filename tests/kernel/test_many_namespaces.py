@@ -33,8 +33,8 @@ PLACES = 8
 MORE_THAN_FIT = 20
 SENT = "SyncookiesSent"
 WITH_FEW_PLACES = (
-    "import sys; from tcpstuck_bpf import cli; from tcpstuck_bpf.kernel import source; "
-    f"source.MAX_NAMESPACES = source.MAX_LISTENERS = {PLACES}; sys.exit(cli.main())"
+    "import sys; from tcpstuck_bpf import cli; from tcpstuck_bpf.kernel import open_source; "
+    f"open_source.MAX_NAMESPACES = open_source.MAX_LISTENERS = {PLACES}; sys.exit(cli.main())"
 )
 
 

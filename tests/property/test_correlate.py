@@ -9,15 +9,10 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from tcpstuck_bpf.handshake.correlate import Correlator
-from tcpstuck_bpf.handshake.flow import (
-    ENDED_STATES,
-    STUCK_STATES,
-    FlowReport,
-    State,
-    is_remarkable,
-    merge,
-)
-from tcpstuck_bpf.judge.verdict import RULES, judge
+from tcpstuck_bpf.handshake.entry import is_remarkable, merge
+from tcpstuck_bpf.handshake.flow import ENDED_STATES, STUCK_STATES, FlowReport, State
+from tcpstuck_bpf.judge.rules import RULES
+from tcpstuck_bpf.judge.verdict import judge
 from tcpstuck_bpf.model import (
     Coverage,
     Ending,

@@ -20,7 +20,8 @@ from lab.golden import RECORDINGS
 from lab.golden_files import LINES, kept_file
 from tcpstuck_bpf.app.playback import run_replay
 from tcpstuck_bpf.doctor import render
-from tcpstuck_bpf.judge.verdict import VERDICT_NAMES, judge
+from tcpstuck_bpf.judge.rules import VERDICT_NAMES
+from tcpstuck_bpf.judge.verdict import judge
 from tcpstuck_bpf.kernel.kernel_report import Change, MemberFact
 from tcpstuck_bpf.kernel.layout import Member
 from tcpstuck_bpf.model import Attempt

@@ -20,21 +20,19 @@ from tcpstuck_bpf.cli import main
 from tcpstuck_bpf.errors import EXIT_NOTHING_STUCK, EXIT_STUCK, RecordingError
 from tcpstuck_bpf.model import (
     Attempt,
-    DropRule,
     EventKind,
     Handshake,
-    KernelNames,
     KernelWarning,
     NetnsCount,
     Rescue,
     Row,
-    Ruleset,
     Sweep,
     Tally,
 )
 from tcpstuck_bpf.output.writers import JsonOutput, Selection
 from tcpstuck_bpf.recording import replay
 from tcpstuck_bpf.recording.replay import Recorder, Replay
+from tcpstuck_bpf.rulesets import DropRule, KernelNames, Ruleset
 from tcpstuck_bpf.steps import (
     Advanced,
     Ended,

@@ -18,7 +18,7 @@ import pytest
 from tcpstuck_bpf.cli import EXIT_BROKEN_PIPE, main
 from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE, EXIT_USAGE, CannotTraceError, UsageError
 from tcpstuck_bpf.host import netns
-from tcpstuck_bpf.judge.verdict import RULES
+from tcpstuck_bpf.judge.rules import RULES
 from tcpstuck_bpf.options import build_parser
 from tests.builders import four_tuple, header
 from tests.replay.test_replay import recorded
@@ -382,7 +382,7 @@ def test_ctrl_c_while_modules_are_read_is_no_traceback(tmp_path: Path) -> None:
 LOSING_ITS_TERMINAL = """
 import os, signal, types
 signal.signal(signal.SIGHUP, signal.{before})
-from tcpstuck_bpf.run import Interrupts
+from tcpstuck_bpf.interrupts import Interrupts
 interrupts = Interrupts()
 interrupts.live = types.SimpleNamespace(stop=False, reading=False)
 os.kill(os.getpid(), signal.SIGHUP)

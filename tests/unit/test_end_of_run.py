@@ -30,7 +30,7 @@ from tcpstuck_bpf.errors import (
     EXIT_STUCK,
     CannotTraceError,
 )
-from tcpstuck_bpf.host import netns
+from tcpstuck_bpf.host import netns, netns_counters
 from tcpstuck_bpf.host.bpf_syscall import RefusedError
 from tcpstuck_bpf.model import KernelCounters, Sweep, TraceFilter
 from tcpstuck_bpf.output.writers import JsonOutput, Selection
@@ -433,8 +433,8 @@ def test_a_namespace_that_no_thread_can_enter_is_one_that_cannot_be_read(
     monkeypatch.setattr(threading.Thread, "start", no_thread)
     path = Path("/proc/self/ns/net")
     with pytest.raises(OSError, match="no thread"):
-        netns._inside(path, lambda: 1)
-    assert netns._read_inside(path, lambda: {"one": 1}, netns.own_netns()) == {}
+        netns.inside(path, lambda: 1)
+    assert netns_counters._read_inside(path, lambda: {"one": 1}, netns.own_netns()) == {}
 
 
 @pytest.mark.usefixtures("_signals_as_before")

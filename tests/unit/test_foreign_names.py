@@ -12,7 +12,8 @@ import pytest
 from tcpstuck_bpf.host import netns, ruleset_child
 from tcpstuck_bpf.host.kernel_log import warning_of
 from tcpstuck_bpf.host.listening_sockets import owners_of
-from tcpstuck_bpf.host.ruleset_text import reachable, xtables_rules
+from tcpstuck_bpf.host.ruleset_text import reachable
+from tcpstuck_bpf.host.xtables_text import xtables_rules
 from tcpstuck_bpf.terminal import printable
 from tests.builders import at
 

@@ -20,22 +20,22 @@ FLOORS = (
     ("cli",),
     ("run", "doctor"),
     ("view",),
-    ("preflight", "heartbeat", "narrowing", "exporter"),
+    ("preflight", "heartbeat", "narrowing", "exporter", "interrupts"),
     ("options", "kernel", "app"),
     ("rescue", "output", "typeinfo", "analysis", "option_values"),
     ("host", "summary"),
     ("console", "ending", "recording", "judge", "usage"),
     ("synack", "errors", "handshake", "steps", "json_text", "wire"),
-    ("model", "terminal", "files", "threads"),
+    ("model", "rulesets", "terminal", "files", "threads"),
 )
 """The rooms, and the modules that are in none, top floor first. A room imports from lower floors
 alone: so there is no circle, and what is below can be read without what is above."""
 PURE_ROOMS = ("handshake", "judge", "recording", "output")
 PURE = (
-    *("analysis", "errors", "json_text", "model", "narrowing", "steps", "summary", "synack"),
-    *("terminal", "usage", "wire"),
+    *("analysis", "errors", "json_text", "model", "narrowing", "rulesets", "steps", "summary"),
+    *("synack", "terminal", "usage", "wire"),
     *(f"rescue.{name}" for name in ("accept_queues", "candidate", "pace", "planner", "policy")),
-    *("host.netns_numbers", "host.ruleset_text"),
+    *("host.netns_numbers", "host.nftables_text", "host.ruleset_text", "host.xtables_text"),
     *(f"view.{name}" for name in ("frame", "rows", "snapshot", "state")),
 )
 """Pure modules in rooms that are not, or in none."""
@@ -184,7 +184,7 @@ def test_a_start_imports_nothing_that_only_some_runs_need() -> None:
     """What a run without --rescue imports until the programs are attached."""
     lines = (
         "import sys",
-        f"import {PACKAGE}.cli, {PACKAGE}.run, {PACKAGE}.kernel.source",
+        f"import {PACKAGE}.cli, {PACKAGE}.run, {PACKAGE}.kernel.open_source",
         "print(*sorted(sys.modules))",
     )
     child = subprocess.run(

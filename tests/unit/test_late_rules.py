@@ -16,10 +16,11 @@ from tcpstuck_bpf.host import kallsyms
 from tcpstuck_bpf.host.ruleset_reader import read_ruleset
 from tcpstuck_bpf.host.ruleset_watch import RulesetWatch
 from tcpstuck_bpf.kernel import drop_names
-from tcpstuck_bpf.model import DropRule, Ending, Event, EventKind, Handshake, Row, Ruleset
+from tcpstuck_bpf.model import Ending, Event, EventKind, Handshake, Row
 from tcpstuck_bpf.output.render import TableRenderer
 from tcpstuck_bpf.output.writers import JsonOutput, Selection, TableOutput
 from tcpstuck_bpf.recording.replay import Replay
+from tcpstuck_bpf.rulesets import DropRule, Ruleset
 from tests.builders import (
     NF_PLACE,
     NF_REASON,

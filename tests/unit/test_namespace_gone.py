@@ -175,7 +175,7 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A /proc of the initial PID namespace, without a process; no names either."""
     monkeypatch.setattr(netns, "_of_process_1", lambda: (0xEFFFFFFC, 1))
     monkeypatch.setattr(netns, "own_netns", lambda: 1)
-    monkeypatch.setattr(netns, "_with_names", dict)
+    monkeypatch.setattr(netns, "with_names", dict)
     monkeypatch.setattr(netns, "_PROC", tmp_path)
     return tmp_path
 
@@ -204,7 +204,7 @@ def test_a_thread_leads_to_it(host: Path) -> None:
 
 
 def test_a_name_or_a_mount_leads_to_it(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(netns, "_with_names", lambda: {4711: Path("/run/netns/web")})
+    monkeypatch.setattr(netns, "with_names", lambda: {4711: Path("/run/netns/web")})
     process(host, 7, "99 25 0:4 net:[4712] /run/docker/netns/0123 rw - nsfs nsfs rw\n")
     assert netns.gone([4711, 4712, 4713]) == {4713}
 

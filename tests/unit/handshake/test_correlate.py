@@ -6,13 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tcpstuck_bpf.handshake.flow import (
-    SEGMENTS_KEPT_AT_EACH_END,
-    FlowFlags,
-    FlowReport,
-    State,
-    merge,
-)
+from tcpstuck_bpf.handshake.entry import merge
+from tcpstuck_bpf.handshake.flow import SEGMENTS_KEPT_AT_EACH_END, FlowFlags, FlowReport, State
 from tcpstuck_bpf.handshake.timeline import MAX_ENTRIES
 from tcpstuck_bpf.model import (
     Ending,

@@ -14,8 +14,8 @@ from lab.errors import LabError
 from lab.network.topology import Namespace
 from lab.patience import COMMAND_S, patient
 from tcpstuck_bpf.host import netns
-from tcpstuck_bpf.host.netns import CounterReader
 from tcpstuck_bpf.host.netns_cookie import own_cookie
+from tcpstuck_bpf.host.netns_counters import CounterReader
 from tcpstuck_bpf.model import living_of
 
 SENT = "SyncookiesSent"
@@ -74,7 +74,7 @@ def forbid_search(monkeypatch: pytest.MonkeyPatch) -> None:
     def search() -> dict[int, list[int]]:
         raise AssertionError("every process was looked at")
 
-    monkeypatch.setattr(netns, "_pids_by_namespace", search)
+    monkeypatch.setattr(netns, "pids_by_namespace", search)
 
 
 def test_each_namespace_has_its_own_counters(pair: tuple[Namespace, Namespace]) -> None:
@@ -158,7 +158,7 @@ def test_a_namespace_that_may_not_be_entered_is_read_without_its_cookie(
     def refused(*_: object) -> dict[str, int]:
         raise PermissionError
 
-    monkeypatch.setattr(netns, "_inside", refused)
+    monkeypatch.setattr(netns, "inside", refused)
     with process_in(pair[1]):
         found = CounterReader().read()
     assert found[pair[1].inode][SENT] == 2

@@ -21,7 +21,7 @@ from tcpstuck_bpf.host.netfilter_hooks import (
     of_hooks,
     parse_hook,
 )
-from tcpstuck_bpf.model import DropRule
+from tcpstuck_bpf.rulesets import DropRule
 
 INPUT = Hook("ip", "input", "nft_do_chain_inet", "nf_tables", ("inet", "t", "c"), None, "")
 READ = {("inet", "t", "c")}

@@ -53,7 +53,7 @@ def test_what_is_the_hosts(
 def test_a_name_of_ip_netns_goes_before_those_that_say_less(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(netns, "_with_names", lambda: {OTHER: Path("/run/netns/web")})
+    monkeypatch.setattr(netns, "with_names", lambda: {OTHER: Path("/run/netns/web")})
     monkeypatch.setattr(netns, "own_netns", lambda: OTHER)
     monkeypatch.setattr(netns, "_of_process_1", lambda: (A_CONTAINERS_PID, OTHER))
     assert netns.names() == {OTHER: "web"}

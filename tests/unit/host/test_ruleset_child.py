@@ -23,7 +23,7 @@ from tcpstuck_bpf.host import (
 from tcpstuck_bpf.host.netfilter_hooks import Others
 from tcpstuck_bpf.host.ruleset_child import read_own
 from tcpstuck_bpf.host.ruleset_reader import LIMIT_S, read_ruleset
-from tcpstuck_bpf.model import Ruleset
+from tcpstuck_bpf.rulesets import Ruleset
 
 RULESET = """
 add table inet guard
@@ -270,7 +270,7 @@ def test_a_reader_that_hangs_is_ended_with_what_it_has_started(
 
 LIMITED = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from tcpstuck_bpf.host import ruleset_child; from tcpstuck_bpf import model; "
+    "from tcpstuck_bpf.host import ruleset_child; from tcpstuck_bpf import rulesets; "
     "ruleset_child.{limit}; "
     "ruleset_child.read_own = lambda: {greedy}; sys.exit(ruleset_child.main(int(sys.argv[2])))"
 )
@@ -283,7 +283,7 @@ LIMITED = (
         ("CPU_LIMIT_S = 1", "all(True for _ in iter(int, 1))", "too much processor time"),
         (
             "_MOST_ANSWER = 100",
-            "model.Ruleset((), ('x' * 100,))",
+            "rulesets.Ruleset((), ('x' * 100,))",
             "their names are too long",
         ),
     ],

@@ -15,7 +15,7 @@ from tcpstuck_bpf.host.ruleset_watch import (
     SHARE,
     RulesetWatch,
 )
-from tcpstuck_bpf.model import Ruleset
+from tcpstuck_bpf.rulesets import Ruleset
 from tests.builders import at
 
 ONE, OTHER = 7, 8

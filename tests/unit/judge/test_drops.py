@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tcpstuck_bpf import model
+from tcpstuck_bpf import rulesets
 from tcpstuck_bpf.judge import drop_cause
 from tcpstuck_bpf.judge.drop_cause import NO_NAMES, Cause, function_of, is_by_netfilter
 from tcpstuck_bpf.judge.netfilter import (
@@ -24,19 +24,11 @@ from tcpstuck_bpf.judge.netfilter import (
     suspicion,
 )
 from tcpstuck_bpf.judge.rule_index import MOST_SUSPECTS
-from tcpstuck_bpf.judge.verdict import KFREE_SKB, RULES, Finding, judge
-from tcpstuck_bpf.model import (
-    KEPT_READINGS,
-    LET_GO,
-    Coverage,
-    CoverageGap,
-    DropRule,
-    Handshake,
-    KernelNames,
-    Moved,
-    Ruleset,
-)
+from tcpstuck_bpf.judge.rules import RULES
+from tcpstuck_bpf.judge.verdict import KFREE_SKB, Finding, judge
+from tcpstuck_bpf.model import Coverage, CoverageGap, Handshake, Moved
 from tcpstuck_bpf.output.export import verdict_line
+from tcpstuck_bpf.rulesets import KEPT_READINGS, LET_GO, DropRule, KernelNames, Ruleset
 from tcpstuck_bpf.steps import WallClock
 from tests.builders import (
     NAMES,
@@ -360,7 +352,7 @@ def test_rules_of_all_namespaces_together_are_bounded_and_what_was_let_go_accuse
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Any user may make namespaces, rules in them, and others a moment later."""
-    monkeypatch.setattr(model, "KEPT_RULES", 20)
+    monkeypatch.setattr(rulesets, "KEPT_RULES", 20)
     names = NAMES.with_more(
         NO_NAMES._replace(rulesets={WHO.netns: (Ruleset((RULE,), (), at(0.2)),)})
     )

@@ -114,5 +114,5 @@ def _nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     def nobody(_inodes: Iterable[int]) -> dict[int, tuple[str, ...]]:
         return {}
 
-    monkeypatch.setattr("tcpstuck_bpf.host.netns.read_queue_settings", dict)
+    monkeypatch.setattr("tcpstuck_bpf.host.netns_counters.read_queue_settings", dict)
     monkeypatch.setattr("tcpstuck_bpf.host.listening_sockets.owners_of", nobody)

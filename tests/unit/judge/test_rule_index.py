@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tcpstuck_bpf.judge import rule_index
 from tcpstuck_bpf.judge.rule_index import MOST_SUSPECTS, Matching, Packet, RuleIndex, index_of
-from tcpstuck_bpf.model import DropRule, FourTuple, Jump, Ruleset, address_bytes
+from tcpstuck_bpf.model import FourTuple, address_bytes
+from tcpstuck_bpf.rulesets import DropRule, Jump, Ruleset
 
 Conditions = tuple[tuple[str, str], ...]
 

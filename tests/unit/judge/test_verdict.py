@@ -5,15 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tcpstuck_bpf.handshake.flow import STUCK_STATES, FlowReport, State
-from tcpstuck_bpf.judge.verdict import (
-    KFREE_SKB,
-    RULES,
-    VERDICT_NAMES,
-    Finding,
-    Rule,
-    judge,
-    missing_probes,
-)
+from tcpstuck_bpf.judge.rules import RULES, VERDICT_NAMES, Rule
+from tcpstuck_bpf.judge.verdict import KFREE_SKB, Finding, judge, missing_probes
 from tcpstuck_bpf.model import (
     SOFTIRQ_LOCK,
     Coverage,

@@ -5,19 +5,15 @@ from __future__ import annotations
 import pytest
 
 from tcpstuck_bpf.errors import CannotTraceError, UsageError
-from tcpstuck_bpf.kernel.probes import (
-    KERNEL_COUNTERS,
-    OPTIONAL,
-    PROBES,
-    WHY_PROBES,
+from tcpstuck_bpf.kernel.attach_plan import (
     WITHOUT_VARIABLE,
     AttachRequest,
-    Probe,
     ProbeRefusedError,
     attach,
     left_out,
     plan,
 )
+from tcpstuck_bpf.kernel.probes import KERNEL_COUNTERS, OPTIONAL, PROBES, WHY_PROBES, Probe
 from tcpstuck_bpf.kernel.softirqs import BH_LOCK_OPTION, mode_to_try, softirq_gaps
 from tcpstuck_bpf.model import SOFTIRQ_LOCK
 from tcpstuck_bpf.typeinfo.btf import Btf

@@ -12,10 +12,11 @@ from tcpstuck_bpf.errors import CannotTraceError, UsageError
 from tcpstuck_bpf.kernel import artifact, builder
 from tcpstuck_bpf.kernel.artifact import Artifact
 from tcpstuck_bpf.kernel.artifact_store import BuiltPrograms
+from tcpstuck_bpf.kernel.attach_plan import AttachRequest, attach
 from tcpstuck_bpf.kernel.compilation import Compilation
 from tcpstuck_bpf.kernel.description import KernelDescription
 from tcpstuck_bpf.kernel.layout import find_layout
-from tcpstuck_bpf.kernel.probes import AttachRequest, Probe, attach
+from tcpstuck_bpf.kernel.probes import Probe
 from tcpstuck_bpf.kernel.softirqs import softirq_gaps
 from tcpstuck_bpf.model import CoverageGap
 from tcpstuck_bpf.typeinfo.vmlinux import KernelImage

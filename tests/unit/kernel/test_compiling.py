@@ -9,26 +9,26 @@ import pytest
 
 from tcpstuck_bpf import console
 from tcpstuck_bpf.errors import CannotTraceError
-from tcpstuck_bpf.kernel import artifact, source
+from tcpstuck_bpf.kernel import artifact, open_source
 from tcpstuck_bpf.kernel.compilation import CompilerError
 from tcpstuck_bpf.kernel.kept_files import KeptFiles
-from tcpstuck_bpf.kernel.source import KernelSource
+from tcpstuck_bpf.kernel.open_source import Start
 from tcpstuck_bpf.terminal import CLEAR_LINE
 from tests.unit.kernel.test_artifact_store import WANTED, made
 
 FIRST = "tcpstuck-trace: compiling the programs (first start on this kernel) ..."
 
 
-def unstarted(kept: KeptFiles | None) -> KernelSource:
+def unstarted(kept: KeptFiles | None) -> Start:
     """One that has come so far that it needs programs."""
-    found = object.__new__(KernelSource)
+    found = object.__new__(Start)
     found._built, found._kept = None, kept
     return found
 
 
 @pytest.fixture(autouse=True)
 def bcc(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "require_bcc", lambda: "0.26.0")
+    monkeypatch.setattr(open_source, "require_bcc", lambda: "0.26.0")
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def told_meanwhile(
         seen.append(capsys.readouterr().err)
         return artifact.encode(made(WANTED))
 
-    monkeypatch.setattr(source, "compile_in_child", compiler)
+    monkeypatch.setattr(open_source, "compile_in_child", compiler)
     return seen
 
 
@@ -83,7 +83,7 @@ def test_where_there_is_no_compiler_nothing_is_said_to_compile(
     def refuse() -> None:
         raise CannotTraceError("no BCC", "none", "none")
 
-    monkeypatch.setattr(source, "require_bcc", refuse)
+    monkeypatch.setattr(open_source, "require_bcc", refuse)
     with pytest.raises(CannotTraceError):
         unstarted(None)._artifact(WANTED)
     assert capsys.readouterr().err == ""
@@ -97,7 +97,7 @@ def test_it_is_taken_back_where_the_compiler_fails(
 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr(source, "compile_in_child", fail)
+    monkeypatch.setattr(open_source, "compile_in_child", fail)
     with pytest.raises(CompilerError):
         unstarted(None)._artifact(WANTED)
     assert capsys.readouterr().err.endswith(CLEAR_LINE)

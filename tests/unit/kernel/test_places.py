@@ -9,7 +9,8 @@ import pytest
 
 from tcpstuck_bpf.host import kallsyms
 from tcpstuck_bpf.kernel import drop_names
-from tcpstuck_bpf.model import KernelNames, Row, Ruleset
+from tcpstuck_bpf.model import Row
+from tcpstuck_bpf.rulesets import KernelNames, Ruleset
 from tests.btf_writer import ENUM, INT, TYPEDEF, Types, add_tracepoint
 from tests.builders import (
     NF_PLACE,

@@ -7,18 +7,10 @@ import re
 import pytest
 
 from tcpstuck_bpf.errors import CannotTraceError
-from tcpstuck_bpf.judge.verdict import RULES
+from tcpstuck_bpf.judge.rules import RULES
+from tcpstuck_bpf.kernel.attach_plan import attach_order, misread_argument, plan
 from tcpstuck_bpf.kernel.compilation import program_directory, program_text
-from tcpstuck_bpf.kernel.probes import (
-    EVERY_PROBE,
-    OPTIONAL,
-    PROBES,
-    RESCUE_PROBES,
-    attach_order,
-    misread_argument,
-    of_mode,
-    plan,
-)
+from tcpstuck_bpf.kernel.probes import EVERY_PROBE, OPTIONAL, PROBES, RESCUE_PROBES, of_mode
 from tcpstuck_bpf.typeinfo.graph import Prototype
 
 TEXT = program_text(program_directory()).decode("ascii")

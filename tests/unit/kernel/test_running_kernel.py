@@ -12,9 +12,10 @@ import pytest
 from tcpstuck_bpf.errors import CannotTraceError
 from tcpstuck_bpf.host import kallsyms
 from tcpstuck_bpf.kernel import running_kernel
+from tcpstuck_bpf.kernel.attach_plan import misread
 from tcpstuck_bpf.kernel.kept_files import KeptFiles
 from tcpstuck_bpf.kernel.layout import find_layout
-from tcpstuck_bpf.kernel.probes import PROBES, misread
+from tcpstuck_bpf.kernel.probes import PROBES
 from tcpstuck_bpf.kernel.running_kernel import RunningKernel
 from tcpstuck_bpf.typeinfo import btf
 from tcpstuck_bpf.typeinfo.btf import Btf

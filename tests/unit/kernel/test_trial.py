@@ -12,6 +12,7 @@ import pytest
 
 from tcpstuck_bpf.errors import CannotTraceError
 from tcpstuck_bpf.host import netns
+from tcpstuck_bpf.host.netns_counters import parse_netstat
 from tcpstuck_bpf.kernel import trial
 from tcpstuck_bpf.model import NetnsCount
 
@@ -23,7 +24,7 @@ BOTH_SEEN = {**SYN_SEEN, NetnsCount.COOKIES_RECEIVED_OUTSIDE: 1}
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a network namespace")
 def test_the_handshake_is_one_under_a_cookie_and_nowhere_else() -> None:
     def counters() -> dict[str, int]:
-        return netns.parse_netstat(Path("/proc/thread-self/net/netstat").read_text("ascii"))
+        return parse_netstat(Path("/proc/thread-self/net/netstat").read_text("ascii"))
 
     def handshake() -> tuple[int, dict[str, int]]:
         return trial._handshake(), counters()

@@ -19,7 +19,7 @@ import pytest
 from lab.pages import completions
 from lab.pages.build import BASH, write_pages
 from lab.patience import patient
-from tcpstuck_bpf.judge.verdict import VERDICT_NAMES
+from tcpstuck_bpf.judge.rules import VERDICT_NAMES
 from tcpstuck_bpf.options import build_parser
 
 LIMIT_S = 30.0

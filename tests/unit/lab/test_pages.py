@@ -14,7 +14,7 @@ from lab.pages import manual
 from lab.pages.build import DATE_VARIABLE, MANUAL, REPOSITORY, write_pages
 from tcpstuck_bpf import __version__, errors
 from tcpstuck_bpf.cli import EXIT_BROKEN_PIPE
-from tcpstuck_bpf.judge.verdict import VERDICT_NAMES
+from tcpstuck_bpf.judge.rules import VERDICT_NAMES
 from tcpstuck_bpf.options import EPILOG, build_parser
 
 FONT = re.compile(r"\\f[BIR]")

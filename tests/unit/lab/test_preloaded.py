@@ -14,7 +14,7 @@ from lab.patience import COMMAND_S, patient
 from lab.processes.child import Running, pause
 from lab.processes.preloaded import TOOL, start_tool
 from lab.scenarios.tracer import start_command
-from tcpstuck_bpf.kernel.probes import WITHOUT_VARIABLE
+from tcpstuck_bpf.kernel.attach_plan import WITHOUT_VARIABLE
 
 LIMIT_S = patient(COMMAND_S)
 Start = Callable[[list[str], int], Running]

@@ -34,7 +34,7 @@ from lab.scenarios.catalogue import SCENARIOS
 from lab.scenarios.catalogue import play as play_scenario
 from tcpstuck_bpf.judge import drop_cause
 from tcpstuck_bpf.judge.drop_cause import Cause
-from tcpstuck_bpf.judge.verdict import RULES
+from tcpstuck_bpf.judge.rules import RULES
 
 NETNS = 4_026_531_999
 LOOPBACK = "127.0.0.1"

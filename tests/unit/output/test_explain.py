@@ -15,7 +15,7 @@ import pytest
 from tcpstuck_bpf.cli import main
 from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE, EXIT_USAGE
 from tcpstuck_bpf.handshake.flow import SYNS_OF_A_REPEATING_CLIENT
-from tcpstuck_bpf.judge.verdict import RULES, VERDICT_NAMES, Rule
+from tcpstuck_bpf.judge.rules import RULES, VERDICT_NAMES, Rule
 from tcpstuck_bpf.kernel.probes import PROBES
 from tcpstuck_bpf.output.explain import WIDEST, explanation
 

@@ -17,8 +17,9 @@ from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.app.live import Live
 from tcpstuck_bpf.app.printer import Printer
 from tcpstuck_bpf.judge.reconcile import Reconciled
+from tcpstuck_bpf.judge.rules import RULES
 from tcpstuck_bpf.judge.stuck_now import StuckNow
-from tcpstuck_bpf.judge.verdict import RULES, Finding, judge
+from tcpstuck_bpf.judge.verdict import Finding, judge
 from tcpstuck_bpf.model import (
     CoverageGap,
     EventKind,
