@@ -7,6 +7,7 @@ the ISN, as in a packet capture.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from tcpstuck_bpf.handshake.flow import Segment, TimelineEntry
 from tcpstuck_bpf.model import ATTEMPT_NOT_SENT, Attempt, Ending, EventKind, Handshake, Moved
@@ -36,6 +37,7 @@ _KIND_OF_ENDING: dict[int, EventKind] = {
     Ending.REPLACED: EventKind.REPLACED,
     Ending.NO_LISTENER: EventKind.NO_LISTENER,
 }
+_ANY_SYN = frozenset({EventKind.SYN_REPEATED, EventKind.SYN_DROPPED})
 _FLAG_NAMES = ((0x02, "SYN"), (0x01, "FIN"), (0x04, "RST"), (0x08, "PSH"), (0x10, "ACK"))
 _COUNTER_NAMES = (
     (Moved.SYNCOOKIES_RECV, "SyncookiesRecv"),
@@ -86,7 +88,7 @@ def attempt_text(attempt: Attempt) -> str:
 
 def _segment_detail(segment: Segment, entry: Handshake) -> str:
     parts = [flags_text(segment.tcp_flags)]
-    if segment.kind not in (EventKind.SYN_REPEATED, EventKind.SYN_DROPPED):
+    if segment.kind not in _ANY_SYN:
         parts.append(f"seq {isn_text(segment.sequence, entry.client_isn)}")
         parts.append(f"ack {segment.acknowledgement:#010x}")
     if segment.payload_length:
@@ -100,31 +102,46 @@ def _segment_detail(segment: Segment, entry: Handshake) -> str:
     return ", ".join(parts)
 
 
-def _remembered(entry: Handshake) -> Iterator[tuple[int, frozenset[EventKind], str, str]]:
-    """Facts that the entry shows, each with the kinds of event that show it in more detail."""
+class Fact(NamedTuple):
+    """A packet that the entry shows, in less detail than an event would."""
+
+    time_ns: int
+    kind: EventKind
+    detail: str
+
+
+def _remembered(entry: Handshake) -> Iterator[Fact]:
+    """What the entry shows besides its first SYN."""
     cookie = f"cookie SYN-ACK {entry.cookie_isn:#010x}, {mss_text(entry)}"
     if entry.syn_count > 1:
-        syns = frozenset({EventKind.SYN_REPEATED, EventKind.SYN_DROPPED})
         detail = f"the last of {entry.syn_count}; last {cookie}"
-        yield entry.last_syn_ns, syns, _KIND_TEXT[EventKind.SYN_REPEATED], detail
+        yield Fact(entry.last_syn_ns, EventKind.SYN_REPEATED, detail)
     if entry.acks_dropped > 0:
-        drops = frozenset({EventKind.ACK_DROPPED})
-        what = _KIND_TEXT[EventKind.ACK_DROPPED]
-        counters = f"counters moved: {counters_text(entry.drop_counters)}"
-        yield entry.first_ack_dropped_ns, drops, what, f"the first; {counters}"
+        drops, counters = EventKind.ACK_DROPPED, counters_text(entry.drop_counters)
+        yield Fact(entry.first_ack_dropped_ns, drops, f"the first; counters moved: {counters}")
         if entry.acks_dropped > 1:
-            detail = f"the last of {entry.acks_dropped}; {counters}"
-            yield entry.last_ack_dropped_ns, drops, what, detail
+            detail = f"the last of {entry.acks_dropped}; counters moved: {counters}"
+            yield Fact(entry.last_ack_dropped_ns, drops, detail)
     if entry.acks_filtered > 0:
-        filters = frozenset({EventKind.ACK_FILTERED})
-        what = _KIND_TEXT[EventKind.ACK_FILTERED]
-        yield entry.first_ack_filtered_ns, filters, what, "the first, dropped before TCP"
+        filters = EventKind.ACK_FILTERED
+        yield Fact(entry.first_ack_filtered_ns, filters, "the first, dropped before TCP")
         if entry.acks_filtered > 1:
             detail = f"the last of {entry.acks_filtered}, dropped before TCP"
-            yield entry.last_ack_filtered_ns, filters, what, detail
+            yield Fact(entry.last_ack_filtered_ns, filters, detail)
     kind = _KIND_OF_ENDING.get(entry.ending)
     if kind is not None:
-        yield entry.ended_ns, frozenset({kind}), _KIND_TEXT[kind], "end of the table entry"
+        yield Fact(entry.ended_ns, kind, "end of the table entry")
+
+
+def facts_without_event(entry: Handshake, segments: Sequence[Segment]) -> Iterator[Fact]:
+    """What only the entry shows, because no event did: no segment is of that kind and time."""
+    for fact in _remembered(entry):
+        kinds = _ANY_SYN if fact.kind in _ANY_SYN else {fact.kind}
+        if not any(
+            one.kind in kinds and abs(one.time_ns - fact.time_ns) < _SAME_SEGMENT_NS
+            for one in segments
+        ):
+            yield fact
 
 
 def build_timeline(
@@ -143,11 +160,8 @@ def build_timeline(
         detail += f"; cookie SYN-ACK {entry.cookie_isn:#010x}, {mss_text(entry)}"
     detail += f"; accept queue {entry.accept_queue} of {entry.accept_queue_limit}"
     entries = [
-        TimelineEntry(time_ns, what, detail)
-        for time_ns, kinds, what, detail in _remembered(entry)
-        if not any(
-            s.kind in kinds and abs(s.time_ns - time_ns) < _SAME_SEGMENT_NS for s in segments
-        )
+        TimelineEntry(fact.time_ns, _KIND_TEXT[fact.kind], fact.detail)
+        for fact in facts_without_event(entry, segments)
     ]
     entries += [
         TimelineEntry(
