@@ -40,7 +40,7 @@ _OUTPUT_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, 
 """Errors of the disk or terminal behind standard output. Other files have messages of their own."""
 
 _REPLAY_OPTIONS = frozenset(
-    {"replay", "json", "each", "verbose", "only", "summary", "live", "metrics_file"}
+    {"replay", "json", "each", "verbose", "only", "summary", "live", "metrics_file", "plot"}
     | {"port", "family", "listener", "netns", "timeout"}
 )
 _DOCTOR_OPTIONS = frozenset({"doctor", "vmlinux", "against", "json", "verbose"})
@@ -66,14 +66,14 @@ def _replay(options: argparse.Namespace) -> int:
         options,
         "the recording determines what was traced, and how",
         "leave it out; -p, -4, -6, --listener, --netns and -t choose what is judged; --json, "
-        "--only, --each, -v, --summary and --live choose what is shown, and --metrics-file "
-        "writes metrics",
+        "--only, --each, -v, --summary and --live choose what is shown, --metrics-file writes "
+        "metrics, and --plot draws",
     )
     from tcpstuck_bpf.analysis import Analysis
     from tcpstuck_bpf.app.playback import run_replay
     from tcpstuck_bpf.ending import Ending
     from tcpstuck_bpf.narrowing import NarrowedReplay, Wanted
-    from tcpstuck_bpf.run import exit_status, exporter_for, listener_address, output_for
+    from tcpstuck_bpf.run import exit_status, exporter_for, listener_address, output_for, plot_for
 
     if options.live:
         from tcpstuck_bpf.view.command import refuse_without_terminal, replay_view
@@ -92,6 +92,7 @@ def _replay(options: argparse.Namespace) -> int:
     analysis = Analysis(replay.header)
     output = output_for(options, replay.header)
     exporter = exporter_for(options)
+    plot = plot_for(options, analysis)
     with Ending(remark) as ending:
         if options.live:
             output = replay_view(analysis, lambda: output_for(options, replay.header))
@@ -99,7 +100,10 @@ def _replay(options: argparse.Namespace) -> int:
         if exporter is not None:
             ending.add("the metrics are not those of the end", exporter.close)
             output = exporter.beside_replay(output, analysis)
-        return exit_status(run_replay(replay, output, analysis))
+        summary = run_replay(replay, output, analysis, None if plot is None else plot.take)
+        if plot is not None:
+            plot.draw(summary)
+        return exit_status(summary)
 
 
 def _doctor(options: argparse.Namespace) -> int:

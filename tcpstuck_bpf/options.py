@@ -50,6 +50,21 @@ def file_name(text: str) -> str:
     return _named("a file", text)
 
 
+PLOT_FORMS = (".svg", ".png", ".pdf")
+
+
+def plot_file(text: str) -> str:
+    """The name of a file to draw into. Its ending says in which form."""
+    if not file_name(text).lower().endswith(PLOT_FORMS) or text.lower() in PLOT_FORMS:
+        *others, last = PLOT_FORMS
+        raise WrongValueError(
+            f"{text} does not say in which form to draw",
+            f"its name does not end with {', '.join(others)} or {last}",
+            "write for example --plot run.svg",
+        )
+    return text
+
+
 def netns_name(text: str) -> str:
     """A path or a name of a network namespace, but not an empty one."""
     return _named("a network namespace", text)
@@ -244,6 +259,13 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         type=heartbeat_interval,
         help="say on standard error, so often, that it still watches (default: 5m in logs, off on "
         "a terminal and with --json)",
+    )
+    output.add_argument(
+        "--plot",
+        metavar="FILE",
+        type=plot_file,
+        help="with --replay, draw the handshakes and the listeners' queues into this file: .svg, "
+        ".png or .pdf; needs matplotlib",
     )
     output.add_argument("--json", action="store_true", help="print JSON Lines instead of a table")
     output.add_argument(

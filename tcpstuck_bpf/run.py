@@ -59,6 +59,7 @@ from tcpstuck_bpf.summary import Summary
 from tcpstuck_bpf.terminal import understands_escapes
 
 if TYPE_CHECKING:
+    from tcpstuck_bpf.conversions.command import PlotFile
     from tcpstuck_bpf.exporter.export import Exporter
     from tcpstuck_bpf.kernel.source import KernelSource
     from tcpstuck_bpf.rescue.rescuer import Rescuing
@@ -179,6 +180,16 @@ def exporter_for(options: argparse.Namespace) -> Exporter | None:
     return Exporter(options.metrics, options.metrics_file)
 
 
+def plot_for(options: argparse.Namespace, analysis: Analysis) -> PlotFile | None:
+    """The plot of a replay if one is wanted, else None. Raises UsageError or CannotTraceError."""
+    if options.plot is None:
+        return None
+    # Imported only where it is used: many machines lack matplotlib.
+    from tcpstuck_bpf.conversions.command import PlotFile
+
+    return PlotFile(options.plot, analysis, options.only)
+
+
 def one_vmlinux(options: argparse.Namespace) -> str | None:
     """The only file of --vmlinux; None without the option. Raises UsageError for several files."""
     files: list[str] = options.vmlinux or []
@@ -252,6 +263,16 @@ def refuse_without_rescue(options: argparse.Namespace) -> None:
             )
 
 
+def refuse_without_replay(options: argparse.Namespace) -> None:
+    """Raises UsageError for an option that needs --replay."""
+    if options.plot is not None:
+        raise UsageError(
+            "--plot needs --replay",
+            "it draws a recording",
+            "trace with --record FILE; then write --replay FILE --plot OUT.svg",
+        )
+
+
 def trace(options: argparse.Namespace) -> int:
     """Trace according to the options. Returns the exit status.
 
@@ -259,6 +280,7 @@ def trace(options: argparse.Namespace) -> int:
     """
     interrupts = Interrupts()
     refuse_without_rescue(options)
+    refuse_without_replay(options)
     with contextlib.suppress(OSError):  # writing it later fails for the same reason
         remove_ready_file(options.ready_file)
     refuse_unusable_files(options)

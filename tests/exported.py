@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections import defaultdict
 from collections.abc import Mapping
@@ -24,8 +25,17 @@ Exported = Mapping[str, Mapping[tuple[str, ...], float]]
 
 def needs_prometheus_client() -> None:
     """Skip where the library is missing; fail where `make test` should have it."""
+    _needs("prometheus_client")
+
+
+def needs_matplotlib() -> None:
+    """The same for the plot's library."""
+    _needs("matplotlib")
+
+
+def _needs(library: str) -> None:
     try:
-        import prometheus_client  # noqa: F401
+        importlib.import_module(library)
     except ImportError as error:
         if os.environ.get(FORCE):
             pytest.fail(f"{error}; the extra `dev` of setup.cfg brings it: run make setup")

@@ -22,6 +22,11 @@ class Selection:
         self._only = frozenset(only)
         self.nothing = nothing
 
+    @property
+    def chooses(self) -> bool:
+        """Whether only some verdicts are to be shown."""
+        return bool(self._only)
+
     def of(self, findings: list[Finding]) -> list[Finding]:
         """The findings to show, in order."""
         if self.nothing:

@@ -20,7 +20,7 @@ FLOORS = (
     ("cli",),
     ("run", "doctor"),
     ("view",),
-    ("preflight", "heartbeat", "narrowing", "exporter", "interrupts"),
+    ("preflight", "heartbeat", "narrowing", "exporter", "conversions", "interrupts"),
     ("options", "kernel", "app"),
     ("rescue", "output", "typeinfo", "analysis", "option_values"),
     ("host", "summary"),
@@ -37,6 +37,8 @@ PURE = (
     *(f"rescue.{name}" for name in ("accept_queues", "candidate", "pace", "planner", "policy")),
     *("host.netns_numbers", "host.nftables_text", "host.ruleset_text", "host.xtables_text"),
     *(f"view.{name}" for name in ("frame", "rows", "snapshot", "state")),
+    *(f"conversions.{name}" for name in ("describe", "handshakes", "layout", "looks", "picture")),
+    *(f"conversions.{name}" for name in ("queues", "symbols")),
 )
 """Pure modules in rooms that are not, or in none."""
 TOUCH_THE_KERNEL = ("kernel", "typeinfo", "host", "doctor")
@@ -75,6 +77,9 @@ ONLY_SOME_RUNS_NEED = {
     # --live:
     *(f"{PACKAGE}.view.{n}" for n in ("command", "frame", "output", "rows", "screen", "snapshot")),
     "curses",
+    # --plot:
+    *(f"{PACKAGE}.conversions.{name}" for name in ("command", "describe", "drawing", "picture")),
+    "matplotlib",
     # The table at the end of a run:
     "html",
     "tabulate",

@@ -1,0 +1,1 @@
+"""Puts a recording into other forms: a picture."""
