@@ -78,7 +78,7 @@ class Plot:
                 *_left_out(counts, len(drawn)),
                 *_without_trace(counts, summary),
                 *_at_the_edge(lanes, end_ns, ended_ns - origin_ns),
-                *_dots(lanes),
+                *_about_symbols(lanes),
                 *_more_listeners(len(listeners) - len(panels)),
                 *self._cut_off(summary),
             ),
@@ -252,7 +252,7 @@ def _left_out(counts: Sequence[Count], drawn: int) -> Iterator[str]:
     if number > drawn:
         yield (
             f"{grouped(number - drawn)} of {grouped(number)} handshakes are not drawn: there is "
-            f"room for {grouped(MOST_LANES)}, stuck clients first."
+            f"room for {grouped(MOST_LANES)}: stuck clients first, and of equals a sample."
         )
 
 
@@ -277,7 +277,9 @@ def _at_the_edge(lanes: Sequence[Lane], end_ns: int, ended_ns: int) -> Iterator[
         )
 
 
-def _dots(lanes: Sequence[Lane]) -> Iterator[str]:
+def _about_symbols(lanes: Sequence[Lane]) -> Iterator[str]:
+    if lanes:
+        yield "Symbols on one line that would overlap stand side by side."
     if len(lanes) > MOST_LABELLED:
         yield "Where lines are close together, only some symbols are whole, and the others dots."
 

@@ -1,6 +1,6 @@
 """Draws a picture with matplotlib. No other module imports that library; it is optional.
 
-Debian 11 has version 3.3. Nothing here needs a display: pyplot, which would look for one, is not
+Debian 12 has version 3.6. Nothing here needs a display: pyplot, which would look for one, is not
 used. Neither a matplotlibrc nor the time matters, so that a picture always gives the same bytes.
 """
 
@@ -28,6 +28,7 @@ from tcpstuck_bpf.conversions.layout import (
     is_labelled,
     kinds_of,
     layout,
+    row_of,
     shortened,
 )
 from tcpstuck_bpf.conversions.looks import BLACK, GREY, MARKS, VERDICTS, Look
@@ -41,7 +42,6 @@ from tcpstuck_bpf.conversions.picture import (
 )
 from tcpstuck_bpf.conversions.symbols import chosen, side_by_side
 from tcpstuck_bpf.errors import CannotTraceError
-from tcpstuck_bpf.output.page import grouped
 
 # It warns of a home without a place for its cache.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
@@ -131,7 +131,10 @@ class _Drawing:
             axes.append(self._axes(top, PANEL))
             _draw_panel(panel, axes[-1], picture.end_ns)
         if picture.panels:
-            rows = [Line2D([], [], **look, label=name) for name, look in _QUEUES.items()]
+            rows = [
+                Line2D([], [], label=name, **{**_QUEUE_LINE, **look})
+                for name, look in _QUEUES.items()
+            ]
             self._legend("queues: known lengths", rows, at.panels_tops[0] - LEGEND_TITLE / 2)
         for one in axes[:-1]:
             one.tick_params(labelbottom=False)
@@ -198,11 +201,6 @@ class _Drawing:
 
 def _verdict_row(count: Count) -> Any:
     look = _look(count.verdict)
-    number = grouped(count.number)
-    if count.last < count.number:
-        number = f"{number}, at the end {grouped(count.last)}"
-    if not count.drawn:
-        number = f"{number}, none drawn"
     return Line2D(
         [],
         [],
@@ -213,7 +211,7 @@ def _verdict_row(count: Count) -> Any:
         markersize=_VERDICT,
         markeredgecolor=BLACK,
         markeredgewidth=0.5,
-        label=f"{count.verdict or 'no verdict yet'}: {number}",
+        label=row_of(count),
     )
 
 
@@ -246,7 +244,8 @@ class _Lanes:
     def draw(self) -> None:
         """Draw them all."""
         lanes, axes = self._picture.lanes, self._axes
-        axes.set_ylim(len(lanes) + 0.7, 0.3)
+        room = max(0.7, _GAP / 2 / self._pitch)
+        axes.set_ylim(len(lanes) + room, 1 - room)
         self._lines()
         self._all_symbols()
         if not lanes:
@@ -263,7 +262,8 @@ class _Lanes:
             axes.tick_params(axis="y", length=0)
         else:
             axes.set_ylabel("handshakes, by their first SYN", fontsize=_TEXT)
-            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+            ticks = MaxNLocator(integer=True).tick_values(1, len(lanes))
+            axes.set_yticks([tick for tick in ticks if 1 <= tick <= len(lanes)])
 
     def _numbered(self) -> Iterable[tuple[int, Lane]]:
         return enumerate(self._picture.lanes, 1)
@@ -353,16 +353,11 @@ class _Lanes:
 
 
 _MANY_READINGS = 120
+_QUEUE_LINE = {"linewidth": 1.2}
 _QUEUES: dict[str, dict[str, Any]] = {
-    "accept queue": {"color": BLACK, "linewidth": 1.2, "marker": "o", "markersize": 3.5},
-    "SYN queue": {
-        "color": GREY,
-        "linewidth": 1.2,
-        "marker": "s",
-        "markersize": 5.0,
-        "markerfacecolor": "none",
-    },
-    "limit of both": {"color": BLACK, "linewidth": 0.9, "linestyle": "--"},
+    "accept queue": {"color": BLACK, "marker": "o", "markersize": 3.5, "zorder": 3},
+    "SYN queue": {"color": GREY, "marker": "s", "markersize": 5.0, "markerfacecolor": "none"},
+    "limit of both": {"color": BLACK, "linestyle": "--", "linewidth": 0.9},
 }
 
 
@@ -374,7 +369,7 @@ def _draw_panel(panel: Panel, axes: Any, end_ns: int) -> None:
         xs = [_seconds(one.time_ns) for one in readings]
         ys = [one.entries for one in readings]
         steps = "steps-post" if readings is limit else "default"
-        axes.plot(xs, ys, drawstyle=steps, **{**look, **many})
+        axes.plot(xs, ys, drawstyle=steps, **{**_QUEUE_LINE, **look, **many})
     every = [one.entries for one in (*panel.accept_queue, *panel.syn_queue, *panel.limit)]
     axes.set_ylim(0, max(1, 1.18 * max(every, default=1)))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))

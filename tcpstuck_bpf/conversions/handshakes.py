@@ -5,8 +5,10 @@ Times are CLOCK_MONOTONIC nanoseconds.
 
 from __future__ import annotations
 
+import heapq
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from tcpstuck_bpf.analysis import Analysis
@@ -270,8 +272,8 @@ class Handshakes:
                 return
 
     def _make_room(self) -> None:
-        """Let a quarter of the handshakes go: the least important, of these the newest."""
-        ordered = sorted(self._kept.values(), key=lambda story: (story.rank, *in_order(story)))
+        """Let a quarter of the handshakes go, the least important ones."""
+        ordered = sorted(self._kept.values(), key=_by_importance)
         for story in ordered[MOST_KEPT * 3 // 4 :]:
             del self._kept[story.identity]
             self._let_go[story.last.name if story.last else ""] += 1
@@ -309,13 +311,16 @@ def _identity(report: FlowReport) -> HandshakeId:
     return HandshakeId(report.four_tuple, report.handshake.first_syn_ns)
 
 
-def sample(stories: Sequence[Story], most: int) -> list[Story]:
-    """The most important stories in their order; of equals that do not all fit, every so many."""
-    chosen: list[Story] = []
-    for rank in sorted({story.rank for story in stories}):
-        alike = [story for story in stories if story.rank == rank]
-        room = most - len(chosen)
-        if len(alike) > room:
-            alike = [alike[place * len(alike) // room] for place in range(room)]
-        chosen += alike
-    return sorted(chosen, key=in_order)
+def _by_importance(story: Story) -> tuple[int, int, int, FourTuple]:
+    """The order in which stories are wanted. Of equals, chance decides, and not their age.
+
+    The chance is a checksum, so it is the same each time.
+    """
+    who, first_syn_ns = story.identity
+    chance = zlib.crc32(b"%b%d %d" % (who.client_address, who.client_port, first_syn_ns))
+    return (story.rank, chance, *in_order(story))
+
+
+def sample(stories: Iterable[Story], most: int) -> list[Story]:
+    """The most important stories, by their first SYN; of equals that do not all fit, a sample."""
+    return sorted(heapq.nsmallest(most, stories, key=_by_importance), key=in_order)

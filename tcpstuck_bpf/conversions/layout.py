@@ -6,7 +6,8 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from tcpstuck_bpf.conversions.picture import MOST_LABELLED, Lane, MarkKind, Picture
+from tcpstuck_bpf.conversions.picture import MOST_LABELLED, Count, Lane, MarkKind, Picture
+from tcpstuck_bpf.output.page import grouped
 
 WIDTH = 12.0
 RIGHT = 3.0
@@ -27,7 +28,7 @@ _LANE, _DENSE_LANE = 0.19, 0.013
 _HIGHEST_LANES = 9.0
 _TIME_AXIS = 0.5
 _INCHES_PER_LETTER = LABEL_POINTS * 0.64 / 72
-_TITLE_COLUMNS, _SUBTITLE_COLUMNS, _CAPTION_COLUMNS = 124, 170, 195
+_TITLE_COLUMNS, _SUBTITLE_COLUMNS, _CAPTION_COLUMNS = 124, 170, 205
 _PANEL_COLUMNS = 130
 _MOST_LINES = 6
 
@@ -93,6 +94,14 @@ def _height_of_lanes(picture: Picture) -> float:
     legends = rows * LEGEND_ROW + 2 * LEGEND_TITLE + BETWEEN_LEGENDS
     dense = max(MOST_LABELLED * _LANE * 0.6, min(number * _DENSE_LANE, _HIGHEST_LANES))
     return max(legends, number * _LANE if is_labelled(picture) else dense)
+
+
+def row_of(count: Count) -> str:
+    """The row of a verdict in the legend."""
+    row = f"{count.verdict or 'no verdict yet'}: {grouped(count.number)}"
+    if count.last < count.number:
+        row += f", at the end {grouped(count.last)}"
+    return row if count.drawn else f"{row}, none drawn"
 
 
 def shortened(text: str, columns: int = _PANEL_COLUMNS) -> str:
