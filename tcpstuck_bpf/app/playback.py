@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.app.interfaces import Output
 from tcpstuck_bpf.errors import RecordingError
+from tcpstuck_bpf.judge.verdict import Finding
 from tcpstuck_bpf.recording.replay import Replay
-from tcpstuck_bpf.steps import Ended, Rescued
+from tcpstuck_bpf.steps import Ended, Rescued, Step
 from tcpstuck_bpf.summary import Summary
 
 
-def run_replay(replay: Replay, output: Output, analysis: Analysis | None = None) -> Summary:
+def _nothing(_step: Step, _findings: list[Finding]) -> None:
+    pass
+
+
+def run_replay(
+    replay: Replay,
+    output: Output,
+    analysis: Analysis | None = None,
+    beside: Callable[[Step, list[Finding]], None] = _nothing,
+) -> Summary:
     """Print the findings and the summary of a recording, up to its end or its last whole line.
 
     `analysis`: a new Analysis with the recording's header, if the caller uses it as well.
+    `beside` gets each step that the analysis has taken, with its findings.
 
     Raises RecordingError if the recording is damaged.
     """
     analysis = Analysis(replay.header) if analysis is None else analysis
     for step in replay.steps():
         findings = analysis.take(step)
+        beside(step, findings)
         if findings:
             output.findings(findings)
         if isinstance(step, Rescued):

@@ -13,8 +13,9 @@ from tcpstuck_bpf.model import ATTEMPT_NOT_SENT, Attempt, Ending, EventKind, Han
 
 MAX_ENTRIES = 24
 
-# The entry's time and the event's time come from one program run, but from two clock reads.
-_SAME_SEGMENT_NS = 1_000_000
+SAME_SEGMENT_NS = 1_000_000
+"""Times that are less than this apart are of one segment: the entry's time and the event's time
+come from one program run, but from two clock reads."""
 
 _KIND_TEXT: dict[int, str] = {
     EventKind.SYN_REPEATED: "SYN repeated",
@@ -28,7 +29,7 @@ _KIND_TEXT: dict[int, str] = {
     EventKind.REPLACED: "SYN of a new handshake",
     EventKind.NO_LISTENER: "found no listener",
 }
-_KIND_OF_ENDING: dict[int, EventKind] = {
+KIND_OF_ENDING: dict[int, EventKind] = {
     Ending.COMPLETED: EventKind.COMPLETED,
     Ending.REJECTED: EventKind.ACK_REJECTED,
     Ending.RESET: EventKind.RESET,
@@ -122,7 +123,7 @@ def _remembered(entry: Handshake) -> Iterator[tuple[int, frozenset[EventKind], s
         if entry.acks_filtered > 1:
             detail = f"the last of {entry.acks_filtered}, dropped before TCP"
             yield entry.last_ack_filtered_ns, filters, what, detail
-    kind = _KIND_OF_ENDING.get(entry.ending)
+    kind = KIND_OF_ENDING.get(entry.ending)
     if kind is not None:
         yield entry.ended_ns, frozenset({kind}), _KIND_TEXT[kind], "end of the table entry"
 
@@ -145,9 +146,7 @@ def build_timeline(
     entries = [
         TimelineEntry(time_ns, what, detail)
         for time_ns, kinds, what, detail in _remembered(entry)
-        if not any(
-            s.kind in kinds and abs(s.time_ns - time_ns) < _SAME_SEGMENT_NS for s in segments
-        )
+        if not any(s.kind in kinds and abs(s.time_ns - time_ns) < SAME_SEGMENT_NS for s in segments)
     ]
     entries += [
         TimelineEntry(
