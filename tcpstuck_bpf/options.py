@@ -162,6 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_output(parser)
     _add_metrics(parser)
     _add_running(parser)
+    _add_conversions(parser)
     _add_rescue(parser)
     _add_kernel(parser)
     return parser
@@ -328,6 +329,17 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--dry-run", action="store_true", help="compile, load, attach, then stop")
     run.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+
+
+def _add_conversions(parser: argparse.ArgumentParser) -> None:
+    conversions = parser.add_argument_group("a recording in other forms (with --replay)")
+    conversions.add_argument(
+        "--pcap",
+        metavar="FILE",
+        type=file_name,
+        help="write the known packets of handshakes with a verdict as a packet capture (pcapng), "
+        "with a comment on each; --only chooses verdicts",
+    )
 
 
 def _add_rescue(parser: argparse.ArgumentParser) -> None:

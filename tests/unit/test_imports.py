@@ -20,7 +20,7 @@ FLOORS = (
     ("cli",),
     ("run", "doctor"),
     ("view",),
-    ("preflight", "heartbeat", "narrowing", "exporter", "interrupts"),
+    ("preflight", "heartbeat", "narrowing", "exporter", "interrupts", "conversions"),
     ("options", "kernel", "app"),
     ("rescue", "output", "typeinfo", "analysis", "option_values"),
     ("host", "summary"),
@@ -37,6 +37,7 @@ PURE = (
     *(f"rescue.{name}" for name in ("accept_queues", "candidate", "pace", "planner", "policy")),
     *("host.netns_numbers", "host.nftables_text", "host.ruleset_text", "host.xtables_text"),
     *(f"view.{name}" for name in ("frame", "rows", "snapshot", "state")),
+    *(f"conversions.{name}" for name in ("packets", "pcapng", "stories")),
 )
 """Pure modules in rooms that are not, or in none."""
 TOUCH_THE_KERNEL = ("kernel", "typeinfo", "host", "doctor")
@@ -75,12 +76,14 @@ ONLY_SOME_RUNS_NEED = {
     # --live:
     *(f"{PACKAGE}.view.{n}" for n in ("command", "frame", "output", "rows", "screen", "snapshot")),
     "curses",
+    # --pcap:
+    *(f"{PACKAGE}.conversions.{n}" for n in ("capture", "frames", "packets", "pcapng", "stories")),
     # The table at the end of a run:
     "html",
     "tabulate",
     # The compiler, which is a process of its own:
     "bcc",
-    # What modules of the standard library draw in, and nobody here means to:
+    # What modules of the standard library draw in; here only conversions.frames means to:
     "importlib.resources",
     "tempfile",
     "zipfile",
@@ -258,6 +261,7 @@ DOORS = {
 OTHER_WRITERS = {
     *("kernel.compiler", "kernel.kept_files", "files"),
     *("host.ruleset_child", "typeinfo.decompression", "exporter.server"),
+    *("conversions.capture", "conversions.frames"),
 }
 """Their bytes are for programs, or their standard error is read by the process that traces."""
 

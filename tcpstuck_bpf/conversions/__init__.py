@@ -1,0 +1,1 @@
+"""A recording in other forms: a picture, a packet capture."""
