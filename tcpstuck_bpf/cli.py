@@ -21,6 +21,7 @@ from tcpstuck_bpf.console import (
     discard,
     open_standard_streams,
     print_lines,
+    print_source,
     remark,
     say,
     unforeseen,
@@ -49,6 +50,7 @@ _REPLAY_OPTIONS = frozenset(
     | {"port", "family", "listener", "netns", "timeout", "pcap"}
 )
 _DOCTOR_OPTIONS = frozenset({"doctor", "vmlinux", "against", "json", "verbose"})
+_PRINT_OPTIONS = frozenset({"print_bpf", "vmlinux", "rescue", "why", "probe_mode"})
 _BUILD_OPTIONS = frozenset({"build", "vmlinux", "rescue", "why", "port"})
 
 
@@ -179,6 +181,24 @@ def _build(options: argparse.Namespace) -> int:
     return EXIT_NOTHING_STUCK
 
 
+def _print_bpf(options: argparse.Namespace) -> int:
+    _refuse_beside(
+        "--print-bpf",
+        _PRINT_OPTIONS,
+        options,
+        "--print-bpf prints the programs' text and does not trace; the text serves every port",
+        "leave it out; --rescue, --no-why, --probe-mode and --vmlinux choose what is compiled",
+    )
+    from tcpstuck_bpf.preflight import refuse_unusable_files
+
+    refuse_unusable_files(options)
+    from tcpstuck_bpf.kernel.printed_text import printed_text
+    from tcpstuck_bpf.run import attach_request
+
+    print_source(printed_text(attach_request(options), options.probe_mode))
+    return EXIT_NOTHING_STUCK
+
+
 def _explain(options: argparse.Namespace) -> int:
     _refuse_beside(
         "--explain",
@@ -210,6 +230,8 @@ def _run(options: argparse.Namespace) -> int:
         return _doctor(options)
     if options.build is not None:
         return _build(options)
+    if options.print_bpf:
+        return _print_bpf(options)
     if options.replay is not None:
         return _replay(options)
     _refuse_without_replay(options)

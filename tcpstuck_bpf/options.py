@@ -407,6 +407,11 @@ def _add_kernel(parser: argparse.ArgumentParser) -> None:
         help="use programs that --build made, possibly on another machine; needs no BCC",
     )
     kernel.add_argument(
+        "--print-bpf",
+        action="store_true",
+        help="print the C text that would be compiled for this kernel; needs neither root nor BCC",
+    )
+    kernel.add_argument(
         "--doctor", action="store_true", help="check every precondition and name the remedies"
     )
     kernel.add_argument(

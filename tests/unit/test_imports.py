@@ -78,6 +78,8 @@ ONLY_SOME_RUNS_NEED = {
     "curses",
     # --pcap:
     *(f"{PACKAGE}.conversions.{n}" for n in ("capture", "frames", "packets", "pcapng", "stories")),
+    # --print-bpf:
+    f"{PACKAGE}.kernel.printed_text",
     # The table at the end of a run:
     "html",
     "tabulate",
@@ -248,6 +250,7 @@ def test_the_walk_sees_imports_of_every_form(tmp_path: Path) -> None:
 
 DOORS = {
     "console.print_lines",
+    "console.print_source",
     "console._write",
     "output.writers.findings",
     "output.writers.attempts",

@@ -367,6 +367,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_shown(
         ["--doctor"],
         ["--build", "built"],
         ["--explain"],
+        ["--print-bpf"],
         ["--dry-run"],
     ],
 )
