@@ -38,6 +38,7 @@ from tcpstuck_bpf.model import (
     Tally,
     living_of,
 )
+from tcpstuck_bpf.rulesets import KernelNames
 from tcpstuck_bpf.steps import (
     Advanced,
     Ended,
@@ -196,6 +197,11 @@ class Analysis:
             if finding is not None and not finding.to_be_updated:
                 self._stuck.take(finding)
                 yield finding._replace(updates=finding.verdict)
+
+    @property
+    def names(self) -> KernelNames:
+        """The names of the kernel's numbers that are known by now."""
+        return self._names
 
     @property
     def awaits_rules(self) -> bool:

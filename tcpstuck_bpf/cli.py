@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tcpstuck_bpf import terminal
 from tcpstuck_bpf.console import (
@@ -20,6 +21,7 @@ from tcpstuck_bpf.console import (
     discard,
     open_standard_streams,
     print_lines,
+    print_source,
     remark,
     say,
     unforeseen,
@@ -35,15 +37,20 @@ from tcpstuck_bpf.option_values import ports_of, ports_text
 from tcpstuck_bpf.options import as_written, build_parser
 from tcpstuck_bpf.output.explain import explanation, verdict_list
 
+if TYPE_CHECKING:
+    from tcpstuck_bpf.analysis import Analysis
+    from tcpstuck_bpf.conversions.capture import Capture
+
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 _OUTPUT_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EAGAIN})
 """Errors of the disk or terminal behind standard output. Other files have messages of their own."""
 
 _REPLAY_OPTIONS = frozenset(
-    {"replay", "json", "each", "verbose", "only", "summary", "live", "metrics_file", "plot"}
-    | {"port", "family", "listener", "netns", "timeout"}
+    {"replay", "json", "each", "verbose", "only", "summary", "live"}
+    | {"metrics_file", "plot", "pcap", "port", "family", "listener", "netns", "timeout"}
 )
 _DOCTOR_OPTIONS = frozenset({"doctor", "vmlinux", "against", "json", "verbose"})
+_PRINT_OPTIONS = frozenset({"print_bpf", "vmlinux", "rescue", "why", "probe_mode"})
 _BUILD_OPTIONS = frozenset({"build", "vmlinux", "rescue", "why", "port"})
 
 
@@ -66,8 +73,8 @@ def _replay(options: argparse.Namespace) -> int:
         options,
         "the recording determines what was traced, and how",
         "leave it out; -p, -4, -6, --listener, --netns and -t choose what is judged; --json, "
-        "--only, --each, -v, --summary and --live choose what is shown, --metrics-file writes "
-        "metrics, and --plot draws",
+        "--only, --each, -v, --summary and --live choose what is shown; --metrics-file writes "
+        "metrics, --plot draws, and --pcap writes packets",
     )
     from tcpstuck_bpf.analysis import Analysis
     from tcpstuck_bpf.app.playback import run_replay
@@ -93,17 +100,42 @@ def _replay(options: argparse.Namespace) -> int:
     output = output_for(options, replay.header)
     exporter = exporter_for(options)
     plot = plot_for(options, analysis)
+    capture = _capture_for(options, analysis)
     with Ending(remark) as ending:
+        if capture is not None:
+            ending.add("the unfinished file of --pcap was not removed", capture.close)
         if options.live:
             output = replay_view(analysis, lambda: output_for(options, replay.header))
             ending.add("the terminal was not given back", output.close)
         if exporter is not None:
             ending.add("the metrics are not those of the end", exporter.close)
             output = exporter.beside_replay(output, analysis)
-        summary = run_replay(replay, output, analysis, None if plot is None else plot.take)
+        converters = [one for one in (plot, capture) if one is not None]
+        summary = run_replay(replay, output, analysis, [one.take for one in converters])
+        if capture is not None:
+            capture.finish()
         if plot is not None:
             plot.draw(summary)
         return exit_status(summary)
+
+
+def _capture_for(options: argparse.Namespace, analysis: Analysis) -> Capture | None:
+    """The capture of --pcap, else None. Raises UsageError where it cannot be written."""
+    if options.pcap is None:
+        return None
+    from tcpstuck_bpf.conversions.capture import Capture
+
+    return Capture(options.pcap, analysis, options.only)
+
+
+def _refuse_without_replay(options: argparse.Namespace) -> None:
+    """Raises UsageError for an option that converts a recording and has none."""
+    if options.pcap is not None:
+        raise UsageError(
+            "--pcap needs --replay",
+            "it converts a recording, and a run makes none without --record",
+            "record the run (--record FILE), then write --replay FILE --pcap OUT.pcapng",
+        )
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -152,6 +184,24 @@ def _build(options: argparse.Namespace) -> int:
     return EXIT_NOTHING_STUCK
 
 
+def _print_bpf(options: argparse.Namespace) -> int:
+    _refuse_beside(
+        "--print-bpf",
+        _PRINT_OPTIONS,
+        options,
+        "--print-bpf prints the programs' text and does not trace; the text serves every port",
+        "leave it out; --rescue, --no-why, --probe-mode and --vmlinux choose what is compiled",
+    )
+    from tcpstuck_bpf.preflight import refuse_unusable_files
+
+    refuse_unusable_files(options)
+    from tcpstuck_bpf.kernel.printed_text import printed_text
+    from tcpstuck_bpf.run import attach_request
+
+    print_source(printed_text(attach_request(options), options.probe_mode))
+    return EXIT_NOTHING_STUCK
+
+
 def _explain(options: argparse.Namespace) -> int:
     _refuse_beside(
         "--explain",
@@ -183,8 +233,11 @@ def _run(options: argparse.Namespace) -> int:
         return _doctor(options)
     if options.build is not None:
         return _build(options)
+    if options.print_bpf:
+        return _print_bpf(options)
     if options.replay is not None:
         return _replay(options)
+    _refuse_without_replay(options)
     from tcpstuck_bpf.run import trace
 
     return trace(options)

@@ -80,6 +80,12 @@ def print_lines(lines: Iterable[str]) -> None:
         sys.stdout.flush()
 
 
+def print_source(lines: Iterable[str]) -> None:
+    """Print lines of a source text, whose tabs stay."""
+    for line in lines:
+        sys.stdout.write("\t".join(map(terminal.printable, line.split("\t"))) + "\n")
+
+
 def complain(lines: Iterable[str]) -> None:
     """Write lines to standard error. A failure does not change the exit status."""
     _write("".join(map(terminal.line, lines)))

@@ -51,7 +51,12 @@ class OutputFile:
             with contextlib.suppress(PermissionError):
                 os.fchmod(self.descriptor, mode)
 
-    def write(self, data: bytes) -> None:
+    @property
+    def is_new(self) -> bool:
+        """Whether this is a new file that has not got its name yet."""
+        return self._unfinished is not None
+
+    def write(self, data: bytes | bytearray) -> None:
         """Write all of `data`. Raises OSError, possibly after a part was written."""
         view = memoryview(data)
         while view:

@@ -177,6 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_output(parser)
     _add_metrics(parser)
     _add_running(parser)
+    _add_conversions(parser)
     _add_rescue(parser)
     _add_kernel(parser)
     return parser
@@ -352,6 +353,17 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
 
 
+def _add_conversions(parser: argparse.ArgumentParser) -> None:
+    conversions = parser.add_argument_group("a recording in other forms (with --replay)")
+    conversions.add_argument(
+        "--pcap",
+        metavar="FILE",
+        type=file_name,
+        help="write the known packets of handshakes with a verdict as a packet capture (pcapng), "
+        "with a comment on each; --only chooses verdicts",
+    )
+
+
 def _add_rescue(parser: argparse.ArgumentParser) -> None:
     rescue = parser.add_argument_group("mending stuck clients (off by default)")
     rescue.add_argument(
@@ -415,6 +427,11 @@ def _add_kernel(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         type=file_name,
         help="use programs that --build made, possibly on another machine; needs no BCC",
+    )
+    kernel.add_argument(
+        "--print-bpf",
+        action="store_true",
+        help="print the C text that would be compiled for this kernel; needs neither root nor BCC",
     )
     kernel.add_argument(
         "--doctor", action="store_true", help="check every precondition and name the remedies"

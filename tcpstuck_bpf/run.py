@@ -202,7 +202,8 @@ def one_vmlinux(options: argparse.Namespace) -> str | None:
     return files[0] if files else None
 
 
-def _attach_request(options: argparse.Namespace) -> AttachRequest:
+def attach_request(options: argparse.Namespace) -> AttachRequest:
+    """How to attach by the options. Raises UsageError."""
     if options.against is not None:
         raise UsageError(
             "--against needs --doctor",
@@ -291,7 +292,7 @@ def trace(options: argparse.Namespace) -> int:
     settings = _settings(options)
     watched = _watched(options, settings.trace_filter)
     exporter = exporter_for(options)
-    source = _open_source(settings, _attach_request(options))
+    source = _open_source(settings, attach_request(options))
     with Ending(remark) as ending:
         ending.add("the programs were not detached cleanly", source.close)
         if options.live and not options.dry_run:

@@ -1,4 +1,4 @@
-"""Makes an IP packet from a SYN-ACK that the kernel built, to send it again. Pure.
+"""Makes an IP packet from a TCP segment: from the kernel's own SYN-ACK, to send it again. Pure.
 
 The TCP segment exists already; only an IP header and two checksums are missing. A packet library
 for that would be the largest dependency of all.
@@ -15,8 +15,12 @@ _CHECKSUM_AT = 16
 _SYN_ACK = 0x12
 _FLAGS = 0x3F
 _IPPROTO_TCP = 6
-_HOPS = 64
+HOPS = 64
+"""TTL or hop limit of a packet."""
+_MOST_BYTES = 0xFFFF
+"""Largest length that an IP header can hold."""
 _IPV4_DONT_FRAGMENT = 0x4000
+_IPV4_HEADER_BYTES = 20
 
 
 def checksum(data: bytes) -> int:
@@ -57,19 +61,45 @@ def synack_packet(four_tuple: FourTuple, tcp_segment: bytes) -> bytes:
     The segment is cut at its own header length, and the checksums are computed.
     """
     segment = tcp_segment[: _header_bytes(tcp_segment)]
-    if four_tuple.family == 4:
-        source, destination = four_tuple.server_address[12:], four_tuple.client_address[12:]
-        pseudo = source + destination + struct.pack("!HH", _IPPROTO_TCP, len(segment))
-    else:
-        source, destination = four_tuple.server_address, four_tuple.client_address
-        pseudo = source + destination + struct.pack("!II", len(segment), _IPPROTO_TCP)
+    client, server = addresses_of(four_tuple)
+    return ip_packet(server, client, segment)
+
+
+def addresses_of(four_tuple: FourTuple) -> tuple[bytes, bytes]:
+    """The client's and the server's address as in an IP header: 4 or 16 bytes."""
+    addresses = four_tuple.client_address, four_tuple.server_address
+    if four_tuple.family == 6:
+        return addresses
+    client, server = (address[-4:] for address in addresses)
+    return client, server
+
+
+def ip_packet(source: bytes, destination: bytes, segment: bytes, payload_length: int = 0) -> bytes:
+    """The IP packet of a TCP segment without payload, with computed checksums.
+
+    `payload_length` is the number of payload bytes that are cut off after the segment. The IP
+    header counts them, and TCP's checksum is the one for zeros in their place. A length that the
+    header cannot hold is 0 there, as in a packet that a device is still to split.
+    """
+    length = len(segment) + payload_length
+    is_ipv4 = len(source) == 4
+    width = "HH" if is_ipv4 else "II"
+    numbers = (_IPPROTO_TCP, length & _MOST_BYTES) if is_ipv4 else (length, _IPPROTO_TCP)
+    pseudo = source + destination + struct.pack(f"!{width}", *numbers)
     blank = segment[:_CHECKSUM_AT] + bytes(2) + segment[_CHECKSUM_AT + 2 :]
     whole = struct.pack("!H", checksum(pseudo + blank))
     segment = segment[:_CHECKSUM_AT] + whole + segment[_CHECKSUM_AT + 2 :]
-    if four_tuple.family == 6:
-        header = struct.pack("!IHBB", 6 << 28, len(segment), _IPPROTO_TCP, _HOPS)
-        return header + source + destination + segment
-    numbers = (0x45, 0, 20 + len(segment), 0, _IPV4_DONT_FRAGMENT, _HOPS, _IPPROTO_TCP)
+    return _ip_header(source, destination, length) + segment
+
+
+def _ip_header(source: bytes, destination: bytes, length: int) -> bytes:
+    """The IP header in front of so many bytes of TCP."""
+    if len(source) != 4:
+        told = length if length <= _MOST_BYTES else 0
+        return struct.pack("!IHBB", 6 << 28, told, _IPPROTO_TCP, HOPS) + source + destination
+    whole = _IPV4_HEADER_BYTES + length
+    told = whole if whole <= _MOST_BYTES else 0
+    numbers = (0x45, 0, told, 0, _IPV4_DONT_FRAGMENT, HOPS, _IPPROTO_TCP)
     header = struct.pack("!BBHHHBB", *numbers)
     of_header = struct.pack("!H", checksum(header + bytes(2) + source + destination))
-    return header + of_header + source + destination + segment
+    return header + of_header + source + destination

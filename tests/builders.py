@@ -249,10 +249,10 @@ class Table:
         self._loses = loses
         self._tell_after_ns = 0 if tell_healthy else TIMEOUT_NS * 3 // 4
 
-    def _tell(self, kind: EventKind, key: FourTuple, now_ns: int) -> bool:
+    def _tell(self, kind: EventKind, key: FourTuple, now_ns: int, **changes: Any) -> bool:
         if self._loses():
             return False
-        self.ring.append(event(kind, self.entries[key], now_ns, key))
+        self.ring.append(event(kind, self.entries[key], now_ns, key, **changes))
         return True
 
     def syn(self, key: FourTuple, isn: int, now_ns: int) -> None:
@@ -260,7 +260,7 @@ class Table:
         entry = self.entries.get(key)
         if entry is None or entry.ending or entry.client_isn != isn:
             if entry is not None and now_ns - entry.first_syn_ns >= self._tell_after_ns:
-                self._end(EventKind.REPLACED, Ending.REPLACED, key, now_ns)
+                self._replace(key, isn, now_ns)
             self.entries[key] = handshake(now_ns, client_isn=isn)
             return
         self.entries[key] = repeated(entry, now_ns)
@@ -272,7 +272,7 @@ class Table:
         if entry is None or entry.ending:
             return
         if entry.client_isn != isn:
-            self._end(EventKind.REPLACED, Ending.REPLACED, key, now_ns)
+            self._replace(key, isn, now_ns)
             return
         self.entries[key] = entry._replace(
             syn_count=entry.syn_count + 1, syns_dropped=entry.syns_dropped + 1, last_syn_ns=now_ns
@@ -283,17 +283,23 @@ class Table:
         """A SYN that gets a place in the SYN queue."""
         entry = self.entries.get(key)
         if entry is not None and entry.client_isn != isn:
-            self._end(EventKind.REPLACED, Ending.REPLACED, key, now_ns)
+            self._replace(key, isn, now_ns)
         elif entry is not None and not entry.ending and has_answered(entry):
             self._tell(EventKind.TAKEN_OVER, key, now_ns)
         else:
             self._end(EventKind.TAKEN_OVER, Ending.TAKEN_OVER, key, now_ns)
 
-    def _end(self, kind: EventKind, ending: Ending, key: FourTuple, now_ns: int) -> None:
+    def _end(
+        self, kind: EventKind, ending: Ending, key: FourTuple, now_ns: int, **changes: Any
+    ) -> None:
         entry = self.entries.get(key)
         if entry is not None and not entry.ending:
             self.entries[key] = ended(entry, ending, now_ns)
-            self._tell(kind, key, now_ns)
+            self._tell(kind, key, now_ns, **changes)
+
+    def _replace(self, key: FourTuple, isn: int, now_ns: int) -> None:
+        """End a handshake by the SYN of another one."""
+        self._end(EventKind.REPLACED, Ending.REPLACED, key, now_ns, sequence=isn)
 
     def reset(self, key: FourTuple, now_ns: int) -> None:
         """An RST that fits the handshake."""

@@ -17,20 +17,20 @@ def run_replay(
     replay: Replay,
     output: Output,
     analysis: Analysis | None = None,
-    also: Callable[[Step, Sequence[Finding]], None] | None = None,
+    also: Sequence[Callable[[Step, list[Finding]], None]] = (),
 ) -> Summary:
     """Print the findings and the summary of a recording, up to its end or its last whole line.
 
     `analysis`: a new Analysis with the recording's header, if the caller uses it as well. `also`
-    gets each step with its findings, right after the analysis took it.
+    get each step with its findings, right after the analysis took it.
 
     Raises RecordingError if the recording is damaged.
     """
     analysis = Analysis(replay.header) if analysis is None else analysis
     for step in replay.steps():
         findings = analysis.take(step)
-        if also is not None:
-            also(step, findings)
+        for taker in also:
+            taker(step, findings)
         if findings:
             output.findings(findings)
         if isinstance(step, Rescued):

@@ -1,1 +1,1 @@
-"""Puts a recording into other forms: a picture."""
+"""Puts a recording into other forms: a picture, a packet capture."""

@@ -14,8 +14,9 @@ from tcpstuck_bpf.model import ATTEMPT_NOT_SENT, Attempt, Ending, EventKind, Han
 
 MAX_ENTRIES = 24
 
-# The entry's time and the event's time come from one program run, but from two clock reads.
-_SAME_SEGMENT_NS = 1_000_000
+SAME_SEGMENT_NS = 1_000_000
+"""Times that are less than this apart are of one segment: the entry's time and the event's time
+come from one program run, but from two clock reads."""
 
 _KIND_TEXT: dict[int, str] = {
     EventKind.SYN_REPEATED: "SYN repeated",
@@ -29,7 +30,7 @@ _KIND_TEXT: dict[int, str] = {
     EventKind.REPLACED: "SYN of a new handshake",
     EventKind.NO_LISTENER: "found no listener",
 }
-_KIND_OF_ENDING: dict[int, EventKind] = {
+KIND_OF_ENDING: dict[int, EventKind] = {
     Ending.COMPLETED: EventKind.COMPLETED,
     Ending.REJECTED: EventKind.ACK_REJECTED,
     Ending.RESET: EventKind.RESET,
@@ -128,7 +129,7 @@ def _remembered(entry: Handshake) -> Iterator[Fact]:
         if entry.acks_filtered > 1:
             detail = f"the last of {entry.acks_filtered}, dropped before TCP"
             yield Fact(entry.last_ack_filtered_ns, filters, detail)
-    kind = _KIND_OF_ENDING.get(entry.ending)
+    kind = KIND_OF_ENDING.get(entry.ending)
     if kind is not None:
         yield Fact(entry.ended_ns, kind, "end of the table entry")
 
@@ -138,7 +139,7 @@ def facts_without_event(entry: Handshake, segments: Sequence[Segment]) -> Iterat
     for fact in _remembered(entry):
         kinds = _ANY_SYN if fact.kind in _ANY_SYN else {fact.kind}
         if not any(
-            one.kind in kinds and abs(one.time_ns - fact.time_ns) < _SAME_SEGMENT_NS
+            one.kind in kinds and abs(one.time_ns - fact.time_ns) < SAME_SEGMENT_NS
             for one in segments
         ):
             yield fact

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -423,13 +423,19 @@ def drop_of(report: FlowReport, names: KernelNames) -> Drop | None:
     return _by_check(report.handshake, names) if report.state is State.ACK_DROPPED else None
 
 
+def drop_at(place: int, reason: int, names: KernelNames) -> Drop:
+    """A drop before TCP by the kernel's numbers alone: without hook, and without rules."""
+    reason_name = names.reasons.get(reason)
+    place_name = names.places.get(place, f"{place:#x}")
+    return Drop(reason_name, place_name, _cause(reason_name, place_name))
+
+
 def _before_tcp(report: FlowReport, names: KernelNames) -> Drop:
     entry, who = report.handshake, report.four_tuple
-    reason = names.reasons.get(entry.filter_reason)
-    place = names.places.get(entry.filter_place, f"{entry.filter_place:#x}")
-    cause = _cause(reason, place)
+    drop = drop_at(entry.filter_place, entry.filter_reason, names)
+    cause, place = drop.cause, drop.place or ""
     if cause not in _BY_NETFILTER:
-        return Drop(reason, place, cause)
+        return drop
     hook = _hook(names.stacks.get(entry.filter_stack, ()))
     by_nftables = function_of(place).startswith("nft_")
     read = rules_after(names.rulesets.get(who.netns, ()), entry.last_ack_filtered_ns)
@@ -438,7 +444,7 @@ def _before_tcp(report: FlowReport, names: KernelNames) -> Drop:
         suspects = suspects.of_full_queue()
     elif cause is QUEUE_VERDICT:
         suspects = suspects.of_queue_verdict()
-    return Drop(reason, place, cause, hook, netfilter=suspects)
+    return replace(drop, hook=hook, netfilter=suspects)
 
 
 def _by_check(entry: Handshake, names: KernelNames) -> Drop:

@@ -268,7 +268,8 @@ def _rejected_segment(report: FlowReport, segment: Segment) -> Iterator[str]:
         yield "it acknowledges the cookie, more than 60 s after it was made"
 
 
-def _rejection_cause(counters: int) -> str:
+def rejection_cause(counters: int) -> str:
+    """Why the kernel refused an ACK for a cookie, by the counters that moved."""
     moved = f"kernel counters that moved: {counters_text(counters)}"
     if counters & Moved.UNKNOWN:
         return "the kernel's counters could not be read: the cause is unknown"
@@ -290,7 +291,7 @@ def _rejection(report: FlowReport) -> Iterator[str]:
     yield from _syn_sentences(report)
     when = _offset(report, entry.ended_ns)
     yield f"ACK returned to the listener at {when}; the listener answers with an RST"
-    yield _rejection_cause(entry.end_counters)
+    yield rejection_cause(entry.end_counters)
     segments = _segments(report, EventKind.ACK_REJECTED)
     if segments:
         yield from _rejected_segment(report, segments[-1])

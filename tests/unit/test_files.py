@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from tcpstuck_bpf import files
+from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.app.ready_file import write_ready_file
+from tcpstuck_bpf.conversions.capture import Capture
 from tcpstuck_bpf.errors import RecordingError, TcpstuckError, UsageError
 from tcpstuck_bpf.files import OutputFile, write_whole
 from tcpstuck_bpf.host import programs
@@ -39,7 +41,17 @@ def build(path: str) -> None:
     builder._write(Path(path), object())  # type: ignore[arg-type]
 
 
-@pytest.fixture(params=[record, write_ready_file, build], ids=["record", "ready", "build"])
+def capture(path: str) -> None:
+    analysis = Analysis(header())
+    made = Capture(path, analysis, ())
+    for step in (TallyTaken(tally(at(0))), Ended(at(9), {}, ())):
+        made.take(step, analysis.take(step))
+    made.close()
+
+
+@pytest.fixture(
+    params=[record, write_ready_file, build, capture], ids=["record", "ready", "build", "capture"]
+)
 def write(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Write:
     """Each way in which the tool writes a file that the user names."""
     monkeypatch.setattr(builder, "compile_in_child", lambda _wanted: b"programs")

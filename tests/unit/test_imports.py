@@ -39,6 +39,7 @@ PURE = (
     *(f"view.{name}" for name in ("frame", "rows", "snapshot", "state")),
     *(f"conversions.{name}" for name in ("describe", "handshakes", "layout", "looks", "picture")),
     *(f"conversions.{name}" for name in ("queues", "symbols")),
+    *(f"conversions.{name}" for name in ("packets", "pcapng", "stories")),
 )
 """Pure modules in rooms that are not, or in none."""
 TOUCH_THE_KERNEL = ("kernel", "typeinfo", "host", "doctor")
@@ -80,12 +81,16 @@ ONLY_SOME_RUNS_NEED = {
     # --plot:
     *(f"{PACKAGE}.conversions.{name}" for name in ("command", "describe", "drawing", "picture")),
     "matplotlib",
+    # --pcap:
+    *(f"{PACKAGE}.conversions.{n}" for n in ("capture", "frames", "packets", "pcapng", "stories")),
+    # --print-bpf:
+    f"{PACKAGE}.kernel.printed_text",
     # The table at the end of a run:
     "html",
     "tabulate",
     # The compiler, which is a process of its own:
     "bcc",
-    # What modules of the standard library draw in, and nobody here means to:
+    # What modules of the standard library draw in; here only conversions.frames means to:
     "importlib.resources",
     "tempfile",
     "zipfile",
@@ -250,6 +255,7 @@ def test_the_walk_sees_imports_of_every_form(tmp_path: Path) -> None:
 
 DOORS = {
     "console.print_lines",
+    "console.print_source",
     "console._write",
     "output.writers.findings",
     "output.writers.attempts",
@@ -263,6 +269,7 @@ DOORS = {
 OTHER_WRITERS = {
     *("kernel.compiler", "kernel.kept_files", "files"),
     *("host.ruleset_child", "typeinfo.decompression", "exporter.server"),
+    *("conversions.capture", "conversions.frames"),
 }
 """Their bytes are for programs, or their standard error is read by the process that traces."""
 
