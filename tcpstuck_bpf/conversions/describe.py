@@ -281,7 +281,7 @@ def _about_symbols(lanes: Sequence[Lane]) -> Iterator[str]:
     if lanes:
         yield "Symbols on one line that would overlap stand side by side."
     if len(lanes) > MOST_LABELLED:
-        yield "Where lines are close together, only some symbols are whole, and the others dots."
+        yield "Where lines are close, only some symbols are whole; the others are dots."
 
 
 def _more_listeners(number: int) -> Iterator[str]:
