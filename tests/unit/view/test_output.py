@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,6 +59,13 @@ class Errors(io.StringIO):
 
     def isatty(self) -> bool:
         return self._terminal
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_held() -> Iterator[None]:
+    """What a view holds is the whole process's: no other test may find it held."""
+    yield
+    console._held = None
 
 
 @pytest.fixture
