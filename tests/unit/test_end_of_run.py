@@ -437,12 +437,21 @@ def test_a_namespace_that_no_thread_can_enter_is_one_that_cannot_be_read(
     assert netns_counters._read_inside(path, lambda: {"one": 1}, netns.own_netns()) == {}
 
 
+class EndedByItsSweeps(Scripted):
+    """A run that ends after two sweeps, however long they take."""
+
+    def poll(self, timeout_ns: int) -> list[Any]:
+        if len(self.sweeps) >= 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().poll(timeout_ns)
+
+
 @pytest.mark.usefixtures("_signals_as_before")
 def test_a_run_without_a_terminal_says_that_it_goes_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(run_module, "_heartbeat_interval", lambda _options: 1)
-    assert run(Scripted(), monkeypatch, "-t", "0.003") == 0
+    assert run(EndedByItsSweeps(), monkeypatch, "-d", "60", "-t", "0.003") == EXIT_NOTHING_STUCK
     beats = [line for line in capsys.readouterr().err.splitlines() if "cookies sent" in line]
     assert beats
     assert beats[0].startswith("tcpstuck-trace: no cookies yet, watching every port for ")
