@@ -541,6 +541,9 @@ def counted(*packets: int | None, read_s: float, counted_s: float | None = None)
         ([counted(3, 5, read_s=0), counted(4, 6, read_s=0.2)], [4, 9]),
         ([counted(3, 5, read_s=0), counted(0, 6, read_s=0.2)], [4, 9]),
         ([counted(3, None, read_s=0), counted(3, None, read_s=0.2)], [9]),
+        # Of the last rule there is no counter, at either end.
+        ([counted(0, read_s=0.2)], [9]),
+        ([counted(3, read_s=0), counted(3, 6, read_s=0.2)], [9]),
         # The reading before had not ended when the packet came, or nobody knows when it did.
         ([counted(3, 5, read_s=0, counted_s=0.15), counted(3, 6, read_s=0.2)], [4, 9]),
         ([counted(3, 5, read_s=0, counted_s=0.095), counted(3, 6, read_s=0.2)], [4, 9]),
