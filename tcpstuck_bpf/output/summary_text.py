@@ -79,10 +79,12 @@ def _nothing_stuck(summary: Summary) -> str:
         return f"nothing to see: no listener of {summary.selection} is seen to send a SYN cookie"
     if summary.saw_nothing:
         return "nothing to see: no SYN cookie was sent, so no client could get stuck under one"
-    young = f"{counted(summary.pending, 'handshake')} too young for a verdict"
     if summary.nothing_judged:
-        return f"nothing is known yet: {young}, and no other"
-    return f"nothing stuck; {young}" if summary.pending else "nothing stuck"
+        several = f"all {grouped(summary.pending)} handshakes are"
+        who = "the only handshake is" if summary.pending == 1 else several
+        return f"nothing is known yet: {who} too young for a verdict"
+    young = f"; {counted(summary.pending, 'handshake')} too young for a verdict"
+    return f"nothing stuck{young * bool(summary.pending)}"
 
 
 class SummaryText:

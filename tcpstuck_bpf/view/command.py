@@ -50,7 +50,9 @@ def refuse_without_terminal(options: argparse.Namespace) -> None:
     for stream, name in ((sys.stdout, "standard output"), (sys.stdin, "standard input")):
         if stream is None or not stream.isatty():
             raise UsageError(
-                "--live needs a terminal", f"{name} is none", "leave --live out for plain lines"
+                "--live needs a terminal",
+                f"{name} is not one",
+                "leave --live out for plain lines",
             )
     _refuse_unknown_terminal()
 

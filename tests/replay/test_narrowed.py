@@ -212,7 +212,7 @@ def test_handshakes_that_are_all_too_young_are_no_all_clear(
     assert main(words) == EXIT_NOT_KNOWN
     shown = capsys.readouterr().out
     number = 6 - len(narrowed)
-    answer = f"nothing is known yet: {number} handshakes too young for a verdict, and no other"
+    answer = f"nothing is known yet: all {number} handshakes are too young for a verdict"
     assert answer in shown.splitlines()
     assert "nothing stuck" not in shown
 

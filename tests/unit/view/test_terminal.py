@@ -175,7 +175,7 @@ def test_without_a_terminal_it_is_refused_before_the_machine_is_looked_at(
     assert main(words) == EXIT_USAGE
     first, why, remedy = capsys.readouterr().err.splitlines()
     assert first == "tcpstuck-trace: --live needs a terminal"
-    assert "standard output is none" in why
+    assert "standard output is not one" in why
     assert "--live" in remedy
 
 
