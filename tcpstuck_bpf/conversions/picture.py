@@ -115,7 +115,7 @@ class Picture(NamedTuple):
     lanes: tuple[Lane, ...]
     """At most MOST_LANES, by the time of their first SYN."""
     counts: tuple[Count, ...]
-    """Of all handshakes, drawn or not; the most frequent verdict first."""
+    """All handshakes count, drawn or not; the most frequent verdict comes first."""
     panels: tuple[Panel, ...]
     """At most MOST_PANELS, most stuck clients first."""
     end_ns: int
