@@ -56,6 +56,8 @@ KERNEL_TEST_LIMIT_S = 600
 FORCE_VARIABLE = "TCPSTUCK_FORCE_KERNEL_TESTS"
 """If set, a kernel test that cannot run on this kernel fails instead of being skipped."""
 PYTEST = (sys.executable, "-m", "pytest", "-q", "--no-header", "-rsfE")
+SILENCE_LIMIT_S = KERNEL_TEST_LIMIT_S + 300
+"""For a guest that prints nothing, not even that a test has ended. The rest is for its boot."""
 NO_TESTS_STATUS = 5
 REPORT_FILE = "report.xml"
 ENDED_FILE = "ended"
@@ -143,6 +145,8 @@ def options_for(selection: Selection, run: GuestRun) -> GuestOptions:
         shares=(run.directory,),
         environment={FORCE_VARIABLE: "1", ENDED_VARIABLE: str(run.directory / ENDED_FILE)},
         timeout_s=SLOW_LIMIT_S if selection.slow else KERNEL_LIMIT_S,
+        # Slow tests have longer limits of their own.
+        silence_s=None if selection.slow else SILENCE_LIMIT_S,
     )
 
 

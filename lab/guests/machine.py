@@ -75,6 +75,8 @@ class GuestOptions:
     environment: Mapping[str, str] = field(default_factory=dict)
     timeout_s: float = 600.0
     """For boot and command together."""
+    silence_s: float | None = None
+    """A command that prints nothing for this long counts as hung and is ended; None: no limit."""
     native: str = "auto"
     """Run on this machine's kernel instead: "auto" (if it can be traced), "always" or "never"."""
 

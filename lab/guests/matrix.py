@@ -28,6 +28,7 @@ from lab.guests.kernel_tests import (
     KERNEL_DIRECTORY,
     KERNEL_TEST_LIMIT_S,
     REPOSITORY,
+    SILENCE_LIMIT_S,
     guest_count,
 )
 from lab.guests.matrix_report import (
@@ -185,6 +186,7 @@ def _test_in_guest(
             "PYTHONPATH": str(REPOSITORY),
         },
         timeout_s=patient(ROW_LIMIT_S + REPORTING_S),
+        silence_s=SILENCE_LIMIT_S,
     )
     ran = run_in_guest(
         pytest_command(share, selection, patient(ROW_LIMIT_S)),

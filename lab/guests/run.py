@@ -8,6 +8,7 @@ any other output in them.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import signal
@@ -110,8 +111,8 @@ def run_in_guest(
 ) -> GuestResult:
     """Run a command to its end or to the time limit, and kill its remaining processes.
 
-    Without sinks, the result contains the output. Raises GuestError, or CacheError if there is no
-    kernel to boot.
+    Without sinks, the result contains the output. Raises GuestError, also for a command that has
+    hung, or CacheError if there is no kernel to boot.
     """
     options = options or GuestOptions()
     directory = Path.cwd() if cwd is None else cwd
@@ -165,6 +166,10 @@ def guests_beside(count: int) -> Iterator[ThreadPoolExecutor]:
             os.close(stop)
 
 
+class _SilentError(Exception):
+    """A process printed nothing for longer than it may."""
+
+
 @dataclass(frozen=True)
 class _Outcome:
     status: int | None
@@ -186,7 +191,10 @@ def _run_natively(
         assert process.stdout is not None
         assert process.stderr is not None
         streams = {process.stdout.fileno(): sinks[0], process.stderr.fileno(): sinks[1]}
-        ended = _pump(process.pid, streams, options.timeout_s)
+        try:
+            ended = _pump(process.pid, streams, options)
+        except _SilentError as error:
+            raise GuestError("the command hung", str(error), "look at its output") from None
     if not ended:
         return _Outcome(None)
     return _Outcome(process.returncode if process.returncode >= 0 else 128 - process.returncode)
@@ -218,7 +226,11 @@ def _run_guest(
         )
         assert process.stdout is not None
         streams[process.stdout.fileno()] = log.extend
-        ended = _pump(process.pid, streams, options.timeout_s)
+        try:
+            ended = _pump(process.pid, streams, options)
+        except _SilentError as error:
+            console = log.decode(errors="replace")
+            raise GuestDiedError("the guest hung", str(error), console) from None
     text = log.decode(errors="replace")
     marker = control / machine.STARTED_FILE
     if not marker.exists():
@@ -293,9 +305,14 @@ def _session(
                     stream.close()
 
 
-def _pump(pid: int, streams: dict[int, Sink], limit_s: float) -> bool:
-    """Pass output to the sinks until the process ends; returns False at the limit or at `stop`."""
-    deadline = time.monotonic() + limit_s
+def _pump(pid: int, streams: dict[int, Sink], options: GuestOptions) -> bool:
+    """Pass output to the sinks until the process ends; returns False at the limit or at `stop`.
+
+    Raises _SilentError.
+    """
+    heard = time.monotonic()
+    deadline = heard + options.timeout_s
+    silence_s = math.inf if options.silence_s is None else options.silence_s
     exited, stop = os.pidfd_open(pid), getattr(_thread, "stop", ())
     with DefaultSelector() as selector, contextlib.closing(os.fdopen(exited, "rb", 0)):
         for watched in (exited, *stop, *streams):
@@ -303,17 +320,26 @@ def _pump(pid: int, streams: dict[int, Sink], limit_s: float) -> bool:
         for stream in streams:
             os.set_blocking(stream, False)
         while True:
-            ready = {key.fd for key, _ in selector.select(max(0.0, deadline - time.monotonic()))}
+            wait_s = min(deadline, heard + silence_s) - time.monotonic()
+            ready = {key.fd for key, _ in selector.select(max(0.0, wait_s))}
             for stream in ready & streams.keys():
                 if _hand_on(stream, streams[stream]) is False:
                     selector.unregister(stream)
             if exited in ready:
-                for stream, sink in streams.items():
-                    while _hand_on(stream, sink):
-                        pass
+                _hand_on_the_rest(streams)
                 return True
-            if ready.intersection(stop) or time.monotonic() >= deadline:
+            now = time.monotonic()
+            if ready.intersection(stop) or now >= deadline:
                 return False
+            heard = now if ready else heard
+            if now >= heard + silence_s:
+                raise _SilentError(f"it printed nothing for {silence_s:g} s")
+
+
+def _hand_on_the_rest(streams: dict[int, Sink]) -> None:
+    for stream, sink in streams.items():
+        while _hand_on(stream, sink):
+            pass
 
 
 def _hand_on(stream: int, sink: Sink) -> bool | None:

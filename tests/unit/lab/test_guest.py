@@ -315,6 +315,42 @@ class TestNativeRun:
         assert os.read(reader, 1) == b""
         os.close(reader)
 
+    def test_a_command_that_falls_silent_has_hung(self) -> None:
+        code = "import signal\nprint('the last word', flush=True)\nsignal.pause()"
+        said: list[bytes] = []
+        began = time.monotonic()
+        with pytest.raises(GuestError, match="hung: it printed nothing for 2 s"):
+            run_in_guest(
+                [sys.executable, "-c", code],
+                options=GuestOptions(native="always", timeout_s=60.0, silence_s=2.0),
+                stdout_sink=said.append,
+            )
+        assert b"".join(said) == b"the last word\n"
+        assert time.monotonic() - began < 30.0
+
+    def test_a_command_that_goes_on_printing_may_go_on(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The clock moves only when the command prints, each time less than it may be silent."""
+        times, now = 8, [100.0]
+        pipe = tmp_path / "go on"
+        os.mkfifo(pipe)
+        answers = os.open(pipe, os.O_RDWR)
+
+        def hear(_piece: bytes) -> None:
+            now[0] += 1.5
+            os.write(answers, b"!")
+
+        code = f"with open({str(pipe)!r}, 'rb', 0) as answers:\n"
+        code += f"    for _ in range({times}):\n        print(1, flush=True)\n"
+        code += "        answers.read(1)"
+        options = GuestOptions(native="always", timeout_s=60.0, silence_s=2.0)
+        with monkeypatch.context() as patch:
+            patch.setattr(run.time, "monotonic", lambda: now[0])
+            result = run_in_guest([sys.executable, "-c", code], options=options, stdout_sink=hear)
+        os.close(answers)
+        assert (result.status, now[0]) == (0, 100.0 + times * 1.5)
+
     def test_a_process_left_behind_neither_delays_nor_survives(self, tmp_path: Path) -> None:
         pipe = tmp_path / "held"
         os.mkfifo(pipe)
