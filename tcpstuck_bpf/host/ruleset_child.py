@@ -232,12 +232,17 @@ def main(inode: int) -> int:
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT_S, CPU_LIMIT_S + 1))
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
     try:
-        ruleset = netns.run_in(inode, read_own)
+        answer = json.dumps(netns.run_in(inode, read_own))
+        if len(answer) > _MOST_ANSWER:
+            answer = _refusal("their names are too long")
     except OSError as error:
-        problem = f"the rules cannot be read: network namespace {inode}: {error.strerror}"
-        ruleset = Ruleset((), (problem,))
-    answer = json.dumps(ruleset)
-    if len(answer) > _MOST_ANSWER:
-        answer = json.dumps(Ruleset((), ("the rules cannot be read: their names are too long",)))
+        answer = _refusal(f"network namespace {inode}: {error.strerror}")
+    except MemoryError:
+        answer = _refusal(f"reading them takes more than {MEMORY_LIMIT >> 20} MiB")
     sys.stdout.write(answer)
     return 0
+
+
+def _refusal(why: str) -> str:
+    """The answer of a reading that failed."""
+    return json.dumps(Ruleset((), (f"the rules cannot be read: {why}",)))

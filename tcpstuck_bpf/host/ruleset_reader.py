@@ -69,5 +69,5 @@ def _answer(inode: int) -> bytes:
     if child.returncode < 0:
         raise _EndedError(f"the process that reads them was ended by signal {-child.returncode}")
     if child.returncode:
-        raise _EndedError("the process that reads them failed (too little memory?)")
+        raise _EndedError("the process that reads them failed")
     return answer

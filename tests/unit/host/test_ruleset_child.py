@@ -279,7 +279,11 @@ LIMITED = (
 @pytest.mark.parametrize(
     ("limit", "greedy", "why"),
     [
-        ("MEMORY_LIMIT = 100 << 20", "bytes(200 << 20)", "failed"),
+        (
+            "MEMORY_LIMIT = 100 << 20",
+            "rulesets.Ruleset((), (str(len(bytes(200 << 20))),))",
+            "reading them takes more than 100 MiB",
+        ),
         ("CPU_LIMIT_S = 1", "all(True for _ in iter(int, 1))", "too much processor time"),
         (
             "_MOST_ANSWER = 100",
