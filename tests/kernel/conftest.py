@@ -28,6 +28,7 @@ from lab.records import Comparison, FourTuple, Outcome, compare
 from lab.scenarios.catalogue import play
 from lab.scenarios.scene import PORT, READY, Stage
 from lab.scenarios.tracer import READY_PLACEHOLDER, Tracer
+from tests.hung_tests import HungTests
 
 FORCE = "TCPSTUCK_FORCE_KERNEL_TESTS"
 TOOL = (sys.executable, "-m", "tcpstuck_bpf", "-p", "3311", "--json")
@@ -53,6 +54,7 @@ class _AtOnce:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_AtOnce(config))
+    config.pluginmanager.register(HungTests())
 
 
 def _mode_of_shared_tracer(item: pytest.Item) -> str:
