@@ -6,11 +6,13 @@ starting is what takes long.
 
 from __future__ import annotations
 
+import os
 import socket
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +37,10 @@ MORE_THAN_FIT = 3 * CAPACITY
 GREETED = 5
 ONLY_PORT = 20_000
 ISN = 0x1234_5678
+INSERT = "htab_map_update_elem"
+"""The kernel function that inserts into a hash table, also for a program."""
+OTHER_INSERTS = 40
+"""More than four runs of the tool insert into their other tables meanwhile."""
 
 RUNS: Mapping[str, tuple[str, ...]] = {
     "flood": ("-t", "1"),
@@ -82,6 +88,30 @@ def stages() -> Iterator[Mapping[str, Stage]]:
         yield {name: Stage(*one, tracer) for name, one, tracer in zip(RUNS, made, tracers)}
 
 
+@contextmanager
+def counting_calls(function: str) -> Iterator[Callable[[], int]]:
+    """Yields a function that returns how often this kernel function was called since."""
+    tracing, name = Path("/sys/kernel/tracing"), "lab_calls"
+
+    def change(command: str) -> None:
+        # Open without O_TRUNC, which would remove every probe, and without a seek to the end.
+        with os.fdopen(os.open(tracing / "kprobe_events", os.O_WRONLY), "w") as probes:
+            probes.write(f"{command}\n")
+
+    def calls() -> int:
+        profile = (tracing / "kprobe_profile").read_text().splitlines()
+        return next(int(line.split()[1]) for line in profile if line.split()[0] == name)
+
+    change(f"p:{name} {function}")
+    enabled = tracing / "events/kprobes" / name / "enable"
+    try:
+        enabled.write_text("1")
+        yield calls
+    finally:
+        enabled.write_text("0")
+        change(f"-:{name}")
+
+
 def test_every_spoofed_client_is_told_once(stages: Mapping[str, Stage]) -> None:
     stage = stages["flood"]
     syns = list(make_syns(SILENT_SOURCES[4], SERVER_IP, PORT, MORE_THAN_A_BATCH))
@@ -103,10 +133,14 @@ def test_what_a_full_table_cannot_hold_is_counted_and_never_accused(
     syns = list(make_syns(SILENT_SOURCES[4], SERVER_IP, PORT, MORE_THAN_FIT))
     # Once judged, entries may be given back, and the table would take more than its capacity.
     stage.tracer.pause()
-    stage.send(*syns)
-    for _ in range(GREETED):
-        be_greeted(stage.topology, stage.listener, SERVER_IP)
+    with counting_calls(INSERT) as inserts:
+        stage.send(*syns)
+        for _ in range(GREETED):
+            be_greeted(stage.topology, stage.listener, SERVER_IP)
+        tried = inserts()
     stage.tracer.resume()
+    # One failed insert says that the table is full; no SYN after it costs another one.
+    assert CAPACITY < tried <= CAPACITY + OTHER_INSERTS
     tracked = {syn.four_tuple: SILENT for syn in syns[:CAPACITY]}
     assert stage.tracer.await_reported(tracked, stage.netns)
     after = stage.topology.server.counters()
