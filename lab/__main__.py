@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lab import checks, demo, golden
+from lab import checks, demo, golden, hang
 from lab.deb import build as deb
 from lab.guests import guest_command, matrix, packages, pair, trees
 from lab.pages import build as pages
@@ -20,6 +20,7 @@ def main() -> int:
     for module in (
         play,
         demo,
+        hang,
         guest_command,
         packages,
         checks,

@@ -21,6 +21,11 @@ class FourTuple(NamedTuple):
     server_port: int
 
 
+def endpoint(address: str, port: int) -> str:
+    """An address and a port as text, with IPv6 in brackets."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
 @dataclass
 class ClientRecord:
     """One client socket, as the client process saw it."""

@@ -36,6 +36,7 @@ class Client:
         self.socket = socket.socket(family, socket.SOCK_STREAM)
         self.socket.setblocking(False)
         self.then_close = order.then_close
+        self.first_words = order.first_words
         if source is not None:
             # Without this option, bind() would reserve a port before the peer is known.
             self.socket.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
@@ -162,7 +163,10 @@ class ClientLoop:
             if not client.then_close:
                 self.on_their_way.discard(client)
             self.selector.modify(client.socket, selectors.EVENT_READ, client)
-        self._read(client)
+            if client.first_words:
+                self._write(client, client.first_words)
+        if client.open:
+            self._read(client)
 
     def _read(self, client: Client) -> None:
         try:

@@ -30,6 +30,8 @@ class Connect(NamedTuple):
     sources: tuple[str, ...] = ()
     then_close: bool = False
     """Close as soon as the greeting arrives."""
+    first_words: bytes = b""
+    """Write this as soon as the client is connected: the client speaks first."""
 
 
 class WaitFor(NamedTuple):
@@ -77,10 +79,12 @@ class Clients(Child):
         in_flight: int | None = None,
         sources: Sequence[str] = (),
         then_close: bool = False,
+        first_words: bytes = b"",
     ) -> None:
         """Begin to open `count` connections; returns before they are open."""
+        at_once = in_flight or count
         self.ask(
-            Connect(count, in_flight or count, server_ip, server_port, tuple(sources), then_close)
+            Connect(count, at_once, server_ip, server_port, tuple(sources), then_close, first_words)
         )
 
     def reach(self, limit_s: float, **counts: int) -> bool:

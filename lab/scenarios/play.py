@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,16 +13,16 @@ from typing import Any
 
 from tabulate import tabulate
 
+from lab.arguments import port, positive
 from lab.errors import LabError
-from lab.records import Comparison, FourTuple, Outcome, compare, reported_verdicts
+from lab.records import Comparison, FourTuple, Outcome, compare, endpoint, reported_verdicts
 from lab.scenarios.catalogue import SCENARIOS, play
 from lab.scenarios.scene import FAMILIES, PORT
-from lab.scenarios.tracer import Tracer, endpoint
+from lab.scenarios.tracer import Tracer
 
 COUNTERS_SHOWN = ("SyncookiesSent", "SyncookiesRecv", "SyncookiesFailed", "ListenOverflows")
 NAMED_AT_MOST = 10
 EXIT_DIFFERS = 1
-LAST_PORT = 65_535
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -42,9 +41,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("scenario", choices=sorted(SCENARIOS))
-    parser.add_argument("--clients", type=_positive, help="number of clients or SYNs")
+    parser.add_argument("--clients", type=positive, help="number of clients or SYNs")
     parser.add_argument("--family", choices=FAMILIES, default="4")
-    parser.add_argument("--port", type=_port, default=PORT, help="the server's TCP port")
+    parser.add_argument("--port", type=port, default=PORT, help="the server's TCP port")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcome to FILE")
     parser.add_argument(
         "--tracer", nargs=argparse.REMAINDER, metavar="WORD", help="a tracer's command; comes last"
@@ -113,7 +112,7 @@ def comparison_text(comparison: Comparison, reported: dict[str, int]) -> str:
 
 def _named(what: str, connections: Mapping[FourTuple, str]) -> list[str]:
     lines = [
-        f"  {what}: {endpoint(key)} {verdict}"
+        f"  {what}: {endpoint(key.client_ip, key.client_port)} {verdict}"
         for key, verdict in sorted(connections.items())[:NAMED_AT_MOST]
     ]
     if len(connections) > NAMED_AT_MOST:
@@ -148,17 +147,3 @@ def _write(path: Path, outcome: Outcome, comparison: Comparison | None) -> None:
         path.write_text(json.dumps(outcome_json(outcome, comparison)) + "\n")
     except OSError as error:
         raise LabError(f"cannot write {path}", str(error), "name another file") from error
-
-
-def _positive(text: str) -> int:
-    return _number(text, sys.maxsize)
-
-
-def _port(text: str) -> int:
-    return _number(text, LAST_PORT)
-
-
-def _number(text: str, most: int) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= most):
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 to {most}")
-    return int(text)

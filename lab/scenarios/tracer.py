@@ -30,7 +30,7 @@ from pyroute2.inotify.inotify_fd import Inotify
 from lab.errors import LabError, LabTimeoutError
 from lab.patience import COMMAND_S, START_S, Deadline, patient
 from lab.processes.child import Running, pause
-from lab.records import FourTuple, settled_verdicts
+from lab.records import FourTuple, endpoint, settled_verdicts
 from lab.scenarios.scene import DONE, READY, Stage
 
 READY_PLACEHOLDER = "{ready}"
@@ -167,7 +167,8 @@ class Tracer:
 
     def names(self, key: FourTuple) -> bool:
         """Whether the undecoded output so far contains a client's address and port."""
-        return re.search(rf"{re.escape(endpoint(key))}(?!\d)", self._text) is not None
+        shown = endpoint(key.client_ip, key.client_port)
+        return re.search(rf"{re.escape(shown)}(?!\d)", self._text) is not None
 
     def pause(self) -> None:
         """Send SIGSTOP and wait until the process has stopped."""
@@ -269,12 +270,6 @@ class Tracer:
                 os.read(inotify, 4096)
         finally:
             os.close(ended)
-
-
-def endpoint(key: FourTuple) -> str:
-    """A client's address and port as text, with IPv6 in brackets."""
-    address = f"[{key.client_ip}]" if ":" in key.client_ip else key.client_ip
-    return f"{address}:{key.client_port}"
 
 
 @contextlib.contextmanager

@@ -268,7 +268,3 @@ class TestTracer:
     def test_one_that_is_not_there_is_an_error(self) -> None:
         with Tracer(["/nowhere/tracer"]) as beside, pytest.raises(LabError, match="cannot start"):
             beside.start()
-
-    def test_endpoints_are_written_as_people_do(self) -> None:
-        assert tracer.endpoint(KEY) == "10.9.0.2:40000"
-        assert tracer.endpoint(KEY._replace(client_ip="fd09::2")) == "[fd09::2]:40000"

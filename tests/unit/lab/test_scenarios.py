@@ -27,9 +27,10 @@ from lab.records import (
     FourTuple,
     Outcome,
     compare,
+    endpoint,
     reported_verdicts,
 )
-from lab.scenarios import play, tracer
+from lab.scenarios import play
 from lab.scenarios.catalogue import SCENARIOS
 from lab.scenarios.catalogue import play as play_scenario
 from tcpstuck_bpf.judge import drop_cause
@@ -288,5 +289,5 @@ class TestCommandLine:
 
     def test_differences_are_named_in_words(self) -> None:
         text = play.comparison_text(compare(outcome_of({KEY: "ack-missing"}), []), {})
-        assert f"missing: {tracer.endpoint(KEY)} ack-missing" in text
+        assert f"missing: {endpoint(KEY.client_ip, KEY.client_port)} ack-missing" in text
         assert "DIFFER" in text
