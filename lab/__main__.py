@@ -7,6 +7,7 @@ import sys
 
 from lab import checks, demo, golden, hang
 from lab.deb import build as deb
+from lab.exercises import play as exercises
 from lab.guests import guest_command, matrix, packages, pair, trees
 from lab.pages import build as pages
 from lab.scenarios import play
@@ -21,6 +22,7 @@ def main() -> int:
         play,
         demo,
         hang,
+        exercises,
         guest_command,
         packages,
         checks,

@@ -102,11 +102,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Open the connections and follow them to the end; returns the exit status."""
     address = resolve(arguments.host, arguments.port)
     count = arguments.clients
-    began = time.monotonic()
-    until = began + arguments.for_s if arguments.for_s is not None else float("inf")
     with _ended_by_signal() as ended, Clients(_Here()) as clients:
+        began = time.monotonic()
+        until = began + arguments.for_s if arguments.for_s is not None else float("inf")
         clients.connect(count, address, arguments.port, first_words=arguments.say)
-        print(f"{count} clients connect to {endpoint(address, arguments.port)}", flush=True)
+        who = "1 client connects" if count == 1 else f"{count} clients connect"
+        print(f"{who} to {endpoint(address, arguments.port)}", flush=True)
         said, all_ended = "", False
         while True:
             over = all_ended or ended.is_set() or time.monotonic() >= until

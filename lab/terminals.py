@@ -1,16 +1,13 @@
-"""A real terminal for tests: tmux runs a command in it, sends keys, and tells what it shows."""
+"""A real terminal: tmux runs a command in it, sends keys, and tells what it shows."""
 
 from __future__ import annotations
 
 import contextlib
 import shlex
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-
-import pytest
 
 from lab.patience import Deadline
 
@@ -19,8 +16,6 @@ _LOOK_S = 0.05
 """A terminal signals nothing when its contents change, so they are looked at this often."""
 STATUS = "exit status "
 """Precedes the command's exit status on the screen, when it has ended."""
-
-needs_tmux = pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
 
 
 class Terminal:
@@ -40,6 +35,11 @@ class Terminal:
         )
         return done.stdout
 
+    def type(self, line: str) -> None:
+        """Type a line."""
+        self.tmux("send-keys", "-l", line)
+        self.press("Enter")
+
     def press(self, *keys: str) -> None:
         """Press keys, by tmux's names."""
         self.tmux("send-keys", *keys)
@@ -48,9 +48,14 @@ class Terminal:
         """Give the terminal another size."""
         self.tmux("resize-window", "-x", str(columns), "-y", str(lines))
 
-    def screen(self, *, colours: bool = False) -> str:
-        """What the terminal shows, line by line."""
-        return self.tmux("capture-pane", "-p", *["-e"] * colours)
+    def screen(self, *, colours: bool = False, whole: bool = False) -> str:
+        """What the terminal shows; `whole`: also what scrolled off, each line in one piece."""
+        return self.tmux("capture-pane", "-p", *["-e"] * colours, *["-J", "-S", "-"] * whole)
+
+    def clear(self) -> None:
+        """Forget what the terminal has shown."""
+        self.tmux("send-keys", "-R")
+        self.tmux("clear-history")
 
     def _size(self) -> str:
         return self.tmux("display-message", "-p", "#{window_width}x#{window_height}").strip()

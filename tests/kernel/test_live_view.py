@@ -12,8 +12,9 @@ from lab.patience import START_S
 from lab.scenarios.catalogue import play
 from lab.scenarios.scene import DONE, READY, Stage
 from lab.scenarios.tracer import REPORT_S
+from lab.terminals import Terminal, terminal
 from tcpstuck_bpf.errors import EXIT_STUCK
-from tests.tmux import Terminal, needs_tmux, terminal
+from tests.tmux import needs_tmux
 
 pytestmark = [pytest.mark.kernel, needs_tmux]
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from lab.golden_files import kept_recording
+from lab.terminals import STATUS, Terminal, terminal
 from tcpstuck_bpf.cli import main
 from tcpstuck_bpf.errors import EXIT_STUCK, EXIT_USAGE
-from tests.tmux import STATUS, Terminal, needs_tmux, terminal
+from tests.tmux import needs_tmux
 
 KEYS = "q quit"
 RED = "\x1b[31m"

@@ -1,0 +1,19 @@
+"""Every page of docs/exercises: what it says is typed, and the terminals show what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lab.exercises.hosts import Hosts
+from lab.exercises.play import pages, play
+from tests.tmux import needs_tmux
+
+pytestmark = [pytest.mark.kernel, needs_tmux]
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.stem)
+def test_what_the_page_promises_is_what_happens(page: Path) -> None:
+    with Hosts() as hosts:
+        play(page, hosts)
