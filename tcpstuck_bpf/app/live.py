@@ -149,7 +149,6 @@ class Live:
         """Read events until `until_ns`, rescue the clients that are due, and print."""
         if self.rescuing is not None:
             until_ns = min(until_ns, self._next_choice_ns(), self.rescuing.due_ns or until_ns)
-        self._read_log()
         self._name(())
         self._observe_events(0 if self.printer.has_waiting else max(0, until_ns - self.clock_ns()))
         if self.rescuing is not None and self.clock_ns() >= self._next_choice_ns():
@@ -300,9 +299,11 @@ class Live:
     def _judge(self) -> None:
         """Move flows into the states that are due.
 
-        Before silent clients are judged, the kernel's counters are read again: they show whether
-        ACKs passed unseen.
+        Before that the kernel's log is read, which may have been written while this process did not
+        run. Before silent clients are judged, the kernel's counters are read again: they show
+        whether ACKs passed unseen.
         """
+        self._read_log()
         now_ns = self.clock_ns()
         if now_ns >= self._tallies.due_ns:
             silent = self.analysis.correlator.netns_of_silent(now_ns)

@@ -422,6 +422,26 @@ def test_the_kernels_warning_is_in_the_timeline_live_and_replayed(tmp_path: Path
     assert [json.loads(line) for line in stream.getvalue().splitlines()] == lines
 
 
+def test_the_kernels_warning_is_read_before_a_client_is_judged_however_late() -> None:
+    """The process did not run since before the kernel wrote the warning."""
+    kernel = Stalling()
+    entry = handshake(accept_queue=0)
+    kernel.at(at(0), entry)
+    for time_ns in (at(1.2), at(1.4), at(1.6)):
+        entry = ack_dropped(entry, time_ns, Moved.UNKNOWN)
+        kernel.at(time_ns, entry, event(EventKind.ACK_DROPPED, entry, time_ns))
+    written = [KernelWarning(at(1.1), 3311, None, "Possible SYN flooding on port 3311. Sending.")]
+
+    class Log:
+        overruns = 0
+
+        def warnings(self, now_ns: int) -> tuple[KernelWarning, ...]:
+            return (written.pop(),) if written and now_ns >= written[0].time_ns else ()
+
+    (verdict, *_) = live(kernel, 8, kernel_log=Log())
+    assert "kernel's log" in [entry["what"] for entry in verdict["timeline"]]
+
+
 def test_a_full_disk_is_said_in_the_summary_and_tracing_goes_on() -> None:
     kernel = FakeKernel()
     kernel.at(at(0), handshake())
