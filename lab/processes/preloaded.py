@@ -8,6 +8,10 @@ the tool's entry point with its own arguments, environment and standard streams.
 from __future__ import annotations
 
 import multiprocessing
+
+# A context imports it at its first start. Tools start in several threads at once, and Python 3.9
+# hands the second thread a module whose import has only begun.
+import multiprocessing.popen_forkserver
 import os
 import signal
 import subprocess
