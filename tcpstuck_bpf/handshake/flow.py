@@ -14,12 +14,25 @@ import functools
 from typing import NamedTuple, TypeVar
 
 from tcpstuck_bpf.handshake.entry import ending_of, merge
-from tcpstuck_bpf.model import SECOND_NS, Attempt, Ending, Event, EventKind, FourTuple, Handshake
+from tcpstuck_bpf.model import (
+    SECOND_NS,
+    Attempt,
+    Ending,
+    Event,
+    EventKind,
+    FourTuple,
+    Handshake,
+    Moved,
+)
 
 Shared = TypeVar("Shared", bytes, int)
 
 SEGMENTS_KEPT_AT_EACH_END = 8
 SYNS_OF_A_REPEATING_CLIENT = 3
+DROP_SETTLES_NS = SECOND_NS // 10
+"""How long after an ACK's drop the table may lack its place. Before 6.9 the caller of
+cookie_vX_check drops the packet right after the event has gone out; a hypervisor may stop the
+processor in between."""
 
 TCP_FLAG_FIN = 0x01
 TCP_FLAG_ACK = 0x10
@@ -320,6 +333,9 @@ def _ack_lost_here(
         state, first_ns = State.ACK_FILTERED, entry.first_ack_filtered_ns
     since_ns = max(last_syn_ns, first_ns)
     if reported in STUCK_STATES and reported is not state:
+        explained = entry.drop_place or entry.drop_counters & Moved.LISTEN_OVERFLOWS
+        if state is State.ACK_DROPPED and not explained:
+            return Decision(state, False, since_ns + DROP_SETTLES_NS, since_ns)
         return Decision(state, True, since_ns, since_ns)
     return Decision(state, False, since_ns + timeout_ns, since_ns + timeout_ns)
 

@@ -64,6 +64,20 @@ def test_silence_after_one_syn_is_told_at_the_timeout(just_before: bool) -> None
     )
 
 
+def test_a_late_ack_that_is_refused_is_told_with_the_place_that_only_the_table_has() -> None:
+    """Before 6.9 the packet is dropped after the event has gone out."""
+    watching = correlator()
+    silent = reports([sweep(at(TIMEOUT_S), SYN_ONCE)], at(TIMEOUT_S), watching)
+    assert [report.state for report in silent] == [State.SILENT]
+    refused = ack_dropped(SYN_ONCE, at(5), Moved.SYNCOOKIES_RECV)
+    told = reports([event(EventKind.ACK_DROPPED, refused, at(5))], at(5.001), watching)
+    place = 0xFFFFFFFF81234567
+    told += reports([sweep(at(5.5), refused._replace(drop_place=place))], at(5.5), watching)
+    assert [(r.state, r.handshake.drop_place, r.decided_ns) for r in told] == [
+        (State.ACK_DROPPED, place, at(5))
+    ]
+
+
 def test_silence_is_not_concluded_from_the_clock_alone() -> None:
     """The completion of a remarkable handshake may be on its way, or lost and in the table."""
     entry = repeated(SYN_ONCE, at(1))
