@@ -42,6 +42,15 @@ start. All emulated processors read the same time-stamp counter, but the kernel'
 apart if the host delays one, and then each look at the clock is an access to the emulated HPET,
 under QEMU's global lock. Retpolines guard against speculation, which an emulator does not do. A
 guest that counts instructions keeps both, because its counts stand for a real machine."""
+ONE_THREAD = ("-accel", "tcg,thread=single")
+"""QEMU's options for emulation: all processors of a guest take turns on one thread of the host.
+
+With a thread for each, a processor whose thread waits for the host's CPU keeps the others waiting,
+and they wait busily: for a spin lock, or until every processor has seen that code or page tables
+have changed, as for each program that is attached. Beside a second guest on two CPUs that took a
+third of the host's processor time. Now a processor that waits (PAUSE) gives its turn away. Turns
+also change with each interrupt, and every 100 ms at the latest (accel/tcg/tcg-accel-ops-rr.c).
+"""
 _9P_OPTIONS = "trans=virtio,version=9p2000.L,access=any,msize=512000"
 
 
@@ -259,7 +268,9 @@ def virtme_arguments(
     # On a busy host, an emulated timer interrupt can come too late, and the kernel panics without
     # this option: "IO-APIC + timer doesn't work!" (check_timer in arch/x86/kernel/apic/io_apic.c).
     arguments += ["--kopt", "no_timer_check"]
-    if "--disable-kvm" in arguments and not options.icount:
+    hastened = not use_kvm and not options.icount
+    if hastened:
         arguments += [word for option in EMULATED for word in ("--kopt", option)]
     arguments += ["--show-boot-console", "--kopt", "loglevel=5", "--script-sh", first]
-    return [*arguments, "--qemu-opts", *qemu_arguments(options, control, kernel)]
+    machine_arguments = qemu_arguments(options, control, kernel)
+    return [*arguments, "--qemu-opts", *(ONE_THREAD if hastened else ()), *machine_arguments]

@@ -148,6 +148,7 @@ class TestVirtmeArguments:
         arguments = virtme(GuestOptions(icount=icount), use_kvm)
         given = {word for before, word in zip(arguments, arguments[1:]) if before == "--kopt"}
         assert (set(machine.EMULATED) <= given) == hastened
+        assert (following(arguments, "-accel") == ["tcg,thread=single"]) == hastened
         assert hastened or not given & set(machine.EMULATED)
 
     @pytest.mark.parametrize(
