@@ -379,7 +379,8 @@ class Tally(NamedTuple):
     """The kernel's and the programs' counters at one moment, the referee's input.
 
     The kernel's counters are read before and after ours. What happened between the two reads may
-    or may not be in ours; that is the only uncertainty of the comparison.
+    or may not be in ours; that is the only uncertainty of the comparison. What was being processed
+    at the first read is in ours (`Source.settle`).
     """
 
     time_ns: int

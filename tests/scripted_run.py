@@ -77,6 +77,8 @@ class FakeKernel:
         """The network namespace's."""
         self.unseen_acks: list[int] = []
         """When valid ACKs came that the kernel's counter has and no program saw."""
+        self.in_processing = 0
+        """ACKs of others that the kernel has counted and whose programs are still running."""
         self.readings: list[Collection[int] | None] = []
         """The network namespaces whose kernel counters were requested, for each request."""
 
@@ -130,6 +132,10 @@ class FakeKernel:
         self.freed.append((self.now_ns, frozenset(gone)))
         self.crowded -= frozenset(gone)
 
+    def settle(self) -> None:
+        self.completed += self.in_processing
+        self.in_processing = 0
+
     def counts(self, living: Mapping[int, int] = MappingProxyType({})) -> NetnsCounts:
         self.living.append(dict(living))
         return {
@@ -151,7 +157,8 @@ class FakeKernel:
         self.readings.append(wanted)
         unseen = sum(came_ns <= self.now_ns for came_ns in self.unseen_acks)
         cookie = {NETNS_COOKIE: self.cookie} if self.cookie else {}
-        return {four_tuple().netns: {"SyncookiesRecv": self.completed + unseen, **cookie}}
+        received = self.completed + self.in_processing + unseen
+        return {four_tuple().netns: {"SyncookiesRecv": received, **cookie}}
 
 
 def no_counters(_wanted: Collection[int] | None) -> KernelCounters:

@@ -56,6 +56,9 @@ class Source(Protocol):
     def forget(self, handshakes: Iterable[HandshakeId]) -> None:
         """Remove the entries of these handshakes; an entry with a newer handshake stays."""
 
+    def settle(self) -> None:
+        """Wait until each packet that is being processed now is in the programs' counts."""
+
     def counts(self, living: Mapping[int, int] = NOT_KNOWN) -> NetnsCounts:
         """Read what the programs counted since they were attached, by network namespace.
 

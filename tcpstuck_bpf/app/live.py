@@ -316,13 +316,15 @@ class Live:
     def _tally(self, wanted: Collection[int] | None = None) -> int:
         """Read the kernel's counters, the programs' own, and the kernel's again.
 
-        Returns the time of the middle reading.
+        Between the first two readings, packets that the kernel has counted already pass the
+        programs. Returns the time of the middle reading.
         """
         begun_ns = self.clock_ns()
         before = self.read_kernel_counters(wanted)
         living = living_of(before)
         if self.namespaces is not None:
             self.namespaces.note_living(living, begun_ns)
+        self.source.settle()
         traced = self.source.counts(living)
         now_ns = self.clock_ns()
         after = self.read_kernel_counters(wanted)

@@ -80,7 +80,11 @@ class RefusedError(Exception):
         self.number = number
 
 
-def _system_call(numbers: dict[str, int], *arguments: object) -> int:
+def system_call(numbers: dict[str, int], *arguments: object) -> int:
+    """Make the system call that has these numbers by architecture (`uname -m`).
+
+    Raises RefusedError, with ENOSYS if this architecture's number is unknown.
+    """
     number = numbers.get(platform.machine())
     if number is None:
         raise RefusedError(errno.ENOSYS)
@@ -109,7 +113,7 @@ def bpf_answering(command: int, attributes: bytes) -> tuple[bytes, RefusedError 
 
 
 def _bpf(command: int, union: ctypes.Array[ctypes.c_char]) -> int:
-    return _system_call(_BPF_CALL, command, union, len(union))
+    return system_call(_BPF_CALL, command, union, len(union))
 
 
 def create_map(kind: int, key_bytes: int, value_bytes: int, entries: int, flags: int = 0) -> int:
@@ -217,7 +221,7 @@ def attach_kprobe(program: int, function: str, *, at_return: bool) -> int:
         )
     )
     every_process, first_cpu, no_group = -1, 0, -1
-    event = _system_call(
+    event = system_call(
         _PERF_EVENT_OPEN_CALL,
         attributes,
         every_process,

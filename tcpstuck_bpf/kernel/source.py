@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from tcpstuck_bpf import wire
 from tcpstuck_bpf.ending import close_all
+from tcpstuck_bpf.host.grace_period import await_grace_period
 from tcpstuck_bpf.kernel.loader import LoadedPrograms
 from tcpstuck_bpf.kernel.ring_buffer import RingBuffer
 from tcpstuck_bpf.kernel.tables import Tables
@@ -92,6 +93,14 @@ class KernelSource:
     def stack(self, number: int) -> tuple[int, ...]:
         """Addresses of an entry's `filter_stack`, the innermost first; empty if unknown."""
         return self.tables.stack(number)
+
+    def settle(self) -> None:
+        """Wait until each packet that is being processed now is in the programs' counts.
+
+        The kernel counts a packet before a program that runs at the function's return. If the
+        kernel refuses the wait, our counts may lack one packet per CPU.
+        """
+        await_grace_period()
 
     def counts(self, living: Mapping[int, int] = NOT_KNOWN) -> NetnsCounts:
         """The programs' counts since they were attached; see `app.interfaces.Source`."""

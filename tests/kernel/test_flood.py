@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,5 +91,22 @@ def test_a_flood_of_repeated_syns_fills_nothing_and_ends_with_the_summary(
         for row in summary["reconciliation"]
         if row["counter"] == "SyncookiesSent" and row["netns"] == where.netns
     )
-    assert cookies["agrees"], cookies
     assert cookies["traced"] >= 20 * CLIENTS
+    if mode == "fentry":
+        assert cookies["agrees"], cookies
+    else:
+        assert_that_what_is_missing_is_told(cookies, summary["losses"]["programs_not_run"])
+
+
+def assert_that_what_is_missing_is_told(cookies: dict[str, Any], not_run: int) -> None:
+    """The kernel skips a kprobe program for a packet that interrupts one of our bpf(2) calls.
+
+    It counts that from 6.7 on (commit dd8657894c11).
+    """
+    low, high = cookies["kernel"]
+    missing = max(0, low - cookies["traced"])
+    assert cookies["traced"] <= high, cookies
+    assert missing <= cookies["traced"] // 1000, cookies
+    assert not not_run or missing <= not_run, (cookies, not_run)
+    assert cookies["agrees"] == (missing == 0), cookies
+    assert cookies["note"] == (f"differs by -{missing}" if missing else ""), cookies

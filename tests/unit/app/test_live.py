@@ -181,6 +181,19 @@ def test_an_ack_that_no_program_saw_may_be_of_who_seems_silent() -> None:
     assert [row["agrees"] for row in summary["reconciliation"]] == [False]
 
 
+def test_an_ack_that_is_being_processed_while_counters_are_read_was_not_missed() -> None:
+    class Busy(FakeKernel):
+        def counters(self, wanted: Collection[int] | None) -> KernelCounters:
+            self.in_processing += self.now_ns > at(0)
+            return super().counters(wanted)
+
+    kernel = Busy()
+    kernel.at(at(0), handshake())
+    told, summary = live(kernel, 8)
+    assert (told["verdict"], told["certainty"]) == ("ack-missing", "likely")
+    assert [row["agrees"] for row in summary["reconciliation"]] == [True]
+
+
 def test_an_ack_that_passed_unseen_since_counts_again() -> None:
     kernel = FakeKernel()
     kernel.at(at(0), handshake())
