@@ -123,6 +123,21 @@ def test_the_place_is_named(either_tracer: Tracer, place: tuple[str, int]) -> No
             assert_refusal_named(line["drop"], fault)
 
 
+def test_a_refused_ack_that_comes_after_the_time_out_is_named(either_tracer: Tracer) -> None:
+    """Its event goes out before the packet is freed, and the client was reported before."""
+    with site(4) as where:
+        client = Client(where)
+        client.connect()
+        told(either_tracer, where.netns, client.four_tuple, "ack-missing")
+        spot = Spot(where.topology.server, where.listener, PORT, where.family)
+        with DROP_SITES["no-route"].make(spot) as fault:
+            client.send(0)
+            line = told(either_tracer, where.netns, client.four_tuple, fault.verdict)
+        assert where.known_to_server() == set()
+        assert line["updates"] == "ack-missing"
+        assert_refusal_named(line["drop"], fault)
+
+
 @pytest.mark.parametrize("family", [4, 6])
 def test_a_security_module_is_named(either_tracer: Tracer, family: int) -> None:
     if not has_bpf_security_module():
