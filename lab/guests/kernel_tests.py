@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab.errors import LabError
+from lab.guests.packages import cache_directory, cached_kernel
+from lab.guests.programs import PROGRAMS_VARIABLE, compile_programs
 from lab.guests.run import (
     GuestOptions,
     choose_native,
@@ -73,6 +75,8 @@ class GuestRun:
     """A directory shared with the guest."""
     log: Path | None
     """The file for the guest's output; None: our own standard output and error."""
+    programs: Path | None = None
+    """The directory of programs compiled for the guest's kernel; None: the guest compiles all."""
     status: int = 0
     seconds: float = 0.0
 
@@ -141,9 +145,13 @@ def guest_command(selection: Selection, run: GuestRun) -> list[str]:
 
 def options_for(selection: Selection, run: GuestRun) -> GuestOptions:
     """The guest's options."""
+    environment = {FORCE_VARIABLE: "1", ENDED_VARIABLE: str(run.directory / ENDED_FILE)}
+    if run.programs is not None:
+        environment[PROGRAMS_VARIABLE] = str(run.programs)
     return GuestOptions(
         shares=(run.directory,),
-        environment={FORCE_VARIABLE: "1", ENDED_VARIABLE: str(run.directory / ENDED_FILE)},
+        views=() if run.programs is None else (run.programs,),
+        environment=environment,
         timeout_s=SLOW_LIMIT_S if selection.slow else KERNEL_LIMIT_S,
         # Slow tests have longer limits of their own.
         silence_s=None if selection.slow else SILENCE_LIMIT_S,
@@ -201,12 +209,12 @@ def started(
     if not tests:
         yield Tally
         return
+    native = choose_native(GuestOptions(), tracing_refusal)
     # Two runs on one kernel would see each other's probes.
-    if choose_native(GuestOptions(), tracing_refusal):
-        guests = 1
-    shares = share_out(tests, read_durations(DURATIONS), guests)
+    shares = share_out(tests, read_durations(DURATIONS), 1 if native else guests)
+    programs = None if native else _compiled_programs()
     with tempfile.TemporaryDirectory(prefix="tcpstuck-tests-") as scratch:
-        runs = list(_runs(shares, Path(scratch), beside))
+        runs = list(_runs(shares, Path(scratch), beside, programs))
         with guests_beside(len(runs)) as pool:
             playing = [pool.submit(play, selection, run) for run in runs]
 
@@ -220,7 +228,18 @@ def started(
             yield finish_and_record
 
 
-def _runs(shares: Sequence[Share], scratch: Path, beside: bool) -> Iterator[GuestRun]:
+def _compiled_programs() -> Path:
+    """The directory of programs for the guests' kernel. Raises LabError without that kernel."""
+    directory = cache_directory() / "programs"
+    for missing in compile_programs(cached_kernel(), directory):
+        print(f"the guests compile some programs themselves: {missing}", flush=True)
+    directory.mkdir(exist_ok=True)
+    return directory
+
+
+def _runs(
+    shares: Sequence[Share], scratch: Path, beside: bool, programs: Path | None
+) -> Iterator[GuestRun]:
     """Create a run for each share, and print where its output is."""
     BUILD.mkdir(exist_ok=True)
     for number, share in enumerate(shares, 1):
@@ -230,7 +249,7 @@ def _runs(shares: Sequence[Share], scratch: Path, beside: bool) -> Iterator[Gues
         place = f"; see {log.relative_to(REPOSITORY)}" if log else ""
         what = f"{len(share.tests)} tests, about {share.seconds / 60:.0f} minutes alone"
         print(f"guest {number} of {len(shares)}: {what}{place}", flush=True)
-        yield GuestRun(number, share, directory, log)
+        yield GuestRun(number, share, directory, log, programs)
 
 
 def guest_count(text: str) -> int:

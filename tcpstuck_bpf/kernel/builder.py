@@ -89,6 +89,23 @@ def _variants(image: KernelImage) -> list[KernelDescription]:
     ]
 
 
+def compilations(image: KernelImage, request: AttachRequest) -> Iterator[Compilation]:
+    """All that a machine with this kernel may have to compile for a request, in both modes.
+
+    Raises CannotTraceError where the kernel cannot be traced.
+    """
+    variants = _variants(image)
+    wanted = _planned(variants[0], _symbols(image), request)
+    for mode in MODES:
+        if _obstacle(variants[0], wanted, mode) is None:
+            yield from (variant.compilation(wanted, mode) for variant in variants)
+
+
+def _obstacle(kernel: KernelDescription, wanted: Collection[Probe], mode: str) -> str | None:
+    """Why this mode is impossible on a kernel; None if it is not."""
+    return attach_plan.fentry_obstacle(kernel.types, wanted) if mode == "fentry" else None
+
+
 def _build(
     directory: Path,
     variants: Sequence[KernelDescription],
@@ -98,11 +115,10 @@ def _build(
     release = variants[0].release
     wanted = _planned(variants[0], symbols, request)
     for mode in MODES:
-        if mode == "fentry":
-            obstacle = attach_plan.fentry_obstacle(variants[0].types, wanted)
-            if obstacle is not None:
-                yield f"{release}: no fentry programs: {obstacle}"
-                continue
+        obstacle = _obstacle(variants[0], wanted, mode)
+        if obstacle is not None:
+            yield f"{release}: no fentry programs: {obstacle}"
+            continue
         for number, variant in enumerate(variants):
             words = [release, mode]
             words += ["rescue"] if request.rescue else []

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from lab.guests.programs import PROGRAMS_VARIABLE, hand_over
 from lab.guests.shares import COLLECTED_VARIABLE, ENDED_VARIABLE
 from lab.guests.trial import tracing_refusal
 from lab.network.topology import Namespace, Topology
@@ -28,6 +29,7 @@ from lab.records import Comparison, FourTuple, Outcome, compare
 from lab.scenarios.catalogue import play
 from lab.scenarios.scene import PORT, READY, Stage
 from lab.scenarios.tracer import READY_PLACEHOLDER, Tracer
+from tcpstuck_bpf.kernel.kept_files import cache_directory
 from tests.hung_tests import HungTests
 
 FORCE = "TCPSTUCK_FORCE_KERNEL_TESTS"
@@ -55,6 +57,8 @@ class _AtOnce:
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_AtOnce(config))
     config.pluginmanager.register(HungTests())
+    if compiled := os.environ.get(PROGRAMS_VARIABLE):
+        hand_over(Path(compiled), cache_directory())
 
 
 def _mode_of_shared_tracer(item: pytest.Item) -> str:
