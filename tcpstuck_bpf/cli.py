@@ -33,7 +33,7 @@ from tcpstuck_bpf.errors import (
     TcpstuckError,
     UsageError,
 )
-from tcpstuck_bpf.option_values import ports_of, ports_text
+from tcpstuck_bpf.option_values import listener_address, ports_of, ports_text
 from tcpstuck_bpf.options import as_written, build_parser
 from tcpstuck_bpf.output.explain import explanation, verdict_list
 
@@ -80,7 +80,7 @@ def _replay(options: argparse.Namespace) -> int:
     from tcpstuck_bpf.app.playback import run_replay
     from tcpstuck_bpf.ending import Ending
     from tcpstuck_bpf.narrowing import NarrowedReplay, Wanted
-    from tcpstuck_bpf.run import exit_status, exporter_for, listener_address, output_for, plot_for
+    from tcpstuck_bpf.run import exit_status, exporter_for, output_for, plot_for
 
     if options.live:
         from tcpstuck_bpf.view.command import refuse_without_terminal, replay_view
