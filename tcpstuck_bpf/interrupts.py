@@ -11,7 +11,7 @@ from tcpstuck_bpf.console import discard
 
 
 class Run(Protocol):
-    """What a run lends to its signal handlers; `app.live.Live` does."""
+    """What a run lends to its signal handlers; `app.live.Live` and `client.watch.Watch` do."""
 
     stop: bool
     abandoned: bool

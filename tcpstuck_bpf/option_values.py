@@ -186,6 +186,11 @@ def packet_rate(text: str) -> int:
     return _whole_number(text, 1, 100_000, "--rescue-rate 100")
 
 
+def process_number(text: str) -> int:
+    """Parse the number of a process."""
+    return _whole_number(text, 1, 1 << 22, "--pid 288")
+
+
 def table_size(text: str) -> int:
     """Parse the number of entries of the kernel's table."""
     return _whole_number(text, 16, 1 << 24, "--max-handshakes 131072")
