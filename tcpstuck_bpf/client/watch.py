@@ -18,8 +18,11 @@ from tcpstuck_bpf.model import SECOND_NS
 PAUSE_NS = SECOND_NS // 2
 """Shortest time from the end of one poll to the next."""
 SHARE = 20
-"""A pause is at least this many times as long as the poll before it, so that polls never cost more
-than 5 % of a CPU, however many sockets there are."""
+"""A pause is at least this many times the CPU time of the poll before it, so that polls never cost
+more than 5 % of a CPU, however many sockets there are. The search for owners and the printing of
+verdicts do not count: they come once, and must not delay the next poll so much."""
+SHARE_OF_OWNERS = 5
+"""A pause is also at least this many times the CPU time of the search for owners before it."""
 LONGEST_NAP_NS = SECOND_NS // 10
 """A signal handler only sets `stop`, and time.sleep goes on after it (PEP 475)."""
 
@@ -49,6 +52,7 @@ class Watch:
         owners_of: Callable[[Collection[int]], Mapping[int, Owners]],
         *,
         clock_ns: Callable[[], int] = time.monotonic_ns,
+        cpu_ns: Callable[[], int] = time.process_time_ns,
         sleep: Callable[[float], None] = time.sleep,
         notes: Callable[[], str] = lambda: "",
     ) -> None:
@@ -62,6 +66,7 @@ class Watch:
         self._watched = watched
         self._owners_of = owners_of
         self._clock_ns = clock_ns
+        self._cpu_ns = cpu_ns
         self._sleep = sleep
         self._notes = notes
         self._losses: Counter[str] = Counter()
@@ -111,8 +116,12 @@ class Watch:
 
     def _poll(self, begun_ns: int) -> int:
         """Poll, judge and print. Returns when the next poll is due."""
+        cpu_ns = [self._cpu_ns()]
         poll = self._sockets.read(self._waits.wants)
-        changes = self._identified(self._waits.take(poll))
+        changes = self._waits.take(poll)
+        cpu_ns.append(self._cpu_ns())
+        changes = self._identified(changes)
+        cpu_ns.append(self._cpu_ns())
         self._polls += 1
         self._unread = poll.failures
         losses = {
@@ -124,7 +133,6 @@ class Watch:
         for name, number in losses.items():
             self._losses[name] = max(self._losses[name], number)
         done_ns = self._clock_ns()
-        cost_ns = done_ns - begun_ns
         self._printing = True
         self._output.changes(changes, done_ns)
         self._output.status(
@@ -137,8 +145,9 @@ class Watch:
             )
         )
         self._printing = False
-        pause_ns = max(PAUSE_NS, SHARE * cost_ns)
-        self._longest_poll_ns = max(self._longest_poll_ns, cost_ns)
+        self._longest_poll_ns = max(self._longest_poll_ns, done_ns - begun_ns)
+        polling_ns, searching_ns = (after - before for before, after in zip(cpu_ns, cpu_ns[1:]))
+        pause_ns = max(PAUSE_NS, SHARE * polling_ns, SHARE_OF_OWNERS * searching_ns)
         self._longest_pause_ns = max(self._longest_pause_ns, pause_ns)
         return done_ns + pause_ns
 

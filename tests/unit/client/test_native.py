@@ -7,6 +7,7 @@ drops the ACK. The oracle: the clients' own record, and `ss` at both ends.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -18,12 +19,14 @@ import pytest
 
 from lab.errors import LabError
 from lab.network.faults import ack_rule, dropping, no_syn_rule
-from lab.network.topology import SERVER_ADDRESS, Topology
+from lab.network.topology import SERVER_ADDRESS, Namespace, Topology
 from lab.patience import COMMAND_S, patient
 from lab.processes.clients import WAITING, Clients
 from lab.processes.servers import Greeter
 from lab.records import FourTuple
 from lab.scenarios.tracer import READY_PLACEHOLDER, Tracer
+from tcpstuck_bpf.client.sockets import LOOK_NS, SocketReader, Wanted
+from tcpstuck_bpf.host import netns
 
 TOOL = [sys.executable, "-m", "tcpstuck_bpf", "--client"]
 FORGOTTEN, UNSERVED, GREETED, SPOKE = 5, 4, 7, 3
@@ -195,3 +198,37 @@ def test_a_person_reads_who_waits_for_what(topology: Topology) -> None:
         r"server's first byte, the oldest for \d",
         text,
     )
+
+
+def test_a_namespace_that_is_removed_ends_what_waited_in_it() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("making a network namespace takes root")
+    try:
+        gone = Namespace(f"tcpstuck-{os.getpid()}-gone")
+    except LabError as error:
+        pytest.skip(f"the namespaces cannot be made here: {error}")
+    now_ns = 0
+    wanted = Wanted((25,), netns=gone.inode, way=netns.way(gone.name))
+    reader = SocketReader(wanted, lambda: now_ns)
+    assert reader.read(lambda _socket: True).namespaces == {gone.inode}
+    gone.give_up_number()
+    gone.close()
+    now_ns += LOOK_NS
+    poll = reader.read(lambda _socket: True)
+    assert (poll.namespaces, poll.gone, dict(poll.failures)) == (frozenset(), {gone.inode}, {})
+
+
+def test_a_namespace_that_may_not_be_entered_is_no_all_clear(topology: Topology) -> None:
+    """As another user, who may not enter the clients' namespace, but sees its name."""
+    words = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *TOOL]
+    done = subprocess.run(
+        [*words, "-p", "1", "-d", "10ms", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=patient(COMMAND_S),
+    )
+    if "Permission denied" in done.stderr or "No module" in done.stderr:
+        pytest.skip("another user may not read this tree")
+    summary = json.loads(done.stdout)
+    assert topology.client.inode in {one["netns"] for one in summary["unread_namespaces"]}
+    assert (summary["stuck"], done.returncode) == (0, 4)

@@ -236,3 +236,25 @@ def test_a_socket_without_an_owner_is_in_the_answer() -> None:
     (found,) = owners_of([1 << 40]).values()
     assert (found.processes, found.more) == ((), 0)
     assert owners_of([]) == {}
+
+
+def test_a_silent_subflow_of_mptcp_is_left_out_and_counted(server: Server) -> None:
+    """Another subflow of the same connection may carry the data."""
+    if ":" in server.address:
+        pytest.skip("one family is enough")
+    protocol = 262  # IPPROTO_MPTCP of include/uapi/linux/in.h
+    try:
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, protocol)
+        client = socket.socket(socket.AF_INET, socket.SOCK_STREAM, protocol)
+    except OSError as error:
+        pytest.skip(f"no MPTCP here: {error}")
+    with listener, client:
+        listener.bind((server.address, 0))
+        listener.listen(1)
+        client.connect(listener.getsockname())
+        ports = (listener.getsockname()[1],)
+        poll = server.read(ports=ports)
+        assert (poll.sockets, poll.subflows) == ((), 1)
+        client.sendall(b"x")
+        poll = server.read(ports=ports)
+        assert (len(poll.sockets), poll.subflows) == (1, 0)

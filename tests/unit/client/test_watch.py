@@ -39,6 +39,7 @@ class Machine:
             "port 3306",
             self.owners_of,
             clock_ns=lambda: self.now_ns,
+            cpu_ns=lambda: self.now_ns,
             sleep=self.sleep,
         )
 
@@ -95,6 +96,20 @@ def test_polls_take_at_most_a_twentieth_of_the_time(cost_ms: int) -> None:
     machine.run(600)
     spent_ns = machine.cost_ns * (len(machine.polls) - 1)
     assert spent_ns / (machine.polls[-1] - machine.polls[0]) <= 0.05
+
+
+def test_a_long_search_for_owners_delays_the_next_poll_by_five_times_as_much() -> None:
+    machine = Machine(client_socket(1, 60))
+
+    def search(inodes: Collection[int]) -> dict[int, Owners]:
+        machine.now_ns += 2 * SECOND_NS
+        return {inode: owned() for inode in inodes}
+
+    machine.watch._owners_of = search
+    machine.run(60)
+    first, second, third, *_ = machine.polls
+    assert second - first == COST_NS + 12 * SECOND_NS
+    assert third - second == COST_NS + SECOND_NS // 2
 
 
 def test_owners_are_asked_for_once_and_only_for_what_is_told() -> None:
