@@ -104,7 +104,8 @@ class World:
             assert said == []
         else:
             assert said == ["greeting-missing"]
-            assert one.received if change.verdict == "recovered" else one.sent
+            assert change.verdict == ("recovered" if one.received else "client-spoke")
+            assert one.sent or one.received
         said.append(change.verdict)
 
 

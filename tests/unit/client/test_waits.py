@@ -77,6 +77,13 @@ def test_one_that_speaks_after_all_was_never_stuck() -> None:
     assert (waits.stuck, waits.ever_stuck) == (0, 0)
 
 
+def test_one_that_spoke_and_got_an_answer_has_recovered() -> None:
+    waits = Waits(TIMEOUT_NS)
+    waits.take(poll(0, client_socket(1, 60)))
+    both = client_socket(1, 0.1, data_segs_out=1, bytes_received=9)
+    assert told(waits.take(poll(1, both))) == [("recovered", 1)]
+
+
 def test_a_poll_that_misses_one_changes_nothing() -> None:
     waits = Waits(TIMEOUT_NS)
     waits.take(poll(0, client_socket(1)))

@@ -146,6 +146,30 @@ def test_a_signal_ends_the_run_with_a_last_poll_and_the_summary() -> None:
     assert (summary.young, summary.nothing_judged, exit_status(summary)) == (1, True, 4)
 
 
+def test_one_that_is_closed_right_before_the_end_does_not_wait() -> None:
+    machine = Machine(client_socket(1, 60))
+
+    def close(number: int) -> None:
+        machine.watch.stop = number >= 3
+        if number == 4:
+            machine.sockets = ()
+
+    machine.at_poll = close
+    summary = machine.run(None)
+    assert (summary.stuck, summary.closed, summary.groups) == (0, 1, ())
+
+
+def test_one_that_the_last_poll_alone_misses_waits_on() -> None:
+    machine = Machine(client_socket(1, 60))
+
+    def miss(number: int) -> None:
+        machine.watch.stop = number >= 3
+        machine.sockets = () if number == 4 else (client_socket(1, 60),)
+
+    machine.at_poll = miss
+    assert machine.run(None).stuck == 1
+
+
 def test_the_end_of_the_process_ends_the_run() -> None:
     machine = Machine()
 
