@@ -75,7 +75,9 @@ class TableOutput:
 
     def changes(self, changes: Sequence[Change], now_ns: int) -> None:
         """Print rows below those already printed."""
-        self._put([*self._rows.changes(self._chosen.of(changes), now_ns)])
+        lines = [*self._rows.changes(self._chosen.of(changes), now_ns)]
+        if lines:
+            self._put(lines)
 
     def status(self, status: Status) -> None:
         """Rewrite the status line; without a terminal there is none."""

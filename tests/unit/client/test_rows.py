@@ -279,6 +279,31 @@ def test_what_the_json_says_is_what_happened() -> None:
     assert summary["verdicts"] == {"greeting-missing": 2}
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_status_line_is_rewritten_in_place_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    rows = Rows(page(), each=False, verbose=False)
+    output = TableOutput(stream, page(), rows, selection([], False))
+    for stuck in (0, 1):
+        output.changes([change(client_socket(1), owned())] if stuck else [], BEGIN_NS)
+        output.status(Status("port 3306", stuck, 0, 1, 0))
+    output.close()
+    before, first, second, after = stream.getvalue().split("\r\x1b[K")[:4]
+    assert before == ""
+    assert first.startswith("nothing waits too long")
+    assert second.startswith("time ")
+    assert second.endswith("\n")
+    assert after.startswith("1 WAITING")
+    assert stream.getvalue().endswith("\r\x1b[K")
+
+
 @pytest.mark.parametrize("width", [79, 60, 40, 20, 5])
 def test_the_status_line_fits(width: int) -> None:
     text = status_text(Status("ports 3306, 3311", 1_234, 5, 10_000, 90 * SECOND_NS), width)
