@@ -33,7 +33,8 @@ from tcpstuck_bpf.errors import (
     TcpstuckError,
     UsageError,
 )
-from tcpstuck_bpf.option_values import ports_of, ports_text
+from tcpstuck_bpf.judge.rules import CLIENT_RULES
+from tcpstuck_bpf.option_values import listener_address, ports_of, ports_text
 from tcpstuck_bpf.options import as_written, build_parser
 from tcpstuck_bpf.output.explain import explanation, verdict_list
 
@@ -51,6 +52,10 @@ _REPLAY_OPTIONS = frozenset(
 )
 _DOCTOR_OPTIONS = frozenset({"doctor", "vmlinux", "against", "json", "verbose"})
 _PRINT_OPTIONS = frozenset({"print_bpf", "vmlinux", "rescue", "why", "probe_mode"})
+_CLIENT_OPTIONS = frozenset(
+    {"client", "pid", "port", "family", "listener", "netns", "timeout", "duration"}
+    | {"json", "each", "verbose", "summary", "only", "ready_file"}
+)
 _BUILD_OPTIONS = frozenset({"build", "vmlinux", "rescue", "why", "port"})
 
 
@@ -80,7 +85,7 @@ def _replay(options: argparse.Namespace) -> int:
     from tcpstuck_bpf.app.playback import run_replay
     from tcpstuck_bpf.ending import Ending
     from tcpstuck_bpf.narrowing import NarrowedReplay, Wanted
-    from tcpstuck_bpf.run import exit_status, exporter_for, listener_address, output_for, plot_for
+    from tcpstuck_bpf.run import exit_status, exporter_for, output_for, plot_for
 
     if options.live:
         from tcpstuck_bpf.view.command import refuse_without_terminal, replay_view
@@ -202,6 +207,37 @@ def _print_bpf(options: argparse.Namespace) -> int:
     return EXIT_NOTHING_STUCK
 
 
+def _client(options: argparse.Namespace) -> int:
+    _refuse_beside(
+        "--client",
+        _CLIENT_OPTIONS,
+        options,
+        "on the client's side the tool lists this host's connections, without BPF",
+        "leave it out; -p, -4, -6, --listener, --netns, --pid, -t and -d choose what is watched, "
+        "--json, --only, --each, -v and --summary what is shown",
+    )
+    from tcpstuck_bpf.client.command import watch_clients
+
+    return watch_clients(options)
+
+
+def _refuse_without_client(options: argparse.Namespace) -> None:
+    """Raises UsageError for an option that has no effect without --client."""
+    if options.pid is not None:
+        raise UsageError(
+            "--pid needs --client",
+            "a server's handshakes belong to no process yet",
+            "add --client, or leave it out",
+        )
+    name = next((rule.name for rule in CLIENT_RULES if rule.name in options.only), None)
+    if name is not None:
+        raise UsageError(
+            f"--only {name} needs --client",
+            "that verdict is given on the client's side",
+            "add --client, or choose another verdict",
+        )
+
+
 def _explain(options: argparse.Namespace) -> int:
     _refuse_beside(
         "--explain",
@@ -235,6 +271,9 @@ def _run(options: argparse.Namespace) -> int:
         return _build(options)
     if options.print_bpf:
         return _print_bpf(options)
+    if options.client:
+        return _client(options)
+    _refuse_without_client(options)
     if options.replay is not None:
         return _replay(options)
     _refuse_without_replay(options)

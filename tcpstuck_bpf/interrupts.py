@@ -5,9 +5,20 @@ from __future__ import annotations
 import signal
 import sys
 from types import FrameType
+from typing import Protocol
 
-from tcpstuck_bpf.app.live import Live
 from tcpstuck_bpf.console import discard
+
+
+class Run(Protocol):
+    """What a run lends to its signal handlers; `app.live.Live` and `client.watch.Watch` do."""
+
+    stop: bool
+    abandoned: bool
+
+    @property
+    def reading(self) -> bool:
+        """Whether an exception that a handler raises now would be lost."""
 
 
 class Interrupts:
@@ -15,11 +26,11 @@ class Interrupts:
 
     SIGINT, SIGTERM or SIGHUP ends the run with its summary. A second signal ends it at once.
 
-    No handler raises while events are read; see `Live.reading`.
+    No handler raises while events are read; see `Run.reading`.
     """
 
     def __init__(self) -> None:
-        self.live: Live | None = None
+        self.live: Run | None = None
         self.interrupted = False
         self._ignored = False
         signal.signal(signal.SIGINT, self._handle)

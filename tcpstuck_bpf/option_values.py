@@ -7,8 +7,9 @@ import math
 import re
 from collections.abc import Sequence
 
+from tcpstuck_bpf.errors import UsageError
 from tcpstuck_bpf.host import known_names
-from tcpstuck_bpf.model import SECOND_NS, address_bytes
+from tcpstuck_bpf.model import SECOND_NS, address_bytes, address_text
 from tcpstuck_bpf.usage import WrongValueError, nearest
 
 LAST_PORT = 65535
@@ -156,9 +157,38 @@ def listener_addresses(text: str) -> tuple[bytes, ...]:
     )
 
 
+def listener_address(options: argparse.Namespace) -> bytes | None:
+    """The address of --listener in the selected family; None without --listener."""
+    if options.listener is None:
+        return None
+    found: dict[bytes, str] = {one: address_text(one) for one in options.listener}
+    family: int | None = options.family
+    fitting = [
+        one for one, text in found.items() if family is None or (":" not in text) == (family == 4)
+    ]
+    if not fitting:
+        raise UsageError(
+            f"--listener {', '.join(found.values())} is never reached by IPv{family}",
+            f"-{family} selects IPv{family} packets only",
+            f"leave out -{family}",
+        )
+    if len(fitting) > 1:
+        raise UsageError(
+            "--listener names several addresses",
+            f"they are {', '.join(found[one] for one in fitting)}; the filter takes one",
+            "write one of them, or add -4 or -6",
+        )
+    return fitting[0]
+
+
 def packet_rate(text: str) -> int:
     """Parse a number of packets per second."""
     return _whole_number(text, 1, 100_000, "--rescue-rate 100")
+
+
+def process_number(text: str) -> int:
+    """Parse the number of a process."""
+    return _whole_number(text, 1, 1 << 22, "--pid 288")
 
 
 def table_size(text: str) -> int:

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tcpstuck_bpf import __version__
-from tcpstuck_bpf.judge.rules import RULES, VERDICT_NAMES
+from tcpstuck_bpf.judge.rules import VERDICT_NAMES
 from tcpstuck_bpf.option_values import (
     heartbeat_interval,
     length_of_time,
     listener_addresses,
     packet_rate,
     port_list,
+    process_number,
     table_size,
 )
 from tcpstuck_bpf.usage import Parser, WrongValueError, nearest
@@ -29,6 +30,7 @@ examples:
   tcpstuck-trace --json -d 60         every port for a minute, JSON Lines
   tcpstuck-trace -p 3311 --rescue     mend what can be mended without risk
   tcpstuck-trace -p 25 --record r.tcpstuck ; tcpstuck-trace --replay r.tcpstuck
+  tcpstuck-trace --client -p 3306     on the client's host: missing greetings
 
 exit status:
   0  ran, nothing stuck      1  ran, something was stuck or lost data
@@ -82,10 +84,9 @@ def _named(what: str, text: str) -> str:
 
 def verdict_names(text: str) -> list[str]:
     """Parse verdicts separated by commas."""
-    known = [rule.name for rule in RULES]
     for name in text.split(","):
-        if name not in known:
-            raise _no_verdict(name, known)
+        if name not in VERDICT_NAMES:
+            raise _no_verdict(name, VERDICT_NAMES)
     return text.split(",")
 
 
@@ -174,6 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     _add_selection(parser)
+    _add_client(parser)
     _add_output(parser)
     _add_metrics(parser)
     _add_running(parser)
@@ -214,6 +216,22 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
         default="all",
         help="only this network namespace: a path, or a name of `ip netns`; with --replay, a name "
         "or number that the recording has (default: all)",
+    )
+
+
+def _add_client(parser: argparse.ArgumentParser) -> None:
+    client = parser.add_argument_group("the client's side (docs/client.md)")
+    client.add_argument(
+        "--client",
+        action="store_true",
+        help="watch this host's own connections to the ports of -p: which of them wait for the "
+        "server's first byte; needs neither BPF nor, for one's own processes, root",
+    )
+    client.add_argument(
+        "--pid",
+        metavar="PID",
+        type=process_number,
+        help="with --client, only the sockets of this process",
     )
 
 

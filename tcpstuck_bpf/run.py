@@ -48,7 +48,7 @@ from tcpstuck_bpf.kernel.attach_plan import WITHOUT_VARIABLE, AttachRequest, lef
 from tcpstuck_bpf.kernel.drop_names import Namer
 from tcpstuck_bpf.kernel.features import synproxy_note
 from tcpstuck_bpf.model import SECOND_NS, TraceFilter, TraceSettings, address_text, living_of
-from tcpstuck_bpf.option_values import ports_of, ports_text
+from tcpstuck_bpf.option_values import listener_address, ports_of, ports_text
 from tcpstuck_bpf.options import as_written, build_parser
 from tcpstuck_bpf.output.render import TableRenderer, watching
 from tcpstuck_bpf.output.writers import JsonOutput, Selection, TableOutput
@@ -69,30 +69,6 @@ WIDTH_OF_A_LOG = 1000
 HEARTBEAT_NS = 300 * SECOND_NS
 TIMEOUT_NS = 3 * SECOND_NS
 """Default of --timeout."""
-
-
-def listener_address(options: argparse.Namespace) -> bytes | None:
-    """The address of --listener in the selected family; None without --listener."""
-    if options.listener is None:
-        return None
-    found: dict[bytes, str] = {one: address_text(one) for one in options.listener}
-    family: int | None = options.family
-    fitting = [
-        one for one, text in found.items() if family is None or (":" not in text) == (family == 4)
-    ]
-    if not fitting:
-        raise UsageError(
-            f"--listener {', '.join(found.values())} is never reached by IPv{family}",
-            f"-{family} selects IPv{family} packets only",
-            f"leave out -{family}",
-        )
-    if len(fitting) > 1:
-        raise UsageError(
-            "--listener names several addresses",
-            f"they are {', '.join(found[one] for one in fitting)}; the filter takes one",
-            "write one of them, or add -4 or -6",
-        )
-    return fitting[0]
 
 
 def _settings(options: argparse.Namespace) -> TraceSettings:

@@ -50,7 +50,7 @@ def resolve(text: str) -> int | None:
     """
     if text == "all":
         return None
-    path = Path(text) if "/" in text else _NAMED / text
+    path = way(text)
     try:
         inode, obstacle = path.stat().st_ino, _obstacle(path)
     except PermissionError as error:
@@ -72,6 +72,11 @@ def resolve(text: str) -> int | None:
             "give a path such as /run/netns/NAME or /proc/PID/ns/net, or a name of `ip netns`",
         )
     return inode
+
+
+def way(text: str) -> Path:
+    """The path for a `--netns` that is not `all`."""
+    return Path(text) if "/" in text else _NAMED / text
 
 
 def _obstacle(path: Path) -> str:

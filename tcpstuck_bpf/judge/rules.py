@@ -241,7 +241,53 @@ RULES: tuple[Rule, ...] = (
     ),
 )
 
-VERDICT_NAMES: tuple[str, ...] = tuple(rule.name for rule in RULES)
+
+def _never(_report: FlowReport) -> bool:
+    """No handshake that a server saw: `client.waits` gives these verdicts."""
+    return False
+
+
+CLIENT_RULES: tuple[Rule, ...] = (
+    Rule(
+        name="greeting-missing",
+        stuck=True,
+        certainty="likely",
+        condition=_never,
+        meaning="connected, and not a byte either way",
+        proves=(
+            "this host's kernel has the connection as ESTABLISHED, and neither side has sent a "
+            "byte on it for longer than the time-out"
+        ),
+        cannot_prove=(
+            "that the server has no record of the connection: a slow or paused server looks the "
+            "same, and so does an idle connection of a protocol in which the client speaks first "
+            "(HTTP)"
+        ),
+        advice=(
+            "to end the hang, end the connection on this host (ss -K), or restart the process: it "
+            "then connects again. Whoever can see the server may look there for the connection "
+            "(ss): if the server has none, it has forgotten it; if it has, find out why it does "
+            "not speak. For the future, give the client a read time-out that covers the greeting"
+        ),
+    ),
+    Rule(
+        name="client-spoke",
+        stuck=False,
+        certainty="certain",
+        condition=_never,
+        meaning="was reported; then the client itself sent data",
+        proves="the client's kernel has sent or queued data of the application",
+        cannot_prove="whether the server has the connection: if it has not, the client gets an RST",
+        advice=(
+            "nothing to do for this connection; if its protocol lets the client speak first, leave "
+            "that port out"
+        ),
+    ),
+)
+"""The verdicts of `--client` alone; `recovered` is on both sides."""
+ALL_RULES: tuple[Rule, ...] = (*RULES, *CLIENT_RULES)
+
+VERDICT_NAMES: tuple[str, ...] = tuple(rule.name for rule in ALL_RULES)
 """All verdict names, for options that take one."""
 
 

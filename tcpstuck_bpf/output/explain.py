@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tcpstuck_bpf.errors import TcpstuckError
-from tcpstuck_bpf.judge.rules import RULES, VERDICT_NAMES
+from tcpstuck_bpf.judge.rules import ALL_RULES, VERDICT_NAMES
 
 FILE_NAME = "verdicts.md"
 WIDEST = 100
@@ -144,7 +144,7 @@ def explanation(verdict: str, width: int, port: int | None = None) -> Iterator[s
 def verdict_list(width: int) -> Iterator[str]:
     """Every verdict's name and meaning, one line each if `width` allows."""
     column = 1 + max(map(len, VERDICT_NAMES)) + len(_INDENT)
-    meanings = {f"{'!' if rule.stuck else ' '}{rule.name}": rule.meaning for rule in RULES}
+    meanings = {f"{'!' if rule.stuck else ' '}{rule.name}": rule.meaning for rule in ALL_RULES}
     for name, meaning in meanings.items():
         yield from _wrapped(f"{name:{column}}{meaning}", _readable(width), " " * column)
     yield ""

@@ -18,7 +18,7 @@ import pytest
 from tcpstuck_bpf.cli import EXIT_BROKEN_PIPE, main
 from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE, EXIT_USAGE, CannotTraceError, UsageError
 from tcpstuck_bpf.host import netns
-from tcpstuck_bpf.judge.rules import RULES
+from tcpstuck_bpf.judge.rules import VERDICT_NAMES
 from tcpstuck_bpf.options import build_parser
 from tests.builders import four_tuple, header
 from tests.replay.test_replay import recorded
@@ -433,7 +433,7 @@ def test_readme_documents_every_option_and_verdict() -> None:
     known = {option for action in build_parser()._actions for option in action.option_strings}
     assert documented == known
     verdicts = text[text.index("## Verdicts") : text.index("## Options")]
-    assert {rule.name for rule in RULES} == set(re.findall(r"^\| `([a-z-]+)`", verdicts, re.M))
+    assert {*VERDICT_NAMES} == set(re.findall(r"^\| `([a-z-]+)`", verdicts, re.M))
 
 
 @pytest.mark.parametrize(

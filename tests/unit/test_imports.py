@@ -19,7 +19,7 @@ FLOORS = (
     ("__main__",),
     ("cli",),
     ("run", "doctor"),
-    ("view",),
+    ("view", "client"),
     ("preflight", "heartbeat", "narrowing", "exporter", "conversions", "interrupts"),
     ("options", "kernel", "app"),
     ("rescue", "output", "typeinfo", "analysis", "option_values"),
@@ -36,6 +36,10 @@ PURE = (
     *("synack", "terminal", "usage", "wire"),
     *(f"rescue.{name}" for name in ("accept_queues", "candidate", "pace", "planner", "policy")),
     *("host.netns_numbers", "host.nftables_text", "host.ruleset_text", "host.xtables_text"),
+    *(
+        f"client.{name}"
+        for name in ("diag", "export", "facts", "rows", "summary", "waits", "words")
+    ),
     *(f"view.{name}" for name in ("frame", "rows", "snapshot", "state")),
     *(f"conversions.{name}" for name in ("describe", "handshakes", "layout", "looks", "picture")),
     *(f"conversions.{name}" for name in ("queues", "symbols")),
@@ -78,6 +82,8 @@ ONLY_SOME_RUNS_NEED = {
     # --live:
     *(f"{PACKAGE}.view.{n}" for n in ("command", "frame", "output", "rows", "screen", "snapshot")),
     "curses",
+    # --client:
+    *(f"{PACKAGE}.client.{n}" for n in ("command", "diag", "owners", "rows", "sockets", "watch")),
     # --plot:
     *(f"{PACKAGE}.conversions.{name}" for name in ("command", "describe", "drawing", "picture")),
     "matplotlib",
@@ -211,6 +217,28 @@ def test_a_start_imports_nothing_that_only_some_runs_need() -> None:
     assert sorted(loaded & ONLY_SOME_RUNS_NEED) == []
 
 
+def test_the_client_s_side_imports_neither_bcc_nor_what_traces() -> None:
+    lines = (
+        "import sys",
+        "sys.modules['bcc'] = None",
+        f"import {PACKAGE}.cli, {PACKAGE}.client.command",
+        "print(*sorted(sys.modules))",
+    )
+    child = subprocess.run(
+        [sys.executable, "-S", "-c", "\n".join(lines)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=IMPORT_TIME_LIMIT_S,
+    )
+    assert (child.returncode, child.stderr) == (0, "")
+    rooms = {
+        room_of(one.partition(".")[2]) for one in child.stdout.split() if one[:8] == PACKAGE[:8]
+    }
+    assert "client" in rooms
+    assert rooms & {"kernel", "run", "typeinfo", "rescue", "analysis"} == set()
+
+
 @pytest.mark.parametrize(
     "word", ["--help", "--version", "--prot", "--port=70000", "--explain", "--explain=ack-missing"]
 )
@@ -263,6 +291,8 @@ DOORS = {
     "output.writers.status",
     "output.writers._clear",
     "output.writers._put",
+    "client.output.status",
+    "client.output._put",
     "recording.replay._write_line",
 }
 """Where text leaves: each passes it through `terminal` or `json_text`."""

@@ -20,7 +20,7 @@ from lab.golden_files import kept_recording, kept_truth
 from tcpstuck_bpf.cli import main
 from tcpstuck_bpf.conversions.picture import FLOOD, MOST_LANES, Count, MarkKind, Picture
 from tcpstuck_bpf.errors import EXIT_NOTHING_STUCK, EXIT_STUCK
-from tcpstuck_bpf.judge.rules import VERDICT_NAMES
+from tcpstuck_bpf.judge.rules import RULES
 from tcpstuck_bpf.model import address_bytes
 from tcpstuck_bpf.output.page import endpoint
 from tcpstuck_bpf.recording.replay import Replay
@@ -98,7 +98,7 @@ def test_every_golden_recording_is_drawn_and_shows_what_the_oracle_saw(
 
 def test_all_verdicts_and_packets_have_their_words() -> None:
     picture = crowd(12).picture()
-    every = (*VERDICT_NAMES, FLOOD, "")
+    every = (*(rule.name for rule in RULES), FLOOD, "")
     counts = tuple(Count(name, n + 2, 1, n % 2, stuck=bool(n % 3)) for n, name in enumerate(every))
     lane = picture.lanes[0]
     marks = tuple(lane.marks[0]._replace(kind=kind) for kind in MarkKind)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tcpstuck_bpf.conversions import looks
 from tcpstuck_bpf.conversions.picture import FLOOD, MarkKind
 from tcpstuck_bpf.conversions.symbols import MOST_MOVED, chosen, side_by_side
-from tcpstuck_bpf.judge.rules import VERDICT_NAMES
+from tcpstuck_bpf.judge.rules import RULES
 
 GAP = 9.0
 PLACES = st.tuples(st.floats(0, 600), st.floats(0, 600))
@@ -50,7 +50,7 @@ def test_those_at_one_moment_stand_side_by_side() -> None:
 
 
 def test_every_verdict_and_every_packet_has_a_look_of_its_own() -> None:
-    assert looks.VERDICTS.keys() == {*VERDICT_NAMES, FLOOD}
+    assert looks.VERDICTS.keys() == {*(rule.name for rule in RULES), FLOOD}
     shapes = [look.shape for look in looks.VERDICTS.values()]
     assert len(set(shapes)) == len(shapes), "in grey they would be alike"
     assert looks.MARKS.keys() == set(MarkKind)

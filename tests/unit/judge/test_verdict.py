@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tcpstuck_bpf.handshake.flow import STUCK_STATES, FlowReport, State
-from tcpstuck_bpf.judge.rules import RULES, VERDICT_NAMES, Rule
+from tcpstuck_bpf.judge.rules import ALL_RULES, RULES, VERDICT_NAMES, Rule
 from tcpstuck_bpf.judge.verdict import KFREE_SKB, Finding, judge, missing_probes
 from tcpstuck_bpf.model import (
     SOFTIRQ_LOCK,
@@ -160,7 +160,7 @@ def test_rules_are_fit_to_print(rule: Rule) -> None:
 
 
 def test_names_are_unique() -> None:
-    assert len(set(VERDICT_NAMES)) == len(VERDICT_NAMES) == len(RULES)
+    assert len(set(VERDICT_NAMES)) == len(VERDICT_NAMES) == len(ALL_RULES)
 
 
 @pytest.mark.parametrize("state", [State.TAKEN_OVER, State.SUPERSEDED])

@@ -180,6 +180,7 @@ def test_every_value_has_its_way() -> None:
     assert by_hand == {
         "port",
         "listener",
+        "pid",
         "timeout",
         "duration",
         "max_handshakes",

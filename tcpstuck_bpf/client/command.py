@@ -1,0 +1,131 @@
+"""`--client`: from the options to the exit status."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import sys
+
+from tcpstuck_bpf.app.ready_file import remove_ready_file
+from tcpstuck_bpf.client.output import ClientOutput, JsonOutput, TableOutput, selection
+from tcpstuck_bpf.client.owners import owners_of
+from tcpstuck_bpf.client.rows import Rows
+from tcpstuck_bpf.client.sockets import SocketReader, Wanted, refuse_unless_readable
+from tcpstuck_bpf.client.summary import exit_status
+from tcpstuck_bpf.client.waits import CLIENT_SPOKE, GREETING_MISSING, RECOVERED, Waits
+from tcpstuck_bpf.client.watch import Watch
+from tcpstuck_bpf.console import WIDTH_OF_A_PIPE, remark, say, unforeseen
+from tcpstuck_bpf.ending import Ending
+from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE, EXIT_INTERRUPTED, UsageError
+from tcpstuck_bpf.host import netns, netns_owners
+from tcpstuck_bpf.host.wall_clock import RunClock
+from tcpstuck_bpf.interrupts import Interrupts
+from tcpstuck_bpf.model import SECOND_NS, address_text
+from tcpstuck_bpf.option_values import listener_address, ports_of, ports_text
+from tcpstuck_bpf.output.page import Page
+from tcpstuck_bpf.preflight import refuse_unusable_files
+from tcpstuck_bpf.steps import WallClock
+from tcpstuck_bpf.terminal import understands_escapes
+
+TIMEOUT_NS = 3 * SECOND_NS
+"""Default of --timeout."""
+VERDICTS = (GREETING_MISSING, RECOVERED, CLIENT_SPOKE)
+
+
+def _refuse(options: argparse.Namespace) -> None:
+    """Raises UsageError for options that fit no run on the client's side."""
+    if not options.port:
+        raise UsageError(
+            "--client needs -p",
+            "only the port says in which connections the server speaks first",
+            "write for example --client -p 3306",
+        )
+    other = next((name for name in options.only if name not in VERDICTS), None)
+    if other is not None:
+        raise UsageError(
+            f"--only {other} cannot be combined with --client",
+            "that is a verdict of the server's side",
+            f"choose from {', '.join(VERDICTS)}",
+        )
+
+
+def _wanted(options: argparse.Namespace) -> Wanted:
+    return Wanted(
+        ports_of(options),
+        options.family,
+        listener_address(options),
+        netns.resolve(options.netns),
+        None if options.netns == "all" else netns.way(options.netns),
+        options.pid,
+    )
+
+
+def _watched(options: argparse.Namespace, wanted: Wanted) -> str:
+    """What is watched, as text."""
+    words = [f"port{'s' * (len(wanted.ports) > 1)} {ports_text(wanted.ports)}"]
+    if wanted.address is not None:
+        words.append(f"of {address_text(wanted.address)}")
+    if wanted.family is not None:
+        words.append(f"over IPv{wanted.family}")
+    if wanted.netns is not None:
+        words.append(f"in network namespace {options.netns}")
+    if wanted.pid is not None:
+        words.append(f"by process {wanted.pid}")
+    return " ".join(words)
+
+
+def _output(options: argparse.Namespace, clock: WallClock) -> ClientOutput:
+    chosen = selection(options.only, options.summary)
+    if options.json:
+        return JsonOutput(sys.stdout, clock, chosen)
+    page = Page(
+        clock=clock,
+        width=shutil.get_terminal_size((WIDTH_OF_A_PIPE, 24)).columns,
+        colour=understands_escapes(sys.stdout) and not os.environ.get("NO_COLOR"),
+        own_netns=netns.own_netns(),
+        netns_names=netns_owners.KnownNames(),
+    )
+    rows = Rows(page, each=options.each, verbose=options.verbose)
+    return TableOutput(sys.stdout, page, rows, chosen)
+
+
+def watch_clients(options: argparse.Namespace) -> int:
+    """Watch the client's side by the options. Returns the exit status.
+
+    Raises UsageError or CannotTraceError if the run cannot begin.
+    """
+    interrupts = Interrupts()
+    _refuse(options)
+    with contextlib.suppress(OSError):  # writing it later fails for the same reason
+        remove_ready_file(options.ready_file)
+    refuse_unusable_files(options)
+    wanted = _wanted(options)
+    refuse_unless_readable(wanted)
+    reader = SocketReader(wanted)
+    with Ending(remark) as ending:
+        ending.add("files were not closed", reader.close)
+        clock = RunClock()
+        watched = _watched(options, wanted)
+        output = _output(options, clock.clock)
+        ending.add(
+            f"the ready file {options.ready_file} was not removed",
+            lambda: remove_ready_file(options.ready_file),
+        )
+        ending.add("the status line was not cleared", output.close)
+        if not understands_escapes(sys.stdout):
+            remark(f"watching connections to {watched}; Ctrl-C ends with a summary")
+        timeout_ns = TIMEOUT_NS if options.timeout is None else options.timeout
+        waits = Waits(timeout_ns)
+        watch = Watch(reader, waits, output, watched, owners_of, notes=clock.note)
+        # Added last, so called first: further Ctrl-C must not interrupt the ending.
+        ending.add("signals", interrupts.ignore)
+        interrupts.live = watch
+        summary = watch.run(options.duration, options.ready_file)
+    if watch.failure is not None:
+        say(unforeseen(watch.failure, "the run ended early"))
+        return exit_status(summary) or EXIT_CANNOT_TRACE
+    if interrupts.interrupted and not summary.verdicts:
+        return EXIT_INTERRUPTED
+    return exit_status(summary)
