@@ -21,7 +21,7 @@ FLOORS = (
     ("run", "doctor"),
     ("view",),
     ("preflight", "heartbeat", "narrowing", "exporter", "conversions", "interrupts"),
-    ("options", "kernel", "app"),
+    ("options", "kernel", "app", "client"),
     ("rescue", "output", "typeinfo", "analysis", "option_values"),
     ("host", "summary"),
     ("console", "ending", "recording", "judge", "usage"),
@@ -34,6 +34,7 @@ PURE_ROOMS = ("handshake", "judge", "recording", "output")
 PURE = (
     *("analysis", "errors", "json_text", "model", "narrowing", "rulesets", "steps", "summary"),
     *("synack", "terminal", "usage", "wire"),
+    *(f"client.{name}" for name in ("synack_filter", "third_ack")),
     *(f"rescue.{name}" for name in ("accept_queues", "candidate", "pace", "planner", "policy")),
     *("host.netns_numbers", "host.nftables_text", "host.ruleset_text", "host.xtables_text"),
     *(f"view.{name}" for name in ("frame", "rows", "snapshot", "state")),
