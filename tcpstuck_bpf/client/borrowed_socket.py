@@ -4,9 +4,11 @@ The socket is borrowed by pidfd_getfd(2) (5.6). The kernel sends a probe from it
 for the window, with an old sequence number: SND.UNA - 1 (tcp_xmit_probe_skb). A server that knows
 the connection answers with an ACK, one that forgot it with an RST.
 
-While a SYN cookie can be valid, such a probe is fatal: the cookie check subtracts 1 from its
-sequence number, so that the listener makes a connection one byte early, or none and resets. So
-`ask` refuses where less than COOKIE_LIFE_S have passed since the last SYN.
+While a SYN cookie can be valid, such a probe is fatal, because its sequence number is one too low.
+With the highest index of MSS the cookie is invalid, and an RST ends a connection that could have
+been mended. With any other the listener makes a connection that waits for a byte which the client
+never sent: the client gets the greeting, and its own data never arrives. So `ask` refuses where
+less than COOKIE_LIFE_S have passed since the last SYN.
 
 A borrowed socket is a duplicate: if the application closes its own meanwhile, the FIN leaves when
 the duplicate is closed.

@@ -21,6 +21,8 @@ SNAP_BYTES = 120
 """Bytes of a packet that are handed over: IPv4 and TCP headers of 60 bytes each."""
 MOST_RANGES = 1000
 """Ranges of ports that fit into a program; BPF_MAXINSNS is 4096."""
+CHALLENGE_ACKNOWLEDGES = 0
+"""The acknowledgement in a SYN-ACK of our own (`challenge`): it says nothing about a handshake."""
 
 _TCP_HEADER_BYTES = 20
 _IPV6_HEADER_BYTES = 40
@@ -159,7 +161,8 @@ def program_bytes(program: Iterable[Instruction]) -> bytes:
 def parse_synack(packet: bytes, netns: int, time_ns: int) -> Synack | None:
     """The SYN-ACK in a packet that begins with its IP header; None for any other packet.
 
-    `netns` is the inode number of the namespace in which it arrived.
+    None also for a SYN-ACK that `challenge` made; one real SYN-ACK in 2^32 looks like that. `netns`
+    is the inode number of the namespace in which it arrived.
     """
     addresses = _addresses_and_length(packet)
     if addresses is None:
@@ -169,6 +172,8 @@ def parse_synack(packet: bytes, netns: int, time_ns: int) -> Synack | None:
     if len(segment) < _TCP_HEADER_BYTES or segment[13] & _FLAGS != _SYN_ACK:
         return None
     server_port, client_port, sequence, acknowledged = struct.unpack_from("!HHII", segment)
+    if acknowledged == CHALLENGE_ACKNOWLEDGES:
+        return None
     timestamps, scale = _options(segment[_TCP_HEADER_BYTES : (segment[12] >> 4) * 4])
     return Synack(
         FourTuple(client, server, client_port, server_port, netns),

@@ -34,7 +34,7 @@ PURE_ROOMS = ("handshake", "judge", "recording", "output")
 PURE = (
     *("analysis", "errors", "json_text", "model", "narrowing", "rulesets", "steps", "summary"),
     *("synack", "terminal", "usage", "wire"),
-    *(f"client.{name}" for name in ("synack_filter", "third_ack")),
+    *(f"client.{name}" for name in ("challenge", "synack_filter", "third_ack")),
     *(f"rescue.{name}" for name in ("accept_queues", "candidate", "pace", "planner", "policy")),
     *("host.netns_numbers", "host.nftables_text", "host.ruleset_text", "host.xtables_text"),
     *(f"view.{name}" for name in ("frame", "rows", "snapshot", "state")),
@@ -271,6 +271,7 @@ OTHER_WRITERS = {
     *("kernel.compiler", "kernel.kept_files", "files"),
     *("host.ruleset_child", "typeinfo.decompression", "exporter.server"),
     *("conversions.capture", "conversions.frames"),
+    "client.option_guard",
 }
 """Their bytes are for programs, or their standard error is read by the process that traces."""
 

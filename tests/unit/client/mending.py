@@ -65,19 +65,27 @@ class World:
         self.server.pin({COOKIES: "0"})
         self.listen()
 
-    def connect(self) -> socket.socket:
-        made = self.client.run(socket.create_connection, (self.address, PORT), patient(COMMAND_S))
-        return self.keep(made)
+    def connect(self, mss: int = 1460) -> socket.socket:
+        """A connected client, which asks for segments of at most `mss` bytes."""
+
+        def connected() -> socket.socket:
+            kind = socket.AF_INET if self.family == 4 else socket.AF_INET6
+            made = self.keep(socket.socket(kind))
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, mss)
+            made.connect((self.address, PORT))
+            return made
+
+        return self.client.run(connected)
 
     def keep(self, made: socket.socket) -> socket.socket:
         self._opened.callback(made.close)
         return limited(made)
 
-    def forgotten(self) -> socket.socket:
+    def forgotten(self, mss: int = 1460) -> socket.socket:
         """A client whose ACK is lost: connected, and the server does not know it."""
         known = self.server.count_known(PORT)
         with dropping(self.server, ack_rule(PORT), self.family):
-            made = self.connect()
+            made = self.connect(mss)
         assert self.server.count_known(PORT) == known
         return made
 
@@ -88,6 +96,12 @@ class World:
         own, peer = client.getsockname(), client.getpeername()
         addresses = address_bytes(own[0]), address_bytes(peer[0])
         return FourTuple(*addresses, own[1], peer[1], self.client.inode)
+
+    def figures(self, place: str) -> list[str]:
+        """`ss`'s figures of bytes and data segments, of all connections of one end."""
+        words = self.server if place == "server" else self.client
+        line = words.command("ss", "-tinH", "state", "established")
+        return [word for word in line.split() if word.startswith(("bytes_", "data_segs_"))]
 
     def close(self) -> None:
         self._opened.close()

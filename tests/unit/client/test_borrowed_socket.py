@@ -228,22 +228,33 @@ def test_while_a_cookie_may_live_nothing_is_asked(age: float) -> None:
 
 
 @WAYS
-def test_why_a_young_connection_is_refused(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within the cookie's life the same question never lets the connection come alive."""
+@pytest.mark.parametrize("mss", [536, 1460])
+def test_why_a_young_connection_is_refused(
+    way: Way, mss: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the cookie's life the question itself does the harm, and in two ways.
+
+    The probe's sequence number is one too low. A cookie whose index of MSS is the highest (1460) is
+    then invalid: an RST ends a connection that could have been mended. Any other makes a connection
+    that waits for a byte which the client never sent, so that the client's data never arrives.
+    """
     monkeypatch.setattr(borrowed_socket, "COOKIE_LIFE_S", 0)
     with world() as made:
-        client = idle(made)
-        outcome = ask(wanted(client), 1, way=way)
-        counters = made.server.counters()
-        assert counters["SyncookiesRecv"] + counters["SyncookiesFailed"] >= 1
-        if counters["SyncookiesRecv"]:
-            accepted = made.accept()
-            accepted.sendall(GREETING)
-            client.settimeout(SHORT_S)
-            with pytest.raises((socket.timeout, ConnectionResetError)):
-                client.recv(100)
-        else:
+        client = made.forgotten(mss)
+        await_idle(client)
+        outcome = ask(wanted(client), 1, limit_s=1.5, way=way)
+        if mss == 1460:
             assert outcome.answer is Answer.SERVER_FORGOT
+            assert made.server.counters()["SyncookiesFailed"] == 1
+            return
+        accepted = made.accept()
+        accepted.sendall(GREETING)
+        assert client.recv(100) == GREETING
+        client.sendall(b"hello")
+        assert made.server.counters()["TCPOFOQueue"] >= 1
+        accepted.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            accepted.recv(100)
 
 
 def test_what_is_no_longer_what_was_meant_is_left_alone() -> None:

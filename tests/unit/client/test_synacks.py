@@ -6,9 +6,13 @@ scapy's reading of the same packets, from another packet socket, is the oracle.
 from __future__ import annotations
 
 import contextlib
-import os
+import ctypes
 import select
 import socket
+import struct
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -183,9 +187,9 @@ def test_a_vlan_tag_hides_nothing_but_two_do(family: int, tags: int) -> None:
 def test_the_arrival_is_the_kernels_time() -> None:
     """Also of a packet that waited in the socket before it was read."""
     with world() as made, SynackWatch(made.client.inode, [PORT]) as watch:
-        before_ns = synacks.time.monotonic_ns()
+        before_ns = time.monotonic_ns()
         client = made.connect()
-        after_ns = synacks.time.monotonic_ns()
+        after_ns = time.monotonic_ns()
         for _ in range(50):
             made.connect()
         watch.take_in()
@@ -219,9 +223,9 @@ def test_the_kernel_accepts_the_program_of_every_length() -> None:
     for count in (0, 1, 2, 500, 1000, 1001):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as tried:
             code = program_bytes(synack_filter(range(1, 2 * count, 2)))
-            kept = synacks.ctypes.create_string_buffer(code, len(code))
-            address = synacks.ctypes.addressof(kept)
-            program = synacks.struct.pack("@HP", len(code) // 8, address)
+            kept = ctypes.create_string_buffer(code, len(code))
+            address = ctypes.addressof(kept)
+            program = struct.pack("@HP", len(code) // 8, address)
             tried.setsockopt(socket.SOL_SOCKET, synacks._SO_ATTACH_FILTER, program)
 
 
@@ -231,12 +235,15 @@ def test_a_namespace_that_is_gone_is_said() -> None:
     assert "is gone" in raised.value.why
 
 
-def test_without_the_privilege_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> socket.socket:
-        raise PermissionError(1, os.strerror(1))
-
-    monkeypatch.setattr(synacks, "_packet_socket", refuse)
-    with pytest.raises(CannotTraceError) as raised:
-        SynackWatch(synacks.netns.own_netns(), [])
-    assert "CAP_NET_RAW" in raised.value.why
-    assert "root" in raised.value.remedy
+def test_without_the_privilege_the_remedy_is_said() -> None:
+    text = (
+        "import os; from tcpstuck_bpf.client.synacks import SynackWatch, netns\n"
+        "from tcpstuck_bpf.errors import CannotTraceError\n"
+        "if os.geteuid() == 0: os.setgid(65534); os.setuid(65534)\n"
+        "try: SynackWatch(netns.own_netns(), [])\n"
+        "except CannotTraceError as error: print(*error.lines(), sep='\\n')\n"
+    )
+    words = [sys.executable, "-c", text]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=patient(COMMAND_S))
+    assert "CAP_NET_RAW" in done.stdout, done.stderr
+    assert "root" in done.stdout

@@ -105,13 +105,6 @@ def test_nobody_else_is_accepted(family: int, stamps: str) -> None:
         assert made.server.count_known(PORT) == 10
 
 
-def figures(made: World, place: str) -> list[str]:
-    """`ss`'s figures of a connection's bytes, one line for each end."""
-    words = made.server if place == "server" else made.client
-    line = words.command("ss", "-tinH", "state", "established")
-    return [w for w in line.split() if w.startswith(("bytes_", "data_segs_"))]
-
-
 @FAMILIES
 @STAMPS
 @pytest.mark.parametrize("talked", [False, True])
@@ -123,11 +116,11 @@ def test_a_server_that_knows_the_connection_is_not_disturbed(
         accepted = made.accept()
         if talked:
             exchange(client, accepted, 1000)
-        before = [figures(made, place) for place in ("server", "client")]
+        before = [made.figures(place) for place in ("server", "client")]
         synack = seen_of(made, watch, client)
         for _ in range(3):
             resender.send_to_server(synack.four_tuple, third_ack(synack))
-        assert [figures(made, place) for place in ("server", "client")] == before
+        assert [made.figures(place) for place in ("server", "client")] == before
         assert made.server.count_known(PORT) == 1
         exchange(client, accepted)
         made.listener.setblocking(False)
