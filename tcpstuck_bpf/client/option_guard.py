@@ -138,10 +138,11 @@ class OptionGuard:
         try:
             # Before the child hears of it: it would restore if we were killed in between.
             restore(self._borrowed, self._changes, self._step)
-        finally:
             with contextlib.suppress(OSError):  # it was killed; the options are restored
                 os.write(_pipe(self._child.stdin).fileno(), _RESTORED)
             self._step("released")
+        finally:
+            # If restoring failed or was interrupted, the child restores at the end of its pipe.
             _collect(self._child)
 
 

@@ -181,6 +181,20 @@ def test_a_failure_in_between_restores() -> None:
         assert options_of(client) == before
 
 
+def test_an_interrupt_while_restoring_leaves_it_to_the_guard() -> None:
+    with connection() as client:
+        before = options_of(client)
+
+        def interrupt(step: str) -> None:
+            if step.startswith("restored"):
+                raise KeyboardInterrupt
+
+        guard = OptionGuard(client, _KEEP_ALIVE, LONG_S, interrupt)
+        with pytest.raises(KeyboardInterrupt), guard:
+            assert options_of(client) != before
+        assert options_of(client) == before
+
+
 def test_without_a_guard_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     with connection() as client:
         before = options_of(client)
