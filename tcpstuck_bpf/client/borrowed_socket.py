@@ -10,8 +10,8 @@ been mended. With any other the listener makes a connection that waits for a byt
 never sent: the client gets the greeting, and its own data never arrives. So `ask` refuses where
 less than COOKIE_LIFE_S have passed since the last SYN.
 
-A borrowed socket is a duplicate: if the application closes its own meanwhile, the FIN leaves when
-the duplicate is closed.
+A borrowed socket is a duplicate: if the application closes its own meanwhile, the FIN leaves, and
+epoll(7) forgets the socket, when the duplicate is closed.
 """
 
 from __future__ import annotations
@@ -236,7 +236,8 @@ def _ask(
     refusal = _keep_alive_refusal(borrowed, before)
     if refusal:
         return Outcome(Answer.REFUSED, refusal)
-    with OptionGuard(borrowed, _KEEP_ALIVE, limit_s + limit_s, step):
+    # The guard's limit is for a process that was stopped; a slow one shall not reach it.
+    with OptionGuard(borrowed, _KEEP_ALIVE, 2 * limit_s, step):
         outcome = _await_answer(borrowed, before, limit_s)
         step("answered")
     return outcome

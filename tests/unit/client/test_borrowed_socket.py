@@ -29,8 +29,8 @@ from tcpstuck_bpf.host.bpf_syscall import RefusedError
 from tests.unit.client.mending import GREETING, OLD_S, PORT, World, await_idle, exchange, world
 
 SHORT_S = 0.5
-KEEP_ALIVE_MS = 1000
-"""The shortest idle time after which keep-alive asks."""
+LONG_ENOUGH_MS = {Way.WINDOW_PROBE: 100, Way.KEEP_ALIVE: 1000}
+"""The idle time after which the question leaves at once."""
 WAYS = pytest.mark.parametrize("way", [*Way])
 SO_COOKIE, TCP_USER_TIMEOUT = 57, 18
 OPTIONS = (
@@ -164,7 +164,7 @@ def test_a_server_out_of_reach(way: Way, family: int, settings: str) -> None:
     with world(family) as made:
         client = made.connect()
         set_up(client, settings)
-        await_idle(client, KEEP_ALIVE_MS)
+        await_idle(client, LONG_ENOUGH_MS[way])
         with dropping(made.server, no_syn_rule(PORT), family):
             with unchanged(client):
                 outcome = ask(wanted(client), OLD_S, limit_s=SHORT_S, way=way)
@@ -181,7 +181,7 @@ def test_no_number_of_questions_ends_the_connection(way: Way) -> None:
     with world() as made:
         client = made.connect()
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 1)
-        await_idle(client, KEEP_ALIVE_MS)
+        await_idle(client, LONG_ENOUGH_MS[way])
         with dropping(made.server, no_syn_rule(PORT), 4), unchanged(client):
             for _ in range(4):
                 outcome = ask(wanted(client), OLD_S, limit_s=0.1, way=way)

@@ -10,6 +10,7 @@ import pytest
 from scapy.layers.inet import IP, TCP
 from scapy.layers.inet6 import IPv6
 
+from lab.network.topology import INTERFACE
 from tcpstuck_bpf.client.challenge import challenge
 from tcpstuck_bpf.client.synacks import SynackWatch
 from tcpstuck_bpf.rescue.raw_socket import Resender
@@ -147,3 +148,13 @@ def test_the_watch_does_not_take_it_for_a_handshake(family: int, resender: Resen
         assert watch.take_in() == 1
         assert before is not None
         assert watch.table.find(who) == before
+
+
+@FAMILIES
+def test_a_socket_that_is_bound_to_its_device_is_reached(family: int, resender: Resender) -> None:
+    """Though the packet passes the loopback device."""
+    with world(family) as made:
+        client = made.forgotten()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, INTERFACE.encode())
+        resender.send(made.four_tuple(client), challenge(made.four_tuple(client)))
+        greeted(made, client)
