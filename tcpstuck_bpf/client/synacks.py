@@ -25,7 +25,9 @@ from tcpstuck_bpf.client.synack_filter import (
 )
 from tcpstuck_bpf.errors import CannotTraceError, as_root_remedy
 from tcpstuck_bpf.host import netns
+from tcpstuck_bpf.host.wall_clock import RunClock
 from tcpstuck_bpf.model import SECOND_NS, FourTuple
+from tcpstuck_bpf.steps import WallClock
 
 KEPT_FOR_NS = 180 * SECOND_NS
 """Longer than a cookie lives: at most two minutes (MAX_SYNCOOKIE_AGE of include/net/tcp.h)."""
@@ -151,6 +153,7 @@ class SynackWatch:
         Raises OSError if the kernel refuses to be read.
         """
         taken = 0
+        clock = RunClock().clock
         while taken < MOST_AT_ONCE:
             try:
                 packet, control, _, _ = self._socket.recvmsg(
@@ -159,7 +162,7 @@ class SynackWatch:
             except BlockingIOError:
                 break
             taken += 1
-            synack = parse_synack(packet, self._inode, _arrival_ns(control))
+            synack = parse_synack(packet, self._inode, _arrival_ns(control, clock))
             if synack is not None:
                 self.table.note(synack)
         counts = self._socket.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, _STATISTICS.size)
@@ -200,15 +203,17 @@ def _bind_to_all(made: socket.socket) -> None:
         raise OSError(number, os.strerror(number))
 
 
-def _arrival_ns(control: list[tuple[int, int, bytes]]) -> int:
-    """When the kernel received a packet, CLOCK_MONOTONIC; now if it did not say.
+def _arrival_ns(control: list[tuple[int, int, bytes]], clock: WallClock) -> int:
+    """When the kernel received a packet, CLOCK_MONOTONIC; the clock's time if it did not say.
 
-    The kernel's timestamp is of CLOCK_REALTIME (SO_TIMESTAMPNS).
+    The kernel's timestamp is of CLOCK_REALTIME (SO_TIMESTAMPNS). If the wall clock was set
+    meanwhile, a packet still cannot arrive later than it was read. In the first moment of a watch
+    the kernel does not stamp packets yet (net_enable_timestamp defers it): then the time is that of
+    reading, which makes a cookie seem younger.
     """
-    now_ns = time.monotonic_ns()
+    waited_ns = 0
     for level, kind, data in control:
         if (level, kind) == (socket.SOL_SOCKET, _SO_TIMESTAMPNS):
             seconds, nanoseconds = _TIMESPEC.unpack_from(data)
-            waited_ns: int = time.time_ns() - (seconds * SECOND_NS + nanoseconds)
-            return now_ns - min(max(waited_ns, 0), KEPT_FOR_NS)
-    return now_ns
+            waited_ns = clock.realtime_ns - (seconds * SECOND_NS + nanoseconds)
+    return clock.monotonic_ns - min(max(waited_ns, 0), KEPT_FOR_NS)
