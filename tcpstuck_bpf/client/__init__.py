@@ -1,1 +1,1 @@
-"""The client's side: what a client's host can see and mend without touching the server."""
+"""The client's side: connections of this host on which no byte has gone either way."""

@@ -19,9 +19,9 @@ FLOORS = (
     ("__main__",),
     ("cli",),
     ("run", "doctor"),
-    ("view",),
+    ("view", "client"),
     ("preflight", "heartbeat", "narrowing", "exporter", "conversions", "interrupts"),
-    ("options", "kernel", "app", "client"),
+    ("options", "kernel", "app"),
     ("rescue", "output", "typeinfo", "analysis", "option_values"),
     ("host", "summary"),
     ("console", "ending", "recording", "judge", "usage"),
@@ -34,13 +34,13 @@ PURE_ROOMS = ("handshake", "judge", "recording", "output")
 PURE = (
     *("analysis", "errors", "json_text", "model", "narrowing", "rulesets", "steps", "summary"),
     *("synack", "terminal", "usage", "wire"),
-    *(f"client.{name}" for name in ("challenge", "synack_filter", "third_ack")),
     *(f"rescue.{name}" for name in ("accept_queues", "candidate", "pace", "planner", "policy")),
     *("host.netns_numbers", "host.nftables_text", "host.ruleset_text", "host.xtables_text"),
     *(f"view.{name}" for name in ("frame", "rows", "snapshot", "state")),
     *(f"conversions.{name}" for name in ("describe", "handshakes", "layout", "looks", "picture")),
     *(f"conversions.{name}" for name in ("queues", "symbols")),
     *(f"conversions.{name}" for name in ("packets", "pcapng", "stories")),
+    *(f"client.{name}" for name in ("challenge", "synack_filter", "third_ack")),
 )
 """Pure modules in rooms that are not, or in none."""
 TOUCH_THE_KERNEL = ("kernel", "typeinfo", "host", "doctor")
