@@ -13,7 +13,7 @@ from types import TracebackType
 
 from tcpstuck_bpf.ending import close_all
 from tcpstuck_bpf.host import netns
-from tcpstuck_bpf.model import FourTuple
+from tcpstuck_bpf.model import FourTuple, address_text
 
 MAX_SOCKETS = 64
 KEPT_FOR_NS = 2_000_000_000
@@ -29,23 +29,23 @@ def _raw_socket(family: socket.AddressFamily) -> socket.socket:
     # IPPROTO_RAW: the packet includes its IP header (raw(7)), and the socket receives nothing.
     made = socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)
     if family == socket.AF_INET6:
-        # The server's address may belong to no interface (AnyIP route, transparent proxy). For
+        # The source address may belong to no interface (AnyIP route, transparent proxy). For
         # IPv4, the supplied header suffices (inet_sk_flowi_flags).
         made.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
     made.setblocking(False)
     return made
 
 
-def _from_server(four_tuple: FourTuple) -> _ControlMessage:
-    """A control message that routes the packet as one from the server's address.
+def _sent_from(family: int, address: bytes) -> _ControlMessage:
+    """A control message that routes the packet as one from this 16-byte address.
 
     The kernel ignores the source address in the supplied header for routing. Rules by source may
-    choose the uplink for a client.
+    choose the uplink.
     """
-    if four_tuple.family == 4:
-        source = struct.pack("=I4s4s", 0, four_tuple.server_address[12:], bytes(4))
+    if family == 4:
+        source = struct.pack("=I4s4s", 0, address[12:], bytes(4))
         return (socket.IPPROTO_IP, _IP_PKTINFO, source)
-    source = struct.pack("=16sI", four_tuple.server_address, 0)
+    source = struct.pack("=16sI", address, 0)
     return (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, source)
 
 
@@ -82,11 +82,21 @@ class Resender:
         cannot be entered, if the kernel refuses the packet, or if the address is link-local: it
         would need an interface (RFC 4007), which is not recorded.
         """
-        if ipaddress.IPv6Address(four_tuple.client_address) in _LINK_LOCAL:
+        self._send(four_tuple, four_tuple.server_address, four_tuple.client_address, packet)
+
+    def send_to_server(self, four_tuple: FourTuple, packet: bytes) -> None:
+        """Send a packet to the server of a 4-tuple, from the client's address; as `send`."""
+        self._send(four_tuple, four_tuple.client_address, four_tuple.server_address, packet)
+
+    def _send(
+        self, four_tuple: FourTuple, source: bytes, destination: bytes, packet: bytes
+    ) -> None:
+        if ipaddress.IPv6Address(destination) in _LINK_LOCAL:
             raise OSError(errno.EINVAL, "link-local address with unknown interface")
         try:
-            place = (four_tuple.client_ip, 0)
-            self._socket(four_tuple).sendmsg([packet], [_from_server(four_tuple)], 0, place)
+            place = (address_text(destination), 0)
+            control = [_sent_from(four_tuple.family, source)]
+            self._socket(four_tuple).sendmsg([packet], control, 0, place)
         except BlockingIOError as error:
             raise OSError(errno.ENOBUFS, "the socket's send buffer is full") from error
 

@@ -44,6 +44,7 @@ PURE = (
     *(f"conversions.{name}" for name in ("describe", "handshakes", "layout", "looks", "picture")),
     *(f"conversions.{name}" for name in ("queues", "symbols")),
     *(f"conversions.{name}" for name in ("packets", "pcapng", "stories")),
+    *(f"client.{name}" for name in ("challenge", "synack_filter", "third_ack")),
 )
 """Pure modules in rooms that are not, or in none."""
 TOUCH_THE_KERNEL = ("kernel", "typeinfo", "host", "doctor")
@@ -300,6 +301,7 @@ OTHER_WRITERS = {
     *("kernel.compiler", "kernel.kept_files", "files"),
     *("host.ruleset_child", "typeinfo.decompression", "exporter.server"),
     *("conversions.capture", "conversions.frames"),
+    "client.option_guard",
 }
 """Their bytes are for programs, or their standard error is read by the process that traces."""
 
