@@ -64,6 +64,29 @@ static __always_inline bool tell(struct netns_counts *counted, u8 kind,
 }
 
 /*
+ * Whether a repeated SYN may be told. The entry has the same facts, so such an event is only
+ * sooner. A flood must not fill the ring buffer with them, however long user space does not read.
+ */
+static __always_inline bool repeats_have_room(const struct trace_config *wanted)
+{
+	u32 index = REPEATS_TOLD;
+	u32 *told = repeats.lookup(&index), *read;
+
+	index = REPEATS_READ;
+	read = repeats.lookup(&index);
+	return told && read && *told - *read < wanted->most_repeats_unread;
+}
+
+static __always_inline void note_repeat(void)
+{
+	u32 index = REPEATS_TOLD;
+	u32 *told = repeats.lookup(&index);
+
+	if (told)
+		__sync_fetch_and_add(told, 1);
+}
+
+/*
  * A peer may repeat such segments as fast as it likes. So an event is emitted only if it has
  * another kind than the entry's last event, or if that is some time ago. The entry counts every
  * segment.
@@ -82,7 +105,13 @@ static __always_inline bool tell_if_new(struct netns_counts *counted, u8 kind,
 		if (since < (u32)(again_after >> TOLD_SHIFT))
 			return false;
 	}
-	return tell(counted, kind, segment, handshake, now, moved);
+	if (kind == EVENT_SYN_REPEATED && wanted && !repeats_have_room(wanted))
+		return false;
+	if (!tell(counted, kind, segment, handshake, now, moved))
+		return false;
+	if (kind == EVENT_SYN_REPEATED)
+		note_repeat();
+	return true;
 }
 
 static __always_inline void end(struct handshake *handshake, u8 ending, u64 now, u8 moved)

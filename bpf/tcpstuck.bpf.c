@@ -156,6 +156,7 @@ BPF_TABLE("stacktrace", u32, struct stack, stacks, SIZED_WHEN_LOADED);
 BPF_ARRAY(cookie_ports, struct port_marks, 1);
 #endif
 BPF_ARRAY(config, struct trace_config, 1);
+BPF_ARRAY(repeats, u32, REPEATS_MAX);
 BPF_ARRAY(table_is_full, u32, TABLES);
 BPF_ARRAY(wanted_ports, u64, 1024); /* one bit per port; BCC is slow with arrays in a value */
 #ifdef SOFTIRQS_INTERLEAVE

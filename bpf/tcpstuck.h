@@ -228,6 +228,16 @@ struct netns_counts {
 #define TRIAL_ADDRESS 0x4e59537fU /* in memory, little-endian */
 #define NOBODYS_NETNS 0xffffffffU
 
+/*
+ * Events for repeated SYNs: how many the programs have sent, and how many of them user space has
+ * read. Both wrap.
+ */
+enum repeats {
+	REPEATS_TOLD,
+	REPEATS_READ,
+	REPEATS_MAX,
+};
+
 /* The user's settings; one entry, read by every program. */
 struct trace_config {
 	__u64 tell_completed_after_ns; /* emit completions that took longer than this; 0: all */
@@ -235,10 +245,11 @@ struct trace_config {
 	__u64 tell_ack_again_after_ns; /* the same for other segments */
 	__u64 per_cpu_offset_table; /* kernel address of __per_cpu_offset; 0: unknown */
 	__u32 netns; /* 0: every network namespace */
+	__u32 most_repeats_unread; /* emit no event for a repeated SYN while so many are unread */
 	__u8 match_ports; /* nonzero: only the server ports set in wanted_ports */
 	__u8 match_listener; /* nonzero: only this server address */
 	__u8 family; /* 0: both, else 4 or 6, by the packet */
-	__u8 padding;
+	__u8 padding[5];
 	__u8 listener_address[16]; /* IPv4-mapped for IPv4 */
 };
 

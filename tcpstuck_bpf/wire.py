@@ -33,7 +33,7 @@ SYNACK = struct.Struct("=60s")
 KNOWN_CLIENT = struct.Struct("=16s16sI2s2x")
 LISTENER_KEY = struct.Struct("=16sI2s2xI")
 LISTENER_FACTS = struct.Struct("=5Q11I16s2s2x")
-CONFIG = struct.Struct("=4QI4B16s")
+CONFIG = struct.Struct("=4Q2I3B5s16s")
 
 _KEY_FIELDS = 5
 _HANDSHAKE_FIELDS = len(Handshake._fields)
@@ -109,10 +109,17 @@ TELL_ACK_AGAIN_AFTER_NS = 250_000_000
 answers a repeated SYN-ACK again (500 ms by default; tcp_invalid_ratelimit)."""
 
 
-def encode_config(settings: TraceSettings, per_cpu_offset_table: int | None) -> bytes:
+REPEATS_TOLD, REPEATS_READ = 0, 1
+"""Indices of the two counts in the table `repeats`."""
+
+
+def encode_config(
+    settings: TraceSettings, per_cpu_offset_table: int | None, most_repeats_unread: int
+) -> bytes:
     """The struct trace_config for these settings; the ports have a table of their own.
 
     `per_cpu_offset_table` is the address of the kernel's __per_cpu_offset; None if unknown.
+    `most_repeats_unread` limits the unread events for repeated SYNs.
     """
     wanted = settings.trace_filter
     return CONFIG.pack(
@@ -121,10 +128,11 @@ def encode_config(settings: TraceSettings, per_cpu_offset_table: int | None) -> 
         TELL_ACK_AGAIN_AFTER_NS,
         per_cpu_offset_table or 0,
         wanted.netns or 0,
+        most_repeats_unread,
         bool(wanted.ports),
         wanted.listener_address is not None,
         wanted.family or 0,
-        0,
+        bytes(5),
         wanted.listener_address or bytes(16),
     )
 

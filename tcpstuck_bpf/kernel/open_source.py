@@ -34,7 +34,7 @@ from tcpstuck_bpf.kernel.probes import Probe
 from tcpstuck_bpf.kernel.ring_buffer import RingBuffer, require_libbpf
 from tcpstuck_bpf.kernel.running_kernel import RunningKernel
 from tcpstuck_bpf.kernel.softirqs import mode_to_try
-from tcpstuck_bpf.kernel.source import EVENT_PAGES, KernelSource
+from tcpstuck_bpf.kernel.source import EVENT_PAGES, MOST_REPEATS_UNREAD, KernelSource
 from tcpstuck_bpf.kernel.tables import Tables
 from tcpstuck_bpf.model import Coverage, TraceSettings
 
@@ -263,7 +263,9 @@ class Start:
     def _set_filter(self, programs: LoadedPrograms, netns: int | None) -> None:
         wanted = dataclasses.replace(self._settings.trace_filter, netns=netns)
         settings = dataclasses.replace(self._settings, trace_filter=wanted)
-        config = wire.encode_config(settings, self._kernel.layout.per_cpu_offset_table)
+        config = wire.encode_config(
+            settings, self._kernel.layout.per_cpu_offset_table, MOST_REPEATS_UNREAD
+        )
         programs.maps["config"].update(_index(0), config)
 
     def _begin(self) -> None:
@@ -323,6 +325,7 @@ def _attach(programs: LoadedPrograms, probe: Probe, mode: str) -> None:
 _SIZES = {
     "awaiting_ack": (wire.KEY.size, wire.HANDSHAKE.size),
     "config": (4, wire.CONFIG.size),
+    "repeats": (4, 4),
     "counts": (wire.NETNS_KEY.size, wire.COUNTS.size),
     "crowded_out": (4, wire.COUNTS.size),
     "listeners": (wire.LISTENER_KEY.size, wire.LISTENER_FACTS.size),

@@ -17,6 +17,7 @@ from tcpstuck_bpf.model import (
     NOT_KNOWN,
     Coverage,
     Event,
+    EventKind,
     HandshakeId,
     ListenerFacts,
     NetnsCounts,
@@ -26,6 +27,11 @@ from tcpstuck_bpf.model import (
 EVENT_PAGES = 256
 EVENTS_AT_ONCE = 512
 """Largest number of events per poll, so that a flood of events does not block everything else."""
+_RECORD_BYTES = wire.EVENT.size + 8
+"""An event in the ring buffer, with its header (BPF_RINGBUF_HDR_SZ)."""
+MOST_REPEATS_UNREAD = EVENT_PAGES * 4096 // 2 // _RECORD_BYTES
+"""Largest number of unread events for repeated SYNs: half of what the smallest ring buffer holds.
+The other half is for events that say more than the table."""
 LOSSES = (
     "namespaces_uncounted",
     "cookies_unmatched",
@@ -62,6 +68,7 @@ class KernelSource:
         self._programs: LoadedPrograms | None = programs
         self._ring = ring
         self._undecodable = 0
+        self._repeats_read = 0
 
     @property
     def most_waiting(self) -> int:
@@ -69,14 +76,26 @@ class KernelSource:
         return EVENT_PAGES * resource.getpagesize() // wire.EVENT.size
 
     def poll(self, timeout_ns: int) -> list[Event]:
-        """Up to EVENTS_AT_ONCE events, waiting at most `timeout_ns` for the first."""
+        """Up to EVENTS_AT_ONCE events, waiting at most `timeout_ns` for the first.
+
+        Those for repeated SYNs are counted for the programs, which send only so many in advance.
+        """
         events = []
         for record in self._ring.poll(max(0, timeout_ns) // 1_000_000, EVENTS_AT_ONCE):
             try:
                 events.append(wire.decode_event(record))
             except struct.error:
                 self._undecodable += 1
+        repeats = sum(event.kind is EventKind.SYN_REPEATED for event in events)
+        if repeats:
+            self._note_read(repeats)
         return events
+
+    def _note_read(self, repeats: int) -> None:
+        assert self._programs is not None
+        self._repeats_read = (self._repeats_read + repeats) & 0xFFFF_FFFF
+        index = struct.pack("=I", wire.REPEATS_READ)
+        self._programs.maps["repeats"].update(index, struct.pack("=I", self._repeats_read))
 
     def sweep(self) -> Iterator[Sweep]:
         """The whole awaiting-ACK table in batches; all have the time at which the sweep began."""

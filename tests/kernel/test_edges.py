@@ -25,11 +25,17 @@ from lab.patience import COMMAND_S, patient
 from lab.records import FourTuple
 from lab.scenarios.scene import PORT
 from tcpstuck_bpf import model, wire
+from tcpstuck_bpf.kernel import open_source as opening
 from tcpstuck_bpf.kernel import tables
 from tcpstuck_bpf.kernel.attach_plan import AttachRequest
 from tcpstuck_bpf.kernel.open_source import open_source
 from tcpstuck_bpf.kernel.probes import PROBES
-from tcpstuck_bpf.kernel.source import EVENT_PAGES, EVENTS_AT_ONCE, KernelSource
+from tcpstuck_bpf.kernel.source import (
+    EVENT_PAGES,
+    EVENTS_AT_ONCE,
+    MOST_REPEATS_UNREAD,
+    KernelSource,
+)
 from tcpstuck_bpf.kernel.tables import READ_AT_ONCE
 from tcpstuck_bpf.model import Ending, EventKind, NetnsCount
 from tcpstuck_bpf.synack import is_synack_of
@@ -41,6 +47,7 @@ pytestmark = pytest.mark.kernel
 ISN = 0xFFFF_FF00
 """Near its end, so that arithmetic on sequence numbers wraps."""
 ANOTHER_ISN = 0x0BAD_CAFE
+EVENTS_THAT_FIT = EVENT_PAGES * resource.getpagesize() // wire.EVENT.size
 
 
 @pytest.fixture(scope="module")
@@ -192,10 +199,20 @@ def test_who_connects_while_the_programs_are_attached_is_not_accused(mode: str) 
     assert not [row for row in rows if row.four_tuple.netns == topology.server.inode]
 
 
-def test_what_the_ring_buffer_has_no_room_for_is_counted(beside: Beside) -> None:
+@pytest.fixture
+def beside_without_limit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Beside]:
+    """Repeated SYNs may fill the whole ring buffer."""
+    monkeypatch.setattr(opening, "MOST_REPEATS_UNREAD", 1 << 31)
+    wanted = model.TraceFilter(ports=(PORT,))
+    opened = open_source(model.TraceSettings(trace_filter=wanted))
+    with closing(opened), Beside(opened) as made:
+        yield made
+
+
+def test_what_the_ring_buffer_has_no_room_for_is_counted(beside_without_limit: Beside) -> None:
     """One event of each client is told, and there are more clients than it has room for."""
-    fit = EVENT_PAGES * resource.getpagesize() // wire.EVENT.size
-    syns = list(make_syns(SILENT_SOURCES[4], SERVER_IP, PORT, fit * 5 // 4))
+    beside = beside_without_limit
+    syns = list(make_syns(SILENT_SOURCES[4], SERVER_IP, PORT, EVENTS_THAT_FIT * 5 // 4))
     beside.send(*syns, *syns)
     assert beside.moved("SyncookiesSent") == 2 * len(syns)
     assert beside.counted(NetnsCount.SYNS_REPEATED) == len(syns)
@@ -217,6 +234,30 @@ def test_what_the_ring_buffer_has_no_room_for_is_counted(beside: Beside) -> None
     (event,) = beside.events()
     assert (event.four_tuple, event.handshake.syn_count) == (unreported.four_tuple, 3)
     assert beside.counted(NetnsCount.EVENTS_LOST) == lost
+
+
+def test_unread_repeated_syns_leave_half_of_the_ring_buffer_to_other_events(
+    beside: Beside,
+) -> None:
+    """However long nobody reads, and they are told again once it was read."""
+    syns = list(make_syns(SILENT_SOURCES[4], SERVER_IP, PORT, 2 * EVENTS_THAT_FIT))
+    beside.send(*syns, *syns)
+    assert beside.counted(NetnsCount.SYNS_REPEATED) == len(syns)
+    events = beside.events()
+    # Each CPU may compare before the others have counted.
+    assert 0 <= len(events) - MOST_REPEATS_UNREAD < (os.cpu_count() or 1)
+    assert {(event.kind, event.handshake.syn_count) for event in events} == {
+        (EventKind.SYN_REPEATED, 2)
+    }
+    assert {entry.syn_count for _, entry in beside.rows()} == {2}
+
+    told = {lab_name(event.four_tuple) for event in events}
+    beside.send(*(syn for syn in syns if syn.four_tuple not in told))
+    more = beside.events()
+    assert 0 <= len(more) - MOST_REPEATS_UNREAD < (os.cpu_count() or 1)
+    assert not told & {lab_name(event.four_tuple) for event in more}
+    assert {event.handshake.syn_count for event in more} == {3}
+    assert beside.counted(NetnsCount.EVENTS_LOST) == 0
 
 
 def test_a_flood_of_one_client_s_repeated_syns_is_told_now_and_then(beside: Beside) -> None:

@@ -222,14 +222,14 @@ def test_an_event_written_in_c_is_read_field_by_field(run_c: CProgram) -> None:
 def test_c_reads_the_settings_that_were_written(run_c: CProgram) -> None:
     listener = address_bytes("fd09::1")
     wanted = TraceFilter(ports=(3311,), family=6, listener_address=listener, netns=4_026_531_840)
-    packed = wire.encode_config(TraceSettings(wanted, timeout_ns=4_000_000_000), 0x1234)
+    packed = wire.encode_config(TraceSettings(wanted, timeout_ns=4_000_000_000), 0x1234, 77)
     body = f"""
     static const __u8 bytes[] = {{{",".join(map(str, packed))}}};
     struct trace_config config;
     memcpy(&config, bytes, sizeof(config));
-    printf("%llu %llu %llu %llu %u %u %u %u\\n", config.tell_completed_after_ns,
+    printf("%llu %llu %llu %llu %u %u %u %u %u\\n", config.tell_completed_after_ns,
            config.tell_syn_again_after_ns, config.tell_ack_again_after_ns,
-           config.per_cpu_offset_table, config.netns,
+           config.per_cpu_offset_table, config.netns, config.most_repeats_unread,
            config.match_ports, config.match_listener, config.family);
     fwrite(config.listener_address, 16, 1, stdout);
     """
@@ -240,6 +240,7 @@ def test_c_reads_the_settings_that_were_written(run_c: CProgram) -> None:
         b"3000000000",
         b"4660",
         b"4026531840",
+        b"77",
         b"1",
         b"1",
         b"6",
