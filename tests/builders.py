@@ -184,7 +184,8 @@ def event(
         payload_length=0,
         tcp_flags=FLAGS[kind],
         counters=entry.drop_counters if kind is EventKind.ACK_DROPPED else entry.end_counters,
-        kind=kind,
+        # As wire.decode_event gives it: equal to the enumerator, and not the same object.
+        kind=int(kind),
     )
     return fitting._replace(**changes)
 

@@ -396,4 +396,4 @@ def _news(events: tuple[Event, ...]) -> tuple[Event, ...]:
     At the end of a run a flood may have filled the ring buffer with them, and the table's entries,
     which are read then, have the same facts.
     """
-    return tuple(event for event in events if event.kind is not EventKind.SYN_REPEATED)
+    return tuple(event for event in events if event.kind != EventKind.SYN_REPEATED)

@@ -86,7 +86,7 @@ def _marks(facts: Facts) -> Iterator[Mark]:
     for fact in facts_without_event(entry, facts.segments):
         yield Mark(fact.time_ns, _MARK_OF[fact.kind])
         # Without an event, nothing shows which of several SYNs were dropped.
-        if fact.kind is EventKind.SYN_REPEATED and not entry.syns_dropped:
+        if fact.kind == EventKind.SYN_REPEATED and not entry.syns_dropped:
             yield Mark(fact.time_ns, MarkKind.COOKIE)
     for attempt in facts.attempts:
         if attempt.sent:

@@ -86,7 +86,7 @@ class KernelSource:
                 events.append(wire.decode_event(record))
             except struct.error:
                 self._undecodable += 1
-        repeats = sum(event.kind is EventKind.SYN_REPEATED for event in events)
+        repeats = sum(event.kind == EventKind.SYN_REPEATED for event in events)
         if repeats:
             self._note_read(repeats)
         return events

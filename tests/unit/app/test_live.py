@@ -27,6 +27,7 @@ from tcpstuck_bpf.model import (
 )
 from tcpstuck_bpf.output.writers import JsonOutput, Selection
 from tcpstuck_bpf.recording.replay import Recorder, Replay
+from tcpstuck_bpf.steps import Observed
 from tests.builders import (
     SECOND_NS,
     ack_dropped,
@@ -322,7 +323,9 @@ def test_a_flood_of_events_neither_holds_up_the_duration_nor_the_end() -> None:
     assert stopped.waiting <= stopped.read < 2 * (stopped.waiting + 100)
 
 
-def test_what_waits_at_the_end_is_told_but_for_what_the_table_says_as_well() -> None:
+def test_what_waits_at_the_end_is_told_but_for_what_the_table_says_as_well(
+    tmp_path: Path,
+) -> None:
     """The entry of a client that repeats its SYN would say everything; here there is no entry."""
     kernel = FakeKernel()
     entry = ended(handshake(), Ending.REJECTED, at(4))
@@ -333,10 +336,13 @@ def test_what_waits_at_the_end_is_told_but_for_what_the_table_says_as_well() -> 
         (at(4), syn.four_tuple, None, syn),
     ]
     kernel.now_ns = at(5)
-    lines = live(kernel, None, stop=True)
+    lines = live(kernel, None, record=str(tmp_path / "run"), stop=True)
     assert [line["client_port"] for line in lines if line["type"] == "verdict"] == [
         four_tuple(1).client_port
     ]
+    replay = Replay(str(tmp_path / "run"))
+    observed = [step for step in replay.steps() if isinstance(step, Observed)]
+    assert [[one.kind for one in step.events] for step in observed] == [[EventKind.ACK_REJECTED]]
     assert lines[-1]["pending"] == 0
 
 
