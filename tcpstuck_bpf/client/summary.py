@@ -178,7 +178,7 @@ def _mending_lines(totals: Totals, page: Page) -> Iterator[str]:
             if (number := totals.count(action, Outcome.WOULD))
         ]
         yield from page.wrapped(
-            f"rescue (dry run), would be sent: {', '.join(would) or 'none'}", ""
+            f"rescue (dry run), would be done: {', '.join(would) or 'none'}", ""
         )
     else:
         ended = totals.count(Action.RESET, Outcome.ENDED)

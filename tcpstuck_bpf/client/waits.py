@@ -198,14 +198,17 @@ class Waits:
         if verdict is None:
             return None
         wait = wait or self._returned(key)
-        if wait is None or wait.verdict in (None, verdict):
+        if wait is None:
+            return None
+        # Polls may have missed it. If it has ended, the next ones will find that out again.
+        self._waits[key] = wait
+        if wait.verdict in (None, verdict):
             return None
         change = self._judged(wait, verdict, wait.socket, now_ns)
         if verdict == SERVER_SLOW:
             wait.verdict = verdict
-            self._waits[key] = wait
         else:
-            self._waits.pop(key, None)
+            del self._waits[key]
         return change._replace(reason=attempt.reason)
 
     def groups(self, now_ns: int) -> list[tuple[Group, Waiting]]:

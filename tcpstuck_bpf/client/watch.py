@@ -167,10 +167,15 @@ class Watch:
             )
         )
         self._printing = False
+        cpu_ns.append(self._cpu_ns())
         if self._mending is not None:
             self._mending.renew(self._waits.candidates(), poll.time_ns)
+        cpu_ns.append(self._cpu_ns())
         self._longest_poll_ns = max(self._longest_poll_ns, done_ns - begun_ns)
-        polling_ns, searching_ns = (after - before for before, after in zip(cpu_ns, cpu_ns[1:]))
+        polling_ns, searching_ns, _, renewing_ns = (
+            after - before for before, after in zip(cpu_ns, cpu_ns[1:])
+        )
+        polling_ns += renewing_ns
         pause_ns = max(PAUSE_NS, SHARE * polling_ns, SHARE_OF_OWNERS * searching_ns)
         self._longest_pause_ns = max(self._longest_pause_ns, pause_ns)
         return done_ns + pause_ns

@@ -149,8 +149,8 @@ _ACTIONS = {
 }
 _OUTCOMES = {
     Outcome.SENT: "sent",
-    Outcome.WOULD: "would be sent (dry run)",
-    Outcome.CHANGED: "not sent",
+    Outcome.WOULD: "would be done (dry run)",
+    Outcome.CHANGED: "not done",
     Outcome.FAILED: "failed",
     Outcome.FORGOT: "it has forgotten the connection",
     Outcome.KNOWS: "it has the connection",

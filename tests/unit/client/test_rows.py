@@ -363,7 +363,7 @@ def test_the_summary_says_what_was_done_and_what_was_not(dry_run: bool) -> None:
     totals = Totals(dry_run, done, 1_200, 9, reasons, alone)
     text = printed(waiting(60), width=200, mending=totals)
     if dry_run:
-        assert "rescue (dry run), would be sent: 1 300 challenges, 7 questions\n" in text
+        assert "rescue (dry run), would be done: 1 300 challenges, 7 questions\n" in text
     else:
         assert (
             "rescue: 1 200 connections challenged, 9 asked about, 0 ended; "

@@ -290,3 +290,16 @@ def test_only_what_is_reported_and_there_may_be_touched() -> None:
     assert [one.socket.cookie for one in waits.candidates()] == [2]
     late = asked(waits, young, 1, Outcome.FORGOT)
     assert late is None  # it was never reported
+
+
+def test_an_ack_for_one_that_polls_missed_leaves_the_figures_right() -> None:
+    waits = Waits(TIMEOUT_NS)
+    waits.take(poll(0, client_socket(1, 130)))
+    asked(waits, client_socket(1), 1, Outcome.KNOWS)
+    for second in (2, 3):
+        waits.take(poll(second))
+    assert (waits.stuck, waits.closed) == (0, 1)
+    assert asked(waits, client_socket(1), 4, Outcome.KNOWS) is None
+    assert (waits.stuck, waits.closed, waits.young) == (1, 0, 0)
+    waits.take(poll(5))
+    assert (waits.stuck, waits.closed, waits.young) == (0, 1, 0)
