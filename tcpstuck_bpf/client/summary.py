@@ -9,6 +9,7 @@ from tcpstuck_bpf.client.actions import Action, Outcome, Totals
 from tcpstuck_bpf.client.rows import Rows
 from tcpstuck_bpf.client.waits import (
     GREETING_MISSING,
+    RESCUED,
     SERVER_FORGOT,
     SERVER_SLOW,
     Group,
@@ -123,9 +124,12 @@ def _where(group: Group, page: Page) -> str:
 def _calm_sentence(summary: ClientSummary) -> str:
     """Why no connection is reported as waiting."""
     if summary.ever_stuck:
-        forgot = summary.verdicts.get(SERVER_FORGOT)
-        said = f"; of {grouped(forgot)} the server had no record" if forgot else ""
-        return f"no reported connection waits any more{said}"
+        said = ["no reported connection waits any more"]
+        if rescued := summary.verdicts.get(RESCUED):
+            said.append(f"{grouped(rescued)} got the server's data after our challenge")
+        if forgot := summary.verdicts.get(SERVER_FORGOT):
+            said.append(f"of {grouped(forgot)} the server had no record")
+        return "; ".join(said)
     if not summary.seen_any:
         return (
             f"no connection to {summary.watched} was seen: nothing is known about this server. Are "

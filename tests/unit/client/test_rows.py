@@ -350,6 +350,11 @@ def test_nobody_waits_any_more_and_the_server_had_no_record() -> None:
         waits.attempted(Attempt(plan, BEGIN_NS, Outcome.FORGOT, "an RST came"), BEGIN_NS)
     text = printed(waits, width=200)
     assert "no reported connection waits any more; of 2 the server had no record\n" in text
+    mended = printed(waits, width=200, verdicts={"rescued": 3, "server-forgot": 2})
+    assert (
+        "no reported connection waits any more; 3 got the server's data after our challenge; of 2 "
+        "the server had no record\n" in mended
+    )
     assert "server-forgot: 2 connections\n" in text
 
 
