@@ -55,6 +55,7 @@ _PRINT_OPTIONS = frozenset({"print_bpf", "vmlinux", "rescue", "why", "probe_mode
 _CLIENT_OPTIONS = frozenset(
     {"client", "pid", "port", "family", "listener", "netns", "timeout", "duration"}
     | {"json", "each", "verbose", "summary", "only", "ready_file"}
+    | {"rescue", "rescue_exclude", "rescue_rate", "rescue_late"}
 )
 _BUILD_OPTIONS = frozenset({"build", "vmlinux", "rescue", "why", "port"})
 
@@ -214,7 +215,7 @@ def _client(options: argparse.Namespace) -> int:
         options,
         "on the client's side the tool lists this host's connections, without BPF",
         "leave it out; -p, -4, -6, --listener, --netns, --pid, -t and -d choose what is watched, "
-        "--json, --only, --each, -v and --summary what is shown",
+        "--json, --only, --each, -v and --summary what is shown, --rescue whether to mend",
     )
     from tcpstuck_bpf.client.command import watch_clients
 

@@ -90,21 +90,23 @@ def verdict_names(text: str) -> list[str]:
     return text.split(",")
 
 
-_RESCUE_WORDS = ("known", "all", "dry-run", "all,dry-run", "known,dry-run")
+_RESCUE_WORDS = ("known", "all", "reset", "dry-run", "all,dry-run", "known,dry-run")
 _PROBE_MODES = ("auto", "fentry", "kprobe")
 
 
 def rescue_mode(text: str) -> frozenset[str]:
-    """Parse the mode of --rescue: `known`, `all` or `dry-run`, or `dry-run` with one of them."""
+    """Parse the mode of --rescue: `known`, `all`, `reset`, or `dry-run`, also with one of them."""
     words = frozenset(text.split(","))
-    what = f"{text!r} is not known, all, dry-run or all,dry-run"
-    if {"known", "all"} <= words:
+    what = f"{text!r} is not known, all, reset, dry-run or all,dry-run"
+    if len(words & {"known", "all", "reset"}) > 1:
         raise WrongValueError(
-            what, "known and all exclude each other", "write --rescue=known or --rescue=all"
+            what,
+            "known, all and reset exclude each other",
+            "write --rescue=known or --rescue=all; with --client, --rescue or --rescue=reset",
         )
-    if not words <= {"known", "all", "dry-run"}:
+    if not words <= {"known", "all", "reset", "dry-run"}:
         guess = nearest(text, _RESCUE_WORDS, "write --rescue, which is --rescue=known")
-        raise WrongValueError(what, "it selects the clients that get SYN-ACKs", guess)
+        raise WrongValueError(what, "it selects the connections to mend, and how", guess)
     return words
 
 
@@ -386,27 +388,29 @@ def _add_rescue(parser: argparse.ArgumentParser) -> None:
     rescue = parser.add_argument_group("mending stuck clients (off by default)")
     rescue.add_argument(
         "--rescue",
-        metavar="known|all|dry-run",
+        metavar="known|all|reset|dry-run",
         nargs="?",
         const=rescue_mode("known"),
         type=rescue_mode,
         help="repeat the SYN-ACK to stuck clients: `known` to those whose ACK the listener dropped "
         "or whose address completed a handshake here before, `all` to all; `dry-run` only says "
-        "what would be sent",
+        "what would be sent. With --client: mend the waiting connections from this host, or ask "
+        "their servers; `reset` ends what stays silent",
     )
     rescue.add_argument(
         "--rescue-exclude",
         metavar="NET[,NET]",
         type=networks,
         default=(),
-        help="never send to these addresses",
+        help="never send to these addresses (with --client: leave these servers alone)",
     )
     rescue.add_argument(
         "--rescue-rate",
         metavar="N",
         type=packet_rate,
         default=100,
-        help="send at most N SYN-ACKs per second in total (default: 100)",
+        help="send at most N SYN-ACKs (with --client: do N things) per second in total (default: "
+        "100)",
     )
     rescue.add_argument(
         "--rescue-late",

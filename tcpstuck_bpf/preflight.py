@@ -1,4 +1,4 @@
-"""Checks the files named by options, before any check of the machine.
+"""Checks the files named by options, and options that need another, before the machine.
 
 A mistyped directory is a usage error even on a machine that cannot trace. Errors that this check
 cannot find are reported when the file is read or written.
@@ -13,6 +13,20 @@ from pathlib import Path
 
 from tcpstuck_bpf.errors import UsageError
 from tcpstuck_bpf.files import directory_obstacle, obstacle
+from tcpstuck_bpf.options import as_written, build_parser
+
+
+def refuse_without_rescue(options: argparse.Namespace) -> None:
+    """Raises UsageError for an option that has no effect without --rescue."""
+    for name in ("rescue_exclude", "rescue_rate", "rescue_late"):
+        default = build_parser().get_default(name)
+        value = getattr(options, name)
+        if options.rescue is None and value != default:
+            raise UsageError(
+                f"{as_written(name, value)} needs --rescue",
+                "without it the tool sends nothing",
+                "add --rescue, or leave it out",
+            )
 
 
 def refuse_unusable_files(options: argparse.Namespace) -> None:

@@ -49,10 +49,9 @@ from tcpstuck_bpf.kernel.drop_names import Namer
 from tcpstuck_bpf.kernel.features import synproxy_note
 from tcpstuck_bpf.model import SECOND_NS, TraceFilter, TraceSettings, address_text, living_of
 from tcpstuck_bpf.option_values import listener_address, ports_of, ports_text
-from tcpstuck_bpf.options import as_written, build_parser
 from tcpstuck_bpf.output.render import TableRenderer, watching
 from tcpstuck_bpf.output.writers import JsonOutput, Selection, TableOutput
-from tcpstuck_bpf.preflight import refuse_unusable_files
+from tcpstuck_bpf.preflight import refuse_unusable_files, refuse_without_rescue
 from tcpstuck_bpf.recording.replay import Recorder
 from tcpstuck_bpf.steps import Header
 from tcpstuck_bpf.summary import Summary
@@ -227,19 +226,6 @@ def _rescuing(options: argparse.Namespace, source: KernelSource) -> Rescuing:
     return Rescuing(Rescuer(policy), source.tables, Resender(), time.monotonic_ns, dry_run=dry_run)
 
 
-def refuse_without_rescue(options: argparse.Namespace) -> None:
-    """Raises UsageError for an option that has no effect without --rescue."""
-    for name in ("rescue_exclude", "rescue_rate", "rescue_late"):
-        default = build_parser().get_default(name)
-        value = getattr(options, name)
-        if options.rescue is None and value != default:
-            raise UsageError(
-                f"{as_written(name, value)} needs --rescue",
-                "without it the tool sends nothing",
-                "add --rescue, or leave it out",
-            )
-
-
 def refuse_without_replay(options: argparse.Namespace) -> None:
     """Raises UsageError for an option that needs --replay."""
     if options.plot is not None:
@@ -257,6 +243,12 @@ def trace(options: argparse.Namespace) -> int:
     """
     interrupts = Interrupts()
     refuse_without_rescue(options)
+    if options.rescue and "reset" in options.rescue:
+        raise UsageError(
+            "--rescue=reset needs --client",
+            "it ends connections of the host that the tool runs on, from the client's side",
+            "write --rescue, or add --client",
+        )
     refuse_without_replay(options)
     with contextlib.suppress(OSError):  # writing it later fails for the same reason
         remove_ready_file(options.ready_file)

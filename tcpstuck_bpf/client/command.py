@@ -6,7 +6,10 @@ import argparse
 import contextlib
 import os
 import shutil
+import socket
 import sys
+import time
+from typing import TYPE_CHECKING
 
 from tcpstuck_bpf.app.ready_file import remove_ready_file
 from tcpstuck_bpf.client.output import ClientOutput, JsonOutput, TableOutput, selection
@@ -14,24 +17,36 @@ from tcpstuck_bpf.client.owners import owners_of
 from tcpstuck_bpf.client.rows import Rows
 from tcpstuck_bpf.client.sockets import SocketReader, Wanted, refuse_unless_readable
 from tcpstuck_bpf.client.summary import exit_status
-from tcpstuck_bpf.client.waits import CLIENT_SPOKE, GREETING_MISSING, RECOVERED, Waits
+from tcpstuck_bpf.client.waits import RECOVERED, RESCUED, Waits
 from tcpstuck_bpf.client.watch import Watch
 from tcpstuck_bpf.console import WIDTH_OF_A_PIPE, remark, say, unforeseen
 from tcpstuck_bpf.ending import Ending
-from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE, EXIT_INTERRUPTED, UsageError
+from tcpstuck_bpf.errors import (
+    EXIT_CANNOT_TRACE,
+    EXIT_INTERRUPTED,
+    CannotTraceError,
+    UsageError,
+    as_root_remedy,
+    words_of,
+)
 from tcpstuck_bpf.host import netns, netns_owners
 from tcpstuck_bpf.host.wall_clock import RunClock
 from tcpstuck_bpf.interrupts import Interrupts
+from tcpstuck_bpf.judge.rules import CLIENT_RULES
 from tcpstuck_bpf.model import SECOND_NS, address_text
 from tcpstuck_bpf.option_values import listener_address, ports_of, ports_text
 from tcpstuck_bpf.output.page import Page
-from tcpstuck_bpf.preflight import refuse_unusable_files
+from tcpstuck_bpf.preflight import refuse_unusable_files, refuse_without_rescue
 from tcpstuck_bpf.steps import WallClock
 from tcpstuck_bpf.terminal import understands_escapes
 
+if TYPE_CHECKING:
+    from tcpstuck_bpf.client.mender import Mender
+
 TIMEOUT_NS = 3 * SECOND_NS
 """Default of --timeout."""
-VERDICTS = (GREETING_MISSING, RECOVERED, CLIENT_SPOKE)
+VERDICTS = (RECOVERED, RESCUED, *(rule.name for rule in CLIENT_RULES))
+"""The verdicts of the client's side."""
 
 
 def _refuse(options: argparse.Namespace) -> None:
@@ -49,6 +64,63 @@ def _refuse(options: argparse.Namespace) -> None:
             "that is a verdict of the server's side",
             f"choose from {', '.join(VERDICTS)}",
         )
+    refuse_without_rescue(options)
+    if options.rescue and "all" in options.rescue:
+        raise UsageError(
+            "--rescue=all cannot be combined with --client",
+            "on the client's side the connections are this host's own, so all are known",
+            "write --rescue, --rescue=reset or --rescue=dry-run",
+        )
+
+
+def _refuse_unless_able(mode: frozenset[str]) -> None:
+    """Raises CannotTraceError where this process or kernel cannot mend. A dry run needs nothing."""
+    if "dry-run" in mode:
+        return
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW).close()
+    except PermissionError as error:
+        raise CannotTraceError(
+            "--rescue may not send packets",
+            f"a raw socket takes root or CAP_NET_RAW: {words_of(error)}",
+            f"{as_root_remedy()}; without --rescue, or with --rescue=dry-run, the tool lists the "
+            "waiting connections without root",
+        ) from error
+    if "reset" in mode:
+        # Imported only where it is used: runs without --rescue need none of it.
+        from tcpstuck_bpf.client.socket_reset import kernel_can_end_sockets
+
+        if not kernel_can_end_sockets():
+            raise CannotTraceError(
+                "--rescue=reset cannot end connections here",
+                "this kernel lacks CONFIG_INET_DIAG_DESTROY",
+                "write --rescue, which mends and asks without it; restarting a process ends its "
+                "connections",
+            )
+
+
+def _mender(options: argparse.Namespace, reader: SocketReader) -> Mender:
+    """What --rescue stands for on the client's side."""
+    # Imported only where it is used: runs without --rescue need none of it.
+    from tcpstuck_bpf.client.mender import Mender
+    from tcpstuck_bpf.client.planner import PER_SERVER, MendPolicy, Planner
+    from tcpstuck_bpf.rescue.policy import RescuePolicy
+    from tcpstuck_bpf.rescue.raw_socket import Resender
+
+    limits = RescuePolicy(
+        rate=options.rescue_rate,
+        rate_per_address=PER_SERVER,
+        excluded=options.rescue_exclude,
+        after_expiry=options.rescue_late,
+    )
+    return Mender(
+        Planner(MendPolicy(limits, reset="reset" in options.rescue)),
+        reader.again,
+        Resender(),
+        time.monotonic_ns,
+        dry_run="dry-run" in options.rescue,
+        late=options.rescue_late,
+    )
 
 
 def _wanted(options: argparse.Namespace) -> Wanted:
@@ -103,6 +175,8 @@ def watch_clients(options: argparse.Namespace) -> int:
     refuse_unusable_files(options)
     wanted = _wanted(options)
     refuse_unless_readable(wanted)
+    if options.rescue is not None:
+        _refuse_unless_able(options.rescue)
     reader = SocketReader(wanted)
     with Ending(remark) as ending:
         ending.add("files were not closed", reader.close)
@@ -117,8 +191,18 @@ def watch_clients(options: argparse.Namespace) -> int:
         if not understands_escapes(sys.stdout):
             remark(f"watching connections to {watched}; Ctrl-C ends with a summary")
         timeout_ns = TIMEOUT_NS if options.timeout is None else options.timeout
-        waits = Waits(timeout_ns)
-        watch = Watch(reader, waits, output, watched, owners_of, notes=clock.note)
+        mender = None if options.rescue is None else _mender(options, reader)
+        if mender is not None:
+            ending.add("the rescue's sockets were not closed", mender.close)
+        watch = Watch(
+            reader,
+            Waits(timeout_ns),
+            output,
+            watched,
+            owners_of,
+            notes=clock.note,
+            mending=mender,
+        )
         # Added last, so called first: further Ctrl-C must not interrupt the ending.
         ending.add("signals", interrupts.ignore)
         interrupts.live = watch

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from tcpstuck_bpf.client.facts import ClientSocket
 from tcpstuck_bpf.model import IPV4_MAPPED_PREFIX, FourTuple
+from tcpstuck_bpf.synack import addresses_of
 
 SOCK_DIAG_BY_FAMILY = 20
 """include/uapi/linux/sock_diag.h"""
@@ -21,10 +22,10 @@ MOST_RUNS = 1000
 """Most ranges of ports that the kernel is asked to filter by; beyond, all sockets are read."""
 
 _IPPROTO_TCP = 6
-_ESTABLISHED = 1 << 1
-"""TCPF_ESTABLISHED of include/net/tcp_states.h."""
-_REQUEST_DUMP = 0x0301
-"""NLM_F_REQUEST | NLM_F_DUMP of include/uapi/linux/netlink.h."""
+_ESTABLISHED = 1
+"""TCP_ESTABLISHED of include/net/tcp_states.h; a set of states has a bit for each."""
+_REQUEST_DUMP, _REQUEST_ONE = 0x0301, 0x0001
+"""NLM_F_REQUEST of include/uapi/linux/netlink.h, with NLM_F_DUMP and without."""
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _REQ_BYTECODE = 1
 _INFO, _ULP_INFO = 2, 19
@@ -39,6 +40,8 @@ _HEADER = struct.Struct("=IHHII")
 """struct nlmsghdr."""
 _REQUEST = struct.Struct("=BBBxI48s")
 """struct inet_diag_req_v2; the rest is struct inet_diag_sockid."""
+_PLACE = struct.Struct("=2s2s16s16sIII")
+"""struct inet_diag_sockid; the halves of the cookie, the lower one first."""
 _OPERATION = struct.Struct("=BBH")
 """struct inet_diag_bc_op."""
 _MESSAGE = struct.Struct("=BBBx2s2s16s16sIQIIIII")
@@ -103,7 +106,7 @@ def request(family: int, ports: Sequence[int]) -> bytes:
     A socket of an IPv6 family that is connected to an IPv4 address is of the family AF_INET6.
     """
     runs = runs_of(ports)
-    body = _REQUEST.pack(family, _IPPROTO_TCP, 1 << (_INFO - 1), _ESTABLISHED, bytes(48))
+    body = _REQUEST.pack(family, _IPPROTO_TCP, 1 << (_INFO - 1), 1 << _ESTABLISHED, bytes(48))
     if runs and len(runs) <= MOST_RUNS:
         program = bytecode(runs)
         body += _ATTRIBUTE.pack(_ATTRIBUTE.size + len(program), _REQ_BYTECODE) + program
@@ -111,8 +114,32 @@ def request(family: int, ports: Sequence[int]) -> bytes:
     return _HEADER.pack(size, SOCK_DIAG_BY_FAMILY, _REQUEST_DUMP, 1, 0) + body
 
 
+def request_one(wanted: ClientSocket) -> bytes:
+    """A request for one socket, by its addresses, ports, device and cookie.
+
+    The kernel answers ENOENT or ESTALE where there is no such socket. The cookie is needed: for a
+    connection that has ended it finds a listener (inet_diag_find_one_icsk). An IPv6 socket that is
+    connected to an IPv4 address is found by AF_INET.
+    """
+    who = wanted.four_tuple
+    client, server = addresses_of(who)
+    place = _PLACE.pack(
+        who.client_port.to_bytes(2, "big"),
+        who.server_port.to_bytes(2, "big"),
+        client,
+        server,
+        wanted.interface,
+        wanted.cookie & 0xFFFFFFFF,
+        wanted.cookie >> 32,
+    )
+    family = AF_INET if who.family == 4 else AF_INET6
+    body = _REQUEST.pack(family, _IPPROTO_TCP, 1 << (_INFO - 1), 1 << _ESTABLISHED, place)
+    size = _HEADER.size + len(body)
+    return _HEADER.pack(size, SOCK_DIAG_BY_FAMILY, _REQUEST_ONE, 1, 0) + body
+
+
 def parse(data: bytes, netns: int) -> Answer:
-    """The sockets of one datagram. Raises ValueError where it is none of the kernel's."""
+    """The ESTABLISHED sockets of one datagram. Raises ValueError where it is not the kernel's."""
     found: list[ClientSocket] = []
     unreadable = 0
     at = 0
@@ -126,7 +153,7 @@ def parse(data: bytes, netns: int) -> Answer:
                 # Both carry a negative errno, or 0.
                 code = struct.unpack_from("=i", data, begin)[0] if end - begin >= 4 else 0
                 return Answer(found, True, -min(0, code), unreadable)
-            if kind == SOCK_DIAG_BY_FAMILY:
+            if kind == SOCK_DIAG_BY_FAMILY and data[begin + 1] == _ESTABLISHED:
                 info, is_subflow = _attributes(data, begin + _MESSAGE.size, end)
                 if info is None:
                     unreadable += 1
@@ -172,7 +199,7 @@ def _socket(data: bytes, at: int, info: int, netns: int, is_subflow: bool) -> Cl
         port,
         source,
         destination,
-        _interface,
+        interface,
         cookie,
         expires_ms,
         unread,
@@ -206,4 +233,5 @@ def _socket(data: bytes, at: int, info: int, netns: int, is_subflow: bool) -> Cl
         unread,
         expires_ms * _MILLISECOND_NS if timer == _TIMER_KEEPALIVE else None,
         is_subflow,
+        interface,
     )

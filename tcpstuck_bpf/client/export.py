@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tcpstuck_bpf.client.actions import Action, Attempt, Totals
 from tcpstuck_bpf.client.facts import Owner
 from tcpstuck_bpf.client.summary import ClientSummary
 from tcpstuck_bpf.client.waits import Change, Group, Waiting
@@ -72,6 +73,52 @@ def verdict_line(change: Change, clock: WallClock) -> str:
     )
 
 
+def attempt_line(attempt: Attempt, clock: WallClock) -> str:
+    """One action on a connection as a JSON object on one line, without the newline."""
+    plan = attempt.plan
+    who = plan.socket.four_tuple
+    return json_text(
+        {
+            "type": "rescue",
+            "format": FORMAT,
+            "side": _SIDE,
+            "action": plan.action.value,
+            "outcome": attempt.outcome.value,
+            "reason": attempt.reason or None,
+            "try": plan.number,
+            "client_ip": who.client_ip,
+            "client_port": who.client_port,
+            "server_ip": who.server_ip,
+            "server_port": who.server_port,
+            "family": who.family,
+            "netns": who.netns,
+            "socket_cookie": plan.socket.cookie,
+            "time": utc_text(clock.realtime(attempt.time_ns)),
+            "age_ms": _milliseconds(plan.socket.age_ns),
+        }
+    )
+
+
+def _rescue(totals: Totals | None) -> dict[str, Any] | None:
+    if totals is None:
+        return None
+    return {
+        "dry_run": totals.dry_run,
+        "challenged": totals.challenged,
+        "asked": totals.asked,
+        "outcomes": {
+            action.value: {
+                outcome.value: number
+                for (kind, outcome), number in totals.done.items()
+                if kind is action
+            }
+            for action in Action
+        },
+        "reasons": dict(totals.reasons),
+        "left_alone": dict(totals.left_alone),
+    }
+
+
 def _group(group: Group, waiting: Waiting) -> dict[str, Any]:
     return {
         "connections": waiting.number,
@@ -102,6 +149,7 @@ def summary_line(summary: ClientSummary, clock: WallClock) -> str:
             "stuck": summary.stuck,
             "ever_stuck": summary.ever_stuck,
             "saw_nothing": not summary.seen_any,
+            "slow": summary.slow,
             "stuck_groups": [_group(*one) for one in summary.groups],
             "closed": summary.closed,
             "pending": summary.young,
@@ -109,6 +157,7 @@ def summary_line(summary: ClientSummary, clock: WallClock) -> str:
             "polls": summary.polls,
             "longest_poll_ms": _milliseconds(summary.longest_poll_ns),
             "longest_pause_ms": _milliseconds(summary.pause_ns),
+            "rescue": _rescue(summary.mending),
             "losses": {name: number for name, number in summary.losses.items() if number},
             "unread_namespaces": [
                 {"netns": inode, "why": why} for inode, why in summary.unread.items()

@@ -43,6 +43,8 @@ class ClientSocket(NamedTuple):
     """Time until the kernel's next keep-alive probe; None if keep-alive is off."""
     is_subflow: bool = False
     """Whether it is one of the subflows of an MPTCP connection, of which it may be an idle one."""
+    interface: int = 0
+    """Index of the network device that it is bound to; 0 if it is bound to none."""
 
     @property
     def key(self) -> tuple[int, int]:

@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple, Protocol, TextIO
 
 from tcpstuck_bpf import terminal
-from tcpstuck_bpf.client.export import summary_line, verdict_line
+from tcpstuck_bpf.client.actions import Attempt
+from tcpstuck_bpf.client.export import attempt_line, summary_line, verdict_line
 from tcpstuck_bpf.client.rows import Rows
 from tcpstuck_bpf.client.summary import ClientSummary, summary_lines
 from tcpstuck_bpf.client.waits import Change
@@ -52,6 +53,9 @@ class ClientOutput(Protocol):
     def changes(self, changes: Sequence[Change], now_ns: int) -> None:
         """Print the verdicts of one poll."""
 
+    def attempts(self, attempts: Sequence[Attempt]) -> None:
+        """Print what was done to connections."""
+
     def status(self, status: Status) -> None:
         """Show that the run goes on."""
 
@@ -76,6 +80,12 @@ class TableOutput:
     def changes(self, changes: Sequence[Change], now_ns: int) -> None:
         """Print rows below those already printed."""
         lines = [*self._rows.changes(self._chosen.of(changes), now_ns)]
+        if lines:
+            self._put(lines)
+
+    def attempts(self, attempts: Sequence[Attempt]) -> None:
+        """Print lines for what has no row."""
+        lines = [] if self._chosen.nothing else [*self._rows.attempts(attempts)]
         if lines:
             self._put(lines)
 
@@ -116,6 +126,12 @@ class JsonOutput:
         """Print a line for each verdict."""
         for change in self._chosen.of(changes):
             self._put(verdict_line(change, self._clock))
+        self._stream.flush()
+
+    def attempts(self, attempts: Sequence[Attempt]) -> None:
+        """Print a line for each action."""
+        for attempt in [] if self._chosen.nothing else attempts:
+            self._put(attempt_line(attempt, self._clock))
         self._stream.flush()
 
     def status(self, status: Status) -> None:

@@ -6,8 +6,16 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from tcpstuck_bpf.client.actions import Attempt, Outcome
 from tcpstuck_bpf.client.waits import Change, Group, group_of
-from tcpstuck_bpf.client.words import Told, group_owners_text, owners_text, told, why_unknown
+from tcpstuck_bpf.client.words import (
+    Told,
+    attempt_text,
+    group_owners_text,
+    owners_text,
+    told,
+    why_unknown,
+)
 from tcpstuck_bpf.judge.evidence import duration_text
 from tcpstuck_bpf.judge.rules import VERDICT_NAMES
 from tcpstuck_bpf.model import SECOND_NS, address_text
@@ -22,6 +30,9 @@ EXAMPLES = 3
 SHOWN_AT_ONCE = 1000
 """Most single rows of one poll; a line stands for the others."""
 
+_TOLD_ELSEWHERE = frozenset(
+    {Outcome.SENT, Outcome.CHANGED, Outcome.FORGOT, Outcome.KNOWS, Outcome.ENDED}
+)
 _VERDICT_HEADING = " verdict (! stuck)"
 _VERDICT_WIDTH = 1 + max(map(len, VERDICT_NAMES))
 _WAITED_WIDTH = len("59 min 59 s")
@@ -108,6 +119,20 @@ class Rows:
         yield from self._print(
             [item for item in self._folds.items() if item[1].is_due(now_ns)], now_ns
         )
+
+    def attempts(self, attempts: Sequence[Attempt]) -> Iterator[str]:
+        """Lines for what failed, would be done or has no answer, and with -v for every action."""
+        told_here = [one for one in attempts if self._verbose or one.outcome not in _TOLD_ELSEWHERE]
+        for one in told_here[:SHOWN_AT_ONCE]:
+            who = one.plan.socket.four_tuple
+            between = (
+                f"{endpoint(who.client_ip, who.client_port)} to "
+                f"{endpoint(who.server_ip, who.server_port)}"
+            )
+            text = f"rescue: {between}: {attempt_text(one)}"
+            yield from self._page.wrapped(text, f"{self._page.time(one.time_ns)}  ")
+        if len(told_here) > SHOWN_AT_ONCE:
+            yield f"... and {grouped(len(told_here) - SHOWN_AT_ONCE)} more (all of them in --json)"
 
     def rest(self, now_ns: int) -> Iterator[str]:
         """Rows for the groups that grew since they were printed."""

@@ -56,17 +56,18 @@ _MEANING = {
 }
 
 
-def end_socket(four_tuple: FourTuple, cookie: int) -> Reset:
+def end_socket(four_tuple: FourTuple, cookie: int, interface: int = 0) -> Reset:
     """End the client's socket of a connection, in its namespace.
 
-    `cookie` is the socket's (idiag_cookie or SO_COOKIE), in host order. It is needed: for a
-    connection that has ended, the kernel would find a listener at the same address and port
-    (inet_diag_find_one_icsk). Raises ValueError for INET_DIAG_NOCOOKIE. Raises OSError if the
-    namespace is gone or cannot be entered, and for any other refusal of the kernel.
+    `interface` is the index of the device that it is bound to; 0: none. `cookie` is the socket's
+    (idiag_cookie or SO_COOKIE), in host order. It is needed: for a connection that has ended, the
+    kernel would find a listener at the same address and port (inet_diag_find_one_icsk). Raises
+    ValueError for INET_DIAG_NOCOOKIE. Raises OSError if the namespace is gone or cannot be entered,
+    and for any other refusal of the kernel.
     """
     if not 0 <= cookie < _NO_COOKIE:
         raise ValueError("a socket's cookie is needed")
-    return netns.run_in(four_tuple.netns, lambda: _result(_request(four_tuple, cookie)))
+    return netns.run_in(four_tuple.netns, lambda: _result(_request(four_tuple, cookie, interface)))
 
 
 def kernel_can_end_sockets() -> bool:
@@ -75,14 +76,13 @@ def kernel_can_end_sockets() -> bool:
     Raises OSError if the kernel gives an unexpected answer, for instance without CONFIG_INET_DIAG.
     """
     nobody = FourTuple(bytes(16), bytes(16), 0, 0, 0)
-    return _result(_request(nobody, 0)) is not Reset.NOT_SUPPORTED
+    return _result(_request(nobody, 0, 0)) is not Reset.NOT_SUPPORTED
 
 
-def _request(four_tuple: FourTuple, cookie: int) -> bytes:
+def _request(four_tuple: FourTuple, cookie: int, interface: int) -> bytes:
     """A message with struct inet_diag_req_v2 (include/uapi/linux/inet_diag.h)."""
     family = socket.AF_INET if four_tuple.family == 4 else socket.AF_INET6
     client, server = addresses_of(four_tuple)
-    any_interface = 0
     # The cookie's halves, the lower one first, whatever the byte order (sock_diag_save_cookie).
     halves = (cookie & 0xFFFFFFFF, cookie >> 32)
     body = (
@@ -90,7 +90,7 @@ def _request(four_tuple: FourTuple, cookie: int) -> bytes:
         + struct.pack("!HH", four_tuple.client_port, four_tuple.server_port)
         + client.ljust(16, b"\0")
         + server.ljust(16, b"\0")
-        + struct.pack("=III", any_interface, *halves)
+        + struct.pack("=III", interface, *halves)
     )
     flags = _REQUEST | _ACKNOWLEDGE
     return _HEADER.pack(_HEADER.size + len(body), _SOCK_DESTROY, flags, _SEQUENCE, 0) + body

@@ -13,14 +13,16 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from tcpstuck_bpf.client.descriptors import held_sockets
-from tcpstuck_bpf.client.diag import AF_INET, AF_INET6, Answer, parse, request
+from tcpstuck_bpf.client.diag import AF_INET, AF_INET6, Answer, parse, request, request_one
 from tcpstuck_bpf.client.facts import ClientSocket, Poll
 from tcpstuck_bpf.errors import CannotTraceError, UsageError, as_root_remedy, words_of
 from tcpstuck_bpf.host import netns
 from tcpstuck_bpf.model import SECOND_NS
+
+Result = TypeVar("Result")
 
 LOOK_NS = 5 * SECOND_NS
 """Time between two searches for network namespaces: each one walks over all processes."""
@@ -125,6 +127,14 @@ def dump(ports: Sequence[int], inode: int) -> Iterator[Answer]:
                 done = answer.done
 
 
+def _one(wanted: ClientSocket) -> Answer:
+    """The answer to a request for one socket, in the calling thread's namespace."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, _NETLINK_SOCK_DIAG) as channel:
+        channel.settimeout(ANSWER_LIMIT_S)
+        channel.send(request_one(wanted))
+        return parse(channel.recv(_LARGEST_DATAGRAM), wanted.four_tuple.netns)
+
+
 class Process:
     """A process that sockets must belong to. Raises UsageError or CannotTraceError."""
 
@@ -219,6 +229,21 @@ class SocketReader:
         if self._process is not None:
             self._process.close()
 
+    def again(self, known: ClientSocket) -> ClientSocket | None:
+        """The same socket by now; None if it has ended or is no longer ESTABLISHED.
+
+        May be called from any thread. Raises OSError where its namespace cannot be entered, or the
+        kernel refuses, and ValueError for an answer that is none.
+        """
+        inode = known.four_tuple.netns
+        answer = self._inside(inode, self._ways.get(inode, []), lambda: _one(known), lambda: False)
+        if answer.error in (errno.ENOENT, errno.ESTALE):
+            return None
+        if answer.error:
+            raise OSError(answer.error, os.strerror(answer.error))
+        same = (one for one in answer.sockets if one.key == known.key)
+        return next((one for one in same if one.four_tuple == known.four_tuple), None)
+
     def _read_one(self, inode: int, ways: list[Path], tally: _Tally) -> _Tally:
         """Read a namespace through the first way into it. Raises OSError, ValueError."""
 
@@ -227,6 +252,16 @@ class SocketReader:
                 tally.take(answer)
             return tally
 
+        return self._inside(inode, ways, read, lambda: tally.touched)
+
+    def _inside(
+        self,
+        inode: int,
+        ways: list[Path],
+        read: Callable[[], Result],
+        begun: Callable[[], bool],
+    ) -> Result:
+        """Call a function in a namespace. Once it has `begun`, no further way is tried."""
         if inode == self._own:
             return read()
         failure: OSError = FileNotFoundError(errno.ENOENT, "the network namespace is gone")
@@ -235,7 +270,7 @@ class SocketReader:
                 return netns.inside(way, read, inode)
             except OSError as error:
                 failure = error
-                if tally.touched:
+                if begun():
                     break
         raise failure
 

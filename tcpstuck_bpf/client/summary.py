@@ -5,8 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from tcpstuck_bpf.client.actions import Action, Outcome, Totals
 from tcpstuck_bpf.client.rows import Rows
-from tcpstuck_bpf.client.waits import GREETING_MISSING, RECOVERED, Group, Waiting
+from tcpstuck_bpf.client.waits import (
+    GREETING_MISSING,
+    RESCUED,
+    SERVER_FORGOT,
+    SERVER_SLOW,
+    Group,
+    Waiting,
+)
 from tcpstuck_bpf.client.words import group_owners_text
 from tcpstuck_bpf.errors import EXIT_NOT_KNOWN, EXIT_NOTHING_STUCK, EXIT_STUCK
 from tcpstuck_bpf.judge.evidence import duration_text
@@ -48,6 +56,12 @@ class ClientSummary(NamedTuple):
     unread: Mapping[int, str]
     """Why a network namespace could not be read at the last poll, by its inode number."""
     notes: tuple[str, ...]
+    slow: int = 0
+    """Those of `stuck` whose server has answered that it has them."""
+    closed_slow: int = 0
+    """Those of `closed` whose server had answered so."""
+    mending: Totals | None = None
+    """What --rescue did; None without it."""
 
     @property
     def not_seen(self) -> bool:
@@ -88,7 +102,18 @@ def waiting_sentence(summary: ClientSummary, page: Page) -> str:
         others = total - sum(one.number for _, one in summary.groups[:NAMED])
         sentence += f": {'; '.join(named[:NAMED])}"
         sentence += f"; {grouped(others)} others" if others > 0 else ""
-    return sentence
+    return sentence + _server_says(summary)
+
+
+def _server_says(summary: ClientSummary) -> str:
+    """What the server answered of the connections that wait."""
+    if not summary.slow:
+        return ""
+    if summary.slow == summary.stuck:
+        which = "it" if summary.stuck == 1 else "all of them"
+    else:
+        which = f"{grouped(summary.slow)} of them"
+    return f". The server answered that it has {which}, so it is slow or paused"
 
 
 def _where(group: Group, page: Page) -> str:
@@ -98,8 +123,13 @@ def _where(group: Group, page: Page) -> str:
 
 def _calm_sentence(summary: ClientSummary) -> str:
     """Why no connection is reported as waiting."""
-    if summary.verdicts.get(RECOVERED) or summary.closed:
-        return "no reported connection waits any more"
+    if summary.ever_stuck:
+        said = ["no reported connection waits any more"]
+        if rescued := summary.verdicts.get(RESCUED):
+            said.append(f"{grouped(rescued)} got the server's data after our challenge")
+        if forgot := summary.verdicts.get(SERVER_FORGOT):
+            said.append(f"of {grouped(forgot)} the server had no record")
+        return "; ".join(said)
     if not summary.seen_any:
         return (
             f"no connection to {summary.watched} was seen: nothing is known about this server. Are "
@@ -131,15 +161,49 @@ def summary_lines(summary: ClientSummary, page: Page, rows: Rows, now_ns: int) -
         "",
     )
     for verdict, number in summary.verdicts.items():
-        gone = summary.closed if verdict == GREETING_MISSING else 0
+        slow = summary.closed_slow
+        gone = {GREETING_MISSING: summary.closed - slow, SERVER_SLOW: slow}.get(verdict, 0)
         ended = f", {grouped(gone)} of them closed since" if gone else ""
         yield from page.wrapped(f"{verdict}: {counted(number, 'connection')}{ended}", INDENT)
+    if summary.mending is not None:
+        yield from _mending_lines(summary.mending, page)
     for sentence in not_seen(summary, page):
         yield from page.wrapped(sentence, "")
     for note in summary.notes:
         yield from page.wrapped(f"note: {note}", "")
 
 
+def _mending_lines(totals: Totals, page: Page) -> Iterator[str]:
+    """What --rescue did, and what it left alone."""
+    if totals.dry_run:
+        would = [
+            f"{grouped(number)} {plural}"
+            for action, plural in _PLURALS.items()
+            if (number := totals.count(action, Outcome.WOULD))
+        ]
+        yield from page.wrapped(
+            f"rescue (dry run), would be done: {', '.join(would) or 'none'}", ""
+        )
+    else:
+        ended = totals.count(Action.RESET, Outcome.ENDED)
+        no_answer = totals.count(Action.QUESTION, Outcome.NO_ANSWER)
+        yield from page.wrapped(
+            f"rescue: {counted(totals.challenged, 'connection')} challenged, "
+            f"{grouped(totals.asked)} asked about, {grouped(ended)} ended; "
+            f"{counted(no_answer, 'question')} not answered",
+            "",
+        )
+    for why, number in sorted(totals.reasons.items()):
+        yield from page.wrapped(f"{grouped(number)} without effect: {why}", INDENT)
+    for why, number in sorted(totals.left_alone.items()):
+        yield from page.wrapped(f"{grouped(number)} wait, left alone now: {why}", INDENT)
+
+
+_PLURALS = {
+    Action.CHALLENGE: "challenges",
+    Action.QUESTION: "questions",
+    Action.RESET: "resets",
+}
 _LOSSES = {
     "untracked": "waiting connections were too many to be remembered",
     "unreadable": "sockets lack the counts that are needed (a kernel before 4.6?)",

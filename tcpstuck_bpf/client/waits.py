@@ -12,9 +12,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tcpstuck_bpf.client.actions import Attempt, Candidate, Outcome
 from tcpstuck_bpf.client.facts import NOBODY, ClientSocket, Owners, Poll
 
 GREETING_MISSING, RECOVERED, CLIENT_SPOKE = "greeting-missing", "recovered", "client-spoke"
+RESCUED, SERVER_FORGOT, SERVER_SLOW, RESET = "rescued", "server-forgot", "server-slow", "reset"
+"""Verdicts that only `--rescue` leads to."""
+_BY_OUTCOME = {
+    Outcome.FORGOT: SERVER_FORGOT,
+    Outcome.KNOWS: SERVER_SLOW,
+    Outcome.ENDED: RESET,
+}
 MOST_TRACKED = 100_000
 """Most connections that are remembered; further ones are counted."""
 MOST_ENDED = 4096
@@ -36,6 +44,12 @@ class Change(NamedTuple):
     waited_ns: int
     """From the connection's establishment to this verdict."""
     owners: Owners = NOBODY
+    was: str | None = None
+    """The verdict that this one replaces."""
+    challenged_ns: int | None = None
+    """When our last challenge was sent; None if none was."""
+    reason: str = ""
+    """What came of the question or of the reset that led to this verdict."""
 
 
 class Group(NamedTuple):
@@ -64,7 +78,9 @@ class _Wait:
     socket: ClientSocket
     seen_ns: int
     """Time of the last poll that showed it."""
-    reported: bool = False
+    verdict: str | None = None
+    """What was reported last: GREETING_MISSING, SERVER_SLOW, or nothing yet."""
+    challenged_ns: int | None = None
     absent: int = 0
     """Polls since then that did not."""
     owners: Owners = NOBODY
@@ -80,8 +96,8 @@ class Waits:
     def __init__(self, timeout_ns: int, most: int = MOST_TRACKED) -> None:
         self.verdicts: Counter[str] = Counter()
         """Connections by their last verdict."""
-        self.closed = 0
-        """Reported connections that ended without a byte either way."""
+        self._closed: Counter[str] = Counter()
+        """Reported connections that ended without a byte either way, by their last verdict."""
         self.untracked = 0
         """Most connections that a poll found waiting and that were too many to be remembered."""
         self.established = 0
@@ -95,12 +111,27 @@ class Waits:
     @property
     def ever_stuck(self) -> int:
         """Connections that were reported as stuck, without those whose client spoke."""
-        return self.verdicts[GREETING_MISSING] + self.verdicts[RECOVERED]
+        return sum(self.verdicts.values()) - self.verdicts[CLIENT_SPOKE]
+
+    @property
+    def closed(self) -> int:
+        """Reported connections that ended without a byte either way, and not by us."""
+        return sum(self._closed.values())
+
+    @property
+    def closed_slow(self) -> int:
+        """Those of `closed` whose server had answered that it has them."""
+        return self._closed[SERVER_SLOW]
+
+    @property
+    def slow(self) -> int:
+        """Connections that wait still and whose server has answered that it has them."""
+        return self.verdicts[SERVER_SLOW] - self._closed[SERVER_SLOW]
 
     @property
     def stuck(self) -> int:
         """Connections that were reported and wait still."""
-        return self.verdicts[GREETING_MISSING] - self.closed
+        return self.verdicts[GREETING_MISSING] - self._closed[GREETING_MISSING] + self.slow
 
     @property
     def young(self) -> int:
@@ -126,14 +157,14 @@ class Waits:
             wait = self._waits.get(socket.key) or self._returned(socket.key)
             if not socket.waits:
                 self._waits.pop(socket.key, None)
-                if wait is not None and wait.reported:
+                if wait is not None and wait.verdict is not None:
                     changes.append(self._ended_by_data(wait, socket, poll.time_ns))
             elif wait is None and len(self._waits) >= self._most:
                 untracked += 1
             else:
                 wait = self._noted(wait, socket, poll.time_ns)
-                if not wait.reported and socket.age_ns >= self._timeout_ns:
-                    wait.reported = True
+                if wait.verdict is None and socket.age_ns >= self._timeout_ns:
+                    wait.verdict = GREETING_MISSING
                     self.verdicts[GREETING_MISSING] += 1
                     changes.append(
                         Change(GREETING_MISSING, socket, poll.time_ns, socket.age_ns, wait.owners)
@@ -149,11 +180,42 @@ class Waits:
             if key in self._waits:
                 self._waits[key].owners = one
 
+    def candidates(self) -> list[Candidate]:
+        """The reported connections that wait and that the last poll showed."""
+        return [
+            Candidate(wait.socket, wait.seen_ns, wait.owners, wait.verdict == SERVER_SLOW)
+            for wait in self._waits.values()
+            if wait.verdict is not None and not wait.absent
+        ]
+
+    def attempted(self, attempt: Attempt, now_ns: int) -> Change | None:
+        """Take what came of an action on a connection. Returns the verdict that it leads to."""
+        key = attempt.plan.socket.key
+        wait = self._waits.get(key)
+        if attempt.outcome is Outcome.SENT and wait is not None:
+            wait.challenged_ns = attempt.time_ns
+        verdict = _BY_OUTCOME.get(attempt.outcome)
+        if verdict is None:
+            return None
+        wait = wait or self._returned(key)
+        if wait is None:
+            return None
+        # Polls may have missed it. If it has ended, the next ones will find that out again.
+        self._waits[key] = wait
+        if wait.verdict in (None, verdict):
+            return None
+        change = self._judged(wait, verdict, wait.socket, now_ns)
+        if verdict == SERVER_SLOW:
+            wait.verdict = verdict
+        else:
+            del self._waits[key]
+        return change._replace(reason=attempt.reason)
+
     def groups(self, now_ns: int) -> list[tuple[Group, Waiting]]:
         """The reported connections that wait still, the largest group first."""
         found: dict[Group, Waiting] = {}
         for wait in self._waits.values():
-            if not wait.reported:
+            if wait.verdict is None:
                 continue
             group = group_of(wait.socket, wait.owners)
             before = found.get(group, Waiting(0, 0))
@@ -171,17 +233,29 @@ class Waits:
     def _returned(self, key: Key) -> _Wait | None:
         """A connection that counted as ended; the polls had only missed it."""
         wait = self._ended.pop(key, None)
-        if wait is not None:
-            self.closed -= 1
+        if wait is not None and wait.verdict is not None:
+            self._closed[wait.verdict] -= 1
         return wait
 
     def _ended_by_data(self, wait: _Wait, socket: ClientSocket, now_ns: int) -> Change:
         # The server's data is the proof that it has the connection, whoever spoke first.
-        verdict = RECOVERED if socket.heard else CLIENT_SPOKE
-        self.verdicts[GREETING_MISSING] -= 1
+        if not socket.heard:
+            verdict = CLIENT_SPOKE
+        elif wait.challenged_ns is None or wait.verdict == SERVER_SLOW:
+            verdict = RECOVERED
+        else:
+            # The socket was read again right before the challenge: so the data came after it.
+            verdict = RESCUED
+        return self._judged(wait, verdict, socket, now_ns)
+
+    def _judged(self, wait: _Wait, verdict: str, socket: ClientSocket, now_ns: int) -> Change:
+        """Replace the verdict of a reported connection, in the figures."""
+        was = wait.verdict or GREETING_MISSING
+        self.verdicts[was] -= 1
         self.verdicts[verdict] += 1
-        # The socket's own age is by now the time since the data came.
-        return Change(verdict, socket, now_ns, wait.age_ns(now_ns), wait.owners)
+        # The socket's own age is not it: after data, that is the time since the data came.
+        waited_ns = wait.age_ns(now_ns)
+        return Change(verdict, socket, now_ns, waited_ns, wait.owners, was, wait.challenged_ns)
 
     def _end_absent(self, poll: Poll) -> None:
         """Forget what is not listed any more, where the list is known to be complete."""
@@ -196,8 +270,8 @@ class Waits:
                     ended.append(key)
         for key in ended:
             wait = self._waits.pop(key)
-            if wait.reported:
-                self.closed += 1
+            if wait.verdict is not None:
+                self._closed[wait.verdict] += 1
                 self._ended[key] = wait
                 if len(self._ended) > MOST_ENDED:
                     self._ended.popitem(last=False)

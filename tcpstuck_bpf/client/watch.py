@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from tcpstuck_bpf.app.ready_file import write_ready_file
+from tcpstuck_bpf.client.actions import Attempt, Candidate, Totals
 from tcpstuck_bpf.client.facts import ClientSocket, Owners, Poll
 from tcpstuck_bpf.client.output import ClientOutput, Status
 from tcpstuck_bpf.client.summary import ClientSummary
@@ -37,6 +38,22 @@ class Sockets(Protocol):
         """Read all sockets once; the poll has the facts of those that `keep` chooses."""
 
 
+class Mending(Protocol):
+    """What --rescue does; `client.mender.Mender` is the real one."""
+
+    def renew(self, candidates: Iterable[Candidate], now_ns: int) -> None:
+        """Take the reported connections that wait, as a poll found them."""
+
+    def act(self) -> list[Attempt]:
+        """Do what is due. Returns what was done and answered."""
+
+    def finish(self) -> list[Attempt]:
+        """Begin nothing more, and wait for the last answers."""
+
+    def totals(self, now_ns: int) -> Totals:
+        """What was done, and what is left alone."""
+
+
 class Watch:
     """A run. A signal handler sets `stop`, and the run ends with the summary.
 
@@ -55,6 +72,7 @@ class Watch:
         cpu_ns: Callable[[], int] = time.process_time_ns,
         sleep: Callable[[float], None] = time.sleep,
         notes: Callable[[], str] = lambda: "",
+        mending: Mending | None = None,
     ) -> None:
         self.stop = False
         self.abandoned = False
@@ -69,6 +87,7 @@ class Watch:
         self._cpu_ns = cpu_ns
         self._sleep = sleep
         self._notes = notes
+        self._mending = mending
         self._losses: Counter[str] = Counter()
         self._unread: Mapping[int, str] = {}
         self._polls = 0
@@ -110,8 +129,11 @@ class Watch:
         now_ns = self._clock_ns()
         if now_ns >= due_ns:
             return self._poll(now_ns)
+        self._mend()
+        now_ns = self._clock_ns()
         until_ns = due_ns if end_ns is None else min(due_ns, end_ns)
-        self._sleep(min(until_ns - now_ns, LONGEST_NAP_NS) / SECOND_NS)
+        if until_ns > now_ns:
+            self._sleep(min(until_ns - now_ns, LONGEST_NAP_NS) / SECOND_NS)
         return due_ns
 
     def _poll(self, begun_ns: int) -> int:
@@ -145,11 +167,34 @@ class Watch:
             )
         )
         self._printing = False
+        cpu_ns.append(self._cpu_ns())
+        if self._mending is not None:
+            self._mending.renew(self._waits.candidates(), poll.time_ns)
+        cpu_ns.append(self._cpu_ns())
         self._longest_poll_ns = max(self._longest_poll_ns, done_ns - begun_ns)
-        polling_ns, searching_ns = (after - before for before, after in zip(cpu_ns, cpu_ns[1:]))
+        polling_ns, searching_ns, _, renewing_ns = (
+            after - before for before, after in zip(cpu_ns, cpu_ns[1:])
+        )
+        polling_ns += renewing_ns
         pause_ns = max(PAUSE_NS, SHARE * polling_ns, SHARE_OF_OWNERS * searching_ns)
         self._longest_pause_ns = max(self._longest_pause_ns, pause_ns)
         return done_ns + pause_ns
+
+    def _mend(self) -> None:
+        """Do to the connections that wait what is due."""
+        if self._mending is not None:
+            self._take(self._mending.act())
+
+    def _take(self, attempts: Sequence[Attempt]) -> None:
+        """Judge and print what came of actions."""
+        if not attempts:
+            return
+        now_ns = self._clock_ns()
+        judged = [self._waits.attempted(one, now_ns) for one in attempts]
+        self._printing = True
+        self._output.attempts(attempts)
+        self._output.changes([one for one in judged if one is not None], now_ns)
+        self._printing = False
 
     def _identified(self, changes: list[Change]) -> list[Change]:
         """The verdicts with the owners of the sockets that are reported for the first time."""
@@ -166,6 +211,8 @@ class Watch:
 
     def _finish(self) -> ClientSummary:
         notes = []
+        if self._mending is not None:
+            self._take(self._mending.finish())
         if self.failure is None and not self._sockets.ended:
             try:
                 self._poll(self._clock_ns())
@@ -199,6 +246,9 @@ class Watch:
             losses=dict(self._losses),
             unread=self._unread,
             notes=tuple(notes),
+            slow=self._waits.slow,
+            closed_slow=self._waits.closed_slow,
+            mending=None if self._mending is None else self._mending.totals(now_ns),
         )
         self._output.summary(summary, now_ns)
         return summary

@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from tcpstuck_bpf.client.actions import Action, Attempt, Outcome
 from tcpstuck_bpf.client.facts import ClientSocket, Owners
-from tcpstuck_bpf.client.waits import CLIENT_SPOKE, GREETING_MISSING, Change, Group
+from tcpstuck_bpf.client.waits import (
+    CLIENT_SPOKE,
+    GREETING_MISSING,
+    RECOVERED,
+    RESCUED,
+    SERVER_FORGOT,
+    SERVER_SLOW,
+    Change,
+    Group,
+)
 from tcpstuck_bpf.judge.evidence import duration_text
 from tcpstuck_bpf.judge.rules import ALL_RULES, Certainty
 from tcpstuck_bpf.model import SECOND_NS
@@ -15,6 +25,8 @@ COOKIE_LIFE_NS = 120 * SECOND_NS
 """The longest life of a SYN cookie (MAX_SYNCOOKIE_AGE of include/net/tcp.h, in minutes)."""
 KNOWN_NS = SECOND_NS
 """An ACK so much later than the handshake's is another one: jiffies count both times apart."""
+SOON_NS = 5 * SECOND_NS
+"""Data that comes so soon after our challenge is likely its effect; a poll may take seconds."""
 NAMED = 2
 """Most owners of one connection that a line names."""
 _RULES = {rule.name: rule for rule in ALL_RULES}
@@ -45,48 +57,61 @@ def server_answered_ns(socket: ClientSocket) -> int | None:
 
 def told(change: Change) -> Told:
     """A verdict with what it rests on."""
-    rule, socket = _RULES[change.verdict], change.socket
-    if change.verdict == GREETING_MISSING:
-        known = server_answered_ns(socket) is not None
-        return Told(
-            rule.name,
-            rule.stuck,
-            "possible" if known else rule.certainty,
-            None,
-            SLOW_MEANING if known else rule.meaning,
-            tuple(_evidence(change)),
-            rule.cannot_prove,
-            rule.advice,
-        )
-    if change.verdict == CLIENT_SPOKE:
-        seen = (
-            f"the client's kernel has sent {socket.data_segs_out} segments with data, "
-            f"{duration_text(change.waited_ns)} after the connection was established"
-        )
-        return Told(
-            rule.name,
-            rule.stuck,
-            rule.certainty,
-            GREETING_MISSING,
-            rule.meaning,
-            (seen,),
-            rule.cannot_prove,
-            rule.advice,
-        )
-    seen = (
-        f"{max(socket.bytes_received, socket.unread)} bytes of the server came, at most "
-        f"{duration_text(change.waited_ns)} after the connection was established"
-    )
-    return Told(
+    rule = _RULES[change.verdict]
+    words = Told(
         rule.name,
         rule.stuck,
         rule.certainty,
-        GREETING_MISSING,
-        "was reported; then the server's data came",
-        (seen,),
-        "whether the server was slow, or the connection was mended",
+        change.was,
+        rule.meaning,
+        tuple(_seen(change)),
+        rule.cannot_prove,
         rule.advice,
     )
+    if change.verdict == GREETING_MISSING and server_answered_ns(change.socket) is not None:
+        return words._replace(certainty="possible", meaning=SLOW_MEANING)
+    if change.verdict == RECOVERED:
+        return words._replace(
+            meaning="was reported; then the server's data came",
+            cannot_prove="whether the server was slow, or the connection was mended",
+        )
+    if change.verdict == RESCUED:
+        soon = change.time_ns - (change.challenged_ns or 0) <= SOON_NS
+        return words._replace(
+            certainty="likely" if soon else "possible",
+            meaning="was reported; data came after our challenge",
+            cannot_prove=(
+                "that the challenge did it: a slow server may have spoken by itself at that time"
+            ),
+        )
+    return words
+
+
+def _seen(change: Change) -> Iterator[str]:
+    """What a verdict rests on, in sentences."""
+    socket, waited = change.socket, duration_text(change.waited_ns)
+    if change.verdict == GREETING_MISSING:
+        yield from _evidence(change)
+    elif change.verdict == CLIENT_SPOKE:
+        yield (
+            f"the client's kernel has sent {socket.data_segs_out} segments with data, {waited} "
+            "after the connection was established"
+        )
+    elif change.verdict in (RECOVERED, RESCUED):
+        yield (
+            f"{max(socket.bytes_received, socket.unread)} bytes of the server came, at most "
+            f"{waited} after the connection was established"
+        )
+        if change.challenged_ns is not None:
+            since = duration_text(change.time_ns - change.challenged_ns)
+            yield f"our last challenge was sent {since} before this was seen"
+    elif change.verdict == SERVER_FORGOT:
+        yield f"asked {waited} after the connection was established: {change.reason}"
+        yield "the RST ended it: the application gets ECONNRESET"
+    elif change.verdict == SERVER_SLOW:
+        yield f"asked {waited} after the connection was established: {change.reason}"
+    else:
+        yield f"ended by us (SOCK_DESTROY), {waited} after the connection was established"
 
 
 SLOW_MEANING = "no byte either way, but the server has sent an ACK: likely slow"
@@ -115,6 +140,34 @@ def _evidence(change: Change) -> Iterator[str]:
             )
     if not socket.inode:
         yield "no process has this socket open"
+
+
+_ACTIONS = {
+    Action.CHALLENGE: "challenge",
+    Action.QUESTION: "question to the server",
+    Action.RESET: "reset",
+}
+_OUTCOMES = {
+    Outcome.SENT: "sent",
+    Outcome.WOULD: "would be done (dry run)",
+    Outcome.CHANGED: "not done",
+    Outcome.FAILED: "failed",
+    Outcome.FORGOT: "it has forgotten the connection",
+    Outcome.KNOWS: "it has the connection",
+    Outcome.NO_ANSWER: "no answer",
+    Outcome.NOT_OURS: "not asked, not ours to borrow",
+    Outcome.GONE: "not asked, the socket is gone",
+    Outcome.REFUSED: "not asked",
+    Outcome.ENDED: "done",
+}
+
+
+def attempt_text(attempt: Attempt) -> str:
+    """An action and what came of it: `challenge 1: sent`."""
+    plan = attempt.plan
+    number = f" {plan.number}" * (plan.action is not Action.RESET)
+    reason = f" ({attempt.reason})" * bool(attempt.reason)
+    return f"{_ACTIONS[plan.action]}{number}: {_OUTCOMES[attempt.outcome]}{reason}"
 
 
 def owners_text(owners: Owners, uid: int) -> str:

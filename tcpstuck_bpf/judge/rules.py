@@ -264,8 +264,9 @@ CLIENT_RULES: tuple[Rule, ...] = (
             "(HTTP)"
         ),
         advice=(
-            "to end the hang, end the connection on this host (ss -K), or restart the process: it "
-            "then connects again. Whoever can see the server may look there for the connection "
+            "to end the hang, let the tool mend it or ask the server (--rescue, as root), end the "
+            "connection on this host (ss -K), or restart the process: it then connects again. "
+            "Whoever can see the server may look there for the connection "
             "(ss): if the server has none, it has forgotten it; if it has, find out why it does "
             "not speak. For the future, give the client a read time-out that covers the greeting"
         ),
@@ -283,8 +284,64 @@ CLIENT_RULES: tuple[Rule, ...] = (
             "that port out"
         ),
     ),
+    Rule(
+        name="server-forgot",
+        stuck=False,
+        certainty="certain",
+        condition=_never,
+        meaning="was stuck; the server had no record: RST, so an error now",
+        proves=(
+            "an RST came in answer to our question: nobody at the server's address has a record of "
+            "the connection, and the application's error is ECONNRESET"
+        ),
+        cannot_prove=(
+            "that the RST is the server's own: a firewall or a load balancer that lost the "
+            "connection answers alike; nor why the connection was forgotten"
+        ),
+        advice=(
+            "let the application connect again, which most do by themselves. Run tcpstuck-trace on "
+            "the server to find out why it forgets connections, and give the client a read "
+            "time-out that covers the greeting"
+        ),
+    ),
+    Rule(
+        name="server-slow",
+        stuck=False,
+        certainty="certain",
+        condition=_never,
+        meaning="still waits, but the server's kernel has the connection",
+        proves=(
+            "an ACK of the server's address came in answer to our question: its kernel had the "
+            "connection then"
+        ),
+        cannot_prove=(
+            "that the server's program has accepted the connection or will answer; nor, behind a "
+            "load balancer or proxy that answers for it, that the server itself has it"
+        ),
+        advice=(
+            "find out why the server does not speak: is it paused, out of threads, or blocked by "
+            "a name server that it asks about each client? To bound the wait, give the client a "
+            "read time-out that covers the greeting"
+        ),
+    ),
+    Rule(
+        name="reset",
+        stuck=False,
+        certainty="certain",
+        condition=_never,
+        meaning="was silent still; ended here by us: an error now",
+        proves=(
+            "this host's kernel ended the connection because we asked it to; the application's "
+            "error is ECONNABORTED"
+        ),
+        cannot_prove="whether the server had the connection: it gave no answer, or was not asked",
+        advice=(
+            "let the application connect again. Find out why the server does not answer: is it "
+            "down, or does a firewall drop packets of old connections?"
+        ),
+    ),
 )
-"""The verdicts of `--client` alone; `recovered` is on both sides."""
+"""The verdicts of `--client` alone; `recovered` and `rescued` are on both sides."""
 ALL_RULES: tuple[Rule, ...] = (*RULES, *CLIENT_RULES)
 
 VERDICT_NAMES: tuple[str, ...] = tuple(rule.name for rule in ALL_RULES)

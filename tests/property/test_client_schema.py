@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tcpstuck_bpf.client.export import summary_line, verdict_line
+from tcpstuck_bpf.client.actions import Action, Attempt, Outcome, Plan, Totals
+from tcpstuck_bpf.client.command import VERDICTS
+from tcpstuck_bpf.client.export import attempt_line, summary_line, verdict_line
 from tcpstuck_bpf.client.facts import Owner, Owners
 from tcpstuck_bpf.client.waits import Change, Waits
 from tcpstuck_bpf.model import SECOND_NS
@@ -35,9 +37,16 @@ def lines_for(name: str, count: int) -> list[Line]:
     changes = waits.take(poll(0, *sockets))
     changes = [one._replace(owners=owners) for one in changes if one.socket.inode] + changes
     waits.note_owners({sockets[0].key: owners})
-    for verdict in ("recovered", "client-spoke"):
+    for verdict in VERDICTS:
         after = client_socket(1, bytes_received=count, data_segs_out=count)
-        changes.append(Change(verdict, after, BEGIN_NS + count, count, owners))
+        changed = Change(verdict, after, BEGIN_NS + count, count, owners, "greeting-missing")
+        changes += [changed, changed._replace(was="server-slow", challenged_ns=BEGIN_NS)]
+    attempts = [
+        Attempt(Plan(action, sockets[0], owners, 1 + count), BEGIN_NS + count, outcome, reason)
+        for action in Action
+        for outcome in Outcome
+        for reason in ("", name)
+    ]
     summary = summary_of(
         waits,
         watched=name,
@@ -45,9 +54,19 @@ def lines_for(name: str, count: int) -> list[Line]:
         unread={5: name},
         losses={"untracked": count},
         longest_poll_ns=count,
+        slow=count,
+        mending=Totals(
+            True,
+            {(one.plan.action, one.outcome): 1 + count for one in attempts},
+            count,
+            count,
+            {name: 1 + count},
+            {name: 1 + count},
+        ),
     )
+    lines = [attempt_line(one, CLOCK) for one in attempts]
     found = [verdict_line(one, CLOCK) for one in changes]
-    return [json.loads(line) for line in (*found, summary_line(summary, CLOCK))]
+    return [json.loads(line) for line in (*found, *lines, summary_line(summary, CLOCK))]
 
 
 @given(names, COUNTS)
@@ -71,6 +90,8 @@ def test_a_key_more_or_less_is_not_valid() -> None:
     [
         ("verdict (with --client)", "client_verdict"),
         ("owners (with --client)", "client_owner"),
+        ("rescue (with --client)", "client_rescue"),
+        ("rescue in the summary (with --client)", "client_rescue_totals"),
         ("summary (with --client)", "client_summary"),
         ("stuck_groups (with --client)", "client_group"),
     ],

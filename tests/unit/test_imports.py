@@ -38,13 +38,13 @@ PURE = (
     *("host.netns_numbers", "host.nftables_text", "host.ruleset_text", "host.xtables_text"),
     *(
         f"client.{name}"
-        for name in ("diag", "export", "facts", "rows", "summary", "waits", "words")
+        for name in ("actions", "diag", "export", "facts", "planner", "rows", "summary", "waits")
     ),
     *(f"view.{name}" for name in ("frame", "rows", "snapshot", "state")),
     *(f"conversions.{name}" for name in ("describe", "handshakes", "layout", "looks", "picture")),
     *(f"conversions.{name}" for name in ("queues", "symbols")),
     *(f"conversions.{name}" for name in ("packets", "pcapng", "stories")),
-    *(f"client.{name}" for name in ("challenge", "synack_filter", "third_ack")),
+    *(f"client.{name}" for name in ("challenge", "synack_filter", "third_ack", "words")),
 )
 """Pure modules in rooms that are not, or in none."""
 TOUCH_THE_KERNEL = ("kernel", "typeinfo", "host", "doctor")
@@ -83,7 +83,8 @@ ONLY_SOME_RUNS_NEED = {
     # --live:
     *(f"{PACKAGE}.view.{n}" for n in ("command", "frame", "output", "rows", "screen", "snapshot")),
     "curses",
-    # --client:
+    # --client, and --rescue with it:
+    *(f"{PACKAGE}.client.{n}" for n in ("borrowed_socket", "mender", "planner", "socket_reset")),
     *(f"{PACKAGE}.client.{n}" for n in ("command", "diag", "owners", "rows", "sockets", "watch")),
     # --plot:
     *(f"{PACKAGE}.conversions.{name}" for name in ("command", "describe", "drawing", "picture")),

@@ -10,14 +10,14 @@ import sys
 import pytest
 
 from tcpstuck_bpf.cli import main
-from tcpstuck_bpf.client import command, sockets
+from tcpstuck_bpf.client import command, socket_reset, sockets
 from tcpstuck_bpf.errors import EXIT_CANNOT_TRACE, EXIT_NOTHING_STUCK, EXIT_USAGE
 from tcpstuck_bpf.options import build_parser
 
 ALLOWED = {
     *("--help", "--version", "--client", "--pid", "--port", "-4", "-6", "--listener", "--netns"),
     *("--timeout", "--duration", "--json", "--each", "--verbose", "--summary", "--only"),
-    "--ready-file",
+    *("--ready-file", "--rescue", "--rescue-exclude", "--rescue-rate", "--rescue-late"),
 }
 VALUES = {
     "--explain": [],
@@ -25,8 +25,6 @@ VALUES = {
     "--plot": ["x.svg"],
     "--metrics": [":9435"],
     "--probe-mode": ["kprobe"],
-    "--rescue-exclude": ["10.0.0.0/8"],
-    "--rescue-rate": ["7"],
     "--max-handshakes": ["4096"],
 }
 REFUSED = sorted(
@@ -58,7 +56,7 @@ def test_every_option_of_the_server_s_side_is_refused(
 
 
 def test_the_refused_options_are_most_of_them() -> None:
-    assert {"--rescue", "--record", "--replay", "--live", "--metrics", "--all"} <= {*REFUSED}
+    assert {"--dry-run", "--record", "--replay", "--live", "--metrics", "--all"} <= {*REFUSED}
 
 
 @pytest.mark.parametrize(
@@ -75,6 +73,13 @@ def test_the_refused_options_are_most_of_them() -> None:
         (["--pid", "7"], "--pid needs --client"),
         (["--only", "greeting-missing"], "--only greeting-missing needs --client"),
         (["--replay", "x", "--only", "client-spoke"], "--only client-spoke needs --client"),
+        (["--only", "server-slow"], "--only server-slow needs --client"),
+        (["--rescue=reset"], "--rescue=reset needs --client"),
+        (["--client", "-p", "25", "--rescue=all"], "--rescue=all cannot be combined with --client"),
+        (["--client", "-p", "25", "--rescue=known,reset"], "'known,reset' is not known, all"),
+        (["--client", "-p", "25", "--rescue-late"], "--rescue-late needs --rescue"),
+        (["--client", "-p", "25", "--rescue-exclude", "::/0"], "--rescue-exclude needs --rescue"),
+        (["--client", "-p", "25", "--rescue-rate", "7"], "--rescue-rate needs --rescue"),
     ],
 )
 def test_wrong_use_is_told_in_three_lines(
@@ -134,3 +139,51 @@ def test_a_run_needs_neither_bcc_nor_root() -> None:
         pytest.skip("another user may not read this tree")
     assert "no connection to port 1 in network namespace" in child.stdout
     assert child.returncode == EXIT_NOTHING_STUCK
+
+
+def refuse_raw(*_: object) -> None:
+    raise PermissionError(errno.EPERM, "Operation not permitted")
+
+
+@pytest.mark.parametrize("mode", ["--rescue", "--rescue=reset"])
+def test_who_may_not_send_is_told_what_works_without(
+    mode: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command.socket, "socket", refuse_raw)
+    monkeypatch.setattr(command, "refuse_unless_readable", lambda _wanted: None)
+    said = complaint(capsys, "--client", "-p", "25", mode, status=EXIT_CANNOT_TRACE)
+    assert "root or CAP_NET_RAW" in said
+    assert "--rescue=dry-run" in said
+
+
+def test_a_kernel_that_cannot_end_connections_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("a raw socket takes root")
+    monkeypatch.setattr(socket_reset, "kernel_can_end_sockets", lambda: False)
+    said = complaint(capsys, "--client", "-p", "25", "--rescue=reset", status=EXIT_CANNOT_TRACE)
+    assert "CONFIG_INET_DIAG_DESTROY" in said
+
+
+def test_a_dry_run_needs_no_root() -> None:
+    """As any user; the port is nobody's."""
+    without = ["setpriv", "--reuid=65534", "--clear-groups"] if os.geteuid() == 0 else []
+    lines = (
+        "import sys",
+        f"sys.path[:] = {sys.path!r}",
+        "from tcpstuck_bpf.cli import main",
+        "words = ['--client', '-p', '1', '-d', '1ms', '--netns', '/proc/self/ns/net']",
+        "sys.exit(main([*words, '--rescue=' + sys.argv[1]]))",
+    )
+    for mode, status in (("dry-run", EXIT_NOTHING_STUCK), ("reset", EXIT_CANNOT_TRACE)):
+        child = subprocess.run(
+            [*without, sys.executable, "-S", "-c", "\n".join(lines), mode],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd="/",
+        )
+        if "Permission denied" in child.stderr:
+            pytest.skip("another user may not read this tree")
+        assert child.returncode == status, child.stderr

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,21 +32,6 @@ TOOL = [sys.executable, "-m", "tcpstuck_bpf", "--client"]
 FORGOTTEN, UNSERVED, GREETED, SPOKE = 5, 4, 7, 3
 
 Line = dict[str, Any]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def signals() -> Iterator[None]:
-    """The default handlers, whatever tests before these ran the tool in this process.
-
-    pyroute2 ends its forked helpers with SIGTERM. A handler that raises there would run our
-    clean-up in the copy, and remove the namespaces of this process.
-    """
-    before = {one: signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)}
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    for one, handler in before.items():
-        signal.signal(one, handler)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from tcpstuck_bpf.client.actions import Action, Attempt, Outcome, Plan, Totals
 from tcpstuck_bpf.client.export import summary_line, verdict_line
 from tcpstuck_bpf.client.facts import NOBODY, ClientSocket, Owner, Owners
 from tcpstuck_bpf.client.output import JsonOutput, Status, TableOutput, selection, status_text
@@ -309,3 +310,79 @@ def test_the_status_line_fits(width: int) -> None:
     text = status_text(Status("ports 3306, 3311", 1_234, 5, 10_000, 90 * SECOND_NS), width)
     assert len(text) <= width
     assert text.startswith("1 234 WAITING"[:width])
+
+
+def attempt(outcome: Outcome, action: Action = Action.QUESTION, reason: str = "") -> Attempt:
+    return Attempt(Plan(action, client_socket(1), number=2), BEGIN_NS, outcome, reason)
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_what_has_neither_a_row_nor_an_effect_is_said(verbose: bool) -> None:
+    rows = Rows(page(200), each=False, verbose=verbose)
+    some = [attempt(one, reason="a reason") for one in Outcome]
+    lines = list(rows.attempts(some))
+    assert len(lines) == (11 if verbose else 6)
+    assert (
+        "22:13:20  rescue: 10.9.0.2:40001 to 10.9.0.1:3306: question to the server 2: no answer "
+        "(a reason)" in lines
+    )
+    many = [attempt(Outcome.NO_ANSWER)] * (SHOWN_AT_ONCE + 5)
+    assert list(rows.attempts(many))[-1] == "... and 5 more (all of them in --json)"
+
+
+@pytest.mark.parametrize(
+    ("slow", "ending"),
+    [
+        (0, "for 1 min\n"),
+        (1, "for 1 min. The server answered that it has 1 of them, so it is slow or paused\n"),
+        (2, "for 1 min. The server answered that it has all of them, so it is slow or paused\n"),
+    ],
+)
+def test_the_first_sentence_says_what_the_server_answered(slow: int, ending: str) -> None:
+    text = printed(waiting(60, 60), width=200, slow=slow)
+    assert f"wait for the server's first byte, the oldest {ending}" in text
+
+
+def test_nobody_waits_any_more_and_the_server_had_no_record() -> None:
+    waits = waiting(130, 130)
+    for number in (1, 2):
+        plan = Plan(Action.QUESTION, client_socket(number))
+        waits.attempted(Attempt(plan, BEGIN_NS, Outcome.FORGOT, "an RST came"), BEGIN_NS)
+    text = printed(waits, width=200)
+    assert "no reported connection waits any more; of 2 the server had no record\n" in text
+    mended = printed(waits, width=200, verdicts={"rescued": 3, "server-forgot": 2})
+    assert (
+        "no reported connection waits any more; 3 got the server's data after our challenge; of 2 "
+        "the server had no record\n" in mended
+    )
+    assert "server-forgot: 2 connections\n" in text
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_the_summary_says_what_was_done_and_what_was_not(dry_run: bool) -> None:
+    done = {
+        (Action.CHALLENGE, Outcome.WOULD if dry_run else Outcome.SENT): 1_300,
+        (Action.QUESTION, Outcome.WOULD if dry_run else Outcome.NO_ANSWER): 7,
+    }
+    reasons, alone = {"no segment came within 3 s": 7}, {"excluded": 4}
+    totals = Totals(dry_run, done, 1_200, 9, reasons, alone)
+    text = printed(waiting(60), width=200, mending=totals)
+    if dry_run:
+        assert "rescue (dry run), would be done: 1 300 challenges, 7 questions\n" in text
+    else:
+        assert (
+            "rescue: 1 200 connections challenged, 9 asked about, 0 ended; "
+            "7 questions not answered\n" in text
+        )
+    assert "7 without effect: no segment came within 3 s\n" in text
+    assert "4 wait, left alone now: excluded\n" in text
+
+
+@pytest.mark.parametrize(("after_s", "certainty"), [(1, "likely"), (5, "likely"), (6, "possible")])
+def test_a_rescue_is_the_less_certain_the_later_the_data_came(after_s: int, certainty: str) -> None:
+    greeted = change(client_socket(1, 60, bytes_received=25), verdict="rescued")
+    greeted = greeted._replace(challenged_ns=BEGIN_NS - after_s * SECOND_NS)
+    line = json.loads(verdict_line(greeted, CLOCK))
+    assert (line["certainty"], line["stuck"]) == (certainty, False)
+    assert "a slow server may have spoken" in line["cannot_prove"]
+    assert f"our last challenge was sent {after_s}.0 s before" in " ".join(line["evidence"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tcpstuck_bpf.client.actions import Action, Attempt, Outcome, Plan
 from tcpstuck_bpf.client.facts import ClientSocket
 from tcpstuck_bpf.client.waits import Change, Waits
 from tcpstuck_bpf.model import SECOND_NS
@@ -172,3 +173,133 @@ def test_only_those_that_wait_are_asked_for() -> None:
     assert waits.wants(client_socket(1))
     waits.take(poll(0, client_socket(2, 1)))
     assert waits.wants(healthy)
+
+
+def came(socket: ClientSocket, after_s: float, outcome: Outcome, action: Action) -> Attempt:
+    return Attempt(Plan(action, socket, owned()), poll(after_s).time_ns, outcome, "a reason")
+
+
+def challenged(waits: Waits, socket: ClientSocket, after_s: float) -> None:
+    attempt = came(socket, after_s, Outcome.SENT, Action.CHALLENGE)
+    assert waits.attempted(attempt, attempt.time_ns) is None
+
+
+def asked(waits: Waits, socket: ClientSocket, after_s: float, outcome: Outcome) -> Change | None:
+    attempt = came(socket, after_s, outcome, Action.QUESTION)
+    return waits.attempted(attempt, attempt.time_ns)
+
+
+def test_data_after_a_challenge_is_a_rescue() -> None:
+    waits = Waits(TIMEOUT_NS)
+    waits.take(poll(0, client_socket(1, 5), client_socket(2, 5)))
+    challenged(waits, client_socket(1), 0.1)
+    greeted = [client_socket(number, 0.1, bytes_received=25) for number in (1, 2)]
+    assert sorted(told(waits.take(poll(1, *greeted)))) == [("recovered", 2), ("rescued", 1)]
+    assert (waits.stuck, waits.ever_stuck, waits.closed) == (0, 2, 0)
+
+
+def test_a_challenge_without_data_changes_nothing() -> None:
+    waits = Waits(TIMEOUT_NS)
+    waits.take(poll(0, client_socket(1, 5)))
+    challenged(waits, client_socket(1), 0.1)
+    assert waits.take(poll(1, client_socket(1, 6))) == []
+    assert told(waits.take(poll(2, client_socket(1, 7, data_segs_out=1)))) == [("client-spoke", 1)]
+
+
+def test_one_that_the_server_forgot_is_over() -> None:
+    waits = Waits(TIMEOUT_NS)
+    waits.take(poll(0, client_socket(1, 130)))
+    change = asked(waits, client_socket(1), 2, Outcome.FORGOT)
+    assert change is not None
+    assert (change.verdict, change.was, change.reason) == (
+        "server-forgot",
+        "greeting-missing",
+        "a reason",
+    )
+    assert change.waited_ns == 132 * SECOND_NS
+    for second in range(3, 9):
+        assert waits.take(poll(second)) == []
+    assert (waits.stuck, waits.closed, waits.ever_stuck) == (0, 0, 1)
+    assert dict(+waits.verdicts) == {"server-forgot": 1}
+
+
+@pytest.mark.parametrize("polls", [1, 2, 3])
+def test_an_answer_that_comes_after_the_polls_missed_it_still_counts(polls: int) -> None:
+    waits = Waits(TIMEOUT_NS)
+    waits.take(poll(0, client_socket(1, 130)))
+    for second in range(1, 1 + polls):
+        waits.take(poll(second))
+    change = asked(waits, client_socket(1), 5, Outcome.FORGOT)
+    assert change is not None
+    assert (waits.closed, waits.stuck, dict(+waits.verdicts)) == (0, 0, {"server-forgot": 1})
+
+
+def test_one_that_the_server_has_waits_on_and_is_told_once() -> None:
+    waits = Waits(TIMEOUT_NS)
+    waits.take(poll(0, client_socket(1, 130), client_socket(2, 130)))
+    first = asked(waits, client_socket(1), 1, Outcome.KNOWS)
+    assert first is not None
+    assert first.verdict == "server-slow"
+    assert asked(waits, client_socket(1), 700, Outcome.KNOWS) is None
+    assert (waits.stuck, waits.slow, waits.young) == (2, 1, 0)
+    assert [one.server_knows for one in waits.candidates()] == [True, False]
+    (change,) = waits.take(poll(701, client_socket(1, 0.1, bytes_received=9), client_socket(2)))
+    assert (change.verdict, change.was) == ("recovered", "server-slow")
+    assert (waits.stuck, waits.slow) == (1, 0)
+
+
+def test_a_slow_one_that_is_closed_is_counted_apart() -> None:
+    waits = Waits(TIMEOUT_NS)
+    waits.take(poll(0, client_socket(1, 130), client_socket(2, 130)))
+    asked(waits, client_socket(1), 1, Outcome.KNOWS)
+    for second in (2, 3):
+        waits.take(poll(second))
+    assert (waits.closed, waits.closed_slow, waits.stuck, waits.slow) == (2, 1, 0, 0)
+    waits.take(poll(4, client_socket(1, 134)))
+    assert (waits.closed, waits.closed_slow, waits.stuck, waits.slow) == (1, 0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [Outcome.NO_ANSWER, Outcome.NOT_OURS, Outcome.GONE, Outcome.REFUSED, Outcome.CHANGED],
+)
+def test_a_question_without_an_answer_is_no_verdict(outcome: Outcome) -> None:
+    waits = Waits(TIMEOUT_NS)
+    waits.take(poll(0, client_socket(1, 130)))
+    assert asked(waits, client_socket(1), 1, outcome) is None
+    assert (waits.stuck, dict(+waits.verdicts)) == (1, {"greeting-missing": 1})
+
+
+def test_one_that_we_ended_is_no_closed_one() -> None:
+    waits = Waits(TIMEOUT_NS)
+    waits.take(poll(0, client_socket(1, 130)))
+    attempt = came(client_socket(1), 1, Outcome.ENDED, Action.RESET)
+    change = waits.attempted(attempt, attempt.time_ns)
+    assert change is not None
+    assert change.verdict == "reset"
+    for second in (2, 3, 4):
+        waits.take(poll(second))
+    assert (waits.stuck, waits.closed, waits.ever_stuck) == (0, 0, 1)
+
+
+def test_only_what_is_reported_and_there_may_be_touched() -> None:
+    waits = Waits(TIMEOUT_NS)
+    young, old, gone = client_socket(1, 1), client_socket(2, 9), client_socket(3, 9)
+    waits.take(poll(0, young, old, gone))
+    waits.take(poll(1, young, old))
+    assert [one.socket.cookie for one in waits.candidates()] == [2]
+    late = asked(waits, young, 1, Outcome.FORGOT)
+    assert late is None  # it was never reported
+
+
+def test_an_ack_for_one_that_polls_missed_leaves_the_figures_right() -> None:
+    waits = Waits(TIMEOUT_NS)
+    waits.take(poll(0, client_socket(1, 130)))
+    asked(waits, client_socket(1), 1, Outcome.KNOWS)
+    for second in (2, 3):
+        waits.take(poll(second))
+    assert (waits.stuck, waits.closed) == (0, 1)
+    assert asked(waits, client_socket(1), 4, Outcome.KNOWS) is None
+    assert (waits.stuck, waits.closed, waits.young) == (1, 0, 0)
+    waits.take(poll(5))
+    assert (waits.stuck, waits.closed, waits.young) == (0, 1, 0)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import pytest
 
+from tcpstuck_bpf.client.actions import Action, Attempt, Candidate, Outcome, Plan, Totals
 from tcpstuck_bpf.client.facts import ClientSocket, Owners, Poll
 from tcpstuck_bpf.client.output import Status
 from tcpstuck_bpf.client.summary import ClientSummary, exit_status
@@ -18,16 +19,54 @@ from tests.unit.client.world import BEGIN_NS, client_socket, owned, poll
 COST_NS = SECOND_NS // 1000
 
 
+class ScriptedMending:
+    """Challenges what it is given at once, and asks; the answer comes at the end of the run."""
+
+    def __init__(self) -> None:
+        self.given: list[list[int]] = []
+        self.asked: list[Plan] = []
+        self.challenged: set[int] = set()
+        self.acts = 0
+
+    def renew(self, candidates: Iterable[Candidate], now_ns: int) -> None:
+        found = [one.socket for one in candidates]
+        self.given.append([one.cookie for one in found])
+        self.asked = self.asked or [Plan(Action.QUESTION, one) for one in found]
+        self.now_ns = now_ns
+
+    def act(self) -> list[Attempt]:
+        self.acts += 1
+        plans = [
+            Plan(Action.CHALLENGE, one.socket)
+            for one in self.asked
+            if one.socket.cookie not in self.challenged
+        ]
+        self.challenged |= {one.socket.cookie for one in plans}
+        return [Attempt(one, self.now_ns, Outcome.SENT, "") for one in plans]
+
+    def finish(self) -> list[Attempt]:
+        return [Attempt(one, self.now_ns, Outcome.FORGOT, "an RST came") for one in self.asked]
+
+    def totals(self, _now_ns: int) -> Totals:
+        return Totals(False, {}, len(self.challenged), len(self.asked), {}, {})
+
+
 class Machine:
     """Sockets, a clock that only sleeping and polling move, and an output that remembers."""
 
-    def __init__(self, *sockets: ClientSocket, cost_ns: int = COST_NS) -> None:
+    def __init__(
+        self,
+        *sockets: ClientSocket,
+        cost_ns: int = COST_NS,
+        mending: ScriptedMending | None = None,
+    ) -> None:
         self.now_ns = BEGIN_NS
         self.sockets = sockets
         self.cost_ns = cost_ns
         self.polls: list[int] = []
         self.asked: list[frozenset[int]] = []
         self.printed: list[Change] = []
+        self.attempted: list[Attempt] = []
         self.shown: list[Status] = []
         self.ended = False
         self.beyond = 0
@@ -41,6 +80,7 @@ class Machine:
             clock_ns=lambda: self.now_ns,
             cpu_ns=lambda: self.now_ns,
             sleep=self.sleep,
+            mending=mending,
         )
 
     def read(self, keep: Callable[[ClientSocket], bool]) -> Poll:
@@ -65,6 +105,9 @@ class Machine:
 
     def changes(self, changes: Sequence[Change], _now_ns: int) -> None:
         self.printed += changes
+
+    def attempts(self, attempts: Sequence[Attempt]) -> None:
+        self.attempted += attempts
 
     def status(self, status: Status) -> None:
         self.shown.append(status)
@@ -235,3 +278,33 @@ def test_the_ready_file_is_there_once_the_first_poll_is_done(tmp_path: Path) -> 
     machine.at_poll = lambda _number: seen.append(ready.exists())
     machine.watch.run(SECOND_NS, str(ready))
     assert seen == [False, True, True]
+
+
+def test_what_is_reported_is_mended_between_the_polls_and_at_the_end() -> None:
+    mending = ScriptedMending()
+    machine = Machine(client_socket(1, 60), client_socket(2, 0), mending=mending)
+
+    def end(number: int) -> None:
+        if number == 4:  # the RST came
+            machine.sockets = (client_socket(2, 0),)
+
+    machine.at_poll = end
+    summary = machine.run(2)
+    assert mending.given[0] == [1]
+    assert mending.acts > len(machine.polls)
+    assert [one.outcome for one in machine.attempted] == [Outcome.SENT, Outcome.FORGOT]
+    assert [one.verdict for one in machine.printed] == ["greeting-missing", "server-forgot"]
+    assert summary.mending == Totals(False, {}, 1, 1, {}, {})
+    assert (summary.stuck, summary.ever_stuck) == (0, 1)
+
+
+def test_a_greeting_after_a_challenge_is_a_rescue() -> None:
+    machine = Machine(client_socket(1, 60), mending=ScriptedMending())
+
+    def greet(number: int) -> None:
+        if number == 2:
+            machine.sockets = (client_socket(1, 0, bytes_received=25),)
+
+    machine.at_poll = greet
+    machine.run(5)
+    assert [one.verdict for one in machine.printed] == ["greeting-missing", "rescued"]

@@ -145,7 +145,8 @@ def test_a_list_goes_on_after_its_comma(ask: Ask) -> None:
 
 def test_what_is_written_behind_the_sign_is_proposed(ask: Ask) -> None:
     proposed = {one.rpartition("=")[2] for one in ask("--rescue=")}
-    assert proposed == {"known", "all", "dry-run", "known,dry-run", "all,dry-run"}
+    modes = {"known", "all", "reset"}
+    assert proposed == {*modes, "dry-run", *(f"{mode},dry-run" for mode in modes)}
     assert {one.rpartition("=")[2] for one in ask("--rescue=dr")} == {"dry-run"}
     assert ask("--probe-mode f") == {"fentry"}
 
