@@ -181,7 +181,7 @@ def test_whatever_passes_is_decoded_and_nothing_else(data: bytes) -> None:
 @FAMILIES
 @given(data=st.binary(min_size=12, max_size=12), length=st.integers(0, 60))
 def test_what_passes_whole_is_decoded(family: int, data: bytes, length: int) -> None:
-    """Of a header that is cut off, the kernel's program needs the first 14 bytes only."""
+    """If a header is cut off, the kernel's program needs the first 14 bytes only."""
     segment = bytearray(bytes(tcp()))
     segment[:12] = data
     packet = (bytes(head(family)) + segment)[:length]

@@ -94,7 +94,7 @@ def test_a_forgotten_client_is_accepted_and_greeted(family: int, stamps: str) ->
 @FAMILIES
 @STAMPS
 def test_nobody_else_is_accepted(family: int, stamps: str) -> None:
-    """Of 20 forgotten clients each second one is mended; the others stay unknown to the server."""
+    """Each second one of 20 forgotten clients is mended; the others stay unknown to the server."""
     with watched(family, stamps) as (made, watch, resender):
         clients = [made.forgotten() for _ in range(20)]
         for client in clients[::2]:
