@@ -9,7 +9,7 @@ cd "$(dirname "$(readlink -f "$0")")/.."
 packages=(
 	python3-bpfcc python3-venv python3-pyelftools python3-tabulate
 	gcc libc6-dev make git clang-format
-	qemu-system-x86 udev kmod file mmdebstrap zstd lz4 lzop
+	qemu-system-x86 udev kmod file mmdebstrap bubblewrap zstd lz4 lzop
 	iproute2 iptables nftables tcpdump tshark
 	mariadb-server-core mariadb-client-core
 	python3-jsonschema man-db mandoc zsh tmux

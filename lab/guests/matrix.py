@@ -17,12 +17,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 from xml.etree import ElementTree
 
 from lab.errors import LabError
 from lab.guests import trees
+from lab.guests.in_tree import run_in_tree
 from lab.guests.kernel_tests import (
     FORCE_VARIABLE,
     KERNEL_DIRECTORY,
@@ -46,7 +48,8 @@ from lab.guests.matrix_report import (
     table,
     verdict,
 )
-from lab.guests.packages import IMAGE_VARIABLE
+from lab.guests.packages import IMAGE_VARIABLE, CacheError, cache_directory
+from lab.guests.programs import PROGRAMS_VARIABLE, compile_in_tree
 from lab.guests.run import (
     TIMEOUT_STATUS,
     GuestDiedError,
@@ -149,6 +152,32 @@ def pytest_command(share: Path, selection: Selection, limit_s: float) -> list[st
     return ["/bin/sh", "-euc", "\n".join(notes)]
 
 
+def made_ready(row: Row, boot: BootFiles) -> BootFiles:
+    """Do what a row's guest would do slowly: compile the tool's programs and the tests' bytecode.
+
+    Both are done by the programs of the row's tree. If that fails, the guest does it itself.
+    """
+    directory = cache_directory() / f"programs-{row.suite}"
+    missing = compile_in_tree(boot.root, boot.kernel, directory, REPOSITORY)
+    missing += _write_bytecode(boot.root)
+    for why in missing:
+        print(f"{row.suite}: left to the guest: {why}", flush=True)
+    return replace(boot, programs=directory)
+
+
+def _write_bytecode(tree: Path) -> list[str]:
+    """Write `__pycache__` for a tree's Python and pytest; returns why not."""
+    compiling = ("python3", "-m", "compileall", "-q", "tcpstuck_bpf", "lab", "tests")
+    collecting = ("python3", "-m", "pytest", "-p", "no:cacheprovider", "--collect-only", "-q")
+    missing = []
+    for command in (compiling, (*collecting, KERNEL_DIRECTORY)):
+        try:
+            run_in_tree(tree, command, writable=(REPOSITORY,), cwd=REPOSITORY)
+        except CacheError as error:
+            missing.append(str(error))
+    return missing
+
+
 def run_row(
     row: Row,
     boot: BootFiles,
@@ -175,16 +204,21 @@ def run_row(
 def _test_in_guest(
     result: RowResult, share: Path, boot: BootFiles, selection: Selection, sink: Sink
 ) -> None:
+    environment = {
+        FORCE_VARIABLE: "1",
+        IMAGE_VARIABLE: str(boot.kernel),
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    views = [REPOSITORY, boot.kernel.parent]
+    if boot.programs is not None:
+        environment[PROGRAMS_VARIABLE] = str(boot.programs)
+        views.append(boot.programs)
     options = GuestOptions(
         kernel=boot.kernel,
         root=boot.root,
-        views=(REPOSITORY, boot.kernel.parent),
+        views=tuple(views),
         shares=(share,),
-        environment={
-            FORCE_VARIABLE: "1",
-            IMAGE_VARIABLE: str(boot.kernel),
-            "PYTHONPATH": str(REPOSITORY),
-        },
+        environment=environment,
         timeout_s=patient(ROW_LIMIT_S + REPORTING_S),
         silence_s=SILENCE_LIMIT_S,
     )
@@ -251,9 +285,9 @@ def _results(arguments: argparse.Namespace) -> list[RowResult]:
 
     def prepare(row: Row) -> BootFiles:
         if not arguments.place:
-            return trees.prepare(row)
+            return made_ready(row, trees.prepare(row))
         kernel, root = arguments.place
-        return BootFiles(kernel, root, fresh=False)
+        return made_ready(row, BootFiles(kernel, root, fresh=False))
 
     def run(row: Row, boot: BootFiles) -> RowResult:
         if arguments.verbose:

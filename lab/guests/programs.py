@@ -1,17 +1,20 @@
 """Compiles the tool's programs for a guest's kernel on this machine.
 
 A compilation takes less than a second here, half a minute in an emulated guest, and each guest
-starts with an empty cache. Guests with this machine's root have the same BCC, so they find what was
-compiled here under the same name (artifact_store.find_kept). What is missing they compile
-themselves.
+starts with an empty cache. A guest finds what was compiled here under the same name if its BCC is
+the same (artifact_store.find_kept): this machine's, or that of the guest's own root tree, which
+then compiled it here. What is missing, guests compile themselves.
 """
 
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
 
 from lab.errors import LabError
+from lab.guests.in_tree import run_in_tree
+from lab.guests.packages import CacheError
 from tcpstuck_bpf.errors import TcpstuckError
 from tcpstuck_bpf.kernel import artifact_store, builder
 from tcpstuck_bpf.kernel.attach_plan import AttachRequest
@@ -40,6 +43,18 @@ def compile_programs(image: Path, directory: Path) -> list[str]:
     return files.notes
 
 
+def compile_in_tree(tree: Path, image: Path, directory: Path, repository: Path) -> list[str]:
+    """Like compile_programs, with the Python and the BCC of a root tree."""
+    directory.mkdir(mode=0o700, exist_ok=True)
+    command = ["python3", "-m", __name__, str(image), str(directory)]
+    readable = (repository, image.parent)
+    try:
+        said = run_in_tree(tree, command, readable=readable, writable=(directory,), cwd=repository)
+    except CacheError as error:
+        return [str(error)]
+    return said.splitlines()
+
+
 def hand_over(directory: Path, cache: Path) -> None:
     """Copy compiled programs to the tool's cache of the same user."""
     files = KeptFiles(cache)
@@ -47,3 +62,8 @@ def hand_over(directory: Path, cache: Path) -> None:
         files.keep(path.name, path.read_bytes())
     if files.notes:
         raise LabError("the programs cannot be handed over", "; ".join(files.notes), "see above")
+
+
+if __name__ == "__main__":
+    for why_missing in compile_programs(Path(sys.argv[1]), Path(sys.argv[2])):
+        print(why_missing)

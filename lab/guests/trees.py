@@ -231,6 +231,8 @@ class BootFiles:
     root: Path
     fresh: bool
     """Whether the kernel or the tree is new."""
+    programs: Path | None = None
+    """The directory of programs compiled for this kernel; None: the guest compiles all."""
 
 
 def prepare(row: Row) -> BootFiles:

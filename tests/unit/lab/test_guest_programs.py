@@ -12,6 +12,7 @@ import pytest
 
 from lab.errors import LabError
 from lab.guests import kernel_tests, programs
+from lab.guests.in_tree import run_in_tree
 from lab.guests.kernel_tests import GuestRun
 from lab.guests.selection import Selection
 from lab.guests.shares import Share
@@ -101,3 +102,47 @@ def test_a_guest_sees_the_directory_and_cannot_change_it(tmp_path: Path) -> None
     options = kernel_tests.options_for(Selection(), run)
     assert options.views == (tmp_path / "programs",)
     assert options.environment[programs.PROGRAMS_VARIABLE] == str(tmp_path / "programs")
+
+
+class TestInTree:
+    """The tree is this machine's root, so that real programs run."""
+
+    def test_a_command_sees_the_tree_and_the_directories_it_is_given(self, tmp_path: Path) -> None:
+        given, taken, hidden = (tmp_path / name for name in ("given", "taken", "hidden"))
+        for directory in (given, taken, hidden):
+            directory.mkdir()
+            (directory / "file").write_text(directory.name)
+        script = (
+            "cat given/file; echo new >taken/file; test ! -e hidden; test -x /usr/bin/env;"
+            "for file in given/file /usr/bin/new; do if touch $file; then exit 1; fi; done"
+        )
+        places = {"readable": (given,), "writable": (taken,), "cwd": tmp_path}
+        assert run_in_tree(Path("/"), ["sh", "-euc", script], **places) == "given"
+        assert (taken / "file").read_text() == "new\n"
+
+    def test_nothing_of_our_environment_and_network_is_there(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("TCPSTUCK_TEST", "here")
+        script = "tail -n +3 /proc/net/dev; env"
+        said = run_in_tree(Path("/"), ["sh", "-c", script], readable=(tmp_path,), cwd=tmp_path)
+        first, *others = said.splitlines()
+        assert first.split(":")[0].strip() == "lo"
+        names = {line.partition("=")[0] for line in others}
+        assert {"PATH", "HOME"} < names
+        assert "TCPSTUCK_TEST" not in names
+
+    def test_programs_of_a_tree_are_compiled_there_and_why_not_is_told(
+        self, tmp_path: Path
+    ) -> None:
+        # The image does not exist, which the program in the tree finds.
+        image, repository = tmp_path / "vmlinuz", kernel_tests.REPOSITORY
+        (why,) = programs.compile_in_tree(Path("/"), image, tmp_path / "kept", repository)
+        assert "vmlinuz" in why
+        assert stat.S_IMODE((tmp_path / "kept").stat().st_mode) == 0o700
+
+    def test_a_tree_without_a_python_is_no_error(self, tmp_path: Path) -> None:
+        (why,) = programs.compile_in_tree(
+            tmp_path, tmp_path / "vmlinuz", tmp_path / "kept", kernel_tests.REPOSITORY
+        )
+        assert "python3" in why

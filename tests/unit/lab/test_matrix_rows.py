@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import threading
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 
 from lab.guests import matrix, trees
 from lab.guests.matrix_report import MODES, Cell, RowResult, empty_result, log_of
-from lab.guests.packages import CacheError
+from lab.guests.packages import CacheError, cache_directory
 from lab.guests.trees import BootFiles, Row
 
 FIRST, SECOND, THIRD = ROWS = (Row("potato"), Row("woody"), Row("sarge", counts=False))
@@ -109,13 +111,16 @@ def booted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[BootFiles]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(matrix, "run_row", run_row)
     monkeypatch.setattr(trees, "prepare", lambda _row: BOOT_FILES)
+    monkeypatch.setattr(matrix, "compile_in_tree", lambda *_: [])
+    monkeypatch.setattr(matrix, "run_in_tree", lambda *_, **__: "")
     return places
 
 
 class TestCommand:
     def test_a_place_is_what_the_guest_boots(self, booted: list[BootFiles]) -> None:
         assert run("--place", "/kernel", "/other", "--rows", "trixie") == 0
-        assert booted == [BootFiles(Path("/kernel"), Path("/other"), fresh=False)]
+        programs = cache_directory() / "programs-trixie"
+        assert booted == [BootFiles(Path("/kernel"), Path("/other"), False, programs)]
 
     @pytest.mark.parametrize(
         "words",
@@ -159,3 +164,38 @@ class TestCommand:
     ) -> None:
         assert run("--verbose", "--rows", "trixie") == 0
         assert capfdbinary.readouterr().out.startswith(b"trixie prints")
+
+
+class TestMadeReady:
+    def test_what_fails_is_named_and_left_to_the_guest(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def refuse(*_: object, **__: object) -> str:
+            raise CacheError("`bwrap` failed", "no user namespaces", "none")
+
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr(matrix, "compile_in_tree", lambda *_: ["no BCC in the tree"])
+        monkeypatch.setattr(matrix, "run_in_tree", refuse)
+        ready = matrix.made_ready(FIRST, BOOT_FILES)
+        assert ready == replace(BOOT_FILES, programs=cache_directory() / "programs-potato")
+        first, *others = capsys.readouterr().out.splitlines()
+        assert first == "potato: left to the guest: no BCC in the tree"
+        assert len(others) == 2
+        assert all("no user namespaces" in line for line in others)
+
+    def test_bytecode_is_written_by_the_tree_s_programs_into_the_checkout(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        ran: list[tuple[Path, Sequence[str], Any]] = []
+
+        def note(tree: Path, command: Sequence[str], **places: Any) -> str:
+            ran.append((tree, command, places["writable"]))
+            return ""
+
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        monkeypatch.setattr(matrix, "compile_in_tree", lambda *_: [])
+        monkeypatch.setattr(matrix, "run_in_tree", note)
+        matrix.made_ready(FIRST, BOOT_FILES)
+        assert {command[2] for _, command, _ in ran} == {"compileall", "pytest"}
+        assert all(where == (matrix.REPOSITORY,) for _, _, where in ran)
+        assert all(tree == BOOT_FILES.root for tree, _, _ in ran)
