@@ -149,6 +149,8 @@ class TestVirtmeArguments:
         given = {word for before, word in zip(arguments, arguments[1:]) if before == "--kopt"}
         assert (set(machine.EMULATED) <= given) == hastened
         assert (following(arguments, "-accel") == ["tcg,thread=single"]) == hastened
+        assert (following(arguments, "-cpu") == [machine.PLAIN_CPU[1]]) == hastened
+        assert (following(arguments, "-machine") == [machine.FEW_DEVICES[1]]) == hastened
         assert hastened or not given & set(machine.EMULATED)
 
     @pytest.mark.parametrize(
