@@ -12,7 +12,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -42,6 +42,7 @@ class World:
     """A server under cookies, and clients that it greets or forgets."""
 
     def __init__(self, topology: Topology, family: int) -> None:
+        self.topology = topology
         self.server, self.client = topology.server, topology.client
         self.family = family
         self.address = SERVER_ADDRESS[family]
@@ -83,9 +84,14 @@ class World:
 
     def forgotten(self, mss: int = 1460) -> socket.socket:
         """A client whose ACK is lost: connected, and the server does not know it."""
+        (made,) = self.all_forgotten([mss])
+        return made
+
+    def all_forgotten(self, sizes: Sequence[int]) -> list[socket.socket]:
+        """A forgotten client of each MSS."""
         known = self.server.count_known(PORT)
         with dropping(self.server, ack_rule(PORT), self.family):
-            made = self.connect(mss)
+            made = [self.connect(mss) for mss in sizes]
         assert self.server.count_known(PORT) == known
         return made
 
