@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import socket
-import time
-from datetime import datetime, timedelta
 
 import pytest
 
@@ -22,6 +20,7 @@ from lab.scenarios.tracer import Tracer
 from tcpstuck_bpf.rescue.candidate import DRY_RUN, NOT_KNOWN, SENT_DATA
 from tests.kernel.conftest import be_greeted, summary_of
 from tests.kernel.rescue import attempts, cookie_server, rescuing, silenced
+from tests.moments import monotonic_ns
 
 pytestmark = pytest.mark.kernel
 
@@ -213,17 +212,11 @@ def test_equal_addresses_in_two_namespaces_are_two_clients() -> None:
 
 def verdict_times_ns(tracer: Tracer, verdict: str) -> dict[FourTuple, int]:
     """When each client came to have a verdict, on the clock of the clients' own records."""
-    monotonic_minus_real_ns = time.monotonic_ns() - time.time_ns()
-    found = {}
-    for line in tracer.lines:
-        if line["type"] == "verdict" and line["verdict"] == verdict:
-            moment = datetime.strptime(line["verdict_time"], "%Y-%m-%dT%H:%M:%S.%fZ")
-            elapsed = moment - datetime(1970, 1, 1)
-            who = FourTuple(
-                line["client_ip"], line["client_port"], line["server_ip"], line["server_port"]
-            )
-            found[who] = elapsed // timedelta(microseconds=1) * 1_000 + monotonic_minus_real_ns
-    return found
+    return {
+        FourTuple(*(line[name] for name in FourTuple._fields)): monotonic_ns(line["verdict_time"])
+        for line in tracer.lines
+        if line["type"] == "verdict" and line["verdict"] == verdict
+    }
 
 
 @pytest.mark.slow

@@ -242,3 +242,11 @@ def test_questions_do_not_stop_the_polling() -> None:
     go_on.set()
     assert len(machine.mender.finish()) == 8
     assert machine.mender.totals(machine.now_ns).asked == 8
+
+
+def test_200_that_a_server_forgot_at_once_are_all_challenged_within_2_s() -> None:
+    machine = Machine()
+    crowd = [Candidate(client_socket(number, YOUNG_S), 0, owned()) for number in range(1, 201)]
+    for _ in range(19):
+        machine.run(*crowd, after_s=0.1)
+    assert len({who for who, _ in machine.sent}) == len(machine.sent) == len(crowd)

@@ -22,6 +22,7 @@ from lab.processes.servers import Greeter
 from lab.records import FourTuple
 from lab.scenarios.tracer import READY_PLACEHOLDER, Tracer
 from tcpstuck_bpf.client.socket_reset import kernel_can_end_sockets
+from tests.moments import monotonic_ns
 from tests.unit.client.test_native import known_to_the_server, told, topology
 
 __all__ = ["topology"]
@@ -61,6 +62,14 @@ def started(topology: Topology, port: int, *words: str, older: bool = False) -> 
 
 def of_type(lines: Sequence[Any], kind: str) -> list[Any]:
     return [line for line in lines if line["type"] == kind]
+
+
+def moments_ns(lines: Sequence[Any], key: str) -> dict[FourTuple, int]:
+    """What the lines say under a key, by connection, on the clock of the clients' own records."""
+    return {
+        FourTuple(*(line[name] for name in FourTuple._fields)): monotonic_ns(line[key])
+        for line in lines
+    }
 
 
 def connections(clients: Clients) -> set[FourTuple]:
