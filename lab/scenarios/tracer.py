@@ -12,7 +12,6 @@ import json
 import os
 import pty
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -255,7 +255,8 @@ class Tracer:
         ended = os.pidfd_open(process.pid)
         try:
             while not path.exists():
-                readable, _, _ = select.select([inotify, ended], [], [], deadline.left())
+                # Not select(): a caller may have thousands of files open.
+                readable = wait([inotify, ended], deadline.left())
                 if ended in readable:
                     status = process.wait()
                     raise LabError(

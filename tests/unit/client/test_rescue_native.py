@@ -10,11 +10,13 @@ import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lab.network.faults import ack_rule, dropping, no_syn_rule
+from lab.network.readings import parse_netstat
 from lab.network.topology import SERVER_ADDRESS, Topology
 from lab.patience import COMMAND_S, Deadline
 from lab.processes.clients import Clients
@@ -95,6 +97,15 @@ def segments(topology: Topology, port: int) -> dict[tuple[str, int], str]:
         words = [word for word in info.split() if word.startswith(("segs_", "bytes_"))]
         found[address.strip("[]"), int(number)] = " ".join(words)
     return found
+
+
+def segments_sent(topology: Topology) -> int:
+    """The segments that the clients' host has sent: those with data, those without, and RSTs."""
+    counters = parse_netstat(
+        topology.client.run(Path("/proc/thread-self/net/snmp").read_text), "Tcp"
+    )
+    # OutSegs has no repeated segments.
+    return sum(counters[name] for name in ("OutSegs", "RetransSegs", "OutRsts"))
 
 
 @contextlib.contextmanager
@@ -225,14 +236,16 @@ def test_a_dry_run_sends_nothing(topology: Topology, family: int, older: bool) -
         clients = stack.enter_context(Clients(topology.client))
         forget(topology, clients, STUCK, server, family)
         before, counters = segments(topology, server.port), topology.client.counters()
+        sent = segments_sent(topology)
         words = ["--rescue=dry-run"]
         tracer = stack.enter_context(started(topology, server.port, *words, older=older))
         tracer.start()
         assert tracer.await_lines(2 * STUCK)
         tracer.stop()
         assert segments(topology, server.port) == before
+        assert segments_sent(topology) == sent
         after = topology.client.counters()
-        for name in ("TCPChallengeACK", "TCPWinProbe", "TCPKeepAlive", "OutSegs"):
+        for name in ("TCPChallengeACK", "TCPWinProbe", "TCPKeepAlive"):
             assert after.get(name) == counters.get(name), name
         assert server.accepted() == []
         clients.close_sockets(reset=True)
