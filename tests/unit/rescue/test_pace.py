@@ -13,14 +13,19 @@ from tcpstuck_bpf.rescue.pace import AddressPace, TokenBucket
 from tests.builders import four_tuple
 
 
-@given(st.integers(1, 1_000), st.lists(st.integers(0, 3 * SECOND_NS), min_size=1, max_size=200))
-def test_the_bucket_is_exact(rate: int, gaps: list[int]) -> None:
-    bucket = TokenBucket(rate)
-    level, now_ns = Fraction(rate), 0
+@given(
+    st.integers(1, 1_000),
+    st.none() | st.integers(1, 2_000),
+    st.lists(st.integers(0, 3 * SECOND_NS), min_size=1, max_size=200),
+)
+def test_the_bucket_is_exact(rate: int, burst: int | None, gaps: list[int]) -> None:
+    bucket = TokenBucket(rate, burst)
+    most = rate if burst is None else min(rate, burst)
+    level, now_ns = Fraction(most), 0
     for gap_ns in gaps:
         now_ns += gap_ns
-        level = min(Fraction(rate), level + Fraction(gap_ns * rate, SECOND_NS))
-        assert bucket.is_full(now_ns) == (level == rate)
+        level = min(Fraction(most), level + Fraction(gap_ns * rate, SECOND_NS))
+        assert bucket.is_full(now_ns) == (level == most)
         next_ns = bucket.next_ns(now_ns)
         assert (next_ns == now_ns) == (level >= 1)
         assert level + Fraction((next_ns - now_ns) * rate, SECOND_NS) >= 1
@@ -51,5 +56,6 @@ def test_a_namespace_has_addresses_of_its_own() -> None:
 
 
 def test_a_rate_below_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="nothing through"):
-        AddressPace(0)
+    for rate, burst in ((0, None), (1, 0)):
+        with pytest.raises(ValueError, match="nothing through"):
+            AddressPace(rate, burst)
