@@ -3,8 +3,8 @@
 An established connection answers every SYN or SYN-ACK by a challenge ACK, whatever its numbers are
 (RFC 5961, 4.2; tcp_validate_incoming). That ACK has the sequence number and the acknowledgement of
 the third ACK, current timestamps and the right window, and leaves by the socket's own route, mark
-and address translation. So it does what `third_ack` does, for connections as well whose SYN-ACK
-nobody saw. It is safe at every age: its sequence number is not one too low, as a probe's is.
+and address translation. So a listener that knows only the cookie validates it. It is safe at every
+age: its sequence number is not one too low, as a probe's is.
 
 The packet is sent within the client's host: from the server's address to a local one, so it comes
 in by the loopback device. Reverse path filters do not look at it (loopback_xmit keeps its route).
@@ -23,13 +23,12 @@ from __future__ import annotations
 
 import struct
 
-from tcpstuck_bpf.client.synack_filter import CHALLENGE_ACKNOWLEDGES
 from tcpstuck_bpf.model import FourTuple
 from tcpstuck_bpf.synack import addresses_of, ip_packet
 
 _SYN_ACK = 0x12
 _HEADER_WORDS = 5
-_SEQUENCE = _WINDOW = 0
+_SEQUENCE = _ACKNOWLEDGED = _WINDOW = 0
 
 
 def challenge(four_tuple: FourTuple) -> bytes:
@@ -44,7 +43,7 @@ def challenge(four_tuple: FourTuple) -> bytes:
         four_tuple.server_port,
         four_tuple.client_port,
         _SEQUENCE,
-        CHALLENGE_ACKNOWLEDGES,
+        _ACKNOWLEDGED,
         _HEADER_WORDS << 4,
         _SYN_ACK,
         _WINDOW,

@@ -82,20 +82,12 @@ class Resender:
         cannot be entered, if the kernel refuses the packet, or if the address is link-local: it
         would need an interface (RFC 4007), which is not recorded.
         """
-        self._send(four_tuple, four_tuple.server_address, four_tuple.client_address, packet)
-
-    def send_to_server(self, four_tuple: FourTuple, packet: bytes) -> None:
-        """Send a packet to the server of a 4-tuple, from the client's address; as `send`."""
-        self._send(four_tuple, four_tuple.client_address, four_tuple.server_address, packet)
-
-    def _send(
-        self, four_tuple: FourTuple, source: bytes, destination: bytes, packet: bytes
-    ) -> None:
+        destination = four_tuple.client_address
         if ipaddress.IPv6Address(destination) in _LINK_LOCAL:
             raise OSError(errno.EINVAL, "link-local address with unknown interface")
         try:
             place = (address_text(destination), 0)
-            control = [_sent_from(four_tuple.family, source)]
+            control = [_sent_from(four_tuple.family, four_tuple.server_address)]
             self._socket(four_tuple).sendmsg([packet], control, 0, place)
         except BlockingIOError as error:
             raise OSError(errno.ENOBUFS, "the socket's send buffer is full") from error

@@ -44,7 +44,7 @@ PURE = (
     *(f"conversions.{name}" for name in ("describe", "handshakes", "layout", "looks", "picture")),
     *(f"conversions.{name}" for name in ("queues", "symbols")),
     *(f"conversions.{name}" for name in ("packets", "pcapng", "stories")),
-    *(f"client.{name}" for name in ("challenge", "synack_filter", "third_ack", "words")),
+    *(f"client.{name}" for name in ("challenge", "words")),
 )
 """Pure modules in rooms that are not, or in none."""
 TOUCH_THE_KERNEL = ("kernel", "typeinfo", "host", "doctor")

@@ -12,7 +12,6 @@ from scapy.layers.inet6 import IPv6
 
 from lab.network.topology import INTERFACE
 from tcpstuck_bpf.client.challenge import challenge
-from tcpstuck_bpf.client.synacks import SynackWatch
 from tcpstuck_bpf.rescue.raw_socket import Resender
 from tests.builders import four_tuple
 from tests.unit.client.mending import GREETING, PORT, World, exchange, world
@@ -135,19 +134,6 @@ def test_a_socket_that_is_gone_disturbs_nobody(family: int, resender: Resender) 
         accepted.close()
         resender.send(who, challenge(who))
         exchange(other, kept)
-
-
-@FAMILIES
-def test_the_watch_does_not_take_it_for_a_handshake(family: int, resender: Resender) -> None:
-    with world(family) as made, SynackWatch(made.client.inode, [PORT]) as watch:
-        client = made.forgotten()
-        who = made.four_tuple(client)
-        watch.take_in()
-        before = watch.table.find(who)
-        resender.send(who, challenge(who))
-        assert watch.take_in() == 1
-        assert before is not None
-        assert watch.table.find(who) == before
 
 
 @FAMILIES
