@@ -62,6 +62,9 @@ class FakeKernel:
         self.sweeps: list[int] = []
         self.choices: list[int] = []
         self.sweep_cost_ns = 0
+        self.stolen_ns = 0
+        """How long other processes run during each reading of the table."""
+        self.cpu_ns = 0
         self.forgotten: list[FourTuple] = []
         self.completed = 0
         self.closed = False
@@ -107,10 +110,14 @@ class FakeKernel:
         begun = self.now_ns
         self.sweeps.append(begun)
         for row in self.crowd:
-            self.now_ns += self.sweep_cost_ns
+            self._pay()
             yield Sweep(begun, (row,), SweepPart.MORE)
-        self.now_ns += self.sweep_cost_ns
+        self._pay()
         yield Sweep(begun, tuple(Row(*item) for item in self.table.items()))
+
+    def _pay(self) -> None:
+        self.cpu_ns += self.sweep_cost_ns
+        self.now_ns += self.sweep_cost_ns + self.stolen_ns
 
     def chosen(self) -> Sweep:
         self.choices.append(self.now_ns)
@@ -188,6 +195,7 @@ def live(
         recorder,
         kernel.counters,
         lambda: kernel.now_ns,
+        cpu_ns=lambda: kernel.cpu_ns,
         namespaces=namespaces,
         **more,
     )

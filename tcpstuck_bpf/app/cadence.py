@@ -20,6 +20,6 @@ class Cadence:
         """Regular time of the next reading."""
 
     def note(self, done_ns: int, cost_ns: int) -> None:
-        """Note that a reading ended at `done_ns` and took `cost_ns` nanoseconds."""
+        """Note that a reading ended at `done_ns` and cost `cost_ns` nanoseconds."""
         self.soonest_ns = done_ns + SHARE * cost_ns
         self.due_ns = max(done_ns + self._pause_ns, self.soonest_ns)

@@ -77,6 +77,9 @@ class Live:
     read_kernel_counters: Callable[[Collection[int] | None], KernelCounters]
     """Reads the counters of the network namespaces with these inode numbers; None means all."""
     clock_ns: Callable[[], int] = time.monotonic_ns
+    cpu_ns: Callable[[], int] = time.process_time_ns
+    """The CPU time of this process. On a busy machine a reading may take seconds of which it gets
+    few; the next one must not be put off for that."""
     stop: bool = False
     reading: bool = field(default=False, init=False)
     abandoned: bool = False
@@ -101,10 +104,12 @@ class Live:
     """Number of events that may still be read beside rows once the run is to end."""
     _noted_at_end: list[str] = field(default_factory=list, init=False)
     _sweeps: Cadence = field(init=False)
-    """The schedule of sweeps. Their cost is reading and correlating, without printing: a burst of
-    verdicts comes once and must not delay the next sweep."""
+    """The schedule of sweeps. Their cost is the CPU time of reading and correlating, without
+    printing: a burst of verdicts comes once and must not delay the next sweep."""
     _choices: Cadence = field(init=False)
     _tallies: Cadence = field(default_factory=Cadence, init=False)
+    """The schedule of tallies. Their cost is the time that they take: a tally waits for other CPUs
+    (`settle`), and no event is read meanwhile."""
 
     def __post_init__(self) -> None:
         interval_ns = min(SECOND_NS, self.analysis.header.settings.timeout_ns // 3)
@@ -163,10 +168,9 @@ class Live:
         return min(self._choices.due_ns, max(deadline_ns, self._choices.soonest_ns))
 
     def _look_at_chosen(self) -> None:
-        begun_ns = self.clock_ns()
+        begun_ns = self.cpu_ns()
         self._take_in(self.source.chosen())
-        done_ns = self.clock_ns()
-        self._choices.note(done_ns, done_ns - begun_ns)
+        self._choices.note(self.clock_ns(), self.cpu_ns() - begun_ns)
         self._judge()
         self._rescue((), self.analysis.reports)
 
@@ -261,15 +265,15 @@ class Live:
     def _sweep(self) -> int:
         """Read the whole table, judge, rescue and print.
 
-        Returns the time that reading and correlating took, in nanoseconds.
+        Returns the CPU time of reading and correlating, in nanoseconds.
         """
         cost_ns = 0
         batches = self.source.sweep()
         while True:
-            begun_ns = self.clock_ns()
+            begun_ns, begun_cpu_ns = self.clock_ns(), self.cpu_ns()
             batch = next(batches)
             self._take_in(batch)
-            cost_ns += self.clock_ns() - begun_ns
+            cost_ns += self.cpu_ns() - begun_cpu_ns
             self._judge()
             leaving = self.analysis.leaving
             self._rescue((), self.analysis.reports)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping
 
 from tcpstuck_bpf.app.cadence import Cadence
@@ -28,11 +29,13 @@ class NamespaceWatch:
         find_gone: Callable[[Collection[int]], Collection[int]],
         find_living: Callable[[Collection[int]], Mapping[int, int]] | None,
         clock_ns: Callable[[], int],
+        cpu_ns: Callable[[], int] = time.process_time_ns,
     ) -> None:
         self._source = source
         self._find_gone = find_gone
         self._find_living = find_living
         self._clock_ns = clock_ns
+        self._cpu_ns = cpu_ns
         self._numbers = NetnsNumbers()
         self._looks = Cadence(LOOK_INTERVAL_NS)
 
@@ -54,7 +57,7 @@ class NamespaceWatch:
 
         If tables fill up, the entries of all removed namespaces are deleted.
         """
-        begun_ns = self._clock_ns()
+        begun_ns, begun_cpu_ns = self._clock_ns(), self._cpu_ns()
         crowd = self._source.netns_in_full_tables()
         wanted = {*stuck, *crowd}
         if not wanted:
@@ -66,7 +69,7 @@ class NamespaceWatch:
             self._source.free(found, living)
         reused = self._numbers.take_reused(set(stuck).difference(gone))
         done_ns = self._clock_ns()
-        self._looks.note(done_ns, done_ns - begun_ns)
+        self._looks.note(done_ns, self._cpu_ns() - begun_cpu_ns)
         steps = [Vanished(done_ns, (netns,), until_ns) for netns, until_ns in reused.items()]
         if gone:
             steps.append(Vanished(done_ns, tuple(gone)))

@@ -178,10 +178,15 @@ class SocketReader:
     listed.
     """
 
-    def __init__(self, wanted: Wanted, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+    def __init__(
+        self,
+        wanted: Wanted,
+        clock_ns: Callable[[], int] = time.monotonic_ns,
+        cpu_ns: Callable[[], int] = time.process_time_ns,
+    ) -> None:
         self.ended = False
         """Whether the process of `--pid` has ended."""
-        self._clock_ns = clock_ns
+        self._clock_ns, self._cpu_ns = clock_ns, cpu_ns
         self._process = None if wanted.pid is None else Process(wanted.pid)
         if self._process is not None and wanted.netns is None:
             wanted = wanted._replace(netns=self._process.netns())
@@ -276,8 +281,8 @@ class SocketReader:
 
     def _look(self) -> frozenset[int]:
         """Find the namespaces if that is due. Returns those that are gone since the last time."""
-        now_ns = self._clock_ns()
-        if now_ns < self._look_ns:
+        begun_ns = self._cpu_ns()
+        if self._clock_ns() < self._look_ns:
             return frozenset()
         found: dict[int, list[Path]] = {}
         wanted = self._wanted.netns
@@ -299,8 +304,7 @@ class SocketReader:
         self.beyond = max(0, len(found) - MOST_NAMESPACES)
         gone = frozenset(self._ways).difference(found)
         self._ways = dict([*found.items()][:MOST_NAMESPACES])
-        done_ns = self._clock_ns()
-        self._look_ns = done_ns + max(LOOK_NS, 20 * (done_ns - now_ns))
+        self._look_ns = self._clock_ns() + max(LOOK_NS, 20 * (self._cpu_ns() - begun_ns))
         return gone
 
 
