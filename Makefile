@@ -23,7 +23,7 @@ help: ## print this list
 setup: ## install missing packages (root or sudo), fetch the guests' kernel, create .venv
 	@lab/setup.sh
 
-demo: setup ## make clients of a real MariaDB get stuck, and list them with the tool (5 minutes)
+demo: setup ## make clients of a real MariaDB get stuck, and list them with the tool (3 minutes)
 	@$(PYTHON) -m lab demo
 
 quick: setup ## run checks, tests without a kernel, and the core scenarios in one guest with fentry
