@@ -29,8 +29,8 @@ demo: setup ## make clients of a real MariaDB get stuck, and list them with the 
 quick: setup ## run checks, tests without a kernel, and the core scenarios in one guest with fentry
 	@$(PYTHON) -m lab test --core
 
-test: setup ## run every check and test except slow ones; kernel tests run in three guests
-	@$(PYTHON) -m lab test --guests 3 --coverage
+test: setup ## run every check and test except slow ones; kernel tests run in two guests
+	@$(PYTHON) -m lab test --guests 2 --coverage
 
 lint: setup ## check the style of Python, C and shell
 	@$(PYTHON) -m lab test lint
