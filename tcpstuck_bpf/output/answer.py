@@ -46,11 +46,13 @@ def stuck_sentence(summary: Summary, page: Page) -> str:
     named = []
     for group, number in groups[:NAMED]:
         server = _server(summary, group)
-        why = _why(group, server)
+        why, details = _WHY[group.verdict], _details(group, server)
         if not together:
-            why = f"{grouped(number)} of {_where(group, server, page)}: {why}"
+            why = f"{grouped(number)} of {_where(group, server, page)}{_listed(why, *details)}"
         elif len(groups) > 1:
-            why = f"{grouped(number)}: {why}"
+            why += _listed(counted(number, "client"), *details)
+        else:
+            why += _listed(*details)
         named.append(why)
     others = total - sum(number for _, number in groups[:NAMED])
     if named and others > 0:
@@ -110,13 +112,17 @@ def _where(group: StuckGroup, server: _Server | None, page: Page) -> str:
     return where + page.in_netns(group.netns)
 
 
-def _why(group: StuckGroup, server: _Server | None) -> str:
-    words = [_WHY[group.verdict]]
+def _details(group: StuckGroup, server: _Server | None) -> Iterator[str]:
+    """What is known of a group's cause."""
     if group.cause:
-        words.append(f"({group.cause})")
+        yield group.cause
     if group.certainty != "certain":
-        words.append(f"({group.certainty})")
+        yield group.certainty
     if group.verdict == "accept-queue-full" and server is not None:
-        needed = "" if server.needs is None else f", needs {grouped(server.needs)}"
-        words.append(f"(backlog {grouped(server.limit)}{needed})")
-    return " ".join(words)
+        yield f"backlog {grouped(server.limit)}"
+        if server.needs is not None:
+            yield f"needs {grouped(server.needs)}"
+
+
+def _listed(*details: str) -> str:
+    return f" ({', '.join(details)})" if details else ""

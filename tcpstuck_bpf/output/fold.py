@@ -170,6 +170,16 @@ class Folding:
         for group in self._groups.values():
             yield from self._print(group, group.printed_ns)
 
+    def unseen(self) -> Iterator[Group]:
+        """The groups that were never printed, and the suspected floods that have grown.
+
+        Called before the summary, which has the latest number of the others.
+        """
+        for group in self._groups.values():
+            if group.printed and not group.key.flood_suspected:
+                group.note_printed(group.printed_ns)
+            yield from self._print(group, group.printed_ns)
+
     @staticmethod
     def _print(group: Group, now_ns: int) -> Iterator[Group]:
         if group.growth:

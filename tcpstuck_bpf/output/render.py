@@ -127,11 +127,12 @@ class TableRenderer:
         fitting = (line for line in map(printable, lines) if len(line) < self._page.width)
         return next(fitting, printable(lines[-1])[: self._page.width - 1])
 
-    def summary(self, summary: Summary, *, advise: bool = False) -> Iterator[str]:
-        """The rows that are still unprinted, then the summary.
+    def summary(self, summary: Summary, *, above: int = 0, advise: bool = False) -> Iterator[str]:
+        """The rows of groups that were never printed, then the summary.
 
-        `advise`: say what to do, because no row said it.
+        `above`: number of lines above these. `advise`: say what to do, because no row said it.
         """
-        yield from self.rest()
+        rows = [*self._groups(self._folding.unseen())]
+        yield from rows
         text = SummaryText(self._page, self._height, self._advice, advise=advise)
-        yield from text.lines(summary)
+        yield from text.lines(summary, above + len(rows))

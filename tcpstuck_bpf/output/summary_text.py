@@ -107,17 +107,20 @@ class SummaryText:
         self._advice = advice or {}
         self._advise = advise
 
-    def lines(self, summary: Summary) -> Iterator[str]:
-        """The answer, then the supporting figures.
+    def lines(self, summary: Summary, above: int = 0) -> Iterator[str]:
+        """The answer, then the supporting figures. `above`: number of lines above these.
 
-        If the answer has scrolled off the terminal by then, it is repeated with what to do.
+        The last screen of a terminal has the answer and what to do. If the rows that said what to
+        do have scrolled off it, the answer says it; if the answer has too, both are repeated.
         """
-        lines = [*self._lines(summary)]
+        lines = [*self._lines(summary, advise=self._advise)]
+        if self._height is not None and above + len(lines) >= self._height:
+            advised = [*self._lines(summary, advise=True)]
+            if len(advised) < self._height:
+                yield from advised
+                return
+            lines += ["", *self.verdict(summary), *self._what_to_do(summary)]
         yield from lines
-        if self._height is not None and len(lines) >= self._height:
-            yield ""
-            yield from self.verdict(summary)
-            yield from self._what_to_do(summary)
 
     def _what_to_do(self, summary: Summary) -> Iterator[str]:
         advised = [*what_to_do(summary, self._advice)]
@@ -125,13 +128,13 @@ class SummaryText:
             what = f" ({verdict})" if len(advised) > 1 else ""
             yield from self._page.wrapped(text, f"{INDENT}do{what}: ")
 
-    def _lines(self, summary: Summary) -> Iterator[str]:
+    def _lines(self, summary: Summary, *, advise: bool) -> Iterator[str]:
         # Imported only where it is used: it would delay every start, and JSON needs no tables.
         from tabulate import tabulate
 
         yield ""
         yield from self.answer(summary)
-        if self._advise:
+        if advise:
             yield from self._what_to_do(summary)
         yield ""
         rows = list(self._verdict_rows(summary))

@@ -48,6 +48,8 @@ class TableOutput:
         self._selection = selection
         self._terminal = terminal.understands_escapes(stream)
         self._status_shown = False
+        self._lines = 0
+        """Number of lines printed."""
 
     def _clear(self) -> None:
         if self._status_shown:
@@ -63,6 +65,7 @@ class TableOutput:
         if not lines:
             return
         self._clear()
+        self._lines += len(lines)
         for line in lines:
             self._stream.write(terminal.line(line))
         self._stream.flush()
@@ -92,10 +95,8 @@ class TableOutput:
 
     def summary(self, summary: Summary) -> None:
         """Print the summary."""
-        self._clear()
-        for line in self._renderer.summary(summary, advise=self._selection.nothing):
-            self._stream.write(terminal.line(line))
-        self._stream.flush()
+        nothing = self._selection.nothing
+        self._put(list(self._renderer.summary(summary, above=self._lines, advise=nothing)))
 
 
 class JsonOutput:

@@ -67,17 +67,17 @@ def test_one_client() -> None:
 
 def test_several_causes_and_another_namespace() -> None:
     assert sentence((FULL, 1370), (FILTERED, 13)) == (
-        "1 383 clients are stuck: 1 370 of mariadbd (pid 288) at 10.9.0.1:3311: accept queue full "
-        "(backlog 50, needs 188); 13 of [2001:db8::25]:25 in network namespace mail: this host "
-        "dropped their ACKs before TCP (netfilter, inet guard acks)"
+        "1 383 clients are stuck: 1 370 of mariadbd (pid 288) at 10.9.0.1:3311 (accept queue full, "
+        "backlog 50, needs 188); 13 of [2001:db8::25]:25 in network namespace mail (this host "
+        "dropped their ACKs before TCP, netfilter, inet guard acks)"
     )
 
 
 def test_where_all_are_stuck_at_one_place_it_is_named_once() -> None:
     silent = SILENT._replace(server_port=3311)
     assert sentence((FULL, 340), (silent, 40)) == (
-        "380 clients of mariadbd (pid 288) at 10.9.0.1:3311 are stuck: 340: accept queue full "
-        "(backlog 50, needs 188); 40: no ACK got to this host (likely)"
+        "380 clients of mariadbd (pid 288) at 10.9.0.1:3311 are stuck: accept queue full "
+        "(340 clients, backlog 50, needs 188); no ACK got to this host (40 clients, likely)"
     )
 
 
@@ -111,8 +111,8 @@ def test_what_to_do_is_said_once_for_each_cause_and_the_backlog_goes_before() ->
 def test_of_many_causes_the_largest_are_named_and_the_others_counted() -> None:
     many = [(FULL._replace(server_port=port), 100 - port) for port in range(1, 9)]
     text = sentence(*many)
-    assert text.startswith("764 clients are stuck: 99 of 10.9.0.1:1: accept queue full; 98 of")
-    assert text.endswith("97 of 10.9.0.1:3: accept queue full; 470 others")
+    assert text.startswith("764 clients are stuck: 99 of 10.9.0.1:1 (accept queue full); 98 of")
+    assert text.endswith("97 of 10.9.0.1:3 (accept queue full); 470 others")
 
 
 def test_the_backlog_is_that_of_the_socket_that_they_are_stuck_at() -> None:

@@ -210,3 +210,14 @@ def test_the_header_does_not_repeat() -> None:
     for each in (False, True):
         shown = lines(findings, 80, each=each)
         assert sum(line.startswith("time") for line in shown) == 1
+
+
+def test_before_the_summary_only_what_no_line_has_named_is_printed() -> None:
+    folding = Folding()
+    flood = {"flood_suspected": True}
+    taken(folding, found(), found(**flood))
+    assert [g.number for g in folding.rest()] == [1, 1]
+    taken(folding, found(), found(**flood), found(verdict="ack-filtered"))
+    growing = [(g.key.flood_suspected, g.number, g.growth) for g in folding.unseen()]
+    assert growing == [(True, 2, 1), (False, 1, 1)]
+    assert list(folding.rest()) == []

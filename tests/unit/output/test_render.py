@@ -244,7 +244,7 @@ STUCK_TWICE = {
 }
 
 
-def ending(height: int | None, *, advise: bool = False) -> list[str]:
+def ending(height: int | None, above: int = 0, *, advise: bool = False) -> list[str]:
     """The summary of a run with two causes, on a terminal of this height."""
     page = Page(clock=CLOCK, width=80, colour=False, own_netns=1, netns_names={})
     analysis = Analysis(header())
@@ -252,13 +252,13 @@ def ending(height: int | None, *, advise: bool = False) -> list[str]:
     summary = analysis.summary(Ended(at(9), {}, ()))._replace(**STUCK_TWICE)
     groups = [group for group, _ in summary.stuck]
     advice = dict(zip(groups, ("raise the backlog", "look for drops")))
-    return list(SummaryText(page, height, advice, advise=advise).lines(summary))
+    return list(SummaryText(page, height, advice, advise=advise).lines(summary, above))
 
 
 def test_an_answer_that_has_scrolled_off_the_terminal_comes_again_with_what_to_do() -> None:
     whole = ending(None)
     answer = whole[1:3]
-    assert answer[0].startswith("15 clients of 10.9.0.1:3311 are stuck: 10: accept queue full")
+    assert answer[0].startswith("15 clients of 10.9.0.1:3311 are stuck: accept queue full (10 ")
     assert ending(len(whole) + 1) == whole
     for height in (3, len(whole)):
         assert ending(height) == [
@@ -268,6 +268,14 @@ def test_an_answer_that_has_scrolled_off_the_terminal_comes_again_with_what_to_d
             "    do (accept-queue-full): raise the backlog",
             "    do (ack-missing): look for drops",
         ]
+
+
+def test_if_only_the_rows_have_scrolled_off_the_terminal_the_answer_says_what_to_do() -> None:
+    advised, whole = ending(None, advise=True), ending(None)
+    height = len(advised) + 1
+    assert ending(height, height - len(whole) - 1) == whole
+    for above in (height - len(whole), 1000):
+        assert ending(height, above) == advised
 
 
 def test_what_to_do_is_in_the_summary_where_no_row_has_said_it() -> None:
