@@ -291,7 +291,7 @@ def test_the_title_is_the_answer_of_the_summary() -> None:
     scene.steps.insert(-2, scene.steps.pop())
     picture = scene.picture()
     assert picture.title.startswith("14 clients of mariadbd (pid 288) at 192.0.2.1:3311 in ")
-    assert "accept queue full (backlog 50, needs 199)" in picture.title
+    assert "accept queue full (10 clients, backlog 50, needs 199)" in picture.title
     assert picture.subtitle == (
         "24 cookies sent in 12.0 s at port 3311, traced by fentry; "
         "0 s is 2023-11-14 22:13:21.123 UTC",
