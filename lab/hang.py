@@ -38,6 +38,8 @@ EXIT_NOT_GREETED = 1
 class _Here:
     """Starts the clients in our own namespace. Ctrl-C at the terminal reaches only this process."""
 
+    forks_into = None
+
     def popen(self, words: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
         return subprocess.Popen(words, start_new_session=True, **options)
 

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FuturesTimeout
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pyroute2 import IPRoute, NetNS, netns
 from pyroute2 import config as pyroute2_settings
@@ -89,6 +89,9 @@ class Namespace:
     `give_up_number`. Raises LabError if the namespace cannot be created.
     """
 
+    forks: ClassVar[bool] = False
+    """Whether lab processes are forked (`lab.processes.preloaded`). The kernel tests set it."""
+
     def __init__(self, name: str) -> None:
         self.name = name
         try:
@@ -129,6 +132,11 @@ class Namespace:
             why = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
             raise LabError(f"`{' '.join(words)}` failed", why, "see its manual page")
         return done.stdout
+
+    @property
+    def forks_into(self) -> int | None:
+        """The descriptor for a lab process to be forked into this namespace; None: start it."""
+        return _held.get(self.inode) if self.forks else None
 
     def popen(self, words: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
         """Start a process in this namespace; the caller must end the process."""

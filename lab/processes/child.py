@@ -35,6 +35,10 @@ IMPORT_ROOT = Path(__file__).resolve().parents[2]
 class End(Protocol):
     """A place to start processes in: a `Namespace`, or a stand-in for one."""
 
+    @property
+    def forks_into(self) -> int | None:
+        """The network namespace's descriptor if lab processes are to be forked; None if not."""
+
     def popen(self, words: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
         """Start a process in this place."""
 
@@ -116,12 +120,7 @@ class Child:
         self._module = module
         ours, theirs = socket.socketpair()
         with theirs:
-            number = str(theirs.fileno())
-            self._process = end.popen(
-                [sys.executable, "-S", "-c", _START, json.dumps(sys.path), module, number],
-                pass_fds=[theirs.fileno()],
-                cwd=IMPORT_ROOT,
-            )
+            self._process = _started(end, module, theirs.fileno())
         self._channel: Connection[Any, Any] = Connection(ours.detach())
         self._answer(Started, START_S)
 
@@ -161,6 +160,11 @@ class Child:
             self._process.wait()
 
     @property
+    def pid(self) -> int:
+        """The child's process id."""
+        return self._process.pid
+
+    @property
     def exit_status(self) -> int | None:
         """The child's exit status once it has ended."""
         return self._process.poll()
@@ -172,6 +176,19 @@ class Child:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _started(end: End, module: str, channel: int) -> Running:
+    if end.forks_into is not None:
+        # Imported only where it is used: most runs of the lab start few processes.
+        from lab.processes.preloaded import start_module
+
+        return start_module(module, channel, end.forks_into)
+    return end.popen(
+        [sys.executable, "-S", "-c", _START, json.dumps(sys.path), module, str(channel)],
+        pass_fds=[channel],
+        cwd=IMPORT_ROOT,
+    )
 
 
 def channel_of_child() -> Connection[Any, Any]:

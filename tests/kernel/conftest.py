@@ -57,6 +57,7 @@ class _AtOnce:
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_AtOnce(config))
     config.pluginmanager.register(HungTests())
+    Namespace.forks = True
     if compiled := os.environ.get(PROGRAMS_VARIABLE):
         hand_over(Path(compiled), cache_directory())
 

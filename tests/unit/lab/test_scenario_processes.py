@@ -41,6 +41,8 @@ def line_of(key: FourTuple, verdict: str) -> dict[str, Any]:
 class ThisMachine:
     """Stands in for a Namespace: processes start where the test runs."""
 
+    forks_into = None
+
     def popen(self, words: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
         return subprocess.Popen(words, **options)
 
