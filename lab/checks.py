@@ -28,7 +28,7 @@ from lab.guests.kernel_tests import (
     NO_TESTS_STATUS,
     PYTEST,
     REPOSITORY,
-    guest_count,
+    count_of,
 )
 from lab.guests.selection import Selection
 from lab.guests.tally import Tally, read_report, tally_report
@@ -60,6 +60,8 @@ class Settings:
     """
     record: bool = False
     """Record the duration of each kernel test."""
+    processes: int = 1
+    """Number of processes that share the tests without a kernel; a file's tests stay together."""
 
 
 def _tool(*command: str) -> Tally:
@@ -95,6 +97,8 @@ def _unit(settings: Settings) -> Tally:
         options = [f"--junitxml={report}", "-o", f"cache_dir={BUILD / 'pytest' / 'unit'}"]
         options += ["--lf"] if selection.last_failed else []
         options += ["-x"] if selection.stop_early else []
+        if settings.processes > 1:
+            options += ["-n", str(settings.processes), "--dist", "loadfile"]
         _, *pytest = PYTEST
         python = _measured("run") if settings.coverage else [sys.executable]
         command = [*python, *pytest, *options, *selection.words(), *UNIT_DIRECTORIES]
@@ -195,7 +199,13 @@ def _test_command(refuse: Callable[[str], NoReturn], arguments: argparse.Namespa
         last_failed=arguments.last_failed,
         stop_early=arguments.stop_early,
     )
-    settings = Settings(selection, arguments.guests, arguments.coverage, arguments.record_durations)
+    settings = Settings(
+        selection,
+        arguments.guests,
+        arguments.coverage,
+        arguments.record_durations,
+        arguments.processes,
+    )
     began = time.monotonic()
     if settings.coverage:
         _forget_coverage()
@@ -228,9 +238,16 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--guests",
         metavar="N",
-        type=guest_count,
+        type=count_of("guests"),
         default=1,
         help="split the kernel tests among N guests; default 1",
+    )
+    parser.add_argument(
+        "--processes",
+        metavar="N",
+        type=count_of("processes"),
+        default=1,
+        help="split the tests that need no kernel among N processes; default 1",
     )
     parser.add_argument(
         "--coverage", action="store_true", help="measure coverage of the tests that need no kernel"

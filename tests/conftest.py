@@ -1,8 +1,13 @@
-"""For every test: a slow machine is not a failure."""
+"""For every test: neither a slow machine nor the size of a terminal is a failure."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+
+# A caller's own, or that which pytest-xdist tells its workers.
+for size in ("COLUMNS", "LINES"):
+    os.environ.pop(size, None)
 
 # The kernel tests also run where Hypothesis is not installed.
 with contextlib.suppress(ImportError):

@@ -75,7 +75,7 @@ def hung(topology: Topology, family: int, stack: contextlib.ExitStack) -> Hangin
 
 @pytest.fixture(scope="module")
 def both(topology: Topology) -> Iterator[dict[int, Hanging]]:
-    """Of each family, after two minutes. None has got a byte or an error by then."""
+    """The clients of each family, after two minutes without a byte or an error."""
     with contextlib.ExitStack() as stack:
         found = {family: hung(topology, family, stack) for family in (4, 6)}
         crowds = [
