@@ -27,6 +27,8 @@ from tcpstuck_bpf.typeinfo.graph import KernelTypes
 OK, NOTE, NO = "ok", "note", "NO"
 MODES = ("fentry", "kprobe")
 TRIAL_HANDSHAKES = 1024
+SOCK_DIAG_OPTION = "CONFIG_INET_TCP_DIAG"
+SOCK_DESTROY_OPTION = "CONFIG_INET_DIAG_DESTROY"
 
 
 class Attached(Protocol):
@@ -79,6 +81,8 @@ class MachineReport:
     checks: tuple[Check, ...]
     trials: Mapping[str, Trial]
     """Trials by mode."""
+    client_side: bool
+    """Whether --client works as far as the kernel's configuration shows."""
     namespaces: Mapping[int, Mapping[str, int]]
     """Queue settings by inode number; empty for a namespace that cannot be entered."""
     names: Mapping[int, str]
@@ -118,8 +122,11 @@ def examine(open_source: OpenSource, bcc_version: Callable[[], str]) -> MachineR
             _cookies_elsewhere(),
             _bcc(bcc_version),
             _kept_programs(),
+            _client_side(),
+            _ending_connections(),
         ),
         trials=trials,
+        client_side=features.kernel_option(SOCK_DIAG_OPTION) != "n",
         namespaces=netns_counters.read_queue_settings(),
         names=netns_owners.names(),
     )
@@ -294,3 +301,24 @@ def _kept_programs() -> Check:
     why = "the next start is faster if it finds the compiled programs"
     remedy = "" if usable else "make it ours alone (chown, chmod 0700), or remove it"
     return Check("kept programs", OK if usable else NOTE, state, why, remedy)
+
+
+def _client_side() -> Check:
+    why = "lists the connections of a client's host by sock_diag; needs neither BPF nor BCC"
+    return _by_option("--client", SOCK_DIAG_OPTION, why)
+
+
+def _ending_connections() -> Check:
+    why = "ends connections whose server gives no answer, by SOCK_DESTROY of sock_diag"
+    return _by_option("--client --rescue=reset", SOCK_DESTROY_OPTION, why)
+
+
+def _by_option(what: str, option: str, why: str) -> Check:
+    """A check of the kernel's configuration: a request to sock_diag would load its module."""
+    value = features.kernel_option(option)
+    if value is None:
+        state = f"{option} is unknown: the kernel's configuration cannot be read"
+        return Check(what, NOTE, state, why, "none needed: the option itself finds out")
+    if value == "n":
+        return Check(what, NOTE, f"{option} is not set", why, f"use a kernel with {option}")
+    return Check(what, OK, f"{option}={value}", why)

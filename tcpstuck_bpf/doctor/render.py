@@ -143,6 +143,9 @@ def _answer(report: MachineReport, width: int) -> Iterator[str]:
     )
     remedy = "; ".join(filter(None, remedies)) or "the kernel log (dmesg) may say more"
     yield from _wrapped(f"  remedy: {remedy}", width, "    ")
+    if report.client_side:
+        hint = "on a client's host no tracing is needed: tcpstuck-trace --client -p PORT"
+        yield from _wrapped(f"  {hint}", width, "    ")
 
 
 def _by(modes: Sequence[str]) -> str:

@@ -174,7 +174,7 @@ def foreign_reports(name: str) -> tuple[MachineReport, KernelReport]:
     kernel = KernelReport(name, name, (fact,), (), {name: 1}, {name: 1}, (), name)
     checks = (Check(name, "NO", name, name, name),)
     trials = {"fentry": Trial(frozenset(), (), name)}
-    return MachineReport(kernel, checks, trials, {7: {}}, {7: name}), kernel
+    return MachineReport(kernel, checks, trials, True, {7: {}}, {7: name}), kernel
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

@@ -199,6 +199,7 @@ class Machine:
         self._set(kallsyms, "read_symbols", lambda *_: (frozenset(), 4096))
         self._set(machine_report, "read_running_kernel", with_functions(kernel()).btf)
         self._set(features, "synproxy_note", lambda: "")
+        self.with_option("y")
         for name in ("tracing", "ring_buffer", "batch_lookup"):
             self.refuse(name, None)
 
@@ -214,7 +215,11 @@ class Machine:
     def interleaves(self, option: str | None = "n") -> None:
         types = with_members(with_functions(kernel()), *RT_INTERLEAVED)
         self._set(machine_report, "read_running_kernel", types.btf)
-        self._set(features, "kernel_option", lambda _name: option)
+        self.with_option(option)
+
+    def with_option(self, value: str | None) -> None:
+        """Every option of the kernel has this value; None: they cannot be read."""
+        self._set(features, "kernel_option", lambda _name: value)
 
     def with_synproxy(self) -> None:
         self._set(features, "synproxy_note", lambda: "SYNPROXY may be in use")
@@ -309,6 +314,11 @@ def test_what_is_in_the_way_is_named(machine: Machine) -> None:
         (lambda m: m.interleaves(), SOFTIRQ_LOCK, NOTE),
         (lambda m: m.interleaves(None), SOFTIRQ_LOCK, NOTE),
         (lambda m: m.interleaves("y"), SOFTIRQ_LOCK, OK),
+        *(
+            (lambda m, value=value: m.with_option(value), what, level)
+            for what in ("--client", "--client --rescue=reset")
+            for value, level in (("y", OK), ("m", OK), ("n", NOTE), (None, NOTE))
+        ),
     ],
 )
 def test_each_precondition_speaks_for_itself(
@@ -322,15 +332,26 @@ def test_what_is_in_the_way_and_the_remedy_come_first(machine: Machine) -> None:
     machine.without_kprobes()
     machine.problems["fentry"] = EPERM
     machine.refuse("tracing", EPERM)
-    answer, why, remedy, *rest = machine_lines(machine.examined(), 1000, verbose=False)
+    answer, why, remedy, client, *rest = machine_lines(machine.examined(), 1000, verbose=False)
     assert answer == "this machine cannot trace"
     assert why.startswith(f"  why: by fentry: the kernel refused: {EPERM}; by kprobe: ")
     assert remedy.startswith("  remedy: ")
     assert "use a kernel with CONFIG_KPROBES=y" in remedy
     assert "lockdown, a security module" in remedy
     assert "see the rows above" not in remedy
+    assert client == "  on a client's host no tracing is needed: tcpstuck-trace --client -p PORT"
     assert rest[0] == ""
     assert rest[1].split()[:2] == ["what", "state"]
+
+
+@pytest.mark.parametrize(("value", "said"), [("m", True), (None, True), ("n", False)])
+def test_where_sock_diag_is_missing_too_the_client_s_side_is_not_offered(
+    value: str | None, said: bool, machine: Machine
+) -> None:
+    machine.problems = dict.fromkeys(("fentry", "kprobe"), "not root")
+    machine.with_option(value)
+    lines = [*machine_lines(machine.examined(), 1000, verbose=False)]
+    assert any("--client -p PORT" in line for line in lines[: lines.index("")]) == said
 
 
 def test_one_reason_for_both_modes_is_said_once(machine: Machine) -> None:
