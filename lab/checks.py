@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from lab.guests.packages import Subparsers
 
 UNIT_DIRECTORIES = ("tests/unit", "tests/property", "tests/replay", "tests/golden")
+PROPERTIES = "tests/property"
+"""These execute the same lines with many inputs, and twice as slowly under coverage."""
 UNIT, KERNEL = "unit", "kernel"
 SCRIPTS = ("lab/setup.sh", ".ci/run", "lab/deb/trial.sh", "packaging/debian/tcpstuck-trace.postrm")
 PYTHON = (sys.executable, "-m")
@@ -91,6 +93,19 @@ def _types(_settings: Settings) -> Tally:
 
 def _unit(settings: Settings) -> Tally:
     """Run the tests that need neither root nor BCC."""
+    if not settings.coverage:
+        return _pytest(settings, UNIT_DIRECTORIES, [sys.executable])
+    # With --lf, one pytest must know all that failed.
+    apart = (PROPERTIES,) if PROPERTIES in UNIT_DIRECTORIES else ()
+    apart = () if settings.selection.last_failed else apart
+    measured = [directory for directory in UNIT_DIRECTORIES if directory not in apart]
+    total = _pytest(settings, measured, _measured("run"))
+    if apart and (total.good or not settings.selection.stop_early):
+        total += _pytest(settings, apart, [sys.executable])
+    return total
+
+
+def _pytest(settings: Settings, directories: Sequence[str], python: Sequence[str]) -> Tally:
     selection = settings.selection
     with tempfile.TemporaryDirectory(prefix="tcpstuck-tests-") as scratch:
         report = Path(scratch) / "unit.xml"
@@ -100,8 +115,7 @@ def _unit(settings: Settings) -> Tally:
         if settings.processes > 1:
             options += ["-n", str(settings.processes), "--dist", "loadfile"]
         _, *pytest = PYTEST
-        python = _measured("run") if settings.coverage else [sys.executable]
-        command = [*python, *pytest, *options, *selection.words(), *UNIT_DIRECTORIES]
+        command = [*python, *pytest, *options, *selection.words(), *directories]
         status = subprocess.run(command, cwd=REPOSITORY, stdin=subprocess.DEVNULL).returncode
         if status == NO_TESTS_STATUS and selection.narrowed:
             return Tally()

@@ -145,6 +145,36 @@ def test_several_processes_share_the_files(only_tests: Path) -> None:
     assert run("unit", "--processes", "2") == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "measured"),
+    [([], ["one"]), (["--lf"], ["one", "two"])],
+)
+def test_what_tries_many_inputs_is_not_measured(
+    words: list[str],
+    measured: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A test knows by its tracer whether it is measured."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        noted = f"open({str(tmp_path / 'measured')!r}, 'a').write('{name} ')"
+        text = f"import sys\ndef test_{name}():\n    if sys.gettrace(): {noted}\n"
+        text += "    import tcpstuck_bpf.model\n"
+        (tmp_path / name / f"test_{name}.py").write_text(text)
+    monkeypatch.setattr(checks, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(checks, "COVERAGE", kernel_tests.BUILD / f"coverage-of-{tmp_path.name}")
+    monkeypatch.setattr(checks, "PROPERTIES", str(tmp_path / "two"))
+    monkeypatch.setattr(checks, "UNIT_DIRECTORIES", (str(tmp_path / "one"), checks.PROPERTIES))
+    try:
+        assert run("unit", "--coverage", *words) == 0
+    finally:
+        shutil.rmtree(checks.COVERAGE)
+    assert sorted((tmp_path / "measured").read_text().split()) == measured
+    assert "=== 2 passed in" in capfd.readouterr().out
+
+
 def test_coverage_is_told_of_the_tool_and_nothing_else(
     only_tests: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
