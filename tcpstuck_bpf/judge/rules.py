@@ -132,7 +132,8 @@ RULES: tuple[Rule, ...] = (
         cannot_prove="whether the client's application still waits",
         advice=(
             f"find out why the server does not accept (paused? out of threads?); {RAISE_BACKLOG}. "
-            "On clients, a read time-out or TCP keep-alive turns the hang into an error"
+            "On clients, a read time-out, or TCP keep-alive with an idle time above 120 s, turns "
+            "the hang into an error"
         ),
         needs=COOKIE_CHECKS,
     ),
