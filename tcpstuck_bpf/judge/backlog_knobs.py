@@ -1,6 +1,6 @@
 """The setting for the backlog that each server passes to listen(), by the name of its process.
 
-Pure. The servers whose clients wait for a greeting come first (SMTP, IMAP, POP3, FTP, SSH, MySQL),
+Pure. The servers whose clients wait for a greeting come first (SMTP, IMAP, POP3, FTP, MySQL),
 because their clients stay stuck. Each row refers to the server's own source or manual.
 """
 

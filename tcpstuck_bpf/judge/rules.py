@@ -269,7 +269,7 @@ CLIENT_RULES: tuple[Rule, ...] = (
             "connection on this host (ss -K), or restart the process: it then connects again. "
             "Whoever can see the server may look there for the connection "
             "(ss): if the server has none, it has forgotten it; if it has, find out why it does "
-            "not speak. For the future, give the client a read time-out that covers the greeting"
+            "not speak. For the future, give the client a time-out that covers the greeting"
         ),
     ),
     Rule(
@@ -322,7 +322,7 @@ CLIENT_RULES: tuple[Rule, ...] = (
         advice=(
             "find out why the server does not speak: is it paused, out of threads, or blocked by "
             "a name server that it asks about each client? To bound the wait, give the client a "
-            "read time-out that covers the greeting"
+            "time-out that covers the greeting"
         ),
     ),
     Rule(
