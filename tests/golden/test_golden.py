@@ -44,6 +44,7 @@ from lab.network.topology import (
 from lab.records import VERDICTS_OF_STUCK, compare
 from lab.scenarios.catalogue import SCENARIOS
 from lab.scenarios.tracer import clients_in_groups
+from tcpstuck_bpf.kernel.probes import PROBES, WHY_PROBES
 from tcpstuck_bpf.model import address_bytes
 from tcpstuck_bpf.recording.replay import Replay
 
@@ -159,6 +160,7 @@ def decoded(recording: bytes) -> list[Any]:
     return [json.loads(line) for line in recording.splitlines()]
 
 
+WORD = re.compile(r"`(\w+)`").findall
 PRINT_ALL = """
 from lab.golden_files import kept_recording, replayed
 import sys
@@ -180,6 +182,17 @@ def test_the_screen_and_its_answer_count_the_clients_that_the_oracle_saw_hanging
 def test_the_screen_of_the_readme_is_a_real_one() -> None:
     screen = kept_file("mariadb-stall", SCREEN).read_text(encoding="utf-8")
     assert screen in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_client_of_the_page_that_explains_it_all_is_a_real_one() -> None:
+    page = (REPOSITORY / "docs/how-it-works.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^```\n(\d\d:\d\d:\d\d .*?)^```$", page, re.M | re.S)
+    assert shown in kept_file("overflow", TABLE).read_text(encoding="utf-8")
+    named = {word for words in re.findall(r"^\| (`.*?) \|", page, re.M) for word in WORD(words)}
+    probes = {probe.function for probe in (*PROBES, *WHY_PROBES)}
+    assert named == probes
+    for file in re.findall(r"^\| ((?:bpf|tcpstuck_bpf)/\S+) \|", page, re.M):
+        assert (REPOSITORY / file).exists()
 
 
 @pytest.mark.parametrize(
