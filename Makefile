@@ -27,7 +27,7 @@ demo: setup ## make clients of a real MariaDB get stuck, and list them with the 
 	@$(PYTHON) -m lab demo
 
 quick: setup ## run checks, tests without a kernel, and the core scenarios in one guest with fentry
-	@$(PYTHON) -m lab test --core --processes 2
+	@$(PYTHON) -m lab test --core
 
 test: setup ## run every check and test except slow ones; kernel tests run in two guests
 	@$(PYTHON) -m lab test --guests 2 --coverage

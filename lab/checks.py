@@ -28,7 +28,7 @@ from lab.guests.kernel_tests import (
     NO_TESTS_STATUS,
     PYTEST,
     REPOSITORY,
-    count_of,
+    guest_count,
 )
 from lab.guests.selection import Selection
 from lab.guests.tally import Tally, read_report, tally_report
@@ -62,8 +62,6 @@ class Settings:
     """
     record: bool = False
     """Record the duration of each kernel test."""
-    processes: int = 1
-    """Number of processes that share the tests without a kernel; a file's tests stay together."""
 
 
 def _tool(*command: str) -> Tally:
@@ -112,8 +110,6 @@ def _pytest(settings: Settings, directories: Sequence[str], python: Sequence[str
         options = [f"--junitxml={report}", "-o", f"cache_dir={BUILD / 'pytest' / 'unit'}"]
         options += ["--lf"] if selection.last_failed else []
         options += ["-x"] if selection.stop_early else []
-        if settings.processes > 1:
-            options += ["-n", str(settings.processes), "--dist", "loadfile"]
         _, *pytest = PYTEST
         command = [*python, *pytest, *options, *selection.words(), *directories]
         status = subprocess.run(command, cwd=REPOSITORY, stdin=subprocess.DEVNULL).returncode
@@ -213,13 +209,7 @@ def _test_command(refuse: Callable[[str], NoReturn], arguments: argparse.Namespa
         last_failed=arguments.last_failed,
         stop_early=arguments.stop_early,
     )
-    settings = Settings(
-        selection,
-        arguments.guests,
-        arguments.coverage,
-        arguments.record_durations,
-        arguments.processes,
-    )
+    settings = Settings(selection, arguments.guests, arguments.coverage, arguments.record_durations)
     began = time.monotonic()
     if settings.coverage:
         _forget_coverage()
@@ -252,16 +242,9 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--guests",
         metavar="N",
-        type=count_of("guests"),
+        type=guest_count,
         default=1,
         help="split the kernel tests among N guests; default 1",
-    )
-    parser.add_argument(
-        "--processes",
-        metavar="N",
-        type=count_of("processes"),
-        default=1,
-        help="split the tests that need no kernel among N processes; default 1",
     )
     parser.add_argument(
         "--coverage", action="store_true", help="measure coverage of the tests that need no kernel"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 
-# A caller's own, or that which pytest-xdist tells its workers.
+# A caller may export them.
 for size in ("COLUMNS", "LINES"):
     os.environ.pop(size, None)
 

@@ -252,12 +252,8 @@ def _runs(
         yield GuestRun(number, share, directory, log, programs)
 
 
-def count_of(what: str) -> Callable[[str], int]:
-    """A parser for a number of guests or processes. It raises ArgumentTypeError."""
-
-    def parsed(text: str) -> int:
-        if not re.fullmatch(r"[1-9][0-9]?", text):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {what} from 1 to 99")
-        return int(text)
-
-    return parsed
+def guest_count(text: str) -> int:
+    """Parse a number of guests. Raises ArgumentTypeError."""
+    if not re.fullmatch(r"[1-9][0-9]?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of guests from 1 to 99")
+    return int(text)

@@ -31,7 +31,7 @@ from lab.guests.kernel_tests import (
     KERNEL_TEST_LIMIT_S,
     REPOSITORY,
     SILENCE_LIMIT_S,
-    count_of,
+    guest_count,
 )
 from lab.guests.matrix_report import (
     ANY_MODE,
@@ -327,7 +327,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--all", action="store_true", help="the newest kernels can fail the run too"
     )
     parser.add_argument(
-        "--guests", metavar="N", type=count_of("guests"), default=1, help="parallel rows; default 1"
+        "--guests", metavar="N", type=guest_count, default=1, help="parallel rows; default 1"
     )
     parser.add_argument(
         "--place",

@@ -130,21 +130,6 @@ def test_what_failed_last_is_run_alone(only_tests: Path, monkeypatch: pytest.Mon
     assert checks.run_groups(["unit"], last) == Tally(failed=1)
 
 
-def test_several_processes_share_the_files(only_tests: Path) -> None:
-    # Each waits for the other; in one process the first would wait in vain.
-    meeting = (
-        "import time\nfrom pathlib import Path\n"
-        "def test_it():\n"
-        "    Path({mine!r}).touch()\n"
-        "    while not Path({other!r}).exists(): time.sleep(0.01)\n"
-    )
-    directory = only_tests.parent
-    for mine, other in (("a", "b"), ("b", "a")):
-        text = meeting.format(mine=str(directory / mine), other=str(directory / other))
-        (directory / f"test_{mine}.py").write_text(text)
-    assert run("unit", "--processes", "2") == 0
-
-
 @pytest.mark.parametrize(
     ("words", "measured"),
     [([], ["one"]), (["--lf"], ["one", "two"])],
