@@ -304,7 +304,7 @@ def _live(
 ) -> Live:
     """A run with all its parts; everything that must be closed is added to `ending`."""
     run_clock = RunClock()
-    kernel_log, gaps = open_kernel_log()
+    kernel_log, gaps = open_kernel_log(time.monotonic_ns)
     if kernel_log is not None:
         ending.add("the kernel's log was not closed", kernel_log.close)
     header = Header(

@@ -111,7 +111,7 @@ class Log(Protocol):
     def overruns(self) -> int:
         """Number of times that lines were overwritten before they were read."""
 
-    def warnings(self, now_ns: int) -> tuple[KernelWarning, ...]:
+    def warnings(self) -> tuple[KernelWarning, ...]:
         """Read the warnings since the last call."""
 
 

@@ -219,7 +219,7 @@ class Live:
             self._observe(_news(events))
 
     def _read_log(self) -> None:
-        warnings = () if self.kernel_log is None else self.kernel_log.warnings(self.clock_ns())
+        warnings = () if self.kernel_log is None else self.kernel_log.warnings()
         if warnings:
             self._step(Logged(warnings))
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+import time
+from pathlib import Path
 
 import pytest
 
@@ -14,32 +17,42 @@ from lab.scenarios.tracer import Tracer
 pytestmark = pytest.mark.kernel
 
 WARNING = "Possible SYN flooding on port "
-CLOCKS_MS = 1000
-"""The kernel's log has a clock of its own (local_clock), which is not slewed as the others are."""
+MARK = "tcpstuck-trace tests: a look at the clock"
+ROUNDED_NS = 1_000_000
+DRIFTED_MEANWHILE_NS = 100_000_000
+"""Largest change of the clocks' difference during a test."""
 
 
-def warnings_of_the_kernel() -> list[str]:
-    """The kernel's warnings about all listeners since boot, the oldest first."""
+def logged(text: str) -> list[tuple[int, str]]:
+    """Lines of the kernel's log from this text on, each with its time (local_clock, ns)."""
     shown = subprocess.run(
-        ["dmesg", "--notime"],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=patient(COMMAND_S),
+        ["dmesg"], check=True, capture_output=True, text=True, timeout=patient(COMMAND_S)
     ).stdout
-    return [line[line.index(WARNING) :].strip() for line in shown.splitlines() if WARNING in line]
+    found = re.findall(rf"^\[ *(\d+)\.(\d{{6}})\].*?({re.escape(text)}.*)$", shown, re.MULTILINE)
+    return [(int(seconds + micros) * 1000, line.strip()) for seconds, micros, line in found]
+
+
+def drift_ns() -> int:
+    """How far local_clock, which stamps the log, is from CLOCK_MONOTONIC at most."""
+    before_ns = time.monotonic_ns()
+    Path("/dev/kmsg").write_text(f"{MARK}\n")
+    after_ns = time.monotonic_ns()
+    (*_, (stamp_ns, _)) = logged(MARK)
+    return max(abs(stamp_ns - before_ns), abs(stamp_ns - after_ns))
 
 
 @pytest.mark.parametrize("family", ["4", "6"])
 def test_it_stands_in_the_timeline_of_each_stuck_client(either_tracer: Tracer, family: str) -> None:
-    before = warnings_of_the_kernel()
+    before = logged(WARNING)
+    drifts_ns = [drift_ns()]
 
     def hook(stage: Stage) -> None:
         if stage.name != READY:
             either_tracer.await_reported(stage.expected, stage.netns)
 
     outcome = play("overflow", clients=100, family=family, after=hook)
-    (warning,) = warnings_of_the_kernel()[len(before) :]
+    ((stamp_ns, warning),) = logged(WARNING)[len(before) :]
+    drifts_ns.append(drift_ns())
     assert str(PORT) in warning
     stuck = [
         line
@@ -50,11 +63,18 @@ def test_it_stands_in_the_timeline_of_each_stuck_client(either_tracer: Tracer, f
     ]
     assert {line["client_port"] for line in stuck} >= {who.client_port for who in outcome.stuck}
     assert stuck
-    opened_ns = [client.opened_ns for client in outcome.clients]
-    batch_ms = (max(opened_ns) - min(opened_ns)) / 1_000_000
+    # A drifted stamp is told as a time between the stamp and the truth.
+    within_ns = max(drifts_ns) + DRIFTED_MEANWHILE_NS + ROUNDED_NS
+    clients = {client.four_tuple.client_port: client for client in outcome.clients}
     for line in stuck:
-        logged = [entry for entry in line["timeline"] if entry["what"] == "kernel's log"]
-        # It is written at the listener's first cookie, and the clients connect in one batch.
-        # There may be others: the kernel does not say of which namespace the listener is.
-        times_ms = [entry["time_ms"] for entry in logged if entry["detail"] == warning]
-        assert min(map(abs, times_ms)) < batch_ms + CLOCKS_MS
+        client = clients[line["client_port"]]
+        assert client.connected_ns is not None
+        # The first SYN, to which times are relative, was sent while the client connected. There may
+        # be other warnings: the kernel does not say of which namespace the listener is.
+        assert any(
+            client.opened_ns - within_ns
+            <= stamp_ns - entry["time_ms"] * 1_000_000
+            <= client.connected_ns + within_ns
+            for entry in line["timeline"]
+            if (entry["what"], entry["detail"]) == ("kernel's log", warning)
+        )

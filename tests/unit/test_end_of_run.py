@@ -100,10 +100,10 @@ def _no_closing_of_the_log(monkeypatch: pytest.MonkeyPatch, _source: Scripted) -
         overruns = 0
         close = fail
 
-        def warnings(self, _now_ns: int) -> tuple[()]:
+        def warnings(self) -> tuple[()]:
             return ()
 
-    monkeypatch.setattr(run_module, "open_kernel_log", lambda: (Log(), ()))
+    monkeypatch.setattr(run_module, "open_kernel_log", lambda _clock_ns: (Log(), ()))
 
 
 def _no_removal_of_the_ready_file(monkeypatch: pytest.MonkeyPatch, _source: Scripted) -> None:

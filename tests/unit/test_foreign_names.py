@@ -71,6 +71,6 @@ def test_a_namespace_of_any_name_has_one(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_line_of_the_kernels_log_is_taken_with_any_bytes() -> None:
     record = b"4,1,5,-;TCP: request: Possible SYN flooding on port 25. Sending \xff\x1b cookies.\n"
-    warning = warning_of(record, at(1))
+    warning = warning_of(record, at(0), at(1))
     assert warning is not None
     assert printable(warning.text).endswith("Sending \\xff\\x1b cookies.")

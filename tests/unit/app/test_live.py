@@ -435,9 +435,9 @@ def test_the_kernels_warning_is_in_the_timeline_live_and_replayed(tmp_path: Path
     class Log:
         overruns = 2
 
-        def warnings(self, now_ns: int) -> tuple[KernelWarning, ...]:
+        def warnings(self) -> tuple[KernelWarning, ...]:
             nonlocal coming
-            come, coming = (coming, ()) if now_ns >= at(0.1) else ((), coming)
+            come, coming = (coming, ()) if kernel.now_ns >= at(0.1) else ((), coming)
             return come
 
     coming: tuple[KernelWarning, ...] = (warning,)
@@ -464,8 +464,8 @@ def test_the_kernels_warning_is_read_before_a_client_is_judged_however_late() ->
     class Log:
         overruns = 0
 
-        def warnings(self, now_ns: int) -> tuple[KernelWarning, ...]:
-            return (written.pop(),) if written and now_ns >= written[0].time_ns else ()
+        def warnings(self) -> tuple[KernelWarning, ...]:
+            return (written.pop(),) if written and kernel.now_ns >= written[0].time_ns else ()
 
     (verdict, *_) = live(kernel, 8, kernel_log=Log())
     assert "kernel's log" in [entry["what"] for entry in verdict["timeline"]]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,6 @@ import pytest
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.handshake.flow import TimelineEntry
 from tcpstuck_bpf.host.kernel_log import (
-    CLOCKS_AGREE_NS,
     RECORDS_AT_ONCE,
     KernelLog,
     open_kernel_log,
@@ -24,6 +25,7 @@ from tests.builders import ack_dropped, at, event, four_tuple, handshake, header
 from tests.unit.judge.test_listener import facts
 
 NOW_NS = at(10)
+SINCE_NS = at(7)
 # As printed by 5.10, 6.1 and later kernels.
 RECORDS = {
     "Possible SYN flooding on port 3311. Sending cookies.  Check SNMP counters.": None,
@@ -41,7 +43,7 @@ def record(text: str, stamp_ns: int = NOW_NS) -> bytes:
 
 @pytest.mark.parametrize(("text", "address"), RECORDS.items())
 def test_each_kernels_words_are_understood(text: str, address: str | None) -> None:
-    assert warning_of(record(text) + b" SUBSYSTEM=net\n", NOW_NS) == KernelWarning(
+    assert warning_of(record(text) + b" SUBSYSTEM=net\n", SINCE_NS, NOW_NS) == KernelWarning(
         NOW_NS, 3311, None if address is None else address_bytes(address), text
     )
 
@@ -57,35 +59,43 @@ def test_each_kernels_words_are_understood(text: str, address: str | None) -> No
     ],
 )
 def test_other_records_are_passed_over(other: bytes) -> None:
-    assert warning_of(other, NOW_NS) is None
+    assert warning_of(other, SINCE_NS, NOW_NS) is None
 
 
 def test_an_address_that_is_none_is_not_believed() -> None:
-    warning = warning_of(record("Possible SYN flooding on port 1.2.3:3311. Sending."), NOW_NS)
+    text = "Possible SYN flooding on port 1.2.3:3311. Sending."
+    warning = warning_of(record(text), SINCE_NS, NOW_NS)
     assert warning is not None
     assert (warning.address, warning.port) == (None, 3311)
 
 
-@pytest.mark.parametrize("drift_ns", [-CLOCKS_AGREE_NS, -1000, 0, 1000, CLOCKS_AGREE_NS])
-def test_a_stamp_near_our_clock_is_exact(drift_ns: int) -> None:
+@pytest.mark.parametrize(
+    ("stamp_ns", "time_ns"),
+    [
+        (SINCE_NS, SINCE_NS),
+        (at(8), at(8)),
+        (NOW_NS, NOW_NS),
+        (SINCE_NS - 1000, SINCE_NS),
+        (NOW_NS + 1000, NOW_NS),
+    ],
+)
+def test_a_stamp_is_exact_unless_the_record_cannot_be_of_that_time(
+    stamp_ns: int, time_ns: int
+) -> None:
     (text, *_) = RECORDS
-    warning = warning_of(record(text, NOW_NS + drift_ns), NOW_NS)
+    warning = warning_of(record(text, stamp_ns), SINCE_NS, NOW_NS)
     assert warning is not None
-    assert warning.time_ns == NOW_NS + drift_ns
+    assert warning.time_ns == time_ns
 
 
-@pytest.mark.parametrize("drift_ns", [-CLOCKS_AGREE_NS - 1000, CLOCKS_AGREE_NS + 1000])
-def test_a_stamp_of_a_clock_that_has_drifted_is_not_used(drift_ns: int) -> None:
-    (text, *_) = RECORDS
-    warning = warning_of(record(text, NOW_NS + drift_ns), NOW_NS)
-    assert warning is not None
-    assert warning.time_ns == NOW_NS
-
-
-def reading(monkeypatch: pytest.MonkeyPatch, *results: bytes | OSError) -> KernelLog:
+def reading(
+    monkeypatch: pytest.MonkeyPatch,
+    *results: bytes | OSError,
+    clock_ns: Callable[[], int] = lambda: NOW_NS,
+) -> KernelLog:
     """The log, each of whose reads gives the next of these; then there is nothing more."""
     left = list(results)
-    log = KernelLog(os.devnull)
+    log = KernelLog(clock_ns, os.devnull)
 
     def read(_descriptor: int, _length: int) -> bytes:
         result = left.pop(0) if left else BlockingIOError()
@@ -103,14 +113,28 @@ def test_warnings_are_read_once_and_overwritten_records_counted(
     texts = list(RECORDS)[:2]
     overwritten = OSError(errno.EPIPE, "Broken pipe")
     log = reading(monkeypatch, record(texts[0]), overwritten, b"6,1,2,-;up\n", record(texts[1]))
-    assert [warning.text for warning in log.warnings(NOW_NS)] == texts
-    assert log.warnings(NOW_NS) == ()
+    assert [warning.text for warning in log.warnings()] == texts
+    assert log.warnings() == ()
     assert log.overruns == 1
+
+
+def test_a_record_was_written_between_the_last_look_at_the_logs_end_and_its_reading(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The process may not run for seconds, also between two looks at the clock."""
+    (text, *_) = RECORDS
+    early, late = record(text, at(0) - 1000), record(text, at(1000))
+    ends = early, late, BlockingIOError(), early, late
+    # The clock reads 0 s when the log is opened, then 1 s before the first read, and so on.
+    log = reading(monkeypatch, *ends, clock_ns=map(at, itertools.count()).__next__)
+    assert [warning.time_ns for warning in log.warnings()] == [at(0), at(4)]
+    # The log's end was seen at 5 s.
+    assert [warning.time_ns for warning in log.warnings()] == [at(5), at(9)]
 
 
 def test_a_log_that_cannot_be_read_any_more_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     log = reading(monkeypatch, OSError(errno.EIO, "Input/output error"))
-    assert log.warnings(NOW_NS) == ()
+    assert log.warnings() == ()
     assert log.overruns == 1
 
 
@@ -119,13 +143,13 @@ def test_a_kernel_that_does_not_stop_talking_holds_nobody_up(
 ) -> None:
     (text, *_) = RECORDS
     log = reading(monkeypatch, *[record(text)] * (RECORDS_AT_ONCE + 1))
-    assert len(log.warnings(NOW_NS)) == RECORDS_AT_ONCE
-    assert len(log.warnings(NOW_NS)) == 1
+    assert len(log.warnings()) == RECORDS_AT_ONCE
+    assert len(log.warnings()) == 1
 
 
 def test_a_log_that_may_not_be_read_is_a_gap(tmp_path: Path) -> None:
     path = str(tmp_path / "kmsg")
-    log, (gap,) = open_kernel_log(path)
+    log, (gap,) = open_kernel_log(lambda: NOW_NS, path)
     assert log is None
     assert gap.why == f"{path}: No such file or directory"
 
