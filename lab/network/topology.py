@@ -78,6 +78,9 @@ kernel gives a new namespace the lowest free inode number (ns_alloc_inum). Witho
 tracer's verdict on a removed namespace could be taken for one on its successor."""
 # pyroute2's forked helpers have a default timeout of 1 s, too short on an emulated machine.
 pyroute2_settings.default_communicate_timeout = int(patient(COMMAND_S))
+# It ends them with SIGTERM. A handler of ours that raises would run our clean-up in such a copy of
+# this process, and remove the namespaces that this process goes on using.
+pyroute2_settings.disable_mp_signal = True
 
 
 class Namespace:

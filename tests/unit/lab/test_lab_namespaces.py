@@ -1,10 +1,13 @@
-"""The lab's network namespaces can be told apart by their inode numbers."""
+"""The lab's network namespaces: their inode numbers, and the helpers that pyroute2 forks."""
 
 from __future__ import annotations
 
 import os
+import signal
+from types import FrameType
 
 import pytest
+from pyroute2.process import ChildProcess
 
 from lab.errors import LabError
 from lab.network.topology import Namespace
@@ -36,3 +39,30 @@ def test_no_namespace_gets_the_number_of_one_that_is_gone() -> None:
 def test_a_number_that_is_given_up_is_used_again() -> None:
     numbers = numbers_of(200, give_up=True)
     assert len(set(numbers)) < len(numbers)
+
+
+def test_ending_a_helper_of_pyroute2_calls_no_handler_of_ours_in_the_copy(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The copy has this process's handlers, and its namespaces on the stack."""
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        os.write(1, b"called")
+        os._exit(1)
+
+    ready, begun = os.pipe()
+    previous = signal.signal(signal.SIGTERM, handle)
+    try:
+        with ChildProcess(_wait_for_a_signal, [begun]) as helper:
+            assert os.read(ready, 1) == b"!"
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        os.close(ready)
+        os.close(begun)
+    assert capfd.readouterr().out == ""
+    assert helper.exitcode == -signal.SIGTERM
+
+
+def _wait_for_a_signal(begun: int) -> None:
+    os.write(begun, b"!")
+    signal.pause()

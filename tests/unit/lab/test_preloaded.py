@@ -7,12 +7,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
+from lab.network.topology import SERVER_ADDRESS, Namespace, Topology
 from lab.patience import COMMAND_S, patient
 from lab.processes.child import Running, pause
+from lab.processes.clients import Clients
 from lab.processes.preloaded import TOOL, start_tool
+from lab.processes.servers import Greeter
 from lab.scenarios.tracer import start_command
 from tcpstuck_bpf.kernel.attach_plan import WITHOUT_VARIABLE
 
@@ -68,6 +72,26 @@ def test_one_that_is_paused_goes_on_and_one_that_is_killed_has_ended() -> None:
     pause(process)
     for file in (ours, recording, waiting_for):
         os.close(file)
+
+
+def test_a_lab_process_is_forked_into_its_namespace_and_ends_with_its_channel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("making a network namespace takes root")
+    monkeypatch.setattr(Namespace, "forks", True)
+    with Topology() as topology:
+        with Greeter(topology.server, SERVER_ADDRESS[4], 3311, backlog=9) as greeter:
+            place = Path(f"/proc/{greeter.pid}/ns/net")
+            assert place.stat().st_ino == topology.server.inode
+            with Clients(topology.client) as clients:
+                clients.connect(2, SERVER_ADDRESS[4], 3311)
+                clients.await_counts(connected=2)
+                greeter.resume()
+                clients.await_counts(greeted=2)
+            assert clients.exit_status == 0
+        assert greeter.exit_status == 0
+        assert not place.exists()
 
 
 def test_another_command_is_refused() -> None:
