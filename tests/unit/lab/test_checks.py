@@ -142,8 +142,6 @@ def test_what_tries_many_inputs_is_not_measured(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     """A test knows by its tracer whether it is measured."""
-    # A measured pytest has all processes measured that inherit this.
-    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         noted = f"open({str(tmp_path / 'measured')!r}, 'a').write('{name} ')"
