@@ -15,7 +15,8 @@ from tcpstuck_bpf.errors import UsageError
 from tcpstuck_bpf.handshake.correlate import DEFAULT_ROW_LIFE_NS
 from tcpstuck_bpf.judge.evidence import duration_text
 from tcpstuck_bpf.model import SECOND_NS, FourTuple, ListenerSeen, Row, TraceFilter, address_text
-from tcpstuck_bpf.recording.replay import STANDARD_INPUT, Replay
+from tcpstuck_bpf.recording.lines import STANDARD_INPUT
+from tcpstuck_bpf.recording.replay import Replay
 from tcpstuck_bpf.steps import Ended, Header, Listened, Observed, Rescued, Step, Swept
 from tcpstuck_bpf.usage import nearest
 

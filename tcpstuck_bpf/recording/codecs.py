@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from tcpstuck_bpf.recording.lines import Values
 from tcpstuck_bpf.recording.table import RecordedTable, integer
 from tcpstuck_bpf.recording.values import (
     event_of,
@@ -32,9 +33,6 @@ from tcpstuck_bpf.steps import (
     TallyTaken,
     Vanished,
 )
-
-Values = dict[str, Any]
-"""A line of a recording, as a JSON object."""
 
 
 class Codec(NamedTuple):

@@ -56,7 +56,7 @@ def handshake_of(values: object) -> Handshake:
     return Handshake(*integers(values, _HANDSHAKE_NUMBERS - (lacking if lacking in (1, 2) else 0)))
 
 
-def _runs(numbers: Iterable[int]) -> Iterator[list[int]]:
+def runs_of(numbers: Iterable[int]) -> Iterator[list[int]]:
     """First and last number of each run of consecutive numbers; `numbers` is in ascending order."""
     first = last = None
     for number in numbers:
@@ -67,6 +67,20 @@ def _runs(numbers: Iterable[int]) -> Iterator[list[int]]:
         last = number
     if first is not None and last is not None:
         yield [first, last]
+
+
+def numbers_of(runs: Iterable[list[int]], end: int) -> Iterator[int]:
+    """The numbers in runs as `runs_of` writes them: ascending, and all below `end`.
+
+    Raises ValueError for anything else, because a few bytes of overlapping runs could fill the
+    memory.
+    """
+    least = 0
+    for first, last in runs:
+        if not least <= integer(first) <= integer(last) < end:
+            raise ValueError(f"{first} to {last} is not a run of numbers from {least} on")
+        yield from range(first, last + 1)
+        least = last + 1
 
 
 class RecordedTable:
@@ -114,21 +128,8 @@ class RecordedTable:
             "sweep": sweep.time_ns,
             "part": sweep.part.name.lower(),
             "rows": changed,
-            "kept": list(_runs(sorted(kept))),
+            "kept": list(runs_of(sorted(kept))),
         }
-
-    def _numbers_of(self, runs: Iterable[list[int]]) -> Iterator[int]:
-        """The numbers in runs as `_runs` writes them: ascending, and all given before.
-
-        Raises ValueError for anything else, because a few bytes of overlapping runs could fill the
-        memory.
-        """
-        least = 0
-        for first, last in runs:
-            if not least <= integer(first) <= integer(last) < self._next:
-                raise ValueError(f"{first} to {last} is not a run of numbers from {least} on")
-            yield from range(first, last + 1)
-            least = last + 1
 
     def sweep_of(self, values: dict[str, Any]) -> Sweep:
         """Decode a batch of rows; unchanged rows come first.
@@ -136,7 +137,7 @@ class RecordedTable:
         Raises KeyError, TypeError or ValueError where the values are damaged.
         """
         part = SweepPart[str(values["part"]).upper()]
-        kept = list(self._numbers_of(values["kept"]))
+        kept = list(numbers_of(values["kept"], self._next))
         rows = [self._rows[number] for number in kept]
         changed = [Row(four_tuple_of(key), handshake_of(entry)) for key, entry in values["rows"]]
         self._end(part, [*kept, *(self._put(row) for row in changed)])

@@ -19,7 +19,7 @@ from tcpstuck_bpf.host.listening_sockets import accept_queues
 from tcpstuck_bpf.model import ListenerFacts, ListenerId, NetnsCounts
 from tcpstuck_bpf.options import as_written, build_parser
 from tcpstuck_bpf.output.page import Page
-from tcpstuck_bpf.recording.replay import STANDARD_INPUT
+from tcpstuck_bpf.recording.lines import STANDARD_INPUT
 from tcpstuck_bpf.steps import Header
 from tcpstuck_bpf.summary import Summary
 from tcpstuck_bpf.terminal import understands_escapes

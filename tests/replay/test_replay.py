@@ -30,6 +30,7 @@ from tcpstuck_bpf.model import (
     Tally,
 )
 from tcpstuck_bpf.output.writers import JsonOutput, Selection
+from tcpstuck_bpf.recording import lines as recorded_lines
 from tcpstuck_bpf.recording import replay
 from tcpstuck_bpf.recording.replay import Recorder, Replay
 from tcpstuck_bpf.rulesets import DropRule, KernelNames, Ruleset
@@ -274,7 +275,7 @@ def test_a_line_without_an_end_is_not_read_into_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = recorded(tmp_path / "run", STEPS[:1])
-    monkeypatch.setattr(replay, "_LONGEST_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(recorded_lines, "_LONGEST_LINE_BYTES", 1 << 20)
     with path.open("r+b") as file:
         file.truncate(1 << 42)
     with pytest.raises(RecordingError) as refused:

@@ -295,7 +295,7 @@ DOORS = {
     "output.writers._put",
     "client.output.status",
     "client.output._put",
-    "recording.replay._write_line",
+    "recording.lines.write_line",
 }
 """Where text leaves: each passes it through `terminal` or `json_text`."""
 OTHER_WRITERS = {

@@ -483,7 +483,7 @@ def test_a_disk_that_has_no_room_for_the_last_line_is_said_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without its end a recording ends early: the run must not end as if it were complete."""
-    write = Recorder._write_line
+    write = Recorder.write_line
 
     def fail_at_the_end(self: Recorder, values: Mapping[str, Any]) -> None:
         if "end" in values:
@@ -491,6 +491,6 @@ def test_a_disk_that_has_no_room_for_the_last_line_is_said_too(
         else:
             write(self, values)
 
-    monkeypatch.setattr(Recorder, "_write_line", fail_at_the_end)
+    monkeypatch.setattr(Recorder, "write_line", fail_at_the_end)
     lines = live(FakeKernel(), 1, record=str(tmp_path / "run"))
     assert lines[-1]["notes"] == ["the recording is incomplete: No space left on device"]
