@@ -7,6 +7,7 @@ wrong use are answered without.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import shutil
 import signal
@@ -41,6 +42,8 @@ from tcpstuck_bpf.output.explain import explanation, verdict_list
 if TYPE_CHECKING:
     from tcpstuck_bpf.analysis import Analysis
     from tcpstuck_bpf.conversions.capture import Capture
+    from tcpstuck_bpf.recording.lines import RecordedLines
+    from tcpstuck_bpf.recording_part import Wanted
 
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 _OUTPUT_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EAGAIN})
@@ -50,11 +53,15 @@ _REPLAY_OPTIONS = frozenset(
     {"replay", "json", "each", "verbose", "only", "summary", "live"}
     | {"metrics_file", "plot", "pcap", "port", "family", "listener", "netns", "timeout"}
 )
+_CLIENT_REPLAY_OPTIONS = frozenset(
+    {"client", "replay", "json", "each", "verbose", "only", "summary"}
+    | {"port", "family", "listener", "netns", "timeout"}
+)
 _DOCTOR_OPTIONS = frozenset({"doctor", "vmlinux", "against", "json", "verbose"})
 _PRINT_OPTIONS = frozenset({"print_bpf", "vmlinux", "rescue", "why", "probe_mode"})
 _CLIENT_OPTIONS = frozenset(
     {"client", "pid", "port", "family", "listener", "netns", "timeout", "duration"}
-    | {"json", "each", "verbose", "summary", "only", "ready_file"}
+    | {"json", "each", "verbose", "summary", "only", "ready_file", "record"}
     | {"rescue", "rescue_exclude", "rescue_rate", "rescue_late"}
 )
 _BUILD_OPTIONS = frozenset({"build", "vmlinux", "rescue", "why", "port"})
@@ -75,33 +82,78 @@ def _refuse_beside(
 def _replay(options: argparse.Namespace) -> int:
     _refuse_beside(
         "--replay",
-        _REPLAY_OPTIONS,
+        _REPLAY_OPTIONS | _CLIENT_REPLAY_OPTIONS,
         options,
         "the recording determines what was traced, and how",
         "leave it out; -p, -4, -6, --listener, --netns and -t choose what is judged; --json, "
         "--only, --each, -v, --summary and --live choose what is shown; --metrics-file writes "
         "metrics, --plot draws, and --pcap writes packets",
     )
-    from tcpstuck_bpf.analysis import Analysis
-    from tcpstuck_bpf.app.playback import run_replay
-    from tcpstuck_bpf.ending import Ending
-    from tcpstuck_bpf.narrowing import NarrowedReplay, Wanted
-    from tcpstuck_bpf.run import exit_status, exporter_for, output_for, plot_for
-
+    ports = ports_of(options)
+    address = listener_address(options)
     if options.live:
-        from tcpstuck_bpf.view.command import refuse_without_terminal, replay_view
+        from tcpstuck_bpf.view.command import refuse_without_terminal
 
         refuse_without_terminal(options)
-    ports = ports_of(options)
+    from tcpstuck_bpf.recording.lines import CLIENT, RecordedLines
+    from tcpstuck_bpf.recording_part import Wanted
+
     wanted = Wanted(
         ports=frozenset(ports),
         ports_text=ports_text(ports),
         family=options.family,
-        address=listener_address(options),
+        address=address,
         netns=None if options.netns == "all" else options.netns,
         timeout_ns=options.timeout,
     )
-    replay = NarrowedReplay(options.replay, wanted)
+    with contextlib.closing(RecordedLines(options.replay)) as lines:
+        if lines.side == CLIENT:
+            return _replay_client(options, lines, wanted)
+        _refuse_client_s_side(options)
+        return _replay_server(options, lines, wanted)
+
+
+def _replay_client(options: argparse.Namespace, lines: RecordedLines, wanted: Wanted) -> int:
+    _refuse_beside(
+        "a recording of the client's side",
+        _CLIENT_REPLAY_OPTIONS,
+        options,
+        "it has what sock_diag said of this host's sockets, and no packets or queues",
+        "leave it out; -p, -4, -6, --listener, --netns and -t choose what is judged, --json, "
+        "--only, --each, -v and --summary what is shown",
+    )
+    from tcpstuck_bpf.client.playback import replay_clients
+
+    return replay_clients(options, lines, wanted)
+
+
+def _refuse_client_s_side(options: argparse.Namespace) -> None:
+    """Raises UsageError for what asks for the client's side of a recording of the server's."""
+    if options.client:
+        raise UsageError(
+            "--client cannot be combined with this recording",
+            "it was made on the server's side",
+            "leave --client out, or name a recording of --client --record",
+        )
+    name = _client_verdict(options)
+    if name is not None:
+        raise UsageError(
+            f"--only {name} cannot be combined with this recording",
+            "that verdict is given on the client's side, and it was made on the server's",
+            "choose another verdict, or name a recording of --client --record",
+        )
+
+
+def _replay_server(options: argparse.Namespace, lines: RecordedLines, wanted: Wanted) -> int:
+    from tcpstuck_bpf.analysis import Analysis
+    from tcpstuck_bpf.app.playback import run_replay
+    from tcpstuck_bpf.ending import Ending
+    from tcpstuck_bpf.narrowing import NarrowedReplay
+    from tcpstuck_bpf.run import exit_status, exporter_for, output_for, plot_for
+
+    if options.live:
+        from tcpstuck_bpf.view.command import replay_view
+    replay = NarrowedReplay(options.replay, wanted, lines)
     analysis = Analysis(replay.header)
     output = output_for(options, replay.header)
     exporter = exporter_for(options)
@@ -215,11 +267,17 @@ def _client(options: argparse.Namespace) -> int:
         options,
         "on the client's side the tool lists this host's connections, without BPF",
         "leave it out; -p, -4, -6, --listener, --netns, --pid, -t and -d choose what is watched, "
-        "--json, --only, --each, -v and --summary what is shown, --rescue whether to mend",
+        "--json, --only, --each, -v and --summary what is shown, --rescue whether to mend, "
+        "--record where it is recorded",
     )
     from tcpstuck_bpf.client.command import watch_clients
 
     return watch_clients(options)
+
+
+def _client_verdict(options: argparse.Namespace) -> str | None:
+    """A verdict of --only that is given on the client's side alone."""
+    return next((rule.name for rule in CLIENT_RULES if rule.name in options.only), None)
 
 
 def _refuse_without_client(options: argparse.Namespace) -> None:
@@ -230,7 +288,7 @@ def _refuse_without_client(options: argparse.Namespace) -> None:
             "a server's handshakes belong to no process yet",
             "add --client, or leave it out",
         )
-    name = next((rule.name for rule in CLIENT_RULES if rule.name in options.only), None)
+    name = _client_verdict(options)
     if name is not None:
         raise UsageError(
             f"--only {name} needs --client",
@@ -272,11 +330,11 @@ def _run(options: argparse.Namespace) -> int:
         return _build(options)
     if options.print_bpf:
         return _print_bpf(options)
+    if options.replay is not None:
+        return _replay(options)
     if options.client:
         return _client(options)
     _refuse_without_client(options)
-    if options.replay is not None:
-        return _replay(options)
     _refuse_without_replay(options)
     from tcpstuck_bpf.run import trace
 

@@ -7,59 +7,42 @@ or address. The summary has a note about that.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.errors import UsageError
 from tcpstuck_bpf.handshake.correlate import DEFAULT_ROW_LIFE_NS
 from tcpstuck_bpf.judge.evidence import duration_text
-from tcpstuck_bpf.model import SECOND_NS, FourTuple, ListenerSeen, Row, TraceFilter, address_text
-from tcpstuck_bpf.recording.lines import STANDARD_INPUT
+from tcpstuck_bpf.model import SECOND_NS, FourTuple, ListenerSeen, Row
+from tcpstuck_bpf.recording.lines import STANDARD_INPUT, RecordedLines
 from tcpstuck_bpf.recording.replay import Replay
+from tcpstuck_bpf.recording_part import Part, Wanted
 from tcpstuck_bpf.steps import Ended, Header, Listened, Observed, Rescued, Step, Swept
-from tcpstuck_bpf.usage import nearest
 
 LONGEST_TIMEOUT_NS = DEFAULT_ROW_LIFE_NS - 60 * SECOND_NS
 """Largest time-out. A silent client's entry is removed 15 minutes after its last SYN."""
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """The wanted part of a recording. An empty or None field does not restrict it."""
-
-    ports: Collection[int] = ()
-    ports_text: str = ""
-    family: int | None = None
-    address: bytes | None = None
-    netns: str | None = None
-    """A name in the recording, or an inode number."""
-    timeout_ns: int | None = None
-
-    @property
-    def selects(self) -> bool:
-        """Whether these filters exclude anything."""
-        return bool(self.ports or self.family or self.address or self.netns)
-
-
 class NarrowedReplay(Replay):
     """A recording of which only a part is judged, or all of it with another time-out.
 
-    Raises RecordingError if the file is not a recording, and UsageError if it does not contain the
-    wanted part.
+    `path`: the file's name, which is read again for a longer time-out; `lines`: it is opened
+    already. Raises RecordingError if the file is not a recording, and UsageError if it does not
+    contain the wanted part.
     """
 
-    def __init__(self, path: str, wanted: Wanted) -> None:
-        super().__init__(path)
+    def __init__(self, path: str, wanted: Wanted, lines: RecordedLines | None = None) -> None:
+        super().__init__(path if lines is None else lines)
         recorded = self.header
-        wanted = self._wanted = _less_than(recorded.settings.trace_filter, wanted)
-        self._netns = _netns_of(wanted.netns, recorded)
+        self._part = Part(
+            wanted, recorded.settings.trace_filter, recorded.watched, recorded.netns_names
+        )
         self._sockets: set[int] = set()
         """Listening sockets of the selected handshakes."""
         self._notes: list[str] = []
-        _refuse_what_was_not_watched(wanted, self._netns, recorded)
-        if wanted.selects:
-            words = _in_words(wanted)
+        words = self._part.words
+        if words:
             self.header = replace(self.header, selection=words)
             self._notes.append(
                 f"findings and listeners cover {words} only. Cookies sent, losses, clients that "
@@ -86,7 +69,7 @@ class NarrowedReplay(Replay):
     def _narrowed(self, step: Step) -> Step:
         if isinstance(step, Ended):
             return step._replace(notes=(*step.notes, *self._notes))
-        if not self._wanted.selects:
+        if not self._part.words:
             return step
         if isinstance(step, Swept):
             rows = tuple(row for row in step.sweep.rows if self._selects_handshake(row))
@@ -100,27 +83,18 @@ class NarrowedReplay(Replay):
             return Observed(tuple(events))
         if isinstance(step, Rescued):
             rescue = step.rescue
-            attempts = (a for a in rescue.attempts if self._selects(a.handshake.four_tuple))
-            unanswered = (h for h in rescue.unanswered if self._selects(h.four_tuple))
+            attempts = (a for a in rescue.attempts if self._part.selects(a.handshake.four_tuple))
+            unanswered = (h for h in rescue.unanswered if self._part.selects(h.four_tuple))
             return Rescued(rescue._replace(attempts=tuple(attempts), unanswered=tuple(unanswered)))
         if isinstance(step, Listened):
             return Listened(tuple(one for one in step.listeners if self._selects_listener(one)))
         return step
 
     def _selects_handshake(self, row: Row) -> bool:
-        chosen = self._selects(row.four_tuple)
+        chosen = self._part.selects(row.four_tuple)
         if chosen and row.handshake.socket:
             self._sockets.add(row.handshake.socket)
         return chosen
-
-    def _selects(self, who: FourTuple) -> bool:
-        wanted = self._wanted
-        return (
-            (not wanted.ports or who.server_port in wanted.ports)
-            and wanted.family in (None, who.family)
-            and wanted.address in (None, who.server_address)
-            and (self._netns is None or who.netns in self._netns)
-        )
 
     def _selects_listener(self, seen: ListenerSeen) -> bool:
         """Whether a listener is selected: by a selected handshake, or by its address and port.
@@ -132,71 +106,9 @@ class NarrowedReplay(Replay):
         if facts.socket and facts.socket in self._sockets:
             return True
         # A FourTuple's family is that of the packets, hence that of the server's address.
-        return self._selects(
+        return self._part.selects(
             FourTuple(facts.server_address, facts.server_address, 0, facts.server_port, facts.netns)
         )
-
-
-def _less_than(watched: TraceFilter, wanted: Wanted) -> Wanted:
-    """The same filters without those that the recording was already made with."""
-    return replace(
-        wanted,
-        ports=() if {*wanted.ports} == {*watched.ports} else wanted.ports,
-        family=None if wanted.family == watched.family else wanted.family,
-        address=None if wanted.address == watched.listener_address else wanted.address,
-    )
-
-
-def _in_words(wanted: Wanted) -> str:
-    words = []
-    if wanted.ports:
-        words.append(f"port{'s' * (len(wanted.ports) > 1)} {wanted.ports_text}")
-    if wanted.address is not None:
-        words.append(f"address {address_text(wanted.address)}")
-    if wanted.family is not None:
-        words.append(f"IPv{wanted.family}")
-    if wanted.netns is not None:
-        words.append(f"network namespace {wanted.netns}")
-    return ", ".join(words)
-
-
-def _netns_of(text: str | None, recorded: Header) -> Collection[int] | None:
-    """The inode numbers that match a name or number; None if no namespace was given."""
-    if text is None:
-        return None
-    names = recorded.netns_names
-    # A container's name matches without the engine and identifier that may follow it.
-    found = {inode for inode, name in names.items() if text in (name, name.partition(" (")[0])}
-    if not found and text.isdecimal():
-        found = {int(text)}
-    if not found:
-        known = ", ".join(sorted(names.values())) or "none by name"
-        raise UsageError(
-            f"the recording has no network namespace {text}",
-            f"it has: {known}",
-            nearest(text, names.values(), "give one of these names, or an inode number"),
-        )
-    return found
-
-
-def _refuse_what_was_not_watched(
-    wanted: Wanted, netns: Collection[int] | None, recorded: Header
-) -> None:
-    watched = recorded.settings.trace_filter
-    beyond = {
-        "-p": bool(watched.ports) and not {*wanted.ports} <= {*watched.ports},
-        "-4 or -6": None not in (watched.family, wanted.family) and watched.family != wanted.family,
-        "--listener": None not in (watched.listener_address, wanted.address)
-        and watched.listener_address != wanted.address,
-        "--netns": watched.netns is not None and netns is not None and watched.netns not in netns,
-    }
-    for option, asks_for_more in beyond.items():
-        if asks_for_more:
-            raise UsageError(
-                f"{option} selects more than the recording contains",
-                f"it watched {recorded.watched} and nothing else",
-                "leave it out, or record again",
-            )
 
 
 def _refuse_timeout(path: str, timeout_ns: int, recorded: Header) -> None:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import shutil
 import socket
 import sys
 import time
 from typing import TYPE_CHECKING
 
 from tcpstuck_bpf.app.ready_file import remove_ready_file
-from tcpstuck_bpf.client.output import ClientOutput, JsonOutput, TableOutput, selection
+from tcpstuck_bpf.client.analysis import ClientAnalysis
 from tcpstuck_bpf.client.owners import owners_of
-from tcpstuck_bpf.client.rows import Rows
+from tcpstuck_bpf.client.printing import output_for, refuse_other_verdicts
+from tcpstuck_bpf.client.recording import ClientRecorder
 from tcpstuck_bpf.client.sockets import SocketReader, Wanted, refuse_unless_readable
+from tcpstuck_bpf.client.steps import ClientHeader
 from tcpstuck_bpf.client.summary import exit_status
-from tcpstuck_bpf.client.waits import RECOVERED, RESCUED, Waits
 from tcpstuck_bpf.client.watch import Watch
-from tcpstuck_bpf.console import WIDTH_OF_A_PIPE, remark, say, unforeseen
+from tcpstuck_bpf.console import remark, say, unforeseen
 from tcpstuck_bpf.ending import Ending
 from tcpstuck_bpf.errors import (
     EXIT_CANNOT_TRACE,
@@ -32,10 +31,8 @@ from tcpstuck_bpf.errors import (
 from tcpstuck_bpf.host import netns, netns_owners
 from tcpstuck_bpf.host.wall_clock import RunClock
 from tcpstuck_bpf.interrupts import Interrupts
-from tcpstuck_bpf.judge.rules import CLIENT_RULES
-from tcpstuck_bpf.model import SECOND_NS, address_text
+from tcpstuck_bpf.model import SECOND_NS, TraceFilter, address_text
 from tcpstuck_bpf.option_values import listener_address, ports_of, ports_text
-from tcpstuck_bpf.output.page import Page
 from tcpstuck_bpf.preflight import refuse_unusable_files, refuse_without_rescue
 from tcpstuck_bpf.steps import WallClock
 from tcpstuck_bpf.terminal import understands_escapes
@@ -45,8 +42,6 @@ if TYPE_CHECKING:
 
 TIMEOUT_NS = 3 * SECOND_NS
 """Default of --timeout."""
-VERDICTS = (RECOVERED, RESCUED, *(rule.name for rule in CLIENT_RULES))
-"""The verdicts of the client's side."""
 
 
 def _refuse(options: argparse.Namespace) -> None:
@@ -57,13 +52,7 @@ def _refuse(options: argparse.Namespace) -> None:
             "only the port says in which connections the server speaks first",
             "write for example --client -p 3306",
         )
-    other = next((name for name in options.only if name not in VERDICTS), None)
-    if other is not None:
-        raise UsageError(
-            f"--only {other} cannot be combined with --client",
-            "that is a verdict of the server's side",
-            f"choose from {', '.join(VERDICTS)}",
-        )
+    refuse_other_verdicts(options.only, "--client")
     refuse_without_rescue(options)
     if options.rescue and "all" in options.rescue:
         raise UsageError(
@@ -148,19 +137,21 @@ def _watched(options: argparse.Namespace, wanted: Wanted) -> str:
     return " ".join(words)
 
 
-def _output(options: argparse.Namespace, clock: WallClock) -> ClientOutput:
-    chosen = selection(options.only, options.summary)
-    if options.json:
-        return JsonOutput(sys.stdout, clock, chosen)
-    page = Page(
-        clock=clock,
-        width=shutil.get_terminal_size((WIDTH_OF_A_PIPE, 24)).columns,
-        colour=understands_escapes(sys.stdout) and not os.environ.get("NO_COLOR"),
-        own_netns=netns.own_netns(),
-        netns_names=netns_owners.KnownNames(),
+def _header(options: argparse.Namespace, wanted: Wanted, clock: WallClock) -> ClientHeader:
+    return ClientHeader(
+        TraceFilter(
+            ports=wanted.ports,
+            family=wanted.family,
+            listener_address=wanted.address,
+            netns=wanted.netns,
+        ),
+        TIMEOUT_NS if options.timeout is None else options.timeout,
+        clock,
+        _watched(options, wanted),
+        wanted.pid,
+        netns.own_netns(),
+        netns_owners.KnownNames(),
     )
-    rows = Rows(page, each=options.each, verbose=options.verbose)
-    return TableOutput(sys.stdout, page, rows, chosen)
 
 
 def watch_clients(options: argparse.Namespace) -> int:
@@ -181,26 +172,28 @@ def watch_clients(options: argparse.Namespace) -> int:
     with Ending(remark) as ending:
         ending.add("files were not closed", reader.close)
         clock = RunClock()
-        watched = _watched(options, wanted)
-        output = _output(options, clock.clock)
+        header = _header(options, wanted, clock.clock)
+        output = output_for(options, header)
+        recorder = None if options.record is None else ClientRecorder(options.record, header)
+        if recorder is not None:
+            ending.add("the recording is incomplete", recorder.close)
         ending.add(
             f"the ready file {options.ready_file} was not removed",
             lambda: remove_ready_file(options.ready_file),
         )
         ending.add("the status line was not cleared", output.close)
         if not understands_escapes(sys.stdout):
-            remark(f"watching connections to {watched}; Ctrl-C ends with a summary")
-        timeout_ns = TIMEOUT_NS if options.timeout is None else options.timeout
+            remark(f"watching connections to {header.watched}; Ctrl-C ends with a summary")
         mender = None if options.rescue is None else _mender(options, reader)
         if mender is not None:
             ending.add("the rescue's sockets were not closed", mender.close)
         watch = Watch(
             reader,
-            Waits(timeout_ns),
+            ClientAnalysis(header),
             output,
-            watched,
             owners_of,
-            notes=clock.note,
+            recorder=recorder,
+            clock_note=clock.note,
             mending=mender,
         )
         # Added last, so called first: further Ctrl-C must not interrupt the ending.

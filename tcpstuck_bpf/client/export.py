@@ -21,6 +21,10 @@ def _milliseconds(nanoseconds: int) -> float:
     return round(nanoseconds / 1_000_000, 3)
 
 
+def _milliseconds_or_null(nanoseconds: int | None) -> float | None:
+    return None if nanoseconds is None else _milliseconds(nanoseconds)
+
+
 def _owner(owner: Owner) -> dict[str, Any]:
     return {
         "name": owner.name,
@@ -59,9 +63,7 @@ def verdict_line(change: Change, clock: WallClock) -> str:
             "verdict_time": utc_text(clock.realtime(change.time_ns)),
             "age_ms": _milliseconds(change.waited_ns),
             "last_ack_ms": _milliseconds(socket.last_ack_ns),
-            "keepalive_ms": (
-                None if socket.keepalive_ns is None else _milliseconds(socket.keepalive_ns)
-            ),
+            "keepalive_ms": _milliseconds_or_null(socket.keepalive_ns),
             "segs_in": socket.segs_in,
             "bytes_received": socket.bytes_received,
             "data_segs_out": socket.data_segs_out,
@@ -145,6 +147,9 @@ def summary_line(summary: ClientSummary, clock: WallClock) -> str:
             "watched": summary.watched,
             "start_time": utc_text(clock.realtime_ns),
             "duration_ms": _milliseconds(summary.duration_ns),
+            "cut_off_time": (
+                None if summary.cut_off_ns is None else utc_text(clock.realtime(summary.cut_off_ns))
+            ),
             "verdicts": dict(summary.verdicts),
             "stuck": summary.stuck,
             "ever_stuck": summary.ever_stuck,
@@ -155,8 +160,8 @@ def summary_line(summary: ClientSummary, clock: WallClock) -> str:
             "pending": summary.young,
             "established": summary.established,
             "polls": summary.polls,
-            "longest_poll_ms": _milliseconds(summary.longest_poll_ns),
-            "longest_pause_ms": _milliseconds(summary.pause_ns),
+            "longest_poll_ms": _milliseconds_or_null(summary.longest_poll_ns),
+            "longest_pause_ms": _milliseconds_or_null(summary.pause_ns),
             "rescue": _rescue(summary.mending),
             "losses": {name: number for name, number in summary.losses.items() if number},
             "unread_namespaces": [

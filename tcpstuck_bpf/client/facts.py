@@ -98,9 +98,12 @@ class Owners(NamedTuple):
     """Number of further processes that have it open."""
     hidden: bool
     """Whether processes exist whose files this user may not list."""
+    sought: bool = True
+    """Whether anybody looked for them."""
 
 
 NOBODY = Owners((), 0, False)
+NOT_SOUGHT = Owners((), 0, False, sought=False)
 
 
 class Poll(NamedTuple):

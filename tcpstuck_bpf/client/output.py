@@ -9,22 +9,12 @@ from tcpstuck_bpf import terminal
 from tcpstuck_bpf.client.actions import Attempt
 from tcpstuck_bpf.client.export import attempt_line, summary_line, verdict_line
 from tcpstuck_bpf.client.rows import Rows
-from tcpstuck_bpf.client.summary import ClientSummary, summary_lines
+from tcpstuck_bpf.client.summary import ClientSummary, Status, summary_lines
 from tcpstuck_bpf.client.waits import Change
 from tcpstuck_bpf.judge.evidence import duration_text
 from tcpstuck_bpf.output.page import Page, grouped
 from tcpstuck_bpf.steps import WallClock
 from tcpstuck_bpf.terminal import CLEAR_LINE, printable
-
-
-class Status(NamedTuple):
-    """The figures of the status line."""
-
-    watched: str
-    stuck: int
-    young: int
-    established: int
-    running_ns: int
 
 
 class Selection(NamedTuple):

@@ -27,6 +27,16 @@ NAMED = 3
 _ADVICE = {rule.name: rule.advice for rule in ALL_RULES}
 
 
+class Status(NamedTuple):
+    """The figures of the status line."""
+
+    watched: str
+    stuck: int
+    young: int
+    established: int
+    running_ns: int
+
+
 class ClientSummary(NamedTuple):
     """The summary of a run."""
 
@@ -42,14 +52,16 @@ class ClientSummary(NamedTuple):
     """Reported connections that were closed without a byte either way."""
     young: int
     """Connections that wait, but not long enough for a verdict."""
-    established: int
-    """Connections to the wanted ports at the last poll."""
+    established: int | None
+    """Connections to the wanted ports at the last poll; None for a part of a recording."""
     seen_any: bool
-    """Whether any poll found a connection to the wanted ports."""
+    """Whether any poll found a connection to the wanted ports; in a part of a recording, whether
+    one was seen that had no byte either way."""
     groups: tuple[tuple[Group, Waiting], ...]
     polls: int
-    longest_poll_ns: int
-    pause_ns: int
+    longest_poll_ns: int | None
+    """None in a recording that ends early, as the next one."""
+    pause_ns: int | None
     """The longest pause between two polls."""
     losses: Mapping[str, int]
     """What was not seen, by name; zeros are left out."""
@@ -61,7 +73,11 @@ class ClientSummary(NamedTuple):
     closed_slow: int = 0
     """Those of `closed` whose server had answered so."""
     mending: Totals | None = None
-    """What --rescue did; None without it."""
+    """What --rescue did; None without it, and in a recording that ends early."""
+    cut_off_ns: int | None = None
+    """The last time in a recording that ends early; None for a complete one."""
+    selection: str = ""
+    """The part of a recording that is summed up, as text; empty if it is all."""
 
     @property
     def not_seen(self) -> bool:
@@ -70,8 +86,12 @@ class ClientSummary(NamedTuple):
 
     @property
     def nothing_judged(self) -> bool:
-        """Whether every connection was too young for a verdict when the run ended."""
-        return bool(self.young) and self.young == self.established and not self.ever_stuck
+        """Whether every connection was too young for a verdict when the run ended.
+
+        In a part of a recording healthy ones are not told apart, so none is assumed.
+        """
+        others = 0 if self.established is None else self.established - self.young
+        return bool(self.young) and not others and not self.ever_stuck
 
 
 def exit_status(summary: ClientSummary) -> int:
@@ -130,6 +150,11 @@ def _calm_sentence(summary: ClientSummary) -> str:
         if forgot := summary.verdicts.get(SERVER_FORGOT):
             said.append(f"of {grouped(forgot)} the server had no record")
         return "; ".join(said)
+    if not summary.seen_any and summary.selection:
+        return (
+            f"no connection of {summary.selection} is seen to wait. Whether there were any others "
+            "is not known: a recording counts them, but does not tell them apart"
+        )
     if not summary.seen_any:
         return (
             f"no connection to {summary.watched} was seen: nothing is known about this server. Are "
@@ -152,14 +177,13 @@ def summary_lines(summary: ClientSummary, page: Page, rows: Rows, now_ns: int) -
         yield from map(page.red, page.wrapped(waiting_sentence(summary, page), ""))
     else:
         yield from page.wrapped(_calm_sentence(summary), "")
+    if summary.cut_off_ns is not None:
+        until = page.time(summary.cut_off_ns)
+        early = f"The recording ends early, at {until}: this summary covers the time until then."
+        yield from page.wrapped(early, "")
     if summary.stuck and not rows.advised:
         yield from page.wrapped(_ADVICE[GREETING_MISSING], f"{INDENT}do: ")
-    yield from page.wrapped(
-        f"{counted(summary.polls, 'poll')} in {duration_text(summary.duration_ns)} of "
-        f"{summary.watched}; at the last, {counted(summary.established, 'connection')}, of which "
-        f"{grouped(summary.young + summary.stuck)} without a byte either way",
-        "",
-    )
+    yield from page.wrapped(_figures(summary), "")
     for verdict, number in summary.verdicts.items():
         slow = summary.closed_slow
         gone = {GREETING_MISSING: summary.closed - slow, SERVER_SLOW: slow}.get(verdict, 0)
@@ -171,6 +195,19 @@ def summary_lines(summary: ClientSummary, page: Page, rows: Rows, now_ns: int) -
         yield from page.wrapped(sentence, "")
     for note in summary.notes:
         yield from page.wrapped(f"note: {note}", "")
+
+
+def _figures(summary: ClientSummary) -> str:
+    """What was read, and how many connections there were at the end."""
+    read = (
+        f"{counted(summary.polls, 'poll')} in {duration_text(summary.duration_ns)} of "
+        f"{summary.watched}; at the last"
+    )
+    silent = f"{grouped(summary.young + summary.stuck)}"
+    if summary.established is None:
+        return f"{read}, {silent} of {summary.selection} without a byte either way"
+    connections = counted(summary.established, "connection")
+    return f"{read}, {connections}, of which {silent} without a byte either way"
 
 
 def _mending_lines(totals: Totals, page: Page) -> Iterator[str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tcpstuck_bpf.client.actions import Attempt, Candidate, Outcome
-from tcpstuck_bpf.client.facts import NOBODY, ClientSocket, Owners, Poll
+from tcpstuck_bpf.client.facts import NOT_SOUGHT, ClientSocket, Owners, Poll
 
 GREETING_MISSING, RECOVERED, CLIENT_SPOKE = "greeting-missing", "recovered", "client-spoke"
 RESCUED, SERVER_FORGOT, SERVER_SLOW, RESET = "rescued", "server-forgot", "server-slow", "reset"
@@ -43,7 +43,7 @@ class Change(NamedTuple):
     time_ns: int
     waited_ns: int
     """From the connection's establishment to this verdict."""
-    owners: Owners = NOBODY
+    owners: Owners = NOT_SOUGHT
     was: str | None = None
     """The verdict that this one replaces."""
     challenged_ns: int | None = None
@@ -83,7 +83,7 @@ class _Wait:
     challenged_ns: int | None = None
     absent: int = 0
     """Polls since then that did not."""
-    owners: Owners = NOBODY
+    owners: Owners = NOT_SOUGHT
 
     def age_ns(self, now_ns: int) -> int:
         """How long it has waited by now."""
@@ -103,6 +103,8 @@ class Waits:
         self.established = 0
         """Connections to the wanted ports at the last poll."""
         self.seen_any = False
+        self.seen_waiting = False
+        """Whether a poll showed a connection without a byte either way."""
         self._timeout_ns = timeout_ns
         self._most = most
         self._waits: dict[Key, _Wait] = {}
@@ -155,6 +157,7 @@ class Waits:
         changes: list[Change] = []
         for socket in poll.sockets:
             wait = self._waits.get(socket.key) or self._returned(socket.key)
+            self.seen_waiting |= socket.waits
             if not socket.waits:
                 self._waits.pop(socket.key, None)
                 if wait is not None and wait.verdict is not None:
@@ -174,11 +177,10 @@ class Waits:
         changes.sort(key=lambda change: -change.waited_ns)
         return changes
 
-    def note_owners(self, owners: Mapping[Key, Owners]) -> None:
-        """Note who owns these connections."""
-        for key, one in owners.items():
-            if key in self._waits:
-                self._waits[key].owners = one
+    def note_owners(self, owners: Mapping[int, Owners]) -> None:
+        """Note who owns connections, by the inode numbers of their sockets."""
+        for wait in self._waits.values():
+            wait.owners = owners.get(wait.socket.inode, wait.owners)
 
     def candidates(self) -> list[Candidate]:
         """The reported connections that wait and that the last poll showed."""
@@ -289,5 +291,6 @@ def group_of(socket: ClientSocket, owners: Owners) -> Group:
 def inodes_of(changes: Iterable[Change]) -> Iterator[int]:
     """The sockets whose owners are still to be found."""
     for change in changes:
-        if change.verdict == GREETING_MISSING and change.socket.inode:
+        unknown = change.verdict == GREETING_MISSING and not change.owners.sought
+        if unknown and change.socket.inode:
             yield change.socket.inode

@@ -1,18 +1,24 @@
-"""A run on the client's side: polls the sockets, judges, finds owners, prints, and sums up."""
+"""A run on the client's side: when it polls, looks for owners, mends and prints, and how it ends.
+
+`client.analysis` turns the steps into verdicts, both live and in a replay.
+"""
 
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Protocol
 
 from tcpstuck_bpf.app.ready_file import write_ready_file
 from tcpstuck_bpf.client.actions import Attempt, Candidate, Totals
+from tcpstuck_bpf.client.analysis import ClientAnalysis
 from tcpstuck_bpf.client.facts import ClientSocket, Owners, Poll
-from tcpstuck_bpf.client.output import ClientOutput, Status
+from tcpstuck_bpf.client.output import ClientOutput
+from tcpstuck_bpf.client.recording import ClientRecorder
+from tcpstuck_bpf.client.steady import SteadyPolls
+from tcpstuck_bpf.client.steps import Attempted, ClientStep, Owned, Polled, WatchEnded
 from tcpstuck_bpf.client.summary import ClientSummary
-from tcpstuck_bpf.client.waits import Change, Waits, inodes_of
+from tcpstuck_bpf.client.waits import Change
 from tcpstuck_bpf.errors import words_of
 from tcpstuck_bpf.model import SECOND_NS
 
@@ -63,35 +69,32 @@ class Watch:
     def __init__(
         self,
         sockets: Sockets,
-        waits: Waits,
+        analysis: ClientAnalysis,
         output: ClientOutput,
-        watched: str,
         owners_of: Callable[[Collection[int]], Mapping[int, Owners]],
         *,
+        recorder: ClientRecorder | None = None,
         clock_ns: Callable[[], int] = time.monotonic_ns,
         cpu_ns: Callable[[], int] = time.process_time_ns,
         sleep: Callable[[float], None] = time.sleep,
-        notes: Callable[[], str] = lambda: "",
+        clock_note: Callable[[], str] = lambda: "",
         mending: Mending | None = None,
     ) -> None:
         self.stop = False
         self.abandoned = False
         self.failure: Exception | None = None
         """The error that ended the run early."""
+        self.recorder = recorder
         self._sockets = sockets
-        self._waits = waits
+        self._analysis = analysis
         self._output = output
-        self._watched = watched
         self._owners_of = owners_of
         self._clock_ns = clock_ns
         self._cpu_ns = cpu_ns
         self._sleep = sleep
-        self._notes = notes
+        self._clock_note = clock_note
         self._mending = mending
-        self._losses: Counter[str] = Counter()
-        self._unread: Mapping[int, str] = {}
-        self._polls = 0
-        self._begun_ns = 0
+        self._steady = SteadyPolls()
         self._longest_poll_ns = self._longest_pause_ns = 0
         self._printing = False
 
@@ -106,9 +109,9 @@ class Watch:
         Raises what the first poll raises, UsageError if the ready file cannot be written, and
         OSError if the output fails.
         """
-        self._begun_ns = self._clock_ns()
-        end_ns = None if duration_ns is None else self._begun_ns + duration_ns
-        due_ns = self._poll(self._begun_ns)
+        begun_ns = self._clock_ns()
+        end_ns = None if duration_ns is None else begun_ns + duration_ns
+        due_ns = self._poll(begun_ns)
         if ready_file is not None:
             write_ready_file(ready_file)
         try:
@@ -136,40 +139,30 @@ class Watch:
             self._sleep(min(until_ns - now_ns, LONGEST_NAP_NS) / SECOND_NS)
         return due_ns
 
+    def _step(self, step: ClientStep) -> list[Change]:
+        """Record a step, and judge it."""
+        if self.recorder is not None:
+            self.recorder.write(step)
+        return self._analysis.take(step)
+
     def _poll(self, begun_ns: int) -> int:
         """Poll, judge and print. Returns when the next poll is due."""
         cpu_ns = [self._cpu_ns()]
-        poll = self._sockets.read(self._waits.wants)
-        changes = self._waits.take(poll)
+        poll = self._steady.take(self._sockets.read(self._analysis.waits.wants))
+        changes = self._step(Polled(poll, self._sockets.beyond))
         cpu_ns.append(self._cpu_ns())
-        changes = self._identified(changes)
+        unowned = self._analysis.unowned
+        if unowned:
+            changes = self._step(Owned(self._owners_of(unowned)))
         cpu_ns.append(self._cpu_ns())
-        self._polls += 1
-        self._unread = poll.failures
-        losses = {
-            "untracked": self._waits.untracked,
-            "unreadable": poll.unreadable,
-            "subflows": poll.subflows,
-            "namespaces_beyond": self._sockets.beyond,
-        }
-        for name, number in losses.items():
-            self._losses[name] = max(self._losses[name], number)
         done_ns = self._clock_ns()
         self._printing = True
-        self._output.changes(changes, done_ns)
-        self._output.status(
-            Status(
-                self._watched,
-                self._waits.stuck,
-                self._waits.young,
-                self._waits.established,
-                done_ns - self._begun_ns,
-            )
-        )
+        self._output.changes(changes, self._analysis.printed_ns)
+        self._output.status(self._analysis.status(done_ns))
         self._printing = False
         cpu_ns.append(self._cpu_ns())
         if self._mending is not None:
-            self._mending.renew(self._waits.candidates(), poll.time_ns)
+            self._mending.renew(self._analysis.waits.candidates(), poll.time_ns)
         cpu_ns.append(self._cpu_ns())
         self._longest_poll_ns = max(self._longest_poll_ns, done_ns - begun_ns)
         polling_ns, searching_ns, _, renewing_ns = (
@@ -185,70 +178,49 @@ class Watch:
         if self._mending is not None:
             self._take(self._mending.act())
 
-    def _take(self, attempts: Sequence[Attempt]) -> None:
+    def _take(self, attempts: list[Attempt]) -> None:
         """Judge and print what came of actions."""
         if not attempts:
             return
-        now_ns = self._clock_ns()
-        judged = [self._waits.attempted(one, now_ns) for one in attempts]
+        step = Attempted(self._clock_ns(), tuple(attempts))
+        changes = self._step(step)
         self._printing = True
-        self._output.attempts(attempts)
-        self._output.changes([one for one in judged if one is not None], now_ns)
+        self._output.attempts(step.attempts)
+        self._output.changes(changes, self._analysis.printed_ns)
         self._printing = False
 
-    def _identified(self, changes: list[Change]) -> list[Change]:
-        """The verdicts with the owners of the sockets that are reported for the first time."""
-        inodes = frozenset(inodes_of(changes))
-        if not inodes:
-            return changes
-        owners = self._owners_of(inodes)
-        named = [
-            one._replace(owners=owners[one.socket.inode]) if one.socket.inode in owners else one
-            for one in changes
-        ]
-        self._waits.note_owners({one.socket.key: one.owners for one in named})
-        return named
-
     def _finish(self) -> ClientSummary:
-        notes = []
         if self._mending is not None:
             self._take(self._mending.finish())
         if self.failure is None and not self._sockets.ended:
             try:
                 self._poll(self._clock_ns())
-                if self._waits.misses_any:
+                if self._analysis.waits.misses_any:
                     # Either the last poll missed them, or they have ended; see ABSENT_POLLS.
                     self._poll(self._clock_ns())
             except Exception as error:  # what was found before must be summed up
                 if self._printing:
                     raise
                 self.failure = error
-        if self.failure is not None:
-            notes.append(f"the run ended early: {words_of(self.failure)}")
-        if self._sockets.ended:
-            notes.append("the process of --pid has ended")
         now_ns = self._clock_ns()
-        notes += filter(None, [self._notes()])
-        summary = ClientSummary(
-            watched=self._watched,
-            duration_ns=now_ns - self._begun_ns,
-            verdicts={name: number for name, number in self._waits.verdicts.items() if number},
-            stuck=self._waits.stuck,
-            ever_stuck=self._waits.ever_stuck,
-            closed=self._waits.closed,
-            young=self._waits.young,
-            established=self._waits.established,
-            seen_any=self._waits.seen_any,
-            groups=tuple(self._waits.groups(now_ns)),
-            polls=self._polls,
-            longest_poll_ns=self._longest_poll_ns,
-            pause_ns=self._longest_pause_ns,
-            losses=dict(self._losses),
-            unread=self._unread,
-            notes=tuple(notes),
-            slow=self._waits.slow,
-            closed_slow=self._waits.closed_slow,
-            mending=None if self._mending is None else self._mending.totals(now_ns),
+        changed = self._clock_note()
+        ended = WatchEnded(
+            now_ns,
+            self._notes(changed),
+            self._longest_poll_ns,
+            self._longest_pause_ns,
+            None if self._mending is None else self._mending.totals(now_ns),
         )
+        late = self._step(ended)
+        # Writing this step may have filled the recording's disk, which adds a note.
+        summary = self._analysis.summary(ended._replace(notes=self._notes(changed)))
+        self._output.changes(late, self._analysis.printed_ns)
         self._output.summary(summary, now_ns)
         return summary
+
+    def _notes(self, clock_changed: str) -> tuple[str, ...]:
+        early = "" if self.failure is None else f"the run ended early: {words_of(self.failure)}"
+        process = "the process of --pid has ended" if self._sockets.ended else ""
+        failure = None if self.recorder is None else self.recorder.failure
+        recording = f"the recording is incomplete: {failure}" if failure else ""
+        return tuple(filter(None, (early, process, clock_changed, recording)))

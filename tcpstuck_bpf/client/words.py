@@ -199,6 +199,8 @@ def why_unknown(owners: Owners, socket: ClientSocket) -> str:
         return ""
     if not socket.inode:
         return "no process has the socket open"
+    if not owners.sought:
+        return "nobody looked for its owner when it was recorded"
     if owners.hidden:
         return "the files of some processes may not be listed: as root, the tool finds the owner"
     return "no process that is visible here has the socket open"

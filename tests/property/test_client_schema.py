@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tcpstuck_bpf.client.actions import Action, Attempt, Outcome, Plan, Totals
-from tcpstuck_bpf.client.command import VERDICTS
 from tcpstuck_bpf.client.export import attempt_line, summary_line, verdict_line
 from tcpstuck_bpf.client.facts import Owner, Owners
+from tcpstuck_bpf.client.printing import VERDICTS
 from tcpstuck_bpf.client.waits import Change, Waits
 from tcpstuck_bpf.model import SECOND_NS
 from tests.property.test_foreign_text import names
@@ -36,7 +36,7 @@ def lines_for(name: str, count: int) -> list[Line]:
     waits = Waits(3 * SECOND_NS)
     changes = waits.take(poll(0, *sockets))
     changes = [one._replace(owners=owners) for one in changes if one.socket.inode] + changes
-    waits.note_owners({sockets[0].key: owners})
+    waits.note_owners({sockets[0].inode: owners})
     for verdict in VERDICTS:
         after = client_socket(1, bytes_received=count, data_segs_out=count)
         changed = Change(verdict, after, BEGIN_NS + count, count, owners, "greeting-missing")

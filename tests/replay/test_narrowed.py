@@ -22,8 +22,9 @@ from tcpstuck_bpf.model import (
     TraceSettings,
     address_bytes,
 )
-from tcpstuck_bpf.narrowing import NarrowedReplay, Wanted
+from tcpstuck_bpf.narrowing import NarrowedReplay
 from tcpstuck_bpf.recording.replay import Replay
+from tcpstuck_bpf.recording_part import Wanted
 from tcpstuck_bpf.steps import (
     Advanced,
     Ended,

@@ -22,7 +22,7 @@ FLOORS = (
     ("view", "client"),
     ("preflight", "heartbeat", "narrowing", "exporter", "conversions", "interrupts"),
     ("options", "kernel", "app"),
-    ("rescue", "output", "typeinfo", "analysis", "option_values"),
+    ("rescue", "output", "typeinfo", "analysis", "option_values", "recording_part"),
     ("host", "summary"),
     ("console", "ending", "recording", "judge", "usage"),
     ("synack", "errors", "handshake", "steps", "json_text", "wire"),
@@ -33,7 +33,7 @@ alone: so there is no circle, and what is below can be read without what is abov
 PURE_ROOMS = ("handshake", "judge", "recording", "output")
 PURE = (
     *("analysis", "errors", "json_text", "model", "narrowing", "rulesets", "steps", "summary"),
-    *("synack", "terminal", "usage", "wire"),
+    *("recording_part", "synack", "terminal", "usage", "wire"),
     *(f"rescue.{name}" for name in ("accept_queues", "candidate", "pace", "planner", "policy")),
     *("host.netns_numbers", "host.nftables_text", "host.ruleset_text", "host.xtables_text"),
     *(
@@ -44,7 +44,8 @@ PURE = (
     *(f"conversions.{name}" for name in ("describe", "handshakes", "layout", "looks", "picture")),
     *(f"conversions.{name}" for name in ("queues", "symbols")),
     *(f"conversions.{name}" for name in ("packets", "pcapng", "stories")),
-    *(f"client.{name}" for name in ("challenge", "words")),
+    *(f"client.{name}" for name in ("analysis", "challenge", "codecs", "recorded_sockets")),
+    *(f"client.{name}" for name in ("recording", "steady", "steps", "words")),
 )
 """Pure modules in rooms that are not, or in none."""
 TOUCH_THE_KERNEL = ("kernel", "typeinfo", "host", "doctor")
@@ -86,6 +87,7 @@ ONLY_SOME_RUNS_NEED = {
     # --client, and --rescue with it:
     *(f"{PACKAGE}.client.{n}" for n in ("borrowed_socket", "mender", "planner", "socket_reset")),
     *(f"{PACKAGE}.client.{n}" for n in ("command", "diag", "owners", "rows", "sockets", "watch")),
+    *(f"{PACKAGE}.client.{n}" for n in ("playback", "recording")),
     # --plot:
     *(f"{PACKAGE}.conversions.{name}" for name in ("command", "describe", "drawing", "picture")),
     "matplotlib",

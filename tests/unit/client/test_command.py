@@ -18,6 +18,8 @@ ALLOWED = {
     *("--help", "--version", "--client", "--pid", "--port", "-4", "-6", "--listener", "--netns"),
     *("--timeout", "--duration", "--json", "--each", "--verbose", "--summary", "--only"),
     *("--ready-file", "--rescue", "--rescue-exclude", "--rescue-rate", "--rescue-late"),
+    # --replay has a side of its own, by its recording (tests/replay).
+    *("--record", "--replay"),
 }
 VALUES = {
     "--explain": [],
@@ -56,7 +58,7 @@ def test_every_option_of_the_server_s_side_is_refused(
 
 
 def test_the_refused_options_are_most_of_them() -> None:
-    assert {"--dry-run", "--record", "--replay", "--live", "--metrics", "--all"} <= {*REFUSED}
+    assert {"--dry-run", "--live", "--metrics", "--all"} <= {*REFUSED}
 
 
 @pytest.mark.parametrize(
@@ -69,10 +71,11 @@ def test_the_refused_options_are_most_of_them() -> None:
         (["--client", "-p", "25", "--pid", str((1 << 22) - 1)], "there is no process"),
         (["--client", "-p", "25", "--netns", "no/such"], "no network namespace no/such"),
         (["--client", "-p", "25", "--ready-file", "/no/such/file"], "--ready-file /no/such/file"),
+        (["--client", "-p", "25", "--record", "/no/such/file"], "--record /no/such/file cannot be"),
+        (["--client", "--replay", "/no/such/file"], "cannot read the recording /no/such/file"),
         (["--client", "-p", "25", "-4", "--listener", "::1"], "is never reached by IPv4"),
         (["--pid", "7"], "--pid needs --client"),
         (["--only", "greeting-missing"], "--only greeting-missing needs --client"),
-        (["--replay", "x", "--only", "client-spoke"], "--only client-spoke needs --client"),
         (["--only", "server-slow"], "--only server-slow needs --client"),
         (["--rescue=reset"], "--rescue=reset needs --client"),
         (["--client", "-p", "25", "--rescue=all"], "--rescue=all cannot be combined with --client"),

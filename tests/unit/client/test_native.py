@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -201,6 +202,33 @@ def test_a_person_reads_who_waits_for_what(topology: Topology) -> None:
         r"server's first byte, the oldest for \d",
         text,
     )
+
+
+def test_a_replay_prints_what_the_run_printed(topology: Topology, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        address = SERVER_ADDRESS[4]
+        silent = stack.enter_context(Greeter(topology.server, address, 0, backlog=64))
+        clients, late = (stack.enter_context(Clients(topology.client)) for _ in range(2))
+        for some in (clients, late):
+            some.connect(3, address, silent.port)
+            some.await_counts(connected=3)
+        words = ["-p", str(silent.port), "-t", "10ms", "--record", str(tmp_path / "run")]
+        tracer = stack.enter_context(started(topology, *words))
+        tracer.start()
+        assert tracer.await_lines(6)
+        late.close_sockets(reset=True)
+        silent.resume()
+        clients.await_counts(greeted=3)
+        assert tracer.await_lines(9)
+        tracer.stop()
+    assert {line.get("verdict") for line in tracer.lines} == {
+        *("greeting-missing", "recovered"),
+        None,
+    }
+    command = [sys.executable, "-m", "tcpstuck_bpf", "--replay", str(tmp_path / "run"), "--json"]
+    replayed = subprocess.run(command, capture_output=True, timeout=patient(COMMAND_S), check=False)
+    assert (replayed.returncode, replayed.stderr) == (tracer.exit_status, b"")
+    assert [json.loads(line) for line in replayed.stdout.splitlines()] == tracer.lines
 
 
 def test_a_namespace_that_is_removed_ends_what_waited_in_it() -> None:

@@ -11,9 +11,9 @@ import pytest
 from tcpstuck_bpf.client.actions import Action, Attempt, Outcome, Plan, Totals
 from tcpstuck_bpf.client.export import summary_line, verdict_line
 from tcpstuck_bpf.client.facts import NOBODY, ClientSocket, Owner, Owners
-from tcpstuck_bpf.client.output import JsonOutput, Status, TableOutput, selection, status_text
+from tcpstuck_bpf.client.output import JsonOutput, TableOutput, selection, status_text
 from tcpstuck_bpf.client.rows import SHOWN_AT_ONCE, Rows
-from tcpstuck_bpf.client.summary import ClientSummary, exit_status
+from tcpstuck_bpf.client.summary import ClientSummary, Status, exit_status
 from tcpstuck_bpf.client.waits import Change, Waits
 from tcpstuck_bpf.model import SECOND_NS
 from tcpstuck_bpf.output.page import Page
@@ -73,7 +73,7 @@ def waiting(*ages_s: float) -> Waits:
     waits = Waits(3 * SECOND_NS)
     sockets = [client_socket(number, age) for number, age in enumerate(ages_s, 1)]
     waits.take(poll(0, *sockets))
-    waits.note_owners({one.key: owned() for one in sockets})
+    waits.note_owners({one.inode: owned() for one in sockets})
     return waits
 
 
@@ -184,7 +184,9 @@ def test_several_groups_are_named_with_their_numbers() -> None:
     waits = Waits(3 * SECOND_NS)
     sockets = [client_socket(number, 60) for number in range(1, 12)]
     waits.take(poll(0, *sockets))
-    waits.note_owners({one.key: owned("p", 1 + number // 3) for number, one in enumerate(sockets)})
+    waits.note_owners(
+        {one.inode: owned("p", 1 + number // 3) for number, one in enumerate(sockets)}
+    )
     text = printed(waits, width=300)
     assert (
         "11 connections wait for the server's first byte, the oldest for 1 min: 3 of p (pid 1) to "
@@ -236,7 +238,7 @@ def test_names_of_strangers_cannot_command_the_terminal() -> None:
     name = "\x1b[2Jroot\n\u202e\udcff"
     owners = Owners((Owner(name, 7, 3, f"pod {name}"),), 0, False)
     waits = waiting(60)
-    waits.note_owners({client_socket(1).key: owners})
+    waits.note_owners({client_socket(1).inode: owners})
     text = printed(waits, notes=(name,), unread={5: name})
     stream = io.StringIO()
     for verbose in (False, True):

@@ -153,7 +153,7 @@ def test_groups_are_by_server_and_owner_with_the_oldest_wait() -> None:
     sockets = [client_socket(number, 10 * number) for number in range(1, 6)]
     sockets.append(client_socket(6, server="10.9.0.7"))
     waits.take(poll(0, *sockets))
-    waits.note_owners({one.key: owned() for one in sockets[:4]})
+    waits.note_owners({one.inode: owned() for one in sockets[:4]})
     now_ns = poll(5).time_ns
     found = [
         (group.server_address[-1], [pid for _, pid, _ in group.owners], *waiting)

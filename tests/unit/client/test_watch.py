@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from tcpstuck_bpf.client.actions import Action, Attempt, Candidate, Outcome, Plan, Totals
+from tcpstuck_bpf.client.analysis import ClientAnalysis
 from tcpstuck_bpf.client.facts import ClientSocket, Owners, Poll
-from tcpstuck_bpf.client.output import Status
-from tcpstuck_bpf.client.summary import ClientSummary, exit_status
-from tcpstuck_bpf.client.waits import Change, Waits
+from tcpstuck_bpf.client.recording import ClientRecorder
+from tcpstuck_bpf.client.summary import ClientSummary, Status, exit_status
+from tcpstuck_bpf.client.waits import Change
 from tcpstuck_bpf.client.watch import LONGEST_NAP_NS, Watch
 from tcpstuck_bpf.model import SECOND_NS
-from tests.unit.client.world import BEGIN_NS, client_socket, owned, poll
+from tests.unit.client.world import BEGIN_NS, client_socket, header, owned, poll
 
 COST_NS = SECOND_NS // 1000
 
@@ -59,6 +60,7 @@ class Machine:
         *sockets: ClientSocket,
         cost_ns: int = COST_NS,
         mending: ScriptedMending | None = None,
+        recorder: ClientRecorder | None = None,
     ) -> None:
         self.now_ns = BEGIN_NS
         self.sockets = sockets
@@ -73,10 +75,10 @@ class Machine:
         self.at_poll: Callable[[int], None] = lambda _number: None
         self.watch = Watch(
             self,
-            Waits(3 * SECOND_NS),
+            ClientAnalysis(header()),
             self,
-            "port 3306",
             self.owners_of,
+            recorder=recorder,
             clock_ns=lambda: self.now_ns,
             cpu_ns=lambda: self.now_ns,
             sleep=self.sleep,

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from tcpstuck_bpf.client.facts import ClientSocket, Owner, Owners, Poll
-from tcpstuck_bpf.model import SECOND_NS, FourTuple, address_bytes
+from tcpstuck_bpf.client.steps import ClientHeader
+from tcpstuck_bpf.model import SECOND_NS, FourTuple, TraceFilter, address_bytes
 from tcpstuck_bpf.steps import WallClock
 
 NETNS = 4_026_531_840
 OTHER_NETNS = 4_026_532_177
 BEGIN_NS = 1_000 * SECOND_NS
 CLOCK = WallClock(BEGIN_NS, 1_700_000_000 * SECOND_NS)
+
+
+def header(**changes: Any) -> ClientHeader:
+    """The header of a run on port 3306, with some fields changed."""
+    wanted = TraceFilter(ports=(3306,))
+    return replace(ClientHeader(wanted, 3 * SECOND_NS, CLOCK, "port 3306"), **changes)
 
 
 def client_socket(

@@ -15,7 +15,8 @@ from tcpstuck_bpf.cli import main
 from tcpstuck_bpf.conversions import describe, handshakes
 from tcpstuck_bpf.conversions.picture import FLOOD, MOST_PANELS, Count, MarkKind, Span
 from tcpstuck_bpf.model import SECOND_NS, Attempt, EventKind, HandshakeId, Rescue, address_bytes
-from tcpstuck_bpf.narrowing import NarrowedReplay, Wanted
+from tcpstuck_bpf.narrowing import NarrowedReplay
+from tcpstuck_bpf.recording_part import Wanted
 from tcpstuck_bpf.steps import Listened
 from tests.builders import ack_dropped, at, four_tuple, handshake
 from tests.flood_world import FloodWorld, one_sender
