@@ -64,6 +64,7 @@ _CLIENT_OPTIONS = frozenset(
     | {"json", "each", "verbose", "summary", "only", "ready_file", "record"}
     | {"rescue", "rescue_exclude", "rescue_rate", "rescue_late"}
 )
+_JOIN_OPTIONS = frozenset({"join", "json", "summary"})
 _BUILD_OPTIONS = frozenset({"build", "vmlinux", "rescue", "why", "port"})
 
 
@@ -260,6 +261,20 @@ def _print_bpf(options: argparse.Namespace) -> int:
     return EXIT_NOTHING_STUCK
 
 
+def _join(options: argparse.Namespace) -> int:
+    _refuse_beside(
+        "--join",
+        _JOIN_OPTIONS,
+        options,
+        "it compares two recordings as they are",
+        "leave it out; --json and --summary choose what is shown, and --replay FILE judges one of "
+        "them by itself",
+    )
+    from tcpstuck_bpf.joining.command import join_recordings
+
+    return join_recordings(options)
+
+
 def _client(options: argparse.Namespace) -> int:
     _refuse_beside(
         "--client",
@@ -330,6 +345,8 @@ def _run(options: argparse.Namespace) -> int:
         return _build(options)
     if options.print_bpf:
         return _print_bpf(options)
+    if options.join is not None:
+        return _join(options)
     if options.replay is not None:
         return _replay(options)
     if options.client:

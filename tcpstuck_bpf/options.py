@@ -336,6 +336,14 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         "--netns a part of it; needs neither root nor BPF",
     )
     run.add_argument(
+        "--join",
+        metavar=("SERVER", "CLIENT"),
+        nargs=2,
+        type=file_name,
+        help="show each connection as two recordings saw it, one of each side (docs/client.md); "
+        "needs neither root nor BPF",
+    )
+    run.add_argument(
         "--ready-file",
         metavar="PATH",
         type=file_name,

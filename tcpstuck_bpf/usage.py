@@ -64,7 +64,8 @@ class Parser(argparse.ArgumentParser):
         if surplus:
             return UsageError(f"{name} takes no value", f"{value} was given", f"write {option}")
         takes = [one.metavar for one in self._actions if "/".join(one.option_strings) == name]
-        metavar = str(takes[0]) if takes and takes[0] else "VALUE"
+        words = takes[0] if takes and takes[0] else "VALUE"
+        metavar = words if isinstance(words, str) else " ".join(words)
         if "expected one argument" in what:
             what = f"{name}: its value is missing, or begins with -"
         return UsageError(what, f"it needs a value, {metavar}", f"write {option} {metavar}")

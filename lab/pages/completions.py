@@ -21,7 +21,7 @@ from tcpstuck_bpf.judge.rules import VERDICT_NAMES
 FUNCTION = "_tcpstuck_trace"
 NETWORK_NAMESPACE = "netns"
 _NAMED_NAMESPACES = "/run/netns"
-_KINDS = {"FILE": "file", "PATH": "file", "DIR": "directory"}
+_KINDS = {"FILE": "file", "PATH": "file", "SERVER CLIENT": "file", "DIR": "directory"}
 """The kind of completion for each metavar; other metavars in capitals are not completed."""
 
 

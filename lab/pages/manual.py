@@ -136,8 +136,9 @@ def value_of(action: argparse.Action) -> str:
     """An option's value as shown in the help, such as PORT[,PORT]; empty if it takes none."""
     if action.nargs == 0:
         return ""
-    if isinstance(action.metavar, str):
-        return action.metavar
+    if action.metavar is not None:
+        metavar = action.metavar
+        return metavar if isinstance(metavar, str) else " ".join(metavar)
     return "|".join(map(str, action.choices)) if action.choices else action.dest.upper()
 
 

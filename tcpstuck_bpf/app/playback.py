@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.app.interfaces import Output
-from tcpstuck_bpf.errors import RecordingError
 from tcpstuck_bpf.judge.verdict import Finding
 from tcpstuck_bpf.recording.replay import Replay
 from tcpstuck_bpf.steps import Ended, Rescued, Step
@@ -36,12 +35,7 @@ def run_replay(
         if isinstance(step, Rescued):
             output.attempts(step.rescue.attempts)
         if isinstance(step, Ended):
-            if not analysis.tallied:
-                raise RecordingError(
-                    f"the recording of {replay.header.watched} is damaged",
-                    "it lacks the counters that are read at the start of a run",
-                    "record again",
-                )
+            replay.refuse_without_counters(analysis.tallied)
             summary = analysis.summary(step)
             output.summary(summary)
             return summary

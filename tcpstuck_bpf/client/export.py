@@ -25,7 +25,8 @@ def _milliseconds_or_null(nanoseconds: int | None) -> float | None:
     return None if nanoseconds is None else _milliseconds(nanoseconds)
 
 
-def _owner(owner: Owner) -> dict[str, Any]:
+def owner_values(owner: Owner) -> dict[str, Any]:
+    """A process that has a socket open, as JSON values."""
     return {
         "name": owner.name,
         "pid": owner.pid,
@@ -56,7 +57,7 @@ def verdict_line(change: Change, clock: WallClock) -> str:
             "socket": socket.inode or None,
             "socket_cookie": socket.cookie,
             "uid": socket.uid,
-            "owners": [_owner(one) for one in change.owners.processes],
+            "owners": [owner_values(one) for one in change.owners.processes],
             "more_owners": change.owners.more,
             "owner_unknown": why_unknown(change.owners, socket) or None,
             "established_time": utc_text(clock.realtime(change.time_ns - change.waited_ns)),

@@ -16,7 +16,6 @@ from tcpstuck_bpf.client.printing import output_for, refuse_other_verdicts
 from tcpstuck_bpf.client.recording import ClientReplay
 from tcpstuck_bpf.client.steps import Attempted, ClientStep, Polled, WatchEnded
 from tcpstuck_bpf.client.summary import ClientSummary, exit_status
-from tcpstuck_bpf.errors import RecordingError
 from tcpstuck_bpf.judge.evidence import duration_text
 from tcpstuck_bpf.recording.lines import RecordedLines
 from tcpstuck_bpf.recording_part import Part, Wanted
@@ -97,12 +96,7 @@ def run_client_replay(
             output.attempts(step.attempts)
         output.changes(changes, analysis.printed_ns)
         if isinstance(step, WatchEnded):
-            if not analysis.polls:
-                raise RecordingError(
-                    f"the recording of {replay.header.watched} is damaged",
-                    "it lacks the first reading of the sockets",
-                    "record again",
-                )
+            replay.refuse_without_polls(analysis.polls)
             summary = analysis.summary(step)
             output.summary(summary, step.now_ns)
             return summary

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from tcpstuck_bpf.client.codecs import header_of, header_values, step_of, time_of, values_of
 from tcpstuck_bpf.client.recorded_sockets import RecordedSockets
 from tcpstuck_bpf.client.steps import ClientHeader, ClientStep, WatchEnded
+from tcpstuck_bpf.errors import RecordingError
 from tcpstuck_bpf.recording.lines import Decoding, LineWriter, RecordedLines, cut_off_note
 from tcpstuck_bpf.steps import utc_text
 
@@ -54,6 +55,15 @@ class ClientReplay:
             self._broken_off,
         )
         yield from self._lines.steps(decoding)
+
+    def refuse_without_polls(self, polls: int) -> None:
+        """Raises RecordingError if the recording had no poll: a run begins with one."""
+        if not polls:
+            raise RecordingError(
+                f"the recording of {self.header.watched} is damaged",
+                "it lacks the first reading of the sockets",
+                "record again",
+            )
 
     def _broken_off(self, reached_ns: int) -> WatchEnded:
         note = cut_off_note(utc_text(self.header.clock.realtime(reached_ns)))

@@ -185,10 +185,14 @@ class Waits:
     def candidates(self) -> list[Candidate]:
         """The reported connections that wait and that the last poll showed."""
         return [
-            Candidate(wait.socket, wait.seen_ns, wait.owners, wait.verdict == SERVER_SLOW)
+            _candidate(wait)
             for wait in self._waits.values()
             if wait.verdict is not None and not wait.absent
         ]
+
+    def waiting(self) -> list[Candidate]:
+        """All connections that wait, also those too young for a verdict."""
+        return [_candidate(wait) for wait in self._waits.values()]
 
     def attempted(self, attempt: Attempt, now_ns: int) -> Change | None:
         """Take what came of an action on a connection. Returns the verdict that it leads to."""
@@ -277,6 +281,10 @@ class Waits:
                 self._ended[key] = wait
                 if len(self._ended) > MOST_ENDED:
                     self._ended.popitem(last=False)
+
+
+def _candidate(wait: _Wait) -> Candidate:
+    return Candidate(wait.socket, wait.seen_ns, wait.owners, wait.verdict == SERVER_SLOW)
 
 
 def group_of(socket: ClientSocket, owners: Owners) -> Group:

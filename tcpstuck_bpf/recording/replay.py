@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from tcpstuck_bpf.errors import RecordingError
 from tcpstuck_bpf.model import (
     Coverage,
     CoverageGap,
@@ -94,6 +95,15 @@ class Replay:
                 self._broken_off,
             )
         )
+
+    def refuse_without_counters(self, tallied: bool) -> None:
+        """Raises RecordingError if the recording had no tally, without which nothing is summed."""
+        if not tallied:
+            raise RecordingError(
+                f"the recording of {self.header.watched} is damaged",
+                "it lacks the counters that are read at the start of a run",
+                "record again",
+            )
 
     def _broken_off(self, reached_ns: int) -> Ended:
         note = cut_off_note(utc_text(self.header.clock.realtime(reached_ns)))

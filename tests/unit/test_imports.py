@@ -18,6 +18,7 @@ IMPORT_TIME_LIMIT_S = 60
 FLOORS = (
     ("__main__",),
     ("cli",),
+    ("joining",),
     ("run", "doctor"),
     ("view", "client"),
     ("preflight", "heartbeat", "narrowing", "exporter", "conversions", "interrupts"),
@@ -46,6 +47,7 @@ PURE = (
     *(f"conversions.{name}" for name in ("packets", "pcapng", "stories")),
     *(f"client.{name}" for name in ("analysis", "challenge", "codecs", "recorded_sockets")),
     *(f"client.{name}" for name in ("recording", "steady", "steps", "words")),
+    *(f"joining.{name}" for name in ("export", "match", "result", "sides", "words")),
 )
 """Pure modules in rooms that are not, or in none."""
 TOUCH_THE_KERNEL = ("kernel", "typeinfo", "host", "doctor")

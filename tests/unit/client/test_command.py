@@ -22,6 +22,7 @@ ALLOWED = {
     *("--record", "--replay"),
 }
 VALUES = {
+    "--join": ["x", "y"],
     "--explain": [],
     "--heartbeat": ["5m"],
     "--plot": ["x.svg"],

@@ -1,0 +1,1 @@
+"""Two recordings, one of each side, as one: what both ends know of a connection."""
