@@ -26,73 +26,70 @@ def moved_on(socket: ClientSocket, passed_ns: int) -> ClientSocket:
 
     The time to the next keep-alive probe may become negative: the probe has been sent since.
     """
-    due_ns = socket.keepalive_ns
-    return with_times(
-        socket,
-        socket.age_ns + passed_ns,
-        socket.last_ack_ns + passed_ns,
-        None if due_ns is None else due_ns - passed_ns,
-    )
-
-
-def with_times(
-    socket: ClientSocket, age_ns: int, last_ack_ns: int, keepalive_ns: int | None
-) -> ClientSocket:
-    """The socket with other times.
-
-    By position, because every poll does this to each socket that waits, and _replace takes several
-    times as long.
-    """
-    who, cookie, inode, uid, _, _, *counts, _, is_subflow, interface = socket
-    times = (age_ns, last_ack_ns)
-    return _MAKE((who, cookie, inode, uid, *times, *counts, keepalive_ns, is_subflow, interface))
+    # By position, because every poll does this to each socket that waits: _replace takes several
+    # times as long.
+    who, cookie, inode, uid, age_ns, last_ack_ns, *counts, due_ns, is_subflow, interface = socket
+    times = (age_ns + passed_ns, last_ack_ns + passed_ns)
+    due_ns = None if due_ns is None else due_ns - passed_ns
+    return _MAKE((who, cookie, inode, uid, *times, *counts, due_ns, is_subflow, interface))
 
 
 class SteadyPolls:
     """Takes each poll of a run, and returns it with steady ages and its sockets in a fixed order.
 
     The order is that of the sockets' keys: the kernel's depends on its hash table, and a recording
-    does not keep it. A socket that a poll has twice is kept once.
+    does not keep it. A socket that a poll has twice is kept once; one that a single poll misses is
+    remembered.
     """
 
     def __init__(self) -> None:
         self._before: Mapping[Key, ClientSocket] = {}
+        """The sockets of the last poll."""
+        self._missed: Mapping[Key, ClientSocket] = {}
+        """Those of the poll before that the last one did not show, with the ages of that time."""
         self._time_ns = 0
 
     def take(self, poll: Poll) -> Poll:
         """The poll as it is judged and recorded."""
         passed_ns = poll.time_ns - self._time_ns
         found = {socket.key: socket for socket in poll.sockets}
-        steady = {
-            key: self._steady(found[key], self._before.get(key), passed_ns) for key in sorted(found)
+        known = {
+            key: moved_on(socket, passed_ns)
+            for sockets in (self._missed, self._before)
+            for key, socket in sockets.items()
         }
+        steady = {key: _steady(found[key], known.get(key)) for key in sorted(found)}
+        self._missed = {key: known[key] for key in self._before.keys() - found.keys()}
         self._before, self._time_ns = steady, poll.time_ns
         return poll._replace(sockets=tuple(steady.values()))
 
-    def _steady(
-        self, socket: ClientSocket, before: ClientSocket | None, passed_ns: int
-    ) -> ClientSocket:
-        # Once data has gone by, an age is the time since that data.
-        if before is None or not (before.waits and socket.waits):
-            return socket
-        expected = moved_on(before, passed_ns)
-        if not _near(socket.age_ns, expected.age_ns):
-            return socket
-        times = (socket.last_ack_ns, socket.keepalive_ns)
-        agree = _near(times[0], expected.last_ack_ns)
-        if agree and _counts_down(times[1], expected.keepalive_ns):
-            same = with_times(expected, socket.age_ns, *times) == socket
-            if same:
-                return expected
-        return with_times(socket, expected.age_ns, *times)
+
+def _steady(socket: ClientSocket, expected: ClientSocket | None) -> ClientSocket:
+    """The socket with the times that were expected, where these agree but for jitter."""
+    if expected is None or not _near(socket.age_ns, expected.age_ns):
+        return socket
+    if _without_times(socket) == _without_times(expected) and _times_agree(socket, expected):
+        return expected
+    # Once data has gone by, an age is the time since that data.
+    if expected.waits and socket.waits:
+        return socket._replace(age_ns=expected.age_ns)
+    return socket
+
+
+def _without_times(socket: ClientSocket) -> tuple[object, ...]:
+    """All but the three times, by position as in `moved_on`."""
+    return socket[:4] + socket[6:12] + socket[13:]
+
+
+def _times_agree(socket: ClientSocket, expected: ClientSocket) -> bool:
+    """Whether the last ACK and the next keep-alive probe are those that were expected."""
+    due_ns, expected_due_ns = socket.keepalive_ns, expected.keepalive_ns
+    if due_ns is None or expected_due_ns is None:
+        counts_down = due_ns is expected_due_ns
+    else:
+        counts_down = expected_due_ns >= 0 and _near(due_ns, expected_due_ns)
+    return counts_down and _near(socket.last_ack_ns, expected.last_ack_ns)
 
 
 def _near(time_ns: int, expected_ns: int) -> bool:
     return abs(time_ns - expected_ns) <= JITTER_NS
-
-
-def _counts_down(due_ns: int | None, expected_ns: int | None) -> bool:
-    """Whether a keep-alive timer is the one that was seen before."""
-    if due_ns is None or expected_ns is None:
-        return due_ns is expected_ns
-    return expected_ns >= 0 and _near(due_ns, expected_ns)

@@ -200,7 +200,7 @@ def why_unknown(owners: Owners, socket: ClientSocket) -> str:
     if not socket.inode:
         return "no process has the socket open"
     if not owners.sought:
-        return "nobody looked for its owner when it was recorded"
+        return "nobody looked for its owner"
     if owners.hidden:
         return "the files of some processes may not be listed: as root, the tool finds the owner"
     return "no process that is visible here has the socket open"

@@ -350,7 +350,7 @@ def test_with_another_time_out_it_is_judged_again(
     *verdicts, summary = lines_of(path, capsys, "-t", "500ms", *only)
     (first,) = (one for one in verdicts if one["client_port"] == 40_003 and "verdict" in one)
     assert first["owners"] == []
-    assert first["owner_unknown"] == "nobody looked for its owner when it was recorded"
+    assert first["owner_unknown"] == "nobody looked for its owner"
     (group,) = summary["stuck_groups"]
     assert [one["name"] for one in group["processes"]] == ["postfix"]
     assert "judged with a time-out of 500.0 ms" in summary["notes"][1]

@@ -90,6 +90,17 @@ def test_the_order_is_that_of_the_keys_and_a_socket_is_there_once() -> None:
     assert taken.established == 4
 
 
+@pytest.mark.parametrize(("missed", "remembered"), [(1, True), (2, False)])
+def test_one_that_a_single_poll_misses_keeps_its_age(missed: int, remembered: bool) -> None:
+    polls, socket = SteadyPolls(), client_socket(1, 60)
+    polls.take(poll(0, socket))
+    for number in range(missed):
+        polls.take(poll(1 + number))
+    read = aged(socket, 9 * SECOND_NS, 7 * MS)
+    (taken,) = polls.take(poll(9, read)).sockets
+    assert taken == (aged(socket, 9 * SECOND_NS) if remembered else read)
+
+
 READINGS = st.lists(
     st.lists(
         st.tuples(st.integers(1, 4), st.integers(-400, 400), st.integers(1, 3)),
@@ -101,7 +112,7 @@ READINGS = st.lists(
 
 @given(READINGS)
 def test_steady_polls_stay_as_they_are(readings: list[list[tuple[int, int, int]]]) -> None:
-    """So a recording of them, taken once more, leads to the same verdicts."""
+    """What is steady does not change when it is taken again."""
     once, again = SteadyPolls(), SteadyPolls()
     for number, reading in enumerate(readings):
         sockets = [

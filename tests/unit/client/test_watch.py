@@ -239,6 +239,22 @@ def test_a_failure_after_the_start_is_told_with_what_was_found() -> None:
     assert machine.watch.failure is not None
 
 
+def test_verdicts_whose_owners_could_not_be_looked_for_are_told_without() -> None:
+    machine = Machine(client_socket(1, 60), client_socket(2, 2))
+
+    def search(inodes: Collection[int]) -> dict[int, Owners]:
+        if inodes == {7_002}:
+            raise OSError(24, "Too many open files")
+        return machine.owners_of(inodes)
+
+    machine.watch._owners_of = search
+    summary = machine.run(5)
+    assert [one.socket.cookie for one in machine.printed] == [1, 2]
+    assert [one.owners.sought for one in machine.printed] == [True, False]
+    assert summary.stuck == 2
+    assert summary.notes == ("the run ended early: Too many open files",)
+
+
 def test_a_failure_at_the_start_is_an_error() -> None:
     machine = Machine()
 
