@@ -25,6 +25,7 @@ from lab.processes.clients import Clients
 from lab.processes.servers import Greeter
 from tcpstuck_bpf.client.planner import MendPolicy, Planner
 from tcpstuck_bpf.client.sockets import SocketReader, Wanted
+from tcpstuck_bpf.client.steady import SteadyPolls
 from tcpstuck_bpf.client.waits import Waits
 from tcpstuck_bpf.host import netns
 
@@ -68,14 +69,14 @@ def costs_of_polls(port: int) -> dict[str, Any]:
     """CPU seconds of each poll of this process's namespace, with what `--rescue` adds."""
     own = netns.own_netns()
     reader = SocketReader(Wanted((port,), netns=own))
-    waits = Waits(0)
+    steady, waits = SteadyPolls(), Waits(0)
     planner = Planner(MendPolicy())
     polls, looks = [], []
     established = 0
     for _ in range(FIRST_POLLS + POLLS):
         begun = time.process_time()
         poll = reader.read(waits.wants)
-        waits.take(poll)
+        waits.take(steady.take(poll))
         between = time.process_time()
         planner.renew(waits.candidates(), poll.time_ns)
         looks.append(time.process_time() - between)

@@ -71,7 +71,12 @@ class ServerSide:
     def take(self, step: Step, findings: list[Finding]) -> None:
         """Take a step."""
         for finding in findings:
-            self._found[HandshakeId(finding.four_tuple, finding.first_syn_ns)] = finding
+            identity = HandshakeId(finding.four_tuple, finding.first_syn_ns)
+            if finding.flood_suspected:
+                # There may be a hundred thousand of them, and none is shown.
+                self._found.pop(identity, None)
+            else:
+                self._found[identity] = finding
         if not isinstance(step, Advanced):
             return
         for report in self._analysis.reports:
@@ -84,7 +89,7 @@ class ServerSide:
         """The reported handshakes, without the healthy ones and those of a suspected SYN flood."""
         realtime = self._analysis.header.clock.realtime
         for identity, finding in self._found.items():
-            if finding.flood_suspected or finding.verdict == "completed":
+            if finding.verdict == "completed":
                 continue
             last_ns = self._last_syn_ns.get(identity, identity.first_syn_ns)
             stuck = finding.stuck and self._analysis.is_stuck(identity)

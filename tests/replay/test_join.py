@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lab.golden_files import kept_recording, kept_truth
 from tcpstuck_bpf.cli import main
 from tcpstuck_bpf.client.steps import ClientStep, Owned, Polled, WatchEnded
 from tcpstuck_bpf.errors import EXIT_NOT_KNOWN, EXIT_NOTHING_STUCK, EXIT_STUCK, EXIT_USAGE
 from tcpstuck_bpf.model import EventKind, FourTuple, Row, Sweep, address_bytes
+from tcpstuck_bpf.recording.replay import Replay
 from tcpstuck_bpf.steps import Advanced, Ended, Observed, Step, Swept, TallyTaken, WallClock
 from tests import builders, client_steps
 from tests.builders import SECOND_NS, START_NS, ack_dropped, at, event, four_tuple, handshake, tally
@@ -232,6 +235,45 @@ def test_a_4_tuple_that_comes_again_is_joined_by_its_time(
     (both,) = (line for line in lines if line["client"])
     assert both["difference_ms"] == (AHEAD_NS + WAY_NS) / 1_000_000
     assert len(lines) == 2
+
+
+@pytest.mark.parametrize("name", ["overflow", "overflow-ipv6"])
+def test_what_a_real_server_recorded_is_joined_with_its_clients(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who was forgotten is what the clients' own record says; the times are the recording's."""
+    (tmp_path / "s").write_bytes(kept_recording(name))
+    expected = kept_truth(name).expected
+    assert expected
+    assert main(["--replay", str(tmp_path / "s"), "--json"]) == EXIT_STUCK
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    begun = {four(line): line["syn_time"] for line in told if line["type"] == "verdict"}
+    clock = Replay(str(tmp_path / "s")).header.clock
+    now_ns = clock.monotonic_ns + 3600 * SECOND_NS
+    sockets = []
+    for number, who in enumerate(expected, 1):
+        moment = datetime.fromisoformat(begun[who].replace("Z", "+00:00"))
+        age_s = (clock.realtime(now_ns) / SECOND_NS) - moment.timestamp() - WAY_NS / SECOND_NS
+        client, port, server, server_port = who
+        one = client_socket(number, age_s, client=client, server=server, port=server_port)
+        sockets.append(one._replace(four_tuple=one.four_tuple._replace(client_port=port)))
+    steps: tuple[ClientStep, ...] = (
+        Polled(poll(0, *sockets)._replace(time_ns=now_ns)),
+        WatchEnded(now_ns, (), 1, 1),
+    )
+    client_steps.recorded(tmp_path / "c", steps, header(clock=clock))
+    lines, summary = joined(tmp_path / "s", tmp_path / "c", capsys)
+    both = [line for line in lines if line["server"] and line["client"]]
+    assert {four(line): line["server"]["verdict"] for line in both} == expected
+    assert summary["client_only"] == 0
+    assert summary["answer"].endswith(
+        f"of all {len(expected)} the server has no record: accept queue full"
+    )
+
+
+def four(line: dict[str, Any]) -> tuple[str, int, str, int]:
+    """Addresses and ports of a line."""
+    return (line["client_ip"], line["client_port"], line["server_ip"], line["server_port"])
 
 
 @pytest.mark.parametrize("hours", [1, -1])
