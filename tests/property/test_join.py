@@ -9,11 +9,15 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.client.facts import NOBODY
 from tcpstuck_bpf.joining.match import TOLERATED_NS, Joined, difference_of, distance_ns, join
-from tcpstuck_bpf.joining.sides import ClientConnection, ServerHandshake
+from tcpstuck_bpf.joining.result import Result, Span
+from tcpstuck_bpf.joining.sides import ClientConnection, ServerHandshake, ServerSide
+from tcpstuck_bpf.joining.words import how_they_fit
 from tcpstuck_bpf.judge.verdict import judge
 from tcpstuck_bpf.model import SECOND_NS
+from tcpstuck_bpf.steps import Advanced
 from tests.builders import at, four_tuple, handshake, header, reports, sweep
 from tests.unit.client.world import client_socket
 
@@ -56,6 +60,19 @@ def pairs_of(joined: Iterable[Joined]) -> Counter[tuple[int | None, int | None]]
             None if one.client is None else one.client.socket.cookie,
         )
         for one in joined
+    )
+
+
+def test_a_suspected_flood_is_counted_and_takes_no_memory() -> None:
+    assert FINDING is not None
+    side, step = ServerSide(Analysis(header())), Advanced(at(4))
+    side.take(step, [FINDING])
+    assert [one.finding for one in side.handshakes()] == [FINDING]
+    side.take(step, [FINDING._replace(flood_suspected=True)])
+    assert [*side.handshakes()] == []
+    result = Result((), Span(0, 1), Span(0, 1), 3, ())
+    assert [*how_they_fit(result)][-1] == (
+        "3 silent clients of the server that look like a SYN flood's are left out"
     )
 
 
