@@ -272,6 +272,7 @@ class Analysis:
             running_ns=now_ns - self.begun_ns,
             now_ns=now_ns,
             flood_suspected=stats.flood_suspected,
+            data_lost=stats.reported_now.get(State.DATA_LOST, 0),
         )
 
     def so_far(self, counts: NetnsCounts, now_ns: int, losses: Mapping[str, int]) -> Summary:

@@ -26,6 +26,8 @@ class Status(NamedTuple):
     """CLOCK_MONOTONIC."""
     flood_suspected: int = 0
     """Silent clients that look like part of a SYN flood; not in `still_stuck`."""
+    data_lost: int = 0
+    """Clients whose first bytes the server missed."""
 
 
 class RescueTotals(NamedTuple):

@@ -76,6 +76,8 @@ class Group:
         self.latest_ns = first.verdict_ns
         """Time of the latest finding."""
         self.printed_ns = 0
+        self.shown_ns = 0
+        """Time of the latest finding that is printed. A busy machine prints it much later."""
         self._repeat_ns = REPEAT_NS
         self.printed = 0
         """Number of findings when the group was last printed; 0 if it was never printed."""
@@ -126,6 +128,7 @@ class Group:
         if self.printed and not self.key.flood_suspected:
             self._repeat_ns = min(2 * self._repeat_ns, LONGEST_REPEAT_NS)
         self.printed, self.printed_ns = self.number, now_ns
+        self.shown_ns = self.latest_ns
 
 
 class Folding:

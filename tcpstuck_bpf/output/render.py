@@ -109,6 +109,8 @@ class TableRenderer:
         stuck = "nothing stuck" if status.cookies_sent else "no cookies yet"
         if status.still_stuck:
             stuck = f"{grouped(status.still_stuck)} STUCK"
+        if status.data_lost:
+            stuck += f", {grouped(status.data_lost)} with DATA LOST"
         if status.flood_suspected:
             stuck += f", {silent_syns(status.flood_suspected)}"
         running = duration_text(status.running_ns)

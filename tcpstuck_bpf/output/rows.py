@@ -73,7 +73,7 @@ def meaning(finding: Finding) -> str:
     if finding.certainty != "certain" and finding.certainty not in finding.meaning:
         words.append(f"({finding.certainty})")
     if finding.delay_ns is not None:
-        words.append(f"after {duration_text(finding.delay_ns)}")
+        words.append(f"({duration_text(finding.delay_ns)} after the SYN)")
     if finding.updates == finding.verdict:
         words.append("[updated]")
     elif finding.updates is not None:
@@ -131,7 +131,7 @@ class Rows:
         time = self._page.time(group.latest_ns if group.printed else group.since_ns)
         cells = [time, _marked(first), grouped(group.number).rjust(7), client, server]
         if group.printed:
-            more = f"{grouped(group.growth)} more since {self._page.time(group.printed_ns)}"
+            more = f"{grouped(group.growth)} more since {self._page.time(group.shown_ns)}"
             texts = [more + f": {first.cause}" * bool(first.cause)]
         elif group.number == 1:
             texts = [meaning(first), f"{duration_text(first.age_ns)}, {_syns(first)}"]

@@ -106,6 +106,18 @@ def test_further_rows_name_the_cause_and_the_time_of_the_latest_client() -> None
     assert times[-1] > times[0]
 
 
+def test_more_is_since_the_latest_client_of_the_row_before_however_late_that_was_printed() -> None:
+    """A busy machine prints a verdict seconds after its time."""
+    first = found(who=client(0))
+    late = found(BEGIN_NS + 15 * SECOND_NS, who=client(1), verdict="ack-missing")
+    more = found(who=client(2))
+    last = found(BEGIN_NS + 60 * SECOND_NS, who=client(3), verdict="ack-missing")
+    rows = lines([first, late, more, last], 200, each=False)
+    (text,) = (row for row in rows if " more since " in row and first.verdict in row)
+    at_time, *_ = text.split()
+    assert f"1 more since {at_time}" in text
+
+
 def test_who_asks_gets_what_is_new_at_once_and_the_rest_when_it_is_due() -> None:
     folding = Folding()
     taken(folding, found())

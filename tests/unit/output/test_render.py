@@ -13,10 +13,17 @@ from tcpstuck_bpf.analysis import Analysis
 from tcpstuck_bpf.judge.reconcile import Reconciled
 from tcpstuck_bpf.judge.stuck_now import StuckGroup, group_of
 from tcpstuck_bpf.judge.verdict import Finding, judge
-from tcpstuck_bpf.model import CROWDED_NETNS, GONE_NETNS, FourTuple, address_bytes
+from tcpstuck_bpf.model import (
+    CROWDED_NETNS,
+    GONE_NETNS,
+    SECOND_NS,
+    FourTuple,
+    address_bytes,
+)
 from tcpstuck_bpf.output.export import listener_line, verdict_line
 from tcpstuck_bpf.output.page import Page
 from tcpstuck_bpf.output.render import SHOWN_AT_ONCE, TableRenderer
+from tcpstuck_bpf.output.rows import meaning
 from tcpstuck_bpf.output.summary_text import SummaryText
 from tcpstuck_bpf.output.writers import Selection, TableOutput
 from tcpstuck_bpf.steps import Ended, TallyTaken, WallClock
@@ -152,6 +159,19 @@ def test_the_status_is_cut_where_it_matters_least() -> None:
     watched = "ports 25, 465, 587, 3306, 3311 at 2001:db8::25 over IPv6"
     line = status_line(40, Status(watched, 123456, 123000, 456, 12345, at(1) - START_NS, at(1)))
     assert "12 345 STUCK" in line
+
+
+@pytest.mark.parametrize("stuck", [0, 7])
+def test_data_lost_is_in_the_status(stuck: int) -> None:
+    """It is worse than stuck: the exit status is 1, and nobody waits."""
+    status = Status("port 3311", 41, 41, 0, stuck, SECOND_NS, at(1), data_lost=2)
+    for width in (40, 80, 200):
+        assert "2 with DATA LOST" in status_line(width, status)
+
+
+def test_a_delay_is_since_the_syn() -> None:
+    recovered = finding(LONG_IPV4)._replace(delay_ns=576_200_000)
+    assert "(576.2 ms after the SYN)" in meaning(recovered)
 
 
 def test_a_long_age_keeps_the_columns() -> None:
