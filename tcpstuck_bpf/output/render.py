@@ -11,7 +11,7 @@ from tcpstuck_bpf.judge.stuck_now import StuckGroup, group_of
 from tcpstuck_bpf.judge.verdict import Finding
 from tcpstuck_bpf.model import Attempt
 from tcpstuck_bpf.output.fold import MAX_GROUPS, Folding, Group
-from tcpstuck_bpf.output.page import Page, endpoint, grouped
+from tcpstuck_bpf.output.page import Page, counted, endpoint, grouped
 from tcpstuck_bpf.output.rows import Rows
 from tcpstuck_bpf.output.summary_text import SummaryText, silent_syns
 from tcpstuck_bpf.steps import WallClock
@@ -114,15 +114,13 @@ class TableRenderer:
         if status.flood_suspected:
             stuck += f", {silent_syns(status.flood_suspected)}"
         running = duration_text(status.running_ns)
-        sent, completed, waiting = map(
-            grouped, (status.cookies_sent, status.completed, status.waiting)
-        )
-        rest = f"{completed} completed, {waiting} waiting"
+        sent = counted(status.cookies_sent, "cookie")
+        rest = f"{grouped(status.completed)} completed, {grouped(status.waiting)} waiting"
         lines = (
-            f"{stuck}, watching {status.watched} for {running}: {sent} cookies sent, {rest}",
-            f"{stuck} after {running}: {sent} cookies sent, {rest}",
-            f"{stuck}, {running}: {sent} cookies, {rest}",
-            f"{stuck}, {running}: {sent} cookies",
+            f"{stuck}, watching {status.watched} for {running}: {sent} sent, {rest}",
+            f"{stuck} after {running}: {sent} sent, {rest}",
+            f"{stuck}, {running}: {sent}, {rest}",
+            f"{stuck}, {running}: {sent}",
             f"{stuck}, {running}",
             stuck,
         )

@@ -180,7 +180,7 @@ class SummaryText:
         """The answer: which clients are stuck, or why none is, and how many cookies were seen."""
         yield from self.verdict(summary)
         seen = (
-            f"{grouped(summary.cookies_sent)} cookies sent in "
+            f"{counted(summary.cookies_sent, 'cookie')} sent in "
             f"{duration_text(summary.duration_ns)} at {summary.watched}, traced by {summary.mode}"
         )
         yield from self._page.wrapped(seen, "")
@@ -251,7 +251,7 @@ class SummaryText:
                 )
             if facts.cookies_sent:
                 why = listener.cookie_reason
-                yield f"{INDENT}{grouped(facts.cookies_sent)} cookies sent: {why}"
+                yield f"{INDENT}{counted(facts.cookies_sent, 'cookie')} sent: {why}"
             if facts.syns_refused or facts.acks_refused:
                 yield from self._page.wrapped(
                     f"dropped for a full accept queue: {grouped(facts.syns_refused)} SYNs, "

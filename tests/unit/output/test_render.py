@@ -139,6 +139,7 @@ def test_the_status_is_one_line_of_the_terminal() -> None:
     line = status_line(120, status)
     assert line.startswith("nothing stuck, watching port 3311 for 1.0 s: 123 456 cookies sent")
     assert status_line(60, status).startswith("nothing stuck, 1.0 s: 123 456 cookies")
+    assert ": 1 cookie sent, " in status_line(120, status._replace(cookies_sent=1))
 
 
 @pytest.mark.parametrize("stuck", [0, 12345])
