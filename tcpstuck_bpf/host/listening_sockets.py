@@ -26,6 +26,7 @@ TRIES = 3
 """Number of searches for an owner; each one walks over all open files of all processes."""
 
 _LISTEN = "0A"
+_SYNCOOKIES = "ipv4.tcp_syncookies"
 
 
 class ListeningSocket(NamedTuple):
@@ -148,7 +149,10 @@ def _name(comm: bytes) -> str:
 
 
 class ListenerWatch:
-    """Reports listeners that changed, with their owners once they are found; see `TRIES`."""
+    """Reports listeners that changed, with their owners once they are found; see `TRIES`.
+
+    Settings are read once, and tcp_syncookies again where a new cookie contradicts it.
+    """
 
     def __init__(self) -> None:
         self._last: dict[ListenerFacts, None] = {}
@@ -159,15 +163,31 @@ class ListenerWatch:
         """The listeners that have changed since the last call, with their owners and settings."""
         now = dict.fromkeys(facts)
         news = [one for one in now if one not in self._last]
+        sent = {one.listener: one.cookies_sent for one in self._last}
         self._last = now
         there = {one.listener for one in now}
         self._known = {which: one for which, one in self._known.items() if which in there}
         self._tries = {which: tries for which, tries in self._tries.items() if which in there}
         self._identify([one for one in news if self._wants(one)])
+        for one in news:
+            if one.cookies_sent > sent.get(one.listener, 0):
+                self._note_cookies(one)
         return tuple(
             self._known.get(one.listener, ListenerSeen(one, (), (), {}))._replace(facts=one)
             for one in news
         )
+
+    def _note_cookies(self, facts: ListenerFacts) -> None:
+        """Read tcp_syncookies again if it does not explain a cookie: it may have been changed."""
+        known = self._known.get(facts.listener)
+        # 2: every SYN gets a cookie. 1: if the SYN queue is full.
+        expected = 2 if facts.lowest_cookie_syn_queue < facts.limit else 1
+        if known is None or known.settings.get(_SYNCOOKIES, expected) == expected:
+            return
+        with contextlib.suppress(OSError):
+            now = netns.run_in(facts.netns, netns_counters.own_queue_settings)
+            changed = {name: number for name, number in now.items() if name == _SYNCOOKIES}
+            self._known[facts.listener] = known._replace(settings={**known.settings, **changed})
 
     def _wants(self, facts: ListenerFacts) -> bool:
         known = self._known.get(facts.listener)

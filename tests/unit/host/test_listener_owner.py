@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tcpstuck_bpf.host import netns
+from tcpstuck_bpf.host import netns, netns_counters
 from tcpstuck_bpf.host.listening_sockets import (
     ListenerWatch,
     owners_of,
@@ -164,3 +164,35 @@ def test_an_owner_is_known_after_it_has_gone() -> None:
 def test_a_namespace_that_has_gone_is_no_error() -> None:
     (seen,) = ListenerWatch().changed([facts(netns=1)])
     assert (seen.owners, seen.sockets, dict(seen.settings)) == ((), (), {})
+
+
+@pytest.mark.parametrize(
+    ("before", "queued", "after"), [(1, 1, 2), (2, 50, 1), (0, 50, 1), (0, 1, 2)]
+)
+def test_syncookies_is_read_again_where_a_cookie_contradicts_it(
+    before: int, queued: int, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody changed it while the tool ran. Its other settings are as of the call of listen()."""
+    name = "ipv4.tcp_syncookies"
+    reads: list[int] = []
+
+    def own() -> dict[str, int]:
+        reads.append(1)
+        return {name: after, "core.somaxconn": 9}
+
+    settings = {name: before, "core.somaxconn": 4096}
+    monkeypatch.setattr(
+        netns_counters, "read_queue_settings", lambda: {netns.own_netns(): settings}
+    )
+    monkeypatch.setattr(netns_counters, "own_queue_settings", own)
+    watch = ListenerWatch()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        first = of("127.0.0.1", listener.getsockname()[1])._replace(limit=50, cookies_sent=0)
+        assert watch.changed([first])[0].settings == settings
+        cookie = first._replace(syns=2, cookies_sent=1, lowest_cookie_syn_queue=queued)
+        assert watch.changed([cookie])[0].settings == {name: after, "core.somaxconn": 4096}
+        # Nothing contradicts it now.
+        watch.changed([cookie._replace(cookies_sent=2)])
+        # Without a further cookie there is nothing to explain.
+        watch.changed([cookie._replace(cookies_sent=2, lowest_cookie_syn_queue=51 - queued)])
+        assert len(reads) == 1
