@@ -26,6 +26,8 @@ from lab.terminals import Terminal, terminal
 ADDRESSES = {"server": "192.168.56.10", "client": "192.168.56.20"}
 """Those of the Vagrantfile."""
 PREFIX_LENGTH = 24
+LINK = "eth1"
+"""The device by which a Vagrant machine reaches the other."""
 BACKLOG = 50
 COLUMNS, LINES = 132, 50
 
@@ -44,7 +46,7 @@ class Hosts:
             topology = building.enter_context(Topology())
             self._namespaces = {"server": topology.server, "client": topology.client}
             for name, namespace in self._namespaces.items():
-                _add_address(namespace, ADDRESSES[name])
+                _name_link(namespace, ADDRESSES[name])
             building.enter_context(
                 MariaDb(topology.server, ADDRESSES["server"], PORT, backlog=BACKLOG)
             )
@@ -112,7 +114,10 @@ def _assignments(settings: Mapping[str, str]) -> str:
     return " ".join(f"{name}={shlex.quote(value)}" for name, value in settings.items())
 
 
-def _add_address(namespace: Namespace, address: str) -> None:
+def _name_link(namespace: Namespace, address: str) -> None:
+    """Give the device between the hosts the name and the address that a Vagrant machine has."""
     with NetNS(namespace.name, flags=0) as inside:
         index = inside.link_lookup(ifname=INTERFACE)[0]
+        inside.link("set", index=index, state="down")
+        inside.link("set", index=index, ifname=LINK, state="up")
         inside.addr("add", index=index, address=address, prefixlen=PREFIX_LENGTH)
