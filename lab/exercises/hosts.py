@@ -1,7 +1,7 @@
 """The two hosts of the exercises, as the Vagrantfile makes them: names, addresses and a MariaDB.
 
 Each is a network namespace. A terminal on a host has the host's name, knows both hosts by name, and
-finds `tcpstuck-trace` and `hang`.
+finds `tcpstuck-trace`, `hang` and `flood`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class Hosts:
         (self._place / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
         commands = self._place / "commands"
         commands.mkdir()
-        (commands / "hang").symlink_to(IMPORT_ROOT / "lab" / "hang")
+        for name in ("hang", "flood"):
+            (commands / name).symlink_to(IMPORT_ROOT / "lab" / name)
         tool = commands / "tcpstuck-trace"
         run = shlex.join([sys.executable, "-m", "tcpstuck_bpf"])
         tool.write_text(
