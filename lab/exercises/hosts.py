@@ -1,7 +1,8 @@
 """The two hosts of the exercises, as the Vagrantfile makes them: names, addresses and a MariaDB.
 
 Each is a network namespace. A terminal on a host has the host's name, knows both hosts by name, and
-finds `tcpstuck-trace`, `hang` and `flood`.
+finds `tcpstuck-trace`, `hang` and `flood`. On the server it also has MariaDB's settings, and
+`systemctl restart mariadb`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from types import TracebackType
 
 from pyroute2 import NetNS
 
+from lab.exercises.service import ServiceCommand
 from lab.network.topology import INTERFACE, Namespace, Topology
 from lab.processes.child import IMPORT_ROOT
 from lab.processes.servers import MariaDb
@@ -29,6 +31,7 @@ PREFIX_LENGTH = 24
 LINK = "eth1"
 """The device by which a Vagrant machine reaches the other."""
 BACKLOG = 50
+SETTINGS = "/etc/mysql/mariadb.conf.d"
 COLUMNS, LINES = 132, 50
 
 
@@ -47,10 +50,11 @@ class Hosts:
             self._namespaces = {"server": topology.server, "client": topology.client}
             for name, namespace in self._namespaces.items():
                 _name_link(namespace, ADDRESSES[name])
-            building.enter_context(
+            self._database = building.enter_context(
                 MariaDb(topology.server, ADDRESSES["server"], PORT, backlog=BACKLOG)
             )
             self._write_files()
+            building.enter_context(ServiceCommand(self._server_commands, self._database))
             self._cleanup = building.pop_all()
         return self
 
@@ -79,6 +83,7 @@ class Hosts:
         (self._place / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
         commands = self._place / "commands"
         commands.mkdir()
+        self._server_commands.mkdir()
         for name in ("hang", "flood"):
             (commands / name).symlink_to(IMPORT_ROOT / "lab" / name)
         tool = commands / "tcpstuck-trace"
@@ -88,16 +93,21 @@ class Hosts:
         )
         tool.chmod(0o755)
 
+    @property
+    def _server_commands(self) -> Path:
+        return self._place / "server-commands"
+
     def _shell(self, host: str, name: str) -> list[str]:
         """The command that runs a terminal's shell."""
+        mounts = {"/etc/hosts": self._place / "hosts"}
+        path = [str(self._place / "commands"), os.environ["PATH"]]
+        if host == "server":
+            mounts[SETTINGS] = self._database.settings
+            path.insert(0, str(self._server_commands))
         # Only this says what the prompt is, because the shell reads no file at its start.
-        settings = {
-            "PATH": f"{self._place / 'commands'}:{os.environ['PATH']}",
-            "HOME": "/root",
-            "PS1": prompt(name),
-        }
+        settings = {"PATH": ":".join(path), "HOME": "/root", "PS1": prompt(name)}
         begin = [
-            f"mount --bind {shlex.quote(str(self._place / 'hosts'))} /etc/hosts",
+            *(f"mount --bind {shlex.quote(str(what))} {to}" for to, what in mounts.items()),
             f"hostname {host}",
             "cd /root",
             f"exec env {_assignments(settings)} bash --norc --noprofile",

@@ -24,6 +24,8 @@ MARIADB_BINARY = "/usr/sbin/mariadbd"
 MARIADB_UID = 65534
 """The user `nobody`. mariadbd does not run as root, and the user `mysql` comes only with the full
 server package, which would start a service."""
+SETTINGS_FILE = "60-lab.cnf"
+"""As in the Vagrantfile."""
 
 
 class Listen(NamedTuple):
@@ -127,15 +129,23 @@ class MariaDb:
     mariadbd runs without grant tables and unneeded storage engines, because it sends the greeting
     before it uses them. It then starts in a tenth of a second instead of many seconds. Raises
     LabError if mariadbd cannot be started.
+
+    Address, port and backlog are in a file of `settings`, a directory like MariaDB's own
+    /etc/mysql/mariadb.conf.d. Each start reads it.
     """
 
     def __init__(self, end: End, address: str, port: int, *, backlog: int) -> None:
         self._end = end
         self._directory = Path(tempfile.mkdtemp(prefix="tcpstuck-mariadb-"))
         self._log = self._directory / "log"
+        self.settings = self._directory / "mariadb.conf.d"
         try:
             os.chown(self._directory, MARIADB_UID, MARIADB_UID)
-            self._start(self._words(address, port, backlog))
+            self.settings.mkdir()
+            (self.settings / SETTINGS_FILE).write_text(
+                f"[mariadbd]\nbind-address = {address}\nport = {port}\nback_log = {backlog}\n"
+            )
+            self._start()
         except BaseException:
             self._remove_directory()
             raise
@@ -162,17 +172,26 @@ class MariaDb:
         """Send SIGCONT."""
         os.kill(self._process.pid, signal.SIGCONT)
 
-    def _words(self, address: str, port: int, backlog: int) -> list[str]:
+    def restart(self) -> None:
+        """End the server in good order and start it again. Raises LabError, LabTimeoutError."""
+        self._process.terminate()
+        self.resume()
+        limit_s = patient(COMMAND_S)
+        try:
+            self._process.wait(limit_s)
+        except subprocess.TimeoutExpired as error:
+            raise LabTimeoutError("MariaDB to end", limit_s, self._said()) from error
+        self._start()
+
+    def _words(self) -> list[str]:
         return [
             # If the lab dies, no stopped database may stay behind.
             *("setpriv", f"--reuid={MARIADB_UID}", f"--regid={MARIADB_UID}", "--clear-groups"),
-            *("--pdeathsig", "KILL", MARIADB_BINARY, "--no-defaults"),
+            *("--pdeathsig", "KILL", MARIADB_BINARY),
+            f"--defaults-file={self.settings / SETTINGS_FILE}",
             f"--datadir={self._directory}",
             f"--socket={self._directory / 'socket'}",
             f"--pid-file={self._directory / 'pid'}",
-            f"--bind-address={address}",
-            f"--port={port}",
-            f"--back-log={backlog}",
             "--max-connections=500",
             "--max-connect-errors=1000000",
             # mariadbd must not disconnect clients that only read the greeting.
@@ -185,15 +204,16 @@ class MariaDb:
             "--default-storage-engine=Aria",
         ]
 
-    def _start(self, words: list[str]) -> None:
+    def _start(self) -> None:
         kind = (socket.AF_UNIX, socket.SOCK_DGRAM)
         with socket.socket(*kind) as notices, self._log.open("wb") as log:
             path = self._directory / "notify"
+            path.unlink(missing_ok=True)
             notices.bind(str(path))
             path.chmod(0o777)
             try:
                 self._process = self._end.popen(
-                    words,
+                    self._words(),
                     env={**os.environ, "NOTIFY_SOCKET": str(path)},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
