@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import socket
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -50,6 +51,7 @@ class Hosts:
             self._namespaces = {"server": topology.server, "client": topology.client}
             for name, namespace in self._namespaces.items():
                 _name_link(namespace, ADDRESSES[name])
+            _introduce(self._namespaces)
             self._database = building.enter_context(
                 MariaDb(topology.server, ADDRESSES["server"], PORT, backlog=BACKLOG)
             )
@@ -132,3 +134,23 @@ def _name_link(namespace: Namespace, address: str) -> None:
         inside.link("set", index=index, state="down")
         inside.link("set", index=index, ifname=LINK, state="up")
         inside.addr("add", index=index, address=address, prefixlen=PREFIX_LENGTH)
+
+
+def _introduce(namespaces: Mapping[str, Namespace]) -> None:
+    """Tell each host the other's hardware address: a page that holds packets must not hold ARP."""
+    with contextlib.ExitStack() as stack:
+        links = {}
+        for name, namespace in namespaces.items():
+            inside = stack.enter_context(NetNS(namespace.name, flags=0))
+            links[name] = inside, inside.link_lookup(ifname=LINK)[0]
+        for name, (inside, index) in links.items():
+            for other, (its, number) in links.items():
+                if other != name:
+                    inside.neigh(
+                        "add",
+                        family=socket.AF_INET,
+                        dst=ADDRESSES[other],
+                        lladdr=its.get_links(number)[0].get_attr("IFLA_ADDRESS"),
+                        ifindex=index,
+                        state="permanent",
+                    )

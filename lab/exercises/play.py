@@ -13,8 +13,9 @@ from lab.patience import START_S, Deadline
 from lab.processes.child import IMPORT_ROOT
 
 PAGES = IMPORT_ROOT / "docs" / "exercises"
-LOOK_S = 0.1
-"""A terminal signals nothing when its contents change, so they are looked at this often."""
+LOOK_S, LONGEST_LOOK_S = 0.1, 1.0
+"""A terminal signals nothing when its contents change, so it is looked at in these intervals: soon
+after something was typed, then less often, because in an emulated guest a look takes 0.1 s."""
 
 
 def pages() -> list[Path]:
@@ -60,6 +61,7 @@ def _shown_by(step: Step, hosts: Hosts, page: Path) -> str:
     elif step.typed != LOOK:
         one.type(step.typed)
     deadline = Deadline(START_S)
+    look_s = LOOK_S
     while True:
         over = deadline.passed()
         shown = one.screen(whole=True).rstrip("\n") + "\n"
@@ -68,7 +70,8 @@ def _shown_by(step: Step, hosts: Hosts, page: Path) -> str:
             return output
         if over or (at_prompt and not step.goes_on):
             raise DiffersError(page, step, output)
-        time.sleep(LOOK_S)
+        time.sleep(look_s)
+        look_s = min(2 * look_s, LONGEST_LOOK_S)
 
 
 def _split(shown: str, step: Step) -> tuple[str, bool]:
