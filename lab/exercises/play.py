@@ -77,7 +77,8 @@ def _shown_by(step: Step, hosts: Hosts, page: Path) -> str:
 def _split(shown: str, step: Step) -> tuple[str, bool]:
     """The output alone, without what was typed and the prompt after it; whether the prompt came."""
     waiting = prompt(step.terminal).rstrip()
-    lines = shown.splitlines()
+    # The prompt stands beside the key if the command ended without a word.
+    lines = shown.replace(f"{INTERRUPT}{waiting}", f"{INTERRUPT}\n{waiting}").splitlines()
     typed = step.typed if step.typed == INTERRUPT else f"{prompt(step.terminal)}{step.typed}"
     if lines and lines[0].rstrip() in (typed, step.typed):
         del lines[0]

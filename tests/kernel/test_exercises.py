@@ -13,7 +13,17 @@ from tests.tmux import needs_tmux
 pytestmark = [pytest.mark.kernel, needs_tmux]
 
 
-@pytest.mark.parametrize("page", pages(), ids=lambda page: page.stem)
+QUICK = "06"
+"""The page that is played where there is no time for all: each takes one to three minutes."""
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(one, id=one.stem, marks=() if one.name.startswith(QUICK) else pytest.mark.slow)
+        for one in pages()
+    ],
+)
 def test_what_the_page_promises_is_what_happens(page: Path) -> None:
     with Hosts() as hosts:
         play(page, hosts)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lab.errors import LabError
+from lab.exercises import play
 from lab.exercises.page import INTERRUPT, LOOK, Step, read_page
 from lab.exercises.play import PAGES, pages
 
@@ -42,6 +43,15 @@ def test_only_the_last_command_of_a_running_block_goes_on() -> None:
     steps = read_page(page("server# a\nserver# b\n", opening="```console running"))
     assert [step.goes_on for step in steps] == [False, True]
     assert not only("server# a\n").goes_on
+
+
+@pytest.mark.parametrize(
+    ("shown", "output"),
+    [("^Cclient#\n", ""), ("^C3 wait\nclient#\n", "^C3 wait\n"), ("^C\nclient#\n", "")],
+)
+def test_after_ctrl_c_the_prompt_may_stand_beside_the_key(shown: str, output: str) -> None:
+    """A command that ends without a word leaves the cursor behind the ^C."""
+    assert play._split(shown, Step("client", INTERRUPT, 1)) == (output, True)
 
 
 @pytest.mark.parametrize(
